@@ -1,0 +1,103 @@
+import { chmodSync, closeSync, existsSync, fstatSync, mkdirSync, openSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { createServer, type Socket } from "node:net";
+import { join } from "node:path";
+import { pino } from "pino";
+import { flock, peerCredentials, setCloexec } from "../linux/addon.ts";
+import { namespaceInode } from "../linux/proc.ts";
+import { ShimServer } from "../shim/shim-server.ts";
+import { leaveOwnCgroups } from "./own-cgroup.ts";
+
+/*
+ * cedanad: one per node (exactly: per mount namespace), started by whoever first needs it, by systemd's socket unit, or by
+ * hand. It gets its listening socket as fd 3 by the protocol of socket activation, from a launcher or keeper also the lock as
+ * fd 4 (addon/keeper/PROTOCOL.md, "Starting cedanad"). Everything that must outlive it is in the keepers and in the bundles.
+ */
+
+const BUILD = process.env["CEDANA_BUILD"] ?? "0.1.0";
+const SOCKET_FD = 3;
+const LOCK_FD = 4;
+
+const runDirectory = process.env["CEDANA_RUN_DIR"] || "/run/cedana";
+const log = pino({ level: process.env["CEDANA_LOG_LEVEL"] || "info", base: { pid: process.pid } });
+
+process.on("uncaughtException", (error) => {
+  // State is in the bundles and the keepers; going on with a half-done transition would be worse than a restart of 100 ms.
+  log.fatal({ err: error }, "uncaught");
+  process.exit(70);
+});
+
+mkdirSync(join(runDirectory, "s"), { recursive: true, mode: 0o700 });
+mkdirSync(join(runDirectory, "c"), { recursive: true, mode: 0o700 });
+chmodSync(runDirectory, 0o700);
+
+const ownMountNs = namespaceInode("self", "mnt");
+const socketName = ownMountNs === namespaceInode(1, "mnt") ? "cedanad.sock" : `cedanad-${ownMountNs}.sock`;
+const socketPath = join(runDirectory, socketName);
+const pidFile = join(runDirectory, "cedanad.pid");
+
+takeLock(`${socketPath}.lock`);
+
+const shim = new ShimServer({
+  log,
+  runDirectory,
+  build: BUILD,
+  versionMax: Number(process.env["CEDANA_KEEPER_PROTOCOL_MAX"]) || undefined,
+});
+
+const server = createServer((socket) => {
+  if (isAllowed(socket)) shim.accept(socket);
+  else socket.destroy();
+});
+server.on("error", (error) => {
+  log.fatal({ err: error, socketPath }, "listen");
+  process.exit(69);
+});
+const passed = process.env["LISTEN_FDS"] === "1";
+if (!passed) rmSync(socketPath, { force: true });
+server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
+  if (!passed) chmodSync(socketPath, 0o600);
+  else setCloexec(SOCKET_FD, true);
+  writeFileSync(pidFile, `${process.pid}\n`, { mode: 0o600 });
+  log.info({ socketPath, build: BUILD, node: process.version }, "cedanad serves");
+});
+
+for (const signal of ["SIGTERM", "SIGINT"] as const)
+  process.on(signal, () => {
+    log.info({ signal, tasks: shim.taskCount }, "cedanad ends; containers go on");
+    rmSync(pidFile, { force: true });
+    if (!passed || !process.env["LISTEN_PID"]) rmSync(socketPath, { force: true });
+    leaveOwnCgroups();
+    process.exit(0);
+  });
+
+/** Only root, or who we are: the directory says so already, the kernel's word is final. */
+function isAllowed(socket: Socket): boolean {
+  const { fd } = (socket as unknown as { _handle: { fd: number } })._handle;
+  const peer = peerCredentials(fd);
+  if (peer.uid === 0 || peer.uid === process.getuid!()) return true;
+  log.warn({ peer }, "a connection from another user is refused");
+  return false;
+}
+
+/** One cedanad for a socket. Who passed us the lock holds it for us; else we take it, and end when another has it. */
+function takeLock(path: string): void {
+  if (existsSync(path) && isSameFile(LOCK_FD, path)) {
+    setCloexec(LOCK_FD, true);
+    return;
+  }
+  const fd = openSync(path, "a", 0o600); // stays open, and locked, as long as we live
+  if (!flock(fd)) {
+    log.fatal({ path }, "another cedanad serves this run directory");
+    closeSync(fd);
+    process.exit(73);
+  }
+}
+
+function isSameFile(fd: number, path: string): boolean {
+  try {
+    const [a, b] = [fstatSync(fd), statSync(path)];
+    return a.ino === b.ino && a.dev === b.dev;
+  } catch {
+    return false; // EBADF: no fd 4 was passed
+  }
+}

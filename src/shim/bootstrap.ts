@@ -1,0 +1,61 @@
+import { createHash } from "node:crypto";
+import { join } from "node:path";
+import { InvalidRequest } from "../errors/index.ts";
+import { containerd } from "../proto/index.ts";
+import { decodeOptions } from "../runtime/options.ts";
+import { groupOf, readSpec } from "../runtime/spec.ts";
+import type { FieldValues, Message } from "./keeper-protocol.ts";
+
+/**
+ * The answer to a launcher's `start`: where the task's keeper listens, or is to listen.
+ *
+ * The path is a function of containerd's address, the namespace and the pod (else the container), so that a second container
+ * of a pod finds the keeper of the first, and a launcher that is run twice finds its own, without asking what we remember.
+ *
+ * containerd 1.6 and 1.7 take a bare address (1.7 refuses a `version` above 2 in a JSON answer); who announces
+ * MAX_SHIM_VERSION 3 or more gets JSON with version 3. From 2.3 on, stdin may hold BootstrapParams instead of options; an old
+ * option message can parse as such by accident, so it counts only when id and namespace agree with the flags.
+ */
+export async function answerStart(message: Message, runDirectory: string): Promise<FieldValues> {
+  const [namespace, id, bundle] = [message.string("namespace"), message.string("id"), message.string("bundle")];
+  const spec = await readSpec(bundle);
+  const group = groupOf(spec) ?? id;
+  const name = createHash("sha256")
+    .update([message.string("containerdAddress"), namespace, group].join("\0"))
+    .digest("hex")
+    .slice(0, 32);
+  const socketPath = join(runDirectory, "s", name);
+  if (Buffer.byteLength(socketPath) > 107)
+    throw new InvalidRequest(`run directory ${runDirectory} is too long for unix sockets below it`);
+  const address = `unix://${socketPath}`;
+  return {
+    socketPath,
+    shimCgroup: shimCgroupOf(message.bytes("options"), namespace, id),
+    answer: Buffer.from(
+      message.int("maxShimVersion") >= 3 ? JSON.stringify({ version: 3, address, protocol: "ttrpc" }) : address,
+    ),
+  };
+}
+
+function shimCgroupOf(stdin: Buffer, namespace: string, id: string): string {
+  if (stdin.length === 0 || isBootstrapParams(stdin, namespace, id)) return "";
+  const any = containerd_Any(stdin);
+  return any.typeUrl === "" ? "" : decodeOptions(any).shimCgroup;
+}
+
+function containerd_Any(stdin: Buffer): { typeUrl: string; value: Uint8Array } {
+  try {
+    return containerd.protobuf.Any.decode(stdin);
+  } catch (error) {
+    throw new InvalidRequest("the runtime options on stdin are no protobuf Any", { cause: error });
+  }
+}
+
+function isBootstrapParams(stdin: Buffer, namespace: string, id: string): boolean {
+  try {
+    const params = containerd.bootstrap.BootstrapParams.decode(stdin);
+    return params.instanceId === id && params.namespace === namespace;
+  } catch {
+    return false; // not this message: then they are options
+  }
+}

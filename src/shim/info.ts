@@ -1,0 +1,34 @@
+import { execa } from "execa";
+import { Unavailable } from "../errors/index.ts";
+import { containerd } from "../proto/index.ts";
+import { decodeOptions } from "../runtime/options.ts";
+import type { FieldValues } from "./keeper-protocol.ts";
+
+const RUNTIME_NAME = "io.containerd.cedana.v2";
+const FEATURES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+const FEATURES_TIMEOUT_MS = 5_000;
+
+/**
+ * containerd's RuntimeInfo for the launcher's `-info`: our name and version, and what the engine says of its features.
+ * @param stdin  runtime options as a protobuf Any, may be empty
+ * @throws Unavailable when the engine isn't there or doesn't answer
+ */
+export async function runtimeInfo(stdin: Buffer, build: string): Promise<FieldValues> {
+  const given = stdin.length === 0 ? undefined : containerd.protobuf.Any.decode(stdin);
+  const options = decodeOptions(given?.typeUrl ? given : undefined);
+  const engine = options.binaryName || "runc";
+  let features: string;
+  try {
+    features = (await execa(engine, ["features"], { timeout: FEATURES_TIMEOUT_MS })).stdout;
+  } catch (error) {
+    throw new Unavailable(`ask engine ${engine} for its features`, { cause: error });
+  }
+  const answer = containerd.runtime.RuntimeInfo.encode({
+    name: RUNTIME_NAME,
+    version: { version: build, revision: "" },
+    ...(given?.typeUrl && { options: given }),
+    features: { typeUrl: FEATURES_TYPE, value: Buffer.from(JSON.stringify(JSON.parse(features))) },
+    annotations: {},
+  }).finish();
+  return { answer };
+}

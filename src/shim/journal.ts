@@ -1,0 +1,98 @@
+import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { BrokenImage } from "../errors/index.ts";
+
+/**
+ * A task's state as the next cedanad will find it: one small JSON file in the bundle, replaced at each transition.
+ *
+ * Written without fsync: a write survives the end of our process as soon as write(2) and rename(2) have returned, and no
+ * container survives the end of the machine. The write is synchronous on purpose: 0.1 ms on the tmpfs that bundles live in,
+ * less than the thread pool's round trips, and no other code may run between a transition and its record.
+ */
+export interface TaskRecord {
+  version: 1;
+  id: string;
+  namespace: string;
+  bundle: string;
+  state: string;
+  pid: number;
+  terminal: boolean;
+  stdin: string;
+  stdout: string;
+  stderr: string;
+  /** what the create request asked of the engine, as `RuntimeOptions` */
+  options: unknown;
+  /** whether the rootfs was mounted by us */
+  rootfsMounted: boolean;
+  /** directory of the images to restore from at start */
+  restoreFrom?: string;
+  parentCheckpoint?: string;
+  oomKills: number;
+  exit?: ExitRecord;
+  execs: ExecRecord[];
+  /** Answers given to calls with effects, so that a repeated call gets the same one; the newest last. */
+  answers: { request: number; payload: string }[];
+}
+
+export interface ExitRecord {
+  status: number;
+  /** nanoseconds since 1970, decimal */
+  atNs: string;
+}
+
+export interface ExecRecord {
+  execId: string;
+  /** tells execs of the same name apart */
+  serial: number;
+  state: string;
+  pid: number;
+  terminal: boolean;
+  stdin: string;
+  stdout: string;
+  stderr: string;
+  /** the process as JSON, as containerd sent it */
+  spec: string;
+  exit?: ExitRecord;
+}
+
+const FILE_NAME = "cedana-task.json";
+
+/** How many answers are kept: a request is repeated only after a crash, and few calls with effects are open at a time. */
+export const MAX_ANSWERS = 16;
+
+export function writeTaskRecord(record: TaskRecord): void {
+  const path = join(record.bundle, FILE_NAME);
+  writeFileSync(`${path}.new`, JSON.stringify(record), { mode: 0o600 });
+  renameSync(`${path}.new`, path);
+}
+
+/** @returns undefined when the bundle has none. @throws BrokenImage when it can't be read as a record of this version */
+export function readTaskRecord(bundle: string): TaskRecord | undefined {
+  const path = join(bundle, FILE_NAME);
+  let text: string;
+  try {
+    text = readFileSync(path, "utf8");
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
+    throw error;
+  }
+  try {
+    const record = JSON.parse(text) as TaskRecord;
+    if (record.version === 1 && typeof record.id === "string" && Array.isArray(record.execs)) return record;
+  } catch (error) {
+    throw new BrokenImage(`task record ${path} is not JSON`, { cause: error });
+  }
+  throw new BrokenImage(`task record ${path} is not of version 1`);
+}
+
+export function removeTaskRecord(bundle: string): void {
+  rmSync(join(bundle, FILE_NAME), { force: true });
+}
+
+/**
+ * What the launcher's `delete` needs when neither keeper nor cedanad are there: three lines, engine binary, its root
+ * directory, container id.
+ */
+export function writeEngineNote(bundle: string, binary: string, root: string, id: string): void {
+  writeFileSync(join(bundle, "cedana-engine"), `${binary}\n${root}\n${id}\n`, { mode: 0o600 });
+}

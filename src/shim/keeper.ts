@@ -1,0 +1,248 @@
+import type { Socket } from "node:net";
+import { SyscallFailed, TimedOut, Unavailable } from "../errors/index.ts";
+import type { MountPlan } from "../linux/mount-options.ts";
+import { encodeMessage, exitStatusOf, type FieldValues, type Message, messageType } from "./keeper-protocol.ts";
+import { errorNames } from "./errno.ts";
+
+/** Names an operation: the same tag is never carried out twice while its request is unanswered. */
+export interface Tag {
+  /** the keeper's number of the request; 0: work of our own, which nobody repeats */
+  readonly request: number;
+  readonly step: string;
+}
+
+export interface SpawnOptions {
+  argv: readonly string[];
+  env?: readonly string[] | undefined;
+  cwd?: string | undefined;
+  /** key of an open io object whose ends become fds 0, 1 and 2 */
+  io?: string | undefined;
+  /** the keeper listens here for the pty master */
+  consoleSocket?: string | undefined;
+  /** stdout and stderr go here instead */
+  outputPath?: string | undefined;
+  schedCore?: boolean | undefined;
+  timeoutMs?: number | undefined;
+}
+
+/** How a spawned tool ended. `exitStatus` is 128 + signal when a signal ended it. */
+export interface ToolExit {
+  pid: number;
+  exitStatus: number;
+}
+
+export const stdioKind = { none: 0, fifo: 1, file: 2, logProgram: 3 } as const;
+
+export interface IoOptions {
+  io: string;
+  terminal: boolean;
+  stdin: string;
+  stdout: string;
+  stderr: string;
+  stdoutKind: number;
+  stderrKind: number;
+  uid?: number | undefined;
+  gid?: number | undefined;
+  driverArgv?: readonly string[] | undefined;
+  driverEnv?: readonly string[] | undefined;
+  timeoutMs?: number | undefined;
+}
+
+/** End of a process that the keeper adopted: a container's init, an exec'd process, an orphan. */
+export interface AdoptedExit {
+  sequence: number;
+  pid: number;
+  exitStatus: number;
+  atNs: bigint;
+}
+
+interface PendingOperation {
+  what: string;
+  resolve: (result: Message) => void;
+  reject: (error: Error) => void;
+}
+
+/**
+ * cedanad's hand on one keeper: mechanism by request, no policy. Everything pending is rejected when the keeper goes away;
+ * when cedanad goes away, the next cedanad repeats the request and the keeper answers the operations it has done from memory.
+ */
+export class Keeper {
+  readonly pid: number;
+  readonly version: number;
+  readonly #socket: Socket;
+  readonly #pending = new Map<string, PendingOperation>();
+  #ownSteps = 0;
+  #closed = false;
+
+  constructor(socket: Socket, pid: number, version: number) {
+    this.#socket = socket;
+    this.pid = pid;
+    this.version = version;
+  }
+
+  get connected(): boolean {
+    return !this.#closed;
+  }
+
+  /** A tag for work that no request asked for. Nothing is remembered of it. */
+  ownTag(what: string): Tag {
+    this.#ownSteps += 1;
+    return { request: 0, step: `${what}#${this.#ownSteps}` };
+  }
+
+  /** Runs a tool to its end. @throws SyscallFailed when it can't be started, TimedOut past `timeoutMs` */
+  async run(tag: Tag, options: SpawnOptions): Promise<ToolExit> {
+    const result = await this.#operate(messageType.SPAWN, tag, options.argv[0] ?? "", {
+      argv: options.argv,
+      env: options.env,
+      cwd: options.cwd,
+      io: options.io,
+      consoleSocket: options.consoleSocket,
+      outputPath: options.outputPath,
+      schedCore: options.schedCore ? 1 : undefined,
+      timeoutMs: options.timeoutMs,
+    });
+    return { pid: result.int("pid"), exitStatus: exitStatusOf(result.int("waitStatus")) };
+  }
+
+  /** kill(2) of a child not yet reaped. @throws SyscallFailed ESRCH when there is none of that pid */
+  async signal(tag: Tag, pid: number, signal: number): Promise<void> {
+    await this.#operate(messageType.SIGNAL, tag, `signal ${signal} to pid ${pid}`, { pid, signal });
+  }
+
+  async mount(tag: Tag, plan: MountPlan): Promise<void> {
+    await this.#operate(messageType.MOUNT, tag, `mount ${plan.mountType || "bind"} at ${plan.target}`, {
+      mountType: plan.mountType,
+      source: plan.source,
+      target: plan.target,
+      mountFlags: plan.flags,
+      mountData: plan.data,
+      loop: plan.loop ? 1 : undefined,
+      cwd: plan.cwd,
+    });
+  }
+
+  async unmount(tag: Tag, target: string): Promise<void> {
+    await this.#operate(messageType.UNMOUNT, tag, `unmount ${target}`, { target });
+  }
+
+  async ioOpen(tag: Tag, options: IoOptions): Promise<void> {
+    await this.#operate(messageType.IO_OPEN, tag, `open stdio of ${options.io}`, { ...options });
+  }
+
+  async ioResize(tag: Tag, io: string, width: number, height: number): Promise<void> {
+    await this.#operate(messageType.IO_RESIZE, tag, `resize the terminal of ${io}`, { io, width, height });
+  }
+
+  async ioCloseStdin(tag: Tag, io: string): Promise<void> {
+    await this.#operate(messageType.IO_CLOSE_STDIN, tag, `close stdin of ${io}`, { io });
+  }
+
+  /** Waits until stdout and stderr have been delivered whole. @returns false when `timeoutMs` passed first */
+  async ioDrain(tag: Tag, io: string, timeoutMs: number): Promise<boolean> {
+    try {
+      await this.#operate(messageType.IO_DRAIN, tag, `drain stdio of ${io}`, { io, timeoutMs });
+      return true;
+    } catch (error) {
+      if (error instanceof TimedOut) return false;
+      throw error;
+    }
+  }
+
+  async ioFree(tag: Tag, io: string): Promise<void> {
+    await this.#operate(messageType.IO_FREE, tag, `close stdio of ${io}`, { io });
+  }
+
+  /** OOM messages for the container from now on. Does nothing with a keeper of version 1. */
+  async watchOom(tag: Tag, id: string, path: string, flags: number): Promise<void> {
+    if (this.version < 2) return;
+    await this.#operate(messageType.WATCH_OOM, tag, `watch out-of-memory kills of ${id}`, { id, path, flags });
+  }
+
+  respond(request: number, frame: Uint8Array): void {
+    this.#send(messageType.RESPONSE, { request, frame });
+  }
+
+  /** The request only waits from now on: if we crash, it isn't to blame. */
+  parked(request: number): void {
+    this.#send(messageType.PARKED, { request });
+  }
+
+  acknowledge(sequence: number): void {
+    this.#send(messageType.ACK, { sequence });
+  }
+
+  /** What the keeper answers Connect and Pids with while cedanad is away, and tells the next cedanad. */
+  task(id: string, bundle: string, pid: number, execPids: readonly number[]): void {
+    this.#send(messageType.TASK, { id, bundle, pid, execPid: execPids });
+  }
+
+  taskGone(id: string): void {
+    this.#send(messageType.TASK_GONE, { id });
+  }
+
+  /** Queues an event for containerd. An event of this key is sent once in the container's life. */
+  event(id: string, eventKey: string, frame: Uint8Array): void {
+    this.#send(messageType.EVENT, { id, eventKey, frame });
+  }
+
+  leave(): void {
+    this.#send(messageType.LEAVE, {});
+  }
+
+  pong(nonce: number): void {
+    this.#send(messageType.PONG, { nonce });
+  }
+
+  welcome(build: string): void {
+    this.#send(messageType.WELCOME, { version: this.version, pid: process.pid, build });
+  }
+
+  /** Takes a RESULT to whoever waits for it. */
+  settle(result: Message): void {
+    const key = tagKey(result.int("request"), result.string("step"));
+    const pending = this.#pending.get(key);
+    if (!pending) return; // asked by the cedanad before us, and not asked again
+    this.#pending.delete(key);
+    const errno = result.int("errno");
+    if (errno === 0) {
+      pending.resolve(result);
+      return;
+    }
+    const code = errorNames.get(errno) ?? `errno ${errno}`;
+    const detail = result.string("message");
+    const text = detail ? `${pending.what}: ${detail}` : `${pending.what}: ${code}`;
+    pending.reject(
+      code === "ETIMEDOUT"
+        ? new TimedOut(text)
+        : new SyscallFailed(text, { errno, code, syscall: detail.split(/[\s:(]/, 1)[0] ?? "" }),
+    );
+  }
+
+  /** The connection has ended. */
+  lost(): void {
+    this.#closed = true;
+    for (const pending of this.#pending.values())
+      pending.reject(new Unavailable(`${pending.what}: the pod's keeper (pid ${this.pid}) is gone`));
+    this.#pending.clear();
+  }
+
+  #operate(type: number, tag: Tag, what: string, values: FieldValues): Promise<Message> {
+    return new Promise((resolve, reject) => {
+      if (this.#closed) {
+        reject(new Unavailable(`${what}: the pod's keeper (pid ${this.pid}) is gone`));
+        return;
+      }
+      this.#pending.set(tagKey(tag.request, tag.step), { what, resolve, reject });
+      this.#send(type, { request: tag.request, step: tag.step, ...values });
+    });
+  }
+
+  #send(type: number, values: FieldValues): void {
+    if (!this.#closed) this.#socket.write(encodeMessage(type as never, values));
+  }
+}
+
+function tagKey(request: number, step: string): string {
+  return `${request}/${step}`;
+}

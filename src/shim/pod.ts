@@ -1,0 +1,221 @@
+import { createHash } from "node:crypto";
+import { join } from "node:path";
+import type { Logger } from "pino";
+import type { Dispatcher } from "../ttrpc/index.ts";
+import { type Event, forwardFrame } from "./events.ts";
+import { readTaskRecord } from "./journal.ts";
+import type { AdoptedExit, Keeper, Tag } from "./keeper.ts";
+import { exitStatusOf, type Message } from "./keeper-protocol.ts";
+import { Task, type Work } from "./task.ts";
+
+/** Calls that start processes and learn their pid from a file. */
+const METHODS_THAT_START = ["Create", "Start"];
+
+/** A request that was in work at two crashes is not tried a third time. */
+const MAX_DELIVERIES = 2;
+
+/** What a call of the task service knows of where it came from. */
+export interface CallContext {
+  readonly pod: Pod;
+  readonly work: Work;
+  /** refuse instead of executing: two cedanads have died over it */
+  readonly poisonous: boolean;
+  /** the call only waits from now on */
+  park(): void;
+}
+
+/**
+ * The tasks of one keeper: a container, or the containers of a Kubernetes pod. Takes the keeper's reports to the task they
+ * belong to, and requests to the task service.
+ */
+export class Pod {
+  readonly keeper: Keeper;
+  readonly namespace: string;
+  readonly log: Logger;
+  readonly tasks = new Map<string, Task>();
+  /** tasks whose Create is under way: nobody sees them yet but their processes' exits */
+  readonly creating = new Set<Task>();
+  readonly #runDirectory: string;
+  readonly #dispatcher: Dispatcher<CallContext>;
+  /** exits of pids that no task has, or not yet: Create, Start and Exec learn their pid from a file */
+  readonly #unclaimed = new Map<number, AdoptedExit>();
+  readonly #calls = new Map<number, { connection: number; abort: AbortController }>();
+  #startsUnderWay = 0;
+  /** Until END, reports of a keeper that came back are only collected: requests must be running again before exits are told. */
+  #arriving: { exits: Message[]; requests: Message[] } | undefined = { exits: [], requests: [] };
+
+  constructor(options: {
+    keeper: Keeper;
+    namespace: string;
+    runDirectory: string;
+    log: Logger;
+    dispatcher: Dispatcher<CallContext>;
+  }) {
+    this.keeper = options.keeper;
+    this.namespace = options.namespace;
+    this.log = options.log;
+    this.#runDirectory = options.runDirectory;
+    this.#dispatcher = options.dispatcher;
+  }
+
+  /** A path short enough for a unix socket, whatever the bundle's path is. */
+  consoleSocketPath(io: string): string {
+    const name = createHash("sha256").update(`${this.namespace}/${this.keeper.pid}/${io}`).digest("hex").slice(0, 24);
+    return join(this.#runDirectory, "c", name);
+  }
+
+  publish(containerId: string, key: string, event: Event): void {
+    this.keeper.event(containerId, key, forwardFrame(this.namespace, event, BigInt(Date.now()) * 1_000_000n));
+  }
+
+  /** The exit of a process that ended before we knew its pid; one from before `sinceNs` was another process. */
+  takeUnclaimedExit(pid: number, sinceNs: bigint): AdoptedExit | undefined {
+    const exit = this.#unclaimed.get(pid);
+    if (!exit || exit.atNs < sinceNs) return undefined;
+    this.#unclaimed.delete(pid);
+    return exit;
+  }
+
+  // ---- what the keeper says ------------------------------------------------------------------------------------------
+
+  /** TASK of a keeper that came back: read the record that the cedanad before us left. */
+  taskKnown(message: Message): void {
+    const [id, bundle] = [message.string("id"), message.string("bundle")];
+    try {
+      const record = readTaskRecord(bundle);
+      if (record && record.id === id) {
+        this.tasks.set(id, Task.revive(this, record));
+        return;
+      }
+      this.log.info({ task: id }, "the record is gone with the bundle: the task was deleted");
+    } catch (error) {
+      this.log.error({ task: id, err: error }, "read the task's record");
+    }
+    this.keeper.taskGone(id);
+  }
+
+  exited(message: Message): void {
+    if (this.#arriving) {
+      this.#arriving.exits.push(message);
+      return;
+    }
+    const exit: AdoptedExit = {
+      sequence: message.int("sequence"),
+      pid: message.int("pid"),
+      exitStatus: exitStatusOf(message.int("waitStatus")),
+      atNs: message.bigint("atNs"),
+    };
+    for (const task of [...this.tasks.values(), ...this.creating])
+      for (const process of task.processes())
+        if (process.pid === exit.pid && !process.exit && !process.heldExit) {
+          task.processEnded(process, exit);
+          return;
+        }
+    this.#unclaimed.set(exit.pid, exit);
+    this.#forgetOrphans();
+  }
+
+  requested(message: Message): void {
+    if (this.#arriving) this.#arriving.requests.push(message);
+    else void this.#serve(message);
+  }
+
+  connectionClosed(connection: number): void {
+    for (const call of this.#calls.values()) if (call.connection === connection) call.abort.abort();
+  }
+
+  outOfMemory(containerId: string): void {
+    void this.tasks.get(containerId)?.outOfMemory();
+  }
+
+  eventRefused(containerId: string, key: string, why: string): void {
+    this.log.error({ task: containerId, event: key }, `containerd refused an event: ${why}`);
+  }
+
+  /** END: everything that the keeper had to say of the past has come. */
+  async arrived(): Promise<void> {
+    const { exits, requests } = this.#arriving ?? { exits: [], requests: [] };
+    this.#arriving = undefined;
+    for (const [id, task] of this.tasks) {
+      if (task.init.state === "deleted" && requests.length === 0) {
+        this.tasks.delete(id); // its Delete was answered, only our TASK_GONE was not sent
+        this.keeper.taskGone(id);
+      } else await task.revived();
+    }
+    this.#startsUnderWay += 1; // no exit is an orphan's before the repeated requests have learned their pids
+    const served = requests.map((request) => this.#serve(request));
+    await new Promise((resolve) => setImmediate(resolve));
+    for (const exit of exits) this.exited(exit);
+    void Promise.allSettled(served.filter((_, index) => mayStartProcess(requests[index]!))).then(() => {
+      this.#startsUnderWay -= 1;
+      this.#forgetOrphans();
+    });
+  }
+
+  lost(): void {
+    for (const call of this.#calls.values()) call.abort.abort();
+    this.keeper.lost();
+  }
+
+  async #serve(message: Message): Promise<void> {
+    const request = message.int("request");
+    const connection = message.int("connection");
+    const deliveries = message.int("deliveries");
+    const abort = new AbortController();
+    if (message.int("closed") === 1) abort.abort();
+    this.#calls.set(request, { connection, abort });
+    const starts = mayStartProcess(message);
+    if (starts) this.#startsUnderWay += 1;
+    const sinceNs = (BigInt(Date.now()) - BigInt(message.int("ageMs")) - 1n) * 1_000_000n;
+    const work: Work = {
+      request,
+      repeated: deliveries > 1,
+      sinceNs,
+      tag: (step: string): Tag => ({ request, step }),
+    };
+    try {
+      const frame = await this.#dispatcher.dispatch(
+        message.bytes("frame"),
+        { pod: this, work, poisonous: deliveries > MAX_DELIVERIES, park: () => this.keeper.parked(request) },
+        abort.signal,
+      );
+      this.keeper.respond(request, frame ?? new Uint8Array());
+    } catch (error) {
+      this.log.error({ err: error, request }, "a call of the task service failed outside its handler");
+      this.keeper.respond(request, new Uint8Array());
+    } finally {
+      this.#calls.delete(request);
+      if (starts) {
+        this.#startsUnderWay -= 1;
+        this.#forgetOrphans();
+      }
+      this.#afterResponse(request);
+    }
+  }
+
+  readonly #afterwards = new Map<number, () => void>();
+
+  /** Runs when the response to the request is on its way. */
+  afterResponse(request: number, action: () => void): void {
+    this.#afterwards.set(request, action);
+  }
+
+  #afterResponse(request: number): void {
+    const action = this.#afterwards.get(request);
+    this.#afterwards.delete(request);
+    action?.();
+  }
+
+  /** While no call is under way that may yet learn its pid, an unclaimed exit is that of somebody's orphan. */
+  #forgetOrphans(): void {
+    if (this.#startsUnderWay > 0) return;
+    for (const exit of this.#unclaimed.values()) this.keeper.acknowledge(exit.sequence);
+    this.#unclaimed.clear();
+  }
+}
+
+/** Whether the frame calls a method that starts a process, judged by the method's field in the request: cheap, and never fails. */
+function mayStartProcess(message: Message): boolean {
+  const head = message.bytes("frame").subarray(10, 160).toString("latin1");
+  return METHODS_THAT_START.some((method) => head.includes(`\x12${String.fromCharCode(method.length)}${method}`));
+}

@@ -1,0 +1,180 @@
+import type { Socket } from "node:net";
+import type { Logger } from "pino";
+import { toStatus } from "../errors/index.ts";
+import { Dispatcher } from "../ttrpc/index.ts";
+import { answerStart } from "./bootstrap.ts";
+import { runtimeInfo } from "./info.ts";
+import { Keeper } from "./keeper.ts";
+import {
+  encodeMessage,
+  type FieldValues,
+  type Message,
+  MessageReader,
+  messageType,
+  PROTOCOL_VERSION_MAX,
+  PROTOCOL_VERSION_MIN,
+} from "./keeper-protocol.ts";
+import { type CallContext, Pod } from "./pod.ts";
+import { serviceNames, taskService } from "./task-service.ts";
+
+const EPROTO = 71;
+
+const deleteFlags = { ended: 1, unknown: 2 } as const;
+
+/**
+ * cedanad's side of the connections that launchers and keepers open. A launcher's connection becomes its keeper's when the
+ * launcher turns into one.
+ */
+export class ShimServer {
+  readonly pods = new Set<Pod>();
+  readonly #log: Logger;
+  readonly #runDirectory: string;
+  readonly #build: string;
+  readonly #versionMax: number;
+  readonly #dispatcher = new Dispatcher<CallContext>();
+
+  constructor(options: { log: Logger; runDirectory: string; build: string; versionMax?: number | undefined }) {
+    this.#log = options.log;
+    this.#runDirectory = options.runDirectory;
+    this.#build = options.build;
+    this.#versionMax = Math.min(options.versionMax ?? PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MAX);
+    for (const name of serviceNames) this.#dispatcher.register(name, taskService);
+  }
+
+  get taskCount(): number {
+    let count = 0;
+    for (const pod of this.pods) count += pod.tasks.size;
+    return count;
+  }
+
+  /** Takes over an accepted connection, from a peer that has been checked. */
+  accept(socket: Socket): void {
+    const reader = new MessageReader();
+    const connection: Connection = { socket, pod: undefined };
+    socket.on("data", (chunk: Buffer) => {
+      try {
+        for (const message of reader.push(chunk)) this.#handle(connection, message);
+      } catch (error) {
+        this.#log.error({ err: error, keeper: connection.pod?.keeper.pid }, "a keeper's connection is unusable");
+        socket.destroy();
+      }
+    });
+    socket.on("error", (error) => this.#log.warn({ err: error }, "a keeper's connection failed")); // close follows
+    socket.on("close", () => {
+      const { pod } = connection;
+      if (!pod) return;
+      this.pods.delete(pod);
+      pod.lost();
+      this.#log.info({ keeper: pod.keeper.pid, tasks: [...pod.tasks.keys()] }, "a keeper has gone");
+    });
+  }
+
+  #handle(connection: Connection, message: Message): void {
+    const { pod } = connection;
+    switch (message.type) {
+      case messageType.HELLO:
+        this.#welcome(connection, message);
+        return;
+      case messageType.START:
+        this.#answer(connection, messageType.START_ANSWER, answerStart(message, this.#runDirectory));
+        return;
+      case messageType.DELETE:
+        this.#answer(connection, messageType.DELETE_ANSWER, this.#answerDelete(message));
+        return;
+      case messageType.INFO:
+        this.#answer(connection, messageType.INFO_ANSWER, runtimeInfo(message.bytes("options"), this.#build));
+        return;
+    }
+    if (!pod) throw new Error(`message ${message.type} before HELLO`);
+    switch (message.type) {
+      case messageType.RESULT:
+        pod.keeper.settle(message);
+        return;
+      case messageType.REQUEST:
+        pod.requested(message);
+        return;
+      case messageType.EXIT:
+        pod.exited(message);
+        return;
+      case messageType.TASK:
+        pod.taskKnown(message);
+        return;
+      case messageType.END:
+        void pod.arrived();
+        return;
+      case messageType.PING:
+        pod.keeper.pong(message.int("nonce"));
+        return;
+      case messageType.OOM:
+        pod.outOfMemory(message.string("id"));
+        return;
+      case messageType.CONNECTION_CLOSED:
+        pod.connectionClosed(message.int("connection"));
+        return;
+      case messageType.EVENT_REFUSED:
+        pod.eventRefused(message.string("id"), message.string("eventKey"), message.string("message"));
+        return;
+      default: // SPAWNED, and what newer keepers may say
+        return;
+    }
+  }
+
+  #welcome(connection: Connection, hello: Message): void {
+    const version = Math.min(this.#versionMax, hello.int("versionMax"));
+    if (version < Math.max(PROTOCOL_VERSION_MIN, hello.int("versionMin"))) {
+      const ours = `${PROTOCOL_VERSION_MIN} to ${this.#versionMax}`;
+      const theirs = `${hello.int("versionMin")} to ${hello.int("versionMax")}`;
+      this.#log.error({ keeper: hello.int("pid"), ours, theirs }, "a keeper speaks no version of the protocol that we do");
+      const message = `cedanad speaks versions ${ours}, the keeper ${theirs}`;
+      connection.socket.end(encodeMessage(messageType.WELCOME, { errno: EPROTO, message }));
+      return;
+    }
+    const keeper = new Keeper(connection.socket, hello.int("pid"), version);
+    const namespace = hello.string("namespace");
+    const log = this.#log.child({ namespace, keeper: keeper.pid });
+    connection.pod = new Pod({
+      keeper,
+      namespace,
+      runDirectory: this.#runDirectory,
+      log,
+      dispatcher: this.#dispatcher,
+    });
+    this.pods.add(connection.pod);
+    keeper.welcome(this.#build);
+    log.info({ id: hello.string("id"), version }, "a keeper has come");
+  }
+
+  #answer(connection: Connection, type: 41 | 43 | 45, answer: Promise<FieldValues>): void {
+    answer
+      .catch((error): FieldValues => {
+        const { message } = toStatus(error);
+        this.#log.error({ err: error }, "a launcher's question failed");
+        return { errno: EPROTO, message };
+      })
+      .then((values) => connection.socket.write(encodeMessage(type, values)));
+  }
+
+  /**
+   * containerd's `delete`: after every normal Delete, and when it has lost the shim. What we still hold of the task ends here;
+   * a keeper that is gone leaves the rest to the launcher.
+   */
+  async #answerDelete(message: Message): Promise<FieldValues> {
+    const [namespace, id, bundle] = [message.string("namespace"), message.string("id"), message.string("bundle")];
+    for (const pod of this.pods) {
+      if (pod.namespace !== namespace) continue;
+      const task = pod.tasks.get(id);
+      if (!task || (bundle !== "" && task.bundle !== bundle)) continue;
+      const exit = await task.destroy();
+      pod.tasks.delete(id);
+      pod.keeper.taskGone(id);
+      if (pod.tasks.size === 0 && pod.creating.size === 0) pod.keeper.leave();
+      return { flags: deleteFlags.ended, pid: task.init.pid, status: exit.status, atNs: exit.atNs };
+    }
+    return { flags: deleteFlags.unknown };
+  }
+}
+
+interface Connection {
+  socket: Socket;
+  pod: Pod | undefined;
+}

@@ -1,0 +1,287 @@
+import Long from "long";
+import { AlreadyExists, CrashedTwice, InvalidRequest, NotFound, Unsupported } from "../errors/index.ts";
+import { encodeMetrics } from "../linux/stats.ts";
+import { containerd, timestampFromNs } from "../proto/index.ts";
+import { decodeCheckpointOptions } from "../runtime/options.ts";
+import type { Call, Handler } from "../ttrpc/index.ts";
+import { crashIfTold } from "./fault.ts";
+import type { CallContext, Pod } from "./pod.ts";
+import type { Exit, Process, ProcessState } from "./process.ts";
+import { Task, type Work } from "./task.ts";
+
+const api = containerd.task.v2;
+const status = containerd.v1.types.Status;
+
+/** Both versions of the service have the same calls and messages. */
+export const serviceNames = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+
+const PROCESS_DETAILS = "containerd.runc.v1.ProcessDetails";
+const EMPTY = new Uint8Array();
+/** What containerd and every file name that we make of an id allow. */
+const ID_PATTERN = /^[A-Za-z0-9][A-Za-z0-9_.-]{0,254}$/;
+/** After a dump that ends the task, its exit is a matter of reaping. */
+const EXIT_AFTER_DUMP_MS = 10_000;
+
+const statusOf: Record<ProcessState, number> = {
+  created: status.CREATED,
+  createdFromCheckpoint: status.CREATED,
+  running: status.RUNNING,
+  paused: status.PAUSED,
+  stopped: status.STOPPED,
+  deleted: status.STOPPED,
+};
+
+interface Message<T> {
+  decode(bytes: Uint8Array): T;
+}
+
+/** A call that changes something: answered from the record when it was answered before a crash. */
+function effect<T extends { id: string }>(
+  type: Message<T>,
+  handle: (request: T, task: Task, work: Work, call: Call<CallContext>) => Promise<Uint8Array>,
+): Handler<CallContext> {
+  return async (payload, call) => {
+    const request = decode(type, payload, call);
+    const { pod, work } = call.context;
+    crashIfTold(call.method);
+    refusePoison(call);
+    const task = findTask(pod, request.id);
+    return task.answerTo(work.request) ?? (await handle(request, task, work, call));
+  };
+}
+
+/** A call that only reads. */
+function query<T extends { id: string }>(
+  type: Message<T>,
+  handle: (request: T, task: Task, call: Call<CallContext>) => Promise<Uint8Array>,
+): Handler<CallContext> {
+  return async (payload, call) => {
+    const request = decode(type, payload, call);
+    crashIfTold(call.method);
+    refusePoison(call);
+    return await handle(request, findTask(call.context.pod, request.id), call);
+  };
+}
+
+/** The 17 calls, with the Go shim's meaning, states and errors. */
+export const taskService: Record<string, Handler<CallContext>> = {
+  async Create(payload, call) {
+    const request = decode(api.CreateTaskRequest, payload, call);
+    const { pod, work } = call.context;
+    crashIfTold(call.method);
+    refusePoison(call);
+    if (!ID_PATTERN.test(request.id)) throw new InvalidRequest(`container id ${JSON.stringify(request.id)} is not valid`);
+    if (!request.bundle.startsWith("/")) throw new InvalidRequest(`bundle ${request.bundle} is not an absolute path`);
+    const known = pod.tasks.get(request.id);
+    const answered = known?.answerTo(work.request);
+    if (answered) return answered;
+    if (known || [...pod.creating].some((task) => task.id === request.id))
+      throw new AlreadyExists(`task ${request.id} already exists`);
+    const task = await Task.create(pod, work, {
+      id: request.id,
+      bundle: request.bundle,
+      rootfs: request.rootfs.map(({ type, source, options }) => ({ type, source, options })),
+      stdio: {
+        terminal: request.terminal,
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+      },
+      checkpoint: request.checkpoint,
+      parentCheckpoint: request.parentCheckpoint,
+      options: request.options ?? undefined,
+    });
+    pod.tasks.set(task.id, task);
+    const answer = api.CreateTaskResponse.encode({ pid: task.init.pid }).finish();
+    task.commit(work, answer);
+    task.started(task.init);
+    return answer;
+  },
+
+  Start: effect(api.StartRequest, async (request, task, work) => {
+    const process = task.process(request.execId);
+    return await process.inTurn(async () => {
+      if (process.isInit) await task.start(work);
+      else await task.startExec(work, process);
+      const answer = api.StartResponse.encode({ pid: process.pid }).finish();
+      task.commit(work, answer);
+      task.started(process);
+      return answer;
+    });
+  }),
+
+  Delete: effect(api.DeleteRequest, async (request, task, work, call) => {
+    const { pod } = call.context;
+    const process = task.process(request.execId);
+    return await process.inTurn(async () => {
+      const { pid, exit } = process.isInit ? await task.delete(work) : await task.deleteExec(work, process);
+      const answer = api.DeleteResponse.encode({ pid, ...exitFields(exit) }).finish();
+      task.commit(work, answer);
+      if (process.isInit)
+        pod.afterResponse(work.request, () => {
+          pod.tasks.delete(task.id);
+          pod.keeper.taskGone(task.id);
+        });
+      return answer;
+    });
+  }),
+
+  Exec: effect(api.ExecProcessRequest, async (request, task, work) => {
+    if (!ID_PATTERN.test(request.execId))
+      throw new InvalidRequest(`exec id ${JSON.stringify(request.execId)} is not valid`);
+    const spec = Buffer.from(request.spec?.value ?? EMPTY).toString("utf8");
+    if (spec === "") throw new InvalidRequest(`exec ${request.execId} of task ${task.id} has no process spec`);
+    const { terminal, stdin, stdout, stderr } = request;
+    task.addExec(work, { execId: request.execId, stdio: { terminal, stdin, stdout, stderr }, spec });
+    task.commit(work, EMPTY);
+    return EMPTY;
+  }),
+
+  Kill: effect(api.KillRequest, async (request, task, work) => {
+    await task.kill(work, task.process(request.execId), request.signal, request.all);
+    task.commit(work, EMPTY);
+    return EMPTY;
+  }),
+
+  Pause: effect(api.PauseRequest, async (_request, task, work) => {
+    return await task.init.inTurn(async () => {
+      await task.pause(work);
+      task.commit(work, EMPTY);
+      return EMPTY;
+    });
+  }),
+
+  Resume: effect(api.ResumeRequest, async (_request, task, work) => {
+    return await task.init.inTurn(async () => {
+      await task.resume(work);
+      task.commit(work, EMPTY);
+      return EMPTY;
+    });
+  }),
+
+  Checkpoint: effect(api.CheckpointTaskRequest, async (request, task, work) => {
+    return await task.init.inTurn(async () => {
+      const options = decodeCheckpointOptions(request.options ?? undefined);
+      await task.checkpoint(work, { imagePath: options.imagePath || request.path, options });
+      if (options.exit)
+        await Promise.race([
+          task.init.waitForExit(),
+          new Promise((resolve) => setTimeout(resolve, EXIT_AFTER_DUMP_MS).unref()),
+        ]);
+      task.commit(work, EMPTY);
+      return EMPTY;
+    });
+  }),
+
+  Update: effect(api.UpdateTaskRequest, async (request, task, work) => {
+    if (!request.resources) throw new InvalidRequest(`update of task ${task.id} names no resources`);
+    await task.update(work, request.resources.value);
+    task.commit(work, EMPTY);
+    return EMPTY;
+  }),
+
+  ResizePty: effect(api.ResizePtyRequest, async (request, task, work) => {
+    await task.resizePty(work, task.process(request.execId), request.width, request.height);
+    return EMPTY;
+  }),
+
+  CloseIO: effect(api.CloseIORequest, async (request, task, work) => {
+    const process = task.process(request.execId);
+    if (request.stdin) await task.closeStdin(work, process);
+    return EMPTY;
+  }),
+
+  State: query(api.StateRequest, async (request, task) => {
+    const process = task.process(request.execId);
+    const paused = !process.isInit && process.state === "running" && task.init.state === "paused";
+    return api.StateResponse.encode({
+      id: task.id,
+      bundle: task.bundle,
+      pid: process.pid,
+      status: paused ? status.PAUSED : statusOf[process.state],
+      ...process.stdio,
+      ...exitFields(process.exit),
+      execId: request.execId,
+    }).finish();
+  }),
+
+  Pids: query(api.PidsRequest, async (_request, task) => {
+    if (task.init.pid === 0 || task.init.exit) return api.PidsResponse.encode({ processes: [] }).finish();
+    const pids = await (await task.cgroup()).pids();
+    const execs = new Map<number, Process>();
+    for (const exec of task.execs.values()) if (exec.pid !== 0 && !exec.exit) execs.set(exec.pid, exec);
+    const processes = pids.map((pid) => {
+      const exec = execs.get(pid);
+      if (!exec) return { pid };
+      const value = containerd.runc.v1.ProcessDetails.encode({ execId: exec.execId }).finish();
+      return { pid, info: { typeUrl: PROCESS_DETAILS, value } };
+    });
+    return api.PidsResponse.encode({ processes }).finish();
+  }),
+
+  Wait: query(api.WaitRequest, async (request, task, call) => {
+    const process = task.process(request.execId);
+    if (!process.exit) call.context.park();
+    const exit = process.exit ?? (await untilAborted(process.waitForExit(), call.signal));
+    return api.WaitResponse.encode(exitFields(exit)).finish();
+  }),
+
+  Stats: query(api.StatsRequest, async (_request, task) => {
+    const stats = await encodeMetrics(await task.cgroup());
+    return api.StatsResponse.encode({ stats }).finish();
+  }),
+
+  async Connect(payload, call) {
+    const request = decode(api.ConnectRequest, payload, call);
+    const { pod } = call.context;
+    const task = pod.tasks.get(request.id);
+    return api.ConnectResponse.encode({
+      shimPid: pod.keeper.pid,
+      taskPid: task?.init.pid ?? 0,
+      version: "cedana",
+    }).finish();
+  },
+
+  async Shutdown(payload, call) {
+    decode(api.ShutdownRequest, payload, call);
+    const { pod, work } = call.context;
+    if (pod.tasks.size === 0 && pod.creating.size === 0)
+      pod.afterResponse(work.request, () => {
+        // A Create may have come meanwhile: the keeper of a pod serves them all.
+        if (pod.tasks.size === 0 && pod.creating.size === 0) pod.keeper.leave();
+      });
+    return EMPTY;
+  },
+};
+
+function findTask(pod: Pod, id: string): Task {
+  const task = pod.tasks.get(id);
+  if (!task) throw new NotFound(`task ${id} does not exist: container not created`);
+  return task;
+}
+
+function decode<T>(type: Message<T>, payload: Uint8Array, call: Call<CallContext>): T {
+  try {
+    return type.decode(payload);
+  } catch (error) {
+    throw new InvalidRequest(`${call.method}: the request can't be decoded`, { cause: error });
+  }
+}
+
+function refusePoison(call: Call<CallContext>): void {
+  if (call.context.poisonous)
+    throw new CrashedTwice(`${call.method} was in work when cedanad ended, twice: not tried again. See cedanad's log`);
+}
+
+function exitFields(exit: Exit | undefined) {
+  return exit ? { exitStatus: exit.status, exitedAt: timestampFromNs(exit.atNs) } : {};
+}
+
+function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
+  return new Promise((resolve, reject) => {
+    const abort = () => reject(signal.reason as Error);
+    if (signal.aborted) abort();
+    signal.addEventListener("abort", abort, { once: true });
+    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
+  });
+}

@@ -1,0 +1,667 @@
+import { readFile, rm, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import type { Logger } from "pino";
+import { AlreadyExists, BrokenImage, InvalidRequest, NotFound, SyscallFailed, Unavailable, WrongState } from "../errors/index.ts";
+import { Cgroup } from "../linux/cgroup.ts";
+import { planMount } from "../linux/mount-options.ts";
+import { Engine, type EngineCommand, engineFailure } from "../runtime/engine.ts";
+import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
+import { type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
+import { type CheckpointRequest, dump, planRestore, type RestorePlan } from "./checkpoint.ts";
+import * as events from "./events.ts";
+import { type ExecRecord, MAX_ANSWERS, type TaskRecord, writeEngineNote, writeTaskRecord } from "./journal.ts";
+import type { AdoptedExit, Tag } from "./keeper.ts";
+import type { Pod } from "./pod.ts";
+import { type Exit, Process, type ProcessStdio } from "./process.ts";
+import { planStdio } from "./stdio.ts";
+
+const SIGKILL = 9;
+/** How long Delete waits for output that a background child may hold open, as the Go shim does. */
+const DRAIN_LIMIT_MS = 10_000;
+/** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
+const OOM_COUNTER_ATTEMPTS = 10;
+const OOM_COUNTER_INTERVAL_MS = 20;
+
+/** The call on whose behalf something is done: gives its operations tags that a repetition derives again. */
+export interface Work {
+  /** the keeper's number of the request */
+  readonly request: number;
+  /** the request was delivered to a cedanad before us */
+  readonly repeated: boolean;
+  /** when the request arrived at the keeper, nanoseconds since 1970 */
+  readonly sinceNs: bigint;
+  tag(step: string): Tag;
+}
+
+export interface CreateRequest {
+  id: string;
+  bundle: string;
+  rootfs: { type: string; source: string; options: string[] }[];
+  stdio: ProcessStdio;
+  /** directory of images to restore from, "" for a fresh start */
+  checkpoint: string;
+  parentCheckpoint: string;
+  options: { typeUrl: string; value: Uint8Array } | undefined;
+}
+
+export interface ExecRequest {
+  execId: string;
+  stdio: ProcessStdio;
+  /** the OCI process, JSON */
+  spec: string;
+}
+
+/**
+ * A container under containerd, from Create to Delete: its init, its exec'd processes, its rootfs, and the record in the
+ * bundle from which the next cedanad continues.
+ *
+ * Each verb does its work by operations of the keeper, whose tags come from the request. A verb that is run again after a
+ * crash therefore takes the same way, finds what is done already done, and gives the same answer.
+ */
+export class Task {
+  readonly id: string;
+  readonly bundle: string;
+  readonly init: Process;
+  readonly engine: Engine;
+  readonly options: RuntimeOptions;
+  readonly execs = new Map<string, Process>();
+  readonly #pod: Pod;
+  readonly #log: Logger;
+  readonly #execSpecs = new Map<string, { serial: number; spec: string }>();
+  #answers: TaskRecord["answers"] = [];
+  #spec: OciSpec | undefined;
+  #cgroup: Cgroup | undefined;
+  #rootfsMounted = false;
+  #restoreFrom: string | undefined;
+  #parentCheckpoint: string | undefined;
+  #oomKills = 0;
+
+  private constructor(
+    pod: Pod,
+    id: string,
+    bundle: string,
+    options: RuntimeOptions,
+    init: Process,
+    restoreFrom: string | undefined,
+  ) {
+    this.#pod = pod;
+    this.id = id;
+    this.bundle = bundle;
+    this.options = options;
+    this.init = init;
+    this.#restoreFrom = restoreFrom;
+    this.engine = new Engine({
+      binary: options.binaryName,
+      root: options.root,
+      systemdCgroup: options.systemdCgroup,
+      namespace: pod.namespace,
+    });
+    this.#log = pod.log.child({ task: id });
+  }
+
+  get namespace(): string {
+    return this.#pod.namespace;
+  }
+
+  get log(): Logger {
+    return this.#log;
+  }
+
+  get pod(): Pod {
+    return this.#pod;
+  }
+
+  get restoreFrom(): string | undefined {
+    return this.#restoreFrom;
+  }
+
+  /** Containerd's Create: rootfs, stdio, and the engine's `create`, or everything but that when it will be restored. */
+  static async create(pod: Pod, work: Work, request: CreateRequest): Promise<Task> {
+    const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
+    const restoreFrom = request.checkpoint || options.criuImagePath || undefined;
+    if (restoreFrom !== undefined && !restoreFrom.startsWith("/"))
+      throw new InvalidRequest(`checkpoint ${restoreFrom} is not an absolute path`);
+    const init = new Process("", request.id, request.stdio, restoreFrom ? "createdFromCheckpoint" : "created");
+    const task = new Task(pod, request.id, request.bundle, options, init, restoreFrom);
+    task.#spec = spec;
+    task.#parentCheckpoint = request.parentCheckpoint || undefined;
+    if (restoreFrom) await planRestore(task, spec, restoreFrom); // what can't be restored is said before anything is made
+    writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
+    init.starting = true; // an exit waits until the create event is out
+    pod.creating.add(task);
+    try {
+      const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace);
+      await task.#mountRootfs(work, request.rootfs);
+      await pod.keeper.ioOpen(work.tag("io"), stdio);
+      if (!restoreFrom) await task.#createContainer(work);
+    } catch (error) {
+      await task.#undoCreate(work);
+      throw error;
+    } finally {
+      pod.creating.delete(task);
+    }
+    task.publish(`create:${work.request}`, events.taskCreate(task, request.rootfs));
+    return task;
+  }
+
+
+  /** The task as the cedanad before us left it. */
+  static revive(pod: Pod, record: TaskRecord): Task {
+    const stdio = { terminal: record.terminal, stdin: record.stdin, stdout: record.stdout, stderr: record.stderr };
+    const init = new Process("", record.id, stdio, record.state as never);
+    const task = new Task(pod, record.id, record.bundle, record.options as RuntimeOptions, init, record.restoreFrom);
+    init.pid = record.pid;
+    if (record.exit) init.markExited({ status: record.exit.status, atNs: BigInt(record.exit.atNs) });
+    task.#rootfsMounted = record.rootfsMounted;
+    task.#parentCheckpoint = record.parentCheckpoint;
+    task.#oomKills = record.oomKills;
+    task.#answers = record.answers;
+    for (const exec of record.execs) {
+      const process = new Process(
+        exec.execId,
+        execIo(record.id, exec.serial),
+        { terminal: exec.terminal, stdin: exec.stdin, stdout: exec.stdout, stderr: exec.stderr },
+        exec.state as never,
+      );
+      process.pid = exec.pid;
+      if (exec.exit) process.markExited({ status: exec.exit.status, atNs: BigInt(exec.exit.atNs) });
+      task.execs.set(exec.execId, process);
+      task.#execSpecs.set(exec.execId, { serial: exec.serial, spec: exec.spec });
+    }
+    return task;
+  }
+
+  /** What a record doesn't hold is found again. */
+  async revived(): Promise<void> {
+    if (this.init.pid === 0 || this.init.exit) return;
+    try {
+      this.#spec = await readSpec(this.bundle);
+      this.#cgroup = await Cgroup.of(this.init.pid);
+    } catch (error) {
+      this.#log.warn({ err: error }, "revive the task: its exit is expected");
+    }
+  }
+
+  /** @throws NotFound */
+  process(execId: string): Process {
+    if (execId === "") return this.init;
+    const process = this.execs.get(execId);
+    if (!process) throw new NotFound(`exec ${execId} of task ${this.id} does not exist`);
+    return process;
+  }
+
+  processes(): Process[] {
+    return [this.init, ...this.execs.values()];
+  }
+
+  /** The answer given to this request before a crash, if it was. */
+  answerTo(request: number): Uint8Array | undefined {
+    const answer = this.#answers.find((one) => one.request === request);
+    return answer && Buffer.from(answer.payload, "base64");
+  }
+
+  /** Records the state together with the answer that is about to go out. */
+  commit(work: Work, answer: Uint8Array): void {
+    this.#answers.push({ request: work.request, payload: Buffer.from(answer).toString("base64") });
+    if (this.#answers.length > MAX_ANSWERS) this.#answers.shift();
+    this.record();
+  }
+
+  /** Writes the record, and tells the keeper which pids it may answer with alone. */
+  record(): void {
+    const stdio = this.init.stdio;
+    writeTaskRecord({
+      version: 1,
+      id: this.id,
+      namespace: this.namespace,
+      bundle: this.bundle,
+      state: this.init.state,
+      pid: this.init.pid,
+      ...stdio,
+      options: this.options,
+      rootfsMounted: this.#rootfsMounted,
+      ...(this.#restoreFrom && { restoreFrom: this.#restoreFrom }),
+      ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
+      oomKills: this.#oomKills,
+      ...exitRecord(this.init.exit),
+      execs: [...this.execs.values()].map((process): ExecRecord => {
+        const { serial, spec } = this.#execSpecs.get(process.execId)!;
+        return {
+          execId: process.execId,
+          serial,
+          state: process.state,
+          pid: process.pid,
+          ...process.stdio,
+          spec,
+          ...exitRecord(process.exit),
+        };
+      }),
+      answers: this.#answers,
+    });
+    const alive = (process: Process) => process.pid !== 0 && !process.exit;
+    const execPids = [...this.execs.values()].filter(alive).map((process) => process.pid);
+    this.#pod.keeper.task(this.id, this.bundle, alive(this.init) ? this.init.pid : 0, execPids);
+  }
+
+  // ---- start -------------------------------------------------------------------------------------------------------
+
+  /** Starts the init: the engine's `start`, or `restore` for a task created from a checkpoint. @returns its pid */
+  async start(work: Work): Promise<number> {
+    const restoring = this.init.state === "createdFromCheckpoint";
+    this.init.check("start");
+    this.init.starting = true;
+    try {
+      if (restoring) await this.#restore(work);
+      else await this.#runEngine(work.tag("start"), "start", this.engine.start({ id: this.id, logFile: this.#logFile("start") }));
+      this.init.move("start");
+    } catch (error) {
+      this.started(this.init);
+      throw error;
+    }
+    this.publish(`start:${work.request}`, events.taskStart(this.id, this.init.pid));
+    return this.init.pid;
+  }
+
+  /** The start is on record: an exit that came meanwhile may be told. */
+  started(process: Process): void {
+    process.starting = false;
+    this.#releaseHeldExits();
+  }
+
+  async #restore(work: Work): Promise<void> {
+    const spec = await this.spec();
+    const plan: RestorePlan = await planRestore(this, spec, this.#restoreFrom!);
+    const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
+    const pidFile = join(this.bundle, "init.pid");
+    try {
+      const command = this.engine.restore({
+        id: this.id,
+        bundle: this.bundle,
+        pidFile,
+        logFile: this.#logFile("restore"),
+        consoleSocket,
+        detach: true,
+        noPivot: this.options.noPivotRoot,
+        noNewKeyring: this.options.noNewKeyring,
+        ...plan.engineOptions,
+      });
+      const exit = await this.#pod.keeper.run(work.tag("restore"), { argv: command.argv, io: this.init.io, consoleSocket });
+      if (exit.exitStatus !== 0)
+        throw await plan.failure(await engineFailure("restore", this.id, exit.exitStatus, this.#logFile("restore")));
+      this.#adopt(work, this.init, await readPidFile(pidFile));
+      await plan.done();
+    } catch (error) {
+      // Nothing of the container may stay, and the task must be deletable: it has ended without having lived.
+      await this.#engineDelete(work.tag("undo-restore"), true).catch((cause) =>
+        this.#log.warn({ err: cause }, "delete what a failed restore left"),
+      );
+      await plan.done();
+      this.init.markExited({ status: 255, atNs: nowNs() });
+      this.record();
+      throw error;
+    }
+    await this.#attachCgroup(work);
+  }
+
+  /** Starts an exec'd process. @returns its pid */
+  async startExec(work: Work, process: Process): Promise<number> {
+    process.check("start");
+    if (this.init.exit || this.init.state === "stopped")
+      throw new WrongState(`cannot start ${process.name}: task ${this.id} has ended`);
+    if (this.init.state === "paused") throw new WrongState(`cannot start ${process.name}: task ${this.id} is paused`);
+    if (this.init.state !== "running") throw new WrongState(`cannot start ${process.name}: init process is not running`);
+    const { serial, spec } = this.#execSpecs.get(process.execId)!;
+    const file = (suffix: string) => this.#execFile(serial, suffix);
+    const consoleSocket = process.stdio.terminal ? this.#pod.consoleSocketPath(process.io) : undefined;
+    process.starting = true;
+    try {
+      await writeFile(file("json"), spec, { mode: 0o600 });
+      await this.#pod.keeper.ioOpen(work.tag("io"), planStdio(process.io, process.stdio, this.id, this.namespace));
+      try {
+        const command = this.engine.exec({
+          id: this.id,
+          processFile: file("json"),
+          pidFile: file("pid"),
+          logFile: file("log"),
+          consoleSocket,
+          detach: true,
+        });
+        const exit = await this.#pod.keeper.run(work.tag("exec"), { argv: command.argv, io: process.io, consoleSocket });
+        if (exit.exitStatus !== 0) throw await engineFailure("exec", this.id, exit.exitStatus, file("log"));
+        this.#adopt(work, process, await readPidFile(file("pid")));
+      } catch (error) {
+        await this.#pod.keeper.ioFree(work.tag("undo-io"), process.io);
+        throw error;
+      }
+      process.move("start");
+    } catch (error) {
+      this.started(process);
+      throw error;
+    }
+    this.publish(`exec-started:${work.request}`, events.execStarted(this.id, process.execId, process.pid));
+    return process.pid;
+  }
+
+  /** Registers an exec'd process; it runs at its Start. */
+  addExec(work: Work, request: ExecRequest): void {
+    if (this.execs.has(request.execId)) throw new AlreadyExists(`exec ${request.execId} of task ${this.id} already exists`);
+    if (this.init.state === "createdFromCheckpoint" || this.init.state === "stopped" || this.init.state === "deleted")
+      throw new WrongState(`cannot exec in task ${this.id}: it is ${this.init.state}`);
+    if (this.init.state === "paused") throw new WrongState(`cannot exec in task ${this.id}: it is paused`);
+    const process = new Process(request.execId, execIo(this.id, work.request), request.stdio, "created");
+    this.execs.set(request.execId, process);
+    this.#execSpecs.set(request.execId, { serial: work.request, spec: request.spec });
+    this.publish(`exec-added:${work.request}`, events.execAdded(this.id, request.execId));
+  }
+
+  /** The process has a pid now; it may have ended already. */
+  #adopt(work: Work, process: Process, pid: number): void {
+    process.pid = pid;
+    const early = this.#pod.takeUnclaimedExit(pid, work.sinceNs);
+    if (early) this.processEnded(process, early);
+  }
+
+  // ---- exits -------------------------------------------------------------------------------------------------------
+
+  /** A process of ours has ended. Held back while its Start is under way, and an init's until its execs have ended. */
+  processEnded(process: Process, exit: AdoptedExit): void {
+    process.heldExit = { status: exit.exitStatus, atNs: exit.atNs, sequence: exit.sequence };
+    if (process.isInit && this.#sharesPidNamespace()) void this.#killRemaining();
+    this.#releaseHeldExits();
+  }
+
+  #releaseHeldExits(): void {
+    for (const exec of this.execs.values()) if (exec.heldExit && !exec.starting) this.#publishExit(exec);
+    const execsLeft = [...this.execs.values()].some((exec) => exec.state === "running" || (exec.starting && exec.pid !== 0));
+    if (this.init.heldExit && !this.init.starting && !execsLeft) void this.#publishInitExit();
+  }
+
+  async #publishInitExit(): Promise<void> {
+    // A kill for want of memory comes before the exit that it causes, also where the keeper can't watch for it.
+    const held = this.init.heldExit;
+    await this.outOfMemory(1);
+    if (this.init.heldExit === held && held) this.#publishExit(this.init);
+  }
+
+  #publishExit(process: Process): void {
+    const { status, atNs, sequence } = process.heldExit!;
+    process.markExited({ status, atNs });
+    this.record();
+    this.publish(
+      `exit:${sequence}`,
+      events.taskExit(this.id, process.isInit ? this.id : process.execId, process.pid, status, atNs),
+    );
+    this.#pod.keeper.acknowledge(sequence);
+  }
+
+  #sharesPidNamespace(): boolean {
+    return this.#spec !== undefined && sharesPidNamespace(this.#spec);
+  }
+
+  /** In a shared pid namespace, the end of init ends nobody else: what is left in the cgroup goes with it. */
+  async #killRemaining(): Promise<void> {
+    try {
+      await this.#cgroup?.kill();
+    } catch (error) {
+      this.#log.warn({ err: error }, "kill what is left of a container whose init has ended");
+    }
+  }
+
+  /** Publishes OOM kills that the cgroup counts and we haven't told of. */
+  async outOfMemory(attempts = OOM_COUNTER_ATTEMPTS): Promise<void> {
+    for (let attempt = 0; attempt < attempts && this.#cgroup; attempt++) {
+      const count = await this.#cgroup.oomKills().catch(() => 0); // no such file: the cgroup is gone with its counters
+      if (count > this.#oomKills) {
+        this.#oomKills = count;
+        this.publish(`oom:${count}`, events.taskOom(this.id));
+        this.record();
+        return;
+      }
+      if (attempt + 1 < attempts) await new Promise((resolve) => setTimeout(resolve, OOM_COUNTER_INTERVAL_MS));
+    }
+  }
+
+  // ---- signals, freezer, files ---------------------------------------------------------------------------------------
+
+  async kill(work: Work, process: Process, signal: number, all: boolean): Promise<void> {
+    const gone = () => new NotFound(`${process.name} of task ${this.id} has already ended: process already finished`);
+    if (process.pid === 0) {
+      if (process.isInit) throw gone();
+      throw new WrongState(`cannot kill ${process.name}: it has not been started`);
+    }
+    if (process.exit && !work.repeated) throw gone();
+    if (all && process.isInit) {
+      const command = this.engine.kill({ id: this.id, signal, all: true, logFile: this.#logFile("kill") });
+      await this.#runEngine(work.tag("kill-all"), "kill", command);
+      return;
+    }
+    try {
+      await this.#pod.keeper.signal(work.tag("kill"), process.pid, signal);
+    } catch (error) {
+      if (error instanceof SyscallFailed && error.code === "ESRCH") throw gone();
+      throw error;
+    }
+    // A frozen process of cgroups version 1 doesn't even die.
+    if (signal === SIGKILL && this.init.state === "paused" && this.#cgroup?.version === 1) {
+      await this.#cgroup.thaw();
+      if (!this.init.exit) this.init.move("resume");
+    }
+  }
+
+  async pause(work: Work): Promise<void> {
+    this.init.check("pause");
+    await (await this.cgroup()).freeze();
+    this.init.move("pause");
+    this.publish(`paused:${work.request}`, events.taskPaused(this.id));
+  }
+
+  async resume(work: Work): Promise<void> {
+    this.init.check("resume");
+    await (await this.cgroup()).thaw();
+    this.init.move("resume");
+    this.publish(`resumed:${work.request}`, events.taskResumed(this.id));
+  }
+
+  async update(work: Work, resources: Uint8Array): Promise<void> {
+    if (this.init.state === "stopped" || this.init.state === "deleted" || this.init.pid === 0)
+      throw new WrongState(`cannot update task ${this.id}: it is ${this.init.state}`);
+    const file = join(this.bundle, `update-${work.request}.json`);
+    await writeFile(file, resources, { mode: 0o600 });
+    try {
+      const command = this.engine.update({ id: this.id, resourcesFile: file, logFile: this.#logFile("update") });
+      await this.#runEngine(work.tag("update"), "update", command);
+    } finally {
+      await rm(file, { force: true });
+    }
+  }
+
+  /** @throws NotFound once the container has no cgroup */
+  async cgroup(): Promise<Cgroup> {
+    if (!this.#cgroup) {
+      if (this.init.pid === 0 || this.init.exit) throw new NotFound(`task ${this.id} has no cgroup: it is not running`);
+      this.#cgroup = await Cgroup.of(this.init.pid);
+    }
+    return this.#cgroup;
+  }
+
+  async spec(): Promise<OciSpec> {
+    this.#spec ??= await readSpec(this.bundle);
+    return this.#spec;
+  }
+
+  async checkpoint(work: Work, request: CheckpointRequest): Promise<void> {
+    // A dump that ended the task, repeated because we crashed before the answer: its steps are remembered by the keeper.
+    if (!(work.repeated && this.init.state === "stopped")) this.init.check("checkpoint");
+    await dump(this, work, request);
+    if (!request.options.exit) this.publish(`checkpointed:${work.request}`, events.taskCheckpointed(this.id, request.imagePath));
+  }
+
+  async resizePty(work: Work, process: Process, width: number, height: number): Promise<void> {
+    if (!process.stdio.terminal || process.pid === 0 || process.exit) return; // as the Go shim: nothing to resize is no error
+    await this.#pod.keeper.ioResize(work.tag("resize"), process.io, width, height);
+  }
+
+  async closeStdin(work: Work, process: Process): Promise<void> {
+    if (process.stdio.stdin === "" || process.exit) return;
+    await this.#pod.keeper.ioCloseStdin(work.tag("close-stdin"), process.io);
+  }
+
+  // ---- delete --------------------------------------------------------------------------------------------------------
+
+  /** Removes the container: drains and closes its stdio, the engine's `delete`, unmounts the rootfs. @returns init's exit */
+  async delete(work: Work): Promise<{ pid: number; exit: Exit | undefined }> {
+    const { init } = this;
+    const neverRan = init.state === "created" || init.state === "createdFromCheckpoint";
+    init.check("delete");
+    const { keeper } = this.#pod;
+    if (!neverRan) await this.#drain(work, init);
+    await this.#engineDelete(work.tag("delete"), neverRan);
+    if (neverRan && init.pid !== 0 && !init.exit) await Promise.race([init.waitForExit(), delay(2_000)]);
+    for (const exec of this.execs.values()) await keeper.ioFree(work.tag(`io-free:${exec.io}`), exec.io);
+    await keeper.ioFree(work.tag("io-free"), init.io);
+    if (this.#rootfsMounted) await keeper.unmount(work.tag("unmount"), join(this.bundle, "rootfs"));
+    this.#rootfsMounted = false;
+    init.move("delete");
+    const exit = init.exit ?? { status: 0, atNs: nowNs() };
+    this.publish(`delete:${work.request}`, events.taskDelete(this.id, init.pid, exit.status, exit.atNs));
+    return { pid: init.pid, exit };
+  }
+
+  async deleteExec(work: Work, process: Process): Promise<{ pid: number; exit: Exit | undefined }> {
+    process.check("delete");
+    if (process.exit) await this.#drain(work, process);
+    await this.#pod.keeper.ioFree(work.tag("io-free"), process.io);
+    process.move("delete");
+    this.execs.delete(process.execId);
+    const { serial } = this.#execSpecs.get(process.execId)!;
+    await Promise.all(["json", "pid", "log"].map((suffix) => rm(this.#execFile(serial, suffix), { force: true })));
+    this.#execSpecs.delete(process.execId);
+    return { pid: process.pid, exit: process.exit };
+  }
+
+  /**
+   * After containerd has given the task up (its `delete` call while we still hold it): everything of it ends, whatever state
+   * it is in.
+   */
+  async destroy(): Promise<Exit> {
+    const { keeper } = this.#pod;
+    if (this.init.state !== "deleted") {
+      await this.#engineDelete(keeper.ownTag("destroy"), true).catch((error) =>
+        this.#log.warn({ err: error }, "delete the container of an abandoned task"),
+      );
+      for (const process of this.processes()) await keeper.ioFree(keeper.ownTag("io-free"), process.io);
+      if (this.#rootfsMounted) await keeper.unmount(keeper.ownTag("unmount"), join(this.bundle, "rootfs"));
+    }
+    return this.init.exit ?? { status: 128 + SIGKILL, atNs: nowNs() };
+  }
+
+  async #drain(work: Work, process: Process): Promise<void> {
+    if (!(await this.#pod.keeper.ioDrain(work.tag("drain"), process.io, DRAIN_LIMIT_MS)))
+      this.#log.warn({ process: process.name }, "output still open 10 s after the end of the process: closed");
+  }
+
+  // ---- parts ---------------------------------------------------------------------------------------------------------
+
+  async #mountRootfs(work: Work, mounts: CreateRequest["rootfs"]): Promise<void> {
+    const target = join(this.bundle, "rootfs");
+    for (const [index, mount] of mounts.entries()) {
+      this.#rootfsMounted = true;
+      await this.#pod.keeper.mount(work.tag(`mount:${index}`), planMount(mount, target));
+    }
+  }
+
+  async #createContainer(work: Work): Promise<void> {
+    const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
+    const pidFile = join(this.bundle, "init.pid");
+    const command = this.engine.create({
+      id: this.id,
+      bundle: this.bundle,
+      pidFile,
+      logFile: this.#logFile("create"),
+      consoleSocket,
+      noPivot: this.options.noPivotRoot,
+      noNewKeyring: this.options.noNewKeyring,
+    });
+    const exit = await this.#pod.keeper.run(work.tag("create"), { argv: command.argv, io: this.init.io, consoleSocket });
+    if (exit.exitStatus !== 0) throw await engineFailure("create", this.id, exit.exitStatus, this.#logFile("create"));
+    this.#adopt(work, this.init, await readPidFile(pidFile));
+    await this.#attachCgroup(work);
+  }
+
+  async #attachCgroup(work: Work): Promise<void> {
+    try {
+      this.#cgroup = await Cgroup.of(this.init.pid);
+    } catch (error) {
+      this.#log.warn({ err: error }, "find the cgroup of a new container"); // it may have ended already; nothing to watch then
+      return;
+    }
+    const watch = this.#cgroup.oomWatchPath;
+    if (watch)
+      await this.#pod.keeper
+        .watchOom(work.tag("oom"), this.id, watch.path, watch.flags)
+        .catch((error) => this.#log.warn({ err: error }, "watch for out-of-memory kills"));
+  }
+
+  async #undoCreate(work: Work): Promise<void> {
+    const undo = async (what: string, action: Promise<unknown>) => {
+      await action.catch((error) => {
+        if (!(error instanceof Unavailable)) this.#log.error({ err: error }, `undo a failed create: ${what}`);
+      });
+    };
+    await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
+    await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));
+    if (this.#rootfsMounted)
+      await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
+    await rm(join(this.bundle, "cedana-engine"), { force: true });
+  }
+
+  /** The engine's `delete`. A container that it doesn't know is deleted. */
+  async #engineDelete(tag: Tag, force: boolean): Promise<void> {
+    try {
+      await this.#runEngine(tag, "delete", this.engine.delete({ id: this.id, force, logFile: this.#logFile("delete") }));
+    } catch (error) {
+      if (!(error instanceof NotFound)) throw error;
+    }
+  }
+
+  async #runEngine(tag: Tag, action: string, command: EngineCommand): Promise<void> {
+    const exit = await this.#pod.keeper.run(tag, { argv: command.argv });
+    if (exit.exitStatus !== 0) throw await engineFailure(action, this.id, exit.exitStatus, this.#logFile(action));
+  }
+
+  /** Each action has a log of its own, so that an old error is never taken for a new one. */
+  #logFile(action: string): string {
+    return join(this.bundle, `${action}.log.json`);
+  }
+
+  #execFile(serial: number, suffix: string): string {
+    return join(this.bundle, `exec-${serial}.${suffix}`);
+  }
+
+  publish(key: string, event: events.Event): void {
+    this.#pod.publish(this.id, key, event);
+  }
+}
+
+function execIo(id: string, serial: number): string {
+  return `${id}/${serial}`;
+}
+
+function exitRecord(exit: Exit | undefined): { exit?: { status: number; atNs: string } } {
+  return exit ? { exit: { status: exit.status, atNs: exit.atNs.toString() } } : {};
+}
+
+async function readPidFile(path: string): Promise<number> {
+  const text = await readFile(path, "utf8");
+  const pid = Number(text);
+  if (!Number.isSafeInteger(pid) || pid <= 0) throw new BrokenImage(`pid file ${path} holds ${JSON.stringify(text)}`);
+  return pid;
+}
+
+function nowNs(): bigint {
+  return BigInt(Date.now()) * 1_000_000n;
+}
+
+function delay(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
+}
