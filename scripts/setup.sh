@@ -81,10 +81,12 @@ base_packages() {
   have ip || echo iproute2
   have iptables-restore || echo iptables             # CRIU locks the network of what it dumps with one of
   have nft || echo nftables                          # these two
+  have ps || echo procps                             # the engines' `ps` command runs it
   have mkfs.ext4 || echo e2fsprogs                   # disks of virtual machines
   have mkfs.erofs || echo erofs-utils
   [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
-  if [ "$with_npm" = yes ] && ! npm --version >/dev/null 2>&1; then
+  # Without a log of this call in ~/.npm.
+  if [ "$with_npm" = yes ] && ! npm_config_logs_max=0 npm --version >/dev/null 2>&1; then
     have node || echo nodejs
     echo npm
   fi
@@ -105,7 +107,8 @@ engine_packages() {
 # Perl, because perl-base is on every Debian.
 # shellcheck disable=SC2016 # Perl's variables
 trial_program='
-use Socket;
+use Socket; use POSIX ();
+POSIX::close($_) for 3 .. 255;   # CRIU must see ours only, not what our callers leave open
 socket(LISTENING, PF_INET, SOCK_STREAM, 0) && bind(LISTENING, sockaddr_in(0, INADDR_LOOPBACK)) && listen(LISTENING, 1) or die;
 if ($ARGV[1] eq "connected") {
   socket(CLIENT, PF_INET, SOCK_STREAM, 0) && connect(CLIENT, getsockname LISTENING) && accept(SERVER, LISTENING) or die;
@@ -132,6 +135,9 @@ end_trial() {
   wait "$trial_pid" 2>/dev/null || :
 }
 
+# The error that a CRIU log is about: the one before the closing "Dumping FAILED".
+criu_error() { grep 'Error (' "$1" 2>/dev/null | grep -v 'FAILED\|RLIMIT_NOFILE' | tail -n 1; }
+
 # Leaves in $criu_fault why not.
 criu_works() {
   criu_fault=''
@@ -143,12 +149,12 @@ criu_works() {
   start_trial listening || { end_trial; criu_fault='the trial process does not start'; return 1; }
   if ! criu dump --tree "$trial_pid" --images-dir "$trial" --log-file dump.log >/dev/null 2>&1; then
     end_trial
-    criu_fault="trial dump: $(grep Error "$trial/dump.log" 2>/dev/null | head -n 1)"
+    criu_fault="trial dump: $(criu_error "$trial/dump.log")"
     return 1
   fi
   wait "$trial_pid" 2>/dev/null || :   # it must be reaped before its pid is free for the restore
   if ! criu restore --images-dir "$trial" --restore-detached --log-file restore.log >/dev/null 2>&1; then
-    criu_fault="trial restore: $(grep Error "$trial/restore.log" 2>/dev/null | head -n 1)"
+    criu_fault="trial restore: $(criu_error "$trial/restore.log")"
     return 1
   fi
   kill -KILL "$trial_pid" 2>/dev/null || { criu_fault='the restored trial process does not run'; return 1; }
@@ -293,7 +299,7 @@ use_suite() {
   fi
   # Release files of a stable release call it "stable", "oldstable" … in a=; n= is the code name.
   case $1 in
-    testing | unstable) pin="release a=$1" ;;
+    testing) pin="release a=testing" ;;
     *) pin="release n=$1*" ;;
   esac
   pin_file=/etc/apt/preferences.d/cedana-$1
@@ -344,8 +350,14 @@ install() {
     return 1
   fi
   allow_services
-  # The plan says what was done: Inst NAME [OLD] (NEW SUITE …).
-  did "installed $(awk '/^Inst / { version = $0; sub(/[^(]*\(/, "", version); sub(/ .*/, "", version); if (count++ < 12) printf "%s %s, ", $2, version } END { if (count > 12) printf "and %d more", count - 12 }' "$work/plan" | sed 's/, $//')"
+  # The plan says what was done: Inst NAME [OLD] (NEW SUITE …). Name what was asked for, and count the rest.
+  did "installed $(awk -v asked=" $* " '
+    /^Inst / {
+      version = $0; sub(/[^(]*\(/, "", version); sub(/ .*/, "", version)
+      if (index(asked, " " $2 " ") || index(asked, " " $2 "=")) named = named (named == "" ? "" : ", ") $2 " " version
+      else others++
+    }
+    END { print named (others ? " (and " others " packages that they need)" : "") }' "$work/plan")"
 }
 
 plan_failed() { grep -E '^(E:|The following| [a-z0-9.+-]+ :)' "$work/plan" | head -n 20 >&2; die "apt cannot install $*"; }
@@ -404,11 +416,11 @@ install_criu() {
   install -t "$1" criu libcriu2
 }
 
-# From the suite with the fewest surprises to the newest. Linux 6.16 refuses SO_PASSCRED on inet sockets, which CRIU
-# before 4.2 wants when it dumps one: no need to download and try those.
+# From the suite with the fewest surprises to the newest; nothing is installed from unstable. Linux 6.16 refuses
+# SO_PASSCRED on inet sockets, which CRIU before 4.2 wants when it dumps one: no need to download and try those.
 mend_criu() {
-  suites='trixie testing unstable'
-  if at_least "$(kernel)" 6.16; then suites='testing unstable'; fi
+  suites='trixie testing'
+  if at_least "$(kernel)" 6.16; then suites=testing; fi
   for suite in $suites; do
     if install_criu "$suite"; then
       if criu_works; then
