@@ -1,0 +1,171 @@
+// The system calls that Node lacks, one thin binding each: check the arguments, make the call, throw an Error with
+// `errno`, `code` and `syscall` as Node's own do. What they are for stands at their declarations in src/linux/addon.ts.
+//
+// Everything here returns at once; nothing waits, because it runs on the event loop. Descriptors that are made are
+// close-on-exec and belong to the caller.
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <napi.h>
+#include <poll.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+
+#include <cmath>
+#include <string>
+
+#include "unique-fd.h"
+
+namespace {
+
+// Name of an errno as Node spells it. glibc 2.32 has strerrorname_np; musl has not.
+std::string ErrnoName(int error) {
+#if defined(__GLIBC__) && (__GLIBC__ > 2 || (__GLIBC__ == 2 && __GLIBC_MINOR__ >= 32))
+  if (const char* name = strerrorname_np(error)) return name;
+#endif
+  return "E" + std::to_string(error);
+}
+
+// As Node's errors from libuv: the number is negative.
+Napi::Error SystemError(Napi::Env env, const char* syscall, int error) {
+  std::string code = ErrnoName(error);
+  Napi::Error result = Napi::Error::New(env, code + ": " + strerror(error) + ", " + syscall);
+  result.Value().Set("errno", Napi::Number::New(env, -error));
+  result.Value().Set("code", Napi::String::New(env, code));
+  result.Value().Set("syscall", Napi::String::New(env, syscall));
+  return result;
+}
+
+template <typename Call>
+auto RetryOnEintr(Call call) {
+  decltype(call()) result;
+  do result = call();
+  while (result == -1 && errno == EINTR);
+  return result;
+}
+
+// An integer from `least` to INT_MAX; anything else is a mistake in our own code, so a TypeError names it.
+int IntArgument(const Napi::CallbackInfo& info, size_t at, const char* name, int least = 0) {
+  double value = at < info.Length() && info[at].IsNumber() ? info[at].As<Napi::Number>().DoubleValue() : NAN;
+  if (!(value >= least && value <= 2147483647.0) || value != std::floor(value))
+    throw Napi::TypeError::New(info.Env(), std::string(name) + " must be an integer of at least " + std::to_string(least));
+  return static_cast<int>(value);
+}
+
+std::string PathArgument(const Napi::CallbackInfo& info, size_t at, const char* name) {
+  if (at >= info.Length() || !info[at].IsString())
+    throw Napi::TypeError::New(info.Env(), std::string(name) + " must be a string");
+  std::string value = info[at].As<Napi::String>().Utf8Value();
+  if (value.find('\0') != std::string::npos)
+    throw Napi::TypeError::New(info.Env(), std::string(name) + " must not contain a NUL");
+  return value;
+}
+
+// getsockopt(2), SO_PEERCRED
+Napi::Value PeerCredentials(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  int fd = IntArgument(info, 0, "fd");
+  struct ucred peer = {};
+  socklen_t size = sizeof(peer);
+  if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == -1) throw SystemError(env, "getsockopt", errno);
+  Napi::Object result = Napi::Object::New(env);
+  result.Set("pid", Napi::Number::New(env, peer.pid));
+  result.Set("uid", Napi::Number::New(env, peer.uid));
+  result.Set("gid", Napi::Number::New(env, peer.gid));
+  return result;
+}
+
+// fcntl(2), F_SETFD; FD_CLOEXEC is the only flag there is
+Napi::Value SetCloexec(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  int fd = IntArgument(info, 0, "fd");
+  if (info.Length() < 2 || !info[1].IsBoolean()) throw Napi::TypeError::New(env, "on must be a boolean");
+  if (fcntl(fd, F_SETFD, info[1].As<Napi::Boolean>().Value() ? FD_CLOEXEC : 0) == -1)
+    throw SystemError(env, "fcntl", errno);
+  return env.Undefined();
+}
+
+// pidfd_open(2); the kernel sets close-on-exec
+Napi::Value PidfdOpen(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  int pid = IntArgument(info, 0, "pid", 1);
+  UniqueFd pidfd(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
+  if (!pidfd.valid()) throw SystemError(env, "pidfd_open", errno);
+  return Napi::Number::New(env, pidfd.release());
+}
+
+// pidfd_send_signal(2)
+Napi::Value PidfdSendSignal(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  int fd = IntArgument(info, 0, "fd");
+  int signal = IntArgument(info, 1, "signal");
+  if (syscall(SYS_pidfd_send_signal, fd, signal, nullptr, 0) == -1) throw SystemError(env, "pidfd_send_signal", errno);
+  return env.Undefined();
+}
+
+// poll(2) without waiting; a pidfd becomes readable when its process has ended
+Napi::Value PidfdPoll(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  struct pollfd watched = {IntArgument(info, 0, "fd"), POLLIN, 0};
+  int ready = RetryOnEintr([&] { return poll(&watched, 1, 0); });
+  if (ready == -1) throw SystemError(env, "poll", errno);
+  if (watched.revents & POLLNVAL) throw SystemError(env, "poll", EBADF);
+  return Napi::Boolean::New(env, (watched.revents & POLLIN) != 0);
+}
+
+// flock(2), always with LOCK_NB
+Napi::Value Flock(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  int fd = IntArgument(info, 0, "fd");
+  int operation = IntArgument(info, 1, "operation");
+  if (operation != LOCK_SH && operation != LOCK_EX && operation != LOCK_UN)
+    throw Napi::TypeError::New(env, "operation must be LOCK_SH, LOCK_EX or LOCK_UN");
+  int result = RetryOnEintr([&] { return flock(fd, operation | LOCK_NB); });
+  if (result == -1 && errno == EWOULDBLOCK) return Napi::Boolean::New(env, false);
+  if (result == -1) throw SystemError(env, "flock", errno);
+  return Napi::Boolean::New(env, true);
+}
+
+// openat2(2). EAGAIN: a rename raced with the kernel's check of the path; the man page asks for a retry.
+Napi::Value Openat2(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  int directory = IntArgument(info, 0, "directory");
+  std::string path = PathArgument(info, 1, "path");
+  struct open_how how = {};
+  how.flags = static_cast<unsigned>(IntArgument(info, 2, "flags")) | O_CLOEXEC;
+  how.mode = static_cast<unsigned>(IntArgument(info, 3, "mode"));
+  how.resolve = static_cast<unsigned>(IntArgument(info, 4, "resolve"));
+  UniqueFd fd;
+  for (int attempt = 0; attempt < 16; attempt++) {
+    fd = UniqueFd(static_cast<int>(syscall(SYS_openat2, directory, path.c_str(), &how, sizeof(how))));
+    if (fd.valid() || (errno != EAGAIN && errno != EINTR)) break;
+  }
+  if (!fd.valid()) throw SystemError(env, "openat2", errno);
+  return Napi::Number::New(env, fd.release());
+}
+
+Napi::Object Init(Napi::Env env, Napi::Object exports) {
+  const struct {
+    const char* name;
+    Napi::Value (*function)(const Napi::CallbackInfo&);
+  } bindings[] = {
+      {"peerCredentials", PeerCredentials},
+      {"setCloexec", SetCloexec},
+      {"pidfdOpen", PidfdOpen},
+      {"pidfdSendSignal", PidfdSendSignal},
+      {"pidfdPoll", PidfdPoll},
+      {"flock", Flock},
+      {"openat2", Openat2},
+  };
+  for (const auto& binding : bindings)
+    exports.Set(binding.name, Napi::Function::New(env, binding.function, binding.name));
+  return exports;
+}
+
+}  // namespace
+
+NODE_API_MODULE(cedana, Init)

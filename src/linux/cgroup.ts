@@ -1,0 +1,506 @@
+import { constants } from "node:fs";
+import { access, type FileHandle, open, readdir, readFile, stat, writeFile } from "node:fs/promises";
+import { setTimeout as sleep } from "node:timers/promises";
+import { NotFound, SyscallFailed, TimedOut, Unsupported, WrongState } from "../errors/index.ts";
+import { type MountInfo, readMountInfo } from "./mount-options.ts";
+import { processStat } from "./proc.ts";
+import { type CgroupStats, readStatsV1, readStatsV2 } from "./stats.ts";
+
+// A container's cgroup as the host sees it.
+//
+// Three layouts exist. *Unified*: one v2 hierarchy at /sys/fs/cgroup. *Legacy* (v1): a hierarchy for each controller,
+// or for several together (`cpu,cpuacct`), plus named ones without a controller (`name=systemd`). *Hybrid*: legacy, and
+// a v2 mount without controllers at /sys/fs/cgroup/unified. Hybrid counts as v1, for the engines treat it so: limits,
+// freezer and OOM counters live in the v1 hierarchies.
+//
+// A container may have a cgroup namespace in which its own cgroup is "/"; we read /proc from outside and see the real path.
+
+/** Where a v1 hierarchy is mounted, or the v2 one. */
+interface Hierarchy {
+  /** "" for v2, else a controller or `name=…`; a co-mounted hierarchy appears once for each controller. */
+  readonly controller: string;
+  readonly mountPoint: string;
+  /** Directory of the hierarchy that the mount shows; "/" nearly always. */
+  readonly root: string;
+}
+
+interface Hierarchies {
+  readonly version: 1 | 2;
+  readonly byController: ReadonlyMap<string, Hierarchy>;
+}
+
+/** What a journal keeps of a cgroup. */
+export interface CgroupPaths {
+  readonly version: 1 | 2;
+  /** Directory by controller (v1) or under "" (v2). */
+  readonly paths: Readonly<Record<string, string>>;
+}
+
+/** How to be told of OOM kills: a directory, and 1 for memory.oom_control (eventfd), 2 for memory.events (inotify). */
+export interface OomWatch {
+  readonly path: string;
+  readonly flags: 1 | 2;
+}
+
+export type FreezerState = "thawed" | "freezing" | "frozen";
+
+// A freeze takes a fraction of a millisecond unless a process waits for a disk, so look again at once for the
+// first looks and then every millisecond (the finest that Node's timers do).
+const eagerLooks = 8;
+const freezeTimeoutMs = 10_000;
+// v1: a process that forks while its cgroup freezes can be missed; writing FROZEN again catches the child. A short thaw
+// lets processes get out of a place where they can't freeze. Numbers as in runc's libcontainer/cgroups/fs/freezer.go.
+const thawEveryLooks = 50;
+
+export class Cgroup {
+  readonly version: 1 | 2;
+  /** Directories by controller, v2's under ""; those in a hierarchy's root are left out: they aren't the container's. */
+  readonly paths: ReadonlyMap<string, string>;
+
+  private constructor(version: 1 | 2, paths: ReadonlyMap<string, string>) {
+    this.version = version;
+    this.paths = paths;
+  }
+
+  /**
+   * The cgroup that a process is in, as seen from the host.
+   * @throws NotFound when the process has ended or is in no cgroup but the roots
+   * Source: cgroups(7), "/proc files".
+   */
+  static async of(pid: number): Promise<Cgroup> {
+    const membership = await readMembership(pid);
+    let found = resolve(membership, await hierarchies());
+    // Where nothing fits, mounts may have changed since we looked: look again, once.
+    if (found.paths.size === 0) found = resolve(membership, await hierarchies({ fresh: true }));
+    if (found.paths.size === 0) throw new NotFound(`process ${pid} is in no cgroup of its own`);
+    return new Cgroup(found.version, found.paths);
+  }
+
+  /** From what `toJSON` gave. */
+  static fromPaths(json: CgroupPaths): Cgroup {
+    return new Cgroup(json.version, new Map(Object.entries(json.paths)));
+  }
+
+  toJSON(): CgroupPaths {
+    return { version: this.version, paths: Object.fromEntries(this.paths) };
+  }
+
+  /** Directory of a controller; undefined when that controller is not in use here. */
+  path(controller: string): string | undefined {
+    return this.version === 2 ? this.paths.get("") : this.paths.get(controller);
+  }
+
+  /** The directory that decides who belongs to the cgroup. v1: the freezer's, for what we list is what we freeze. */
+  get #members(): string {
+    for (const controller of this.version === 2 ? [""] : ["freezer", "devices", "pids", "memory"]) {
+      const path = this.paths.get(controller);
+      if (path !== undefined) return path;
+    }
+    const first = this.paths.values().next();
+    if (first.done) throw new NotFound("cgroup without a directory");
+    return first.value;
+  }
+
+  /** Whether it is still there. */
+  async exists(): Promise<boolean> {
+    return (await stat(this.#members).catch(ignoreGone)) !== undefined;
+  }
+
+  /**
+   * Pids of all processes in it and in the cgroups below.
+   * @returns empty when it has been removed
+   */
+  async pids(): Promise<number[]> {
+    const pids = new Set<number>();
+    await collectPids(this.#members, pids);
+    return [...pids];
+  }
+
+  /**
+   * Freezes every process in it and below, and waits until they all stand still.
+   * @param timeoutMs  default 10 000; then it is thawed again, unless it was frozen by somebody before
+   * @param signal     aborting thaws before rejecting
+   * @throws TimedOut naming the processes that did not freeze; NotFound when it has been removed; WrongState when we
+   *   would freeze ourselves; Unsupported when there is no freezer
+   * Source: kernel admin-guide cgroup-v1/freezer-subsystem, cgroup-v2 ("cgroup.freeze", "cgroup.events").
+   */
+  async freeze(timeoutMs = freezeTimeoutMs, signal?: AbortSignal): Promise<void> {
+    await this.#refuseOwn("freeze");
+    await using freezer = await Freezer.open(this);
+    if (await freezer.wanted()) {
+      if (await freezer.settled("frozen", timeoutMs, signal)) return;
+      throw new TimedOut(
+        `${freezer.name} was being frozen by somebody else and did not settle in ${timeoutMs} ms`,
+      );
+    }
+    try {
+      await freezer.want("FROZEN");
+      if (await freezer.settled("frozen", timeoutMs, signal)) return;
+      throw new TimedOut(
+        `${freezer.name} did not freeze in ${timeoutMs} ms${await this.#describeUnfrozen()}; thawed it again`,
+      );
+    } catch (err) {
+      // The reason we are here matters more than a failing thaw; a removed cgroup has nothing to thaw.
+      await freezer.want("THAWED").catch(() => {});
+      throw err;
+    }
+  }
+
+  /**
+   * Lets the processes run again.
+   * @throws WrongState when a cgroup above it is frozen, so that they still stand; NotFound when it has been removed
+   */
+  async thaw(timeoutMs = freezeTimeoutMs): Promise<void> {
+    await using freezer = await Freezer.open(this);
+    await freezer.want("THAWED");
+    if (!(await freezer.settled("thawed", timeoutMs)))
+      throw new WrongState(`${freezer.name} stays frozen: a cgroup above it is frozen`);
+  }
+
+  /** Whether all its processes stand still, by its own freezer or by that of a cgroup above; false when removed. */
+  async isFrozen(): Promise<boolean> {
+    return (await this.freezerState()) === "frozen";
+  }
+
+  /** `freezing` while it has been asked for and not every process stands yet. Thawed when removed. */
+  async freezerState(): Promise<FreezerState> {
+    try {
+      await using freezer = await Freezer.open(this, constants.O_RDONLY);
+      return await freezer.state();
+    } catch (err) {
+      if (err instanceof NotFound || err instanceof Unsupported) return "thawed";
+      throw err;
+    }
+  }
+
+  /**
+   * Counters of CPU, memory and so on.
+   * @throws NotFound when it has been removed
+   */
+  async stats(): Promise<CgroupStats> {
+    if (!(await this.exists())) throw new NotFound(`cgroup ${this.#members} has been removed`);
+    return this.version === 2 ? readStatsV2(this.#members) : readStatsV1(this.paths);
+  }
+
+  /**
+   * How many processes the kernel has killed because this cgroup's memory ran out.
+   * @throws NotFound when it has been removed; 0 when memory is not controlled
+   */
+  async oomKills(): Promise<number> {
+    const path = this.path("memory");
+    if (path === undefined) return 0;
+    const file = this.version === 2 ? "memory.events" : "memory.oom_control";
+    const text = await readFile(`${path}/${file}`, "utf8").catch(ignoreGone);
+    if (text === undefined && !(await this.exists())) throw new NotFound(`cgroup ${path} has been removed`);
+    return Number(/^oom_kill (\d+)$/m.exec(text ?? "")?.[1] ?? 0);
+  }
+
+  /** What to watch for OOM kills; undefined when memory isn't controlled in v1 (v2: the file may still be missing). */
+  get oomWatchPath(): OomWatch | undefined {
+    const path = this.path("memory");
+    return path === undefined ? undefined : { path, flags: this.version };
+  }
+
+  /**
+   * v2: gives this cgroup every controller that the kernel offers, from the root down, as containerd's shim does after
+   * the start, so that counters exist that no limit asked for. Controllers that can't be had are left out. v1: nothing.
+   */
+  async enableControllers(): Promise<void> {
+    const path = this.paths.get("");
+    const root = (await hierarchies()).byController.get("")?.mountPoint;
+    if (this.version !== 2 || path === undefined || root === undefined || !path.startsWith(`${root}/`))
+      return;
+    const offered = (await readFile(`${root}/cgroup.controllers`, "utf8")).trim().split(" ").filter(Boolean);
+    let directory = root;
+    for (const name of path.slice(root.length + 1).split("/")) {
+      // One at a time: one that is refused (EBUSY with processes in the same cgroup, EOPNOTSUPP) would refuse all.
+      for (const controller of offered)
+        await writeFile(`${directory}/cgroup.subtree_control`, `+${controller}`).catch(() => {});
+      directory = `${directory}/${name}`;
+    }
+  }
+
+  /**
+   * Sends a signal to every process in it and below; SIGKILL also gets through to a frozen cgroup, which it thaws.
+   * Does nothing when it has been removed.
+   * @throws WrongState when we are in it ourselves
+   * Source: cgroup-v2 "cgroup.kill" (Linux 5.14).
+   */
+  async kill(signal: NodeJS.Signals | number = "SIGKILL"): Promise<void> {
+    await this.#refuseOwn("kill");
+    const kills = signal === "SIGKILL" || signal === 9;
+    if (kills && this.version === 2) {
+      const done = await writeFile(`${this.#members}/cgroup.kill`, "1").then(
+        () => true,
+        () => false, // ENOENT: before 5.14, or removed
+      );
+      if (done) return;
+    }
+    // Frozen processes can't fork away from under the list, nor end, so that no pid in it is reused. Where freezing
+    // fails, go through the list until nobody new turns up.
+    const frozen = await this.freeze(500).then(
+      () => true,
+      () => false,
+    );
+    const signalled = new Set<number>();
+    try {
+      for (let round = 0; round < 10; round++) {
+        const fresh = (await this.pids()).filter((pid) => !signalled.has(pid));
+        if (fresh.length === 0) break;
+        for (const pid of fresh) {
+          signalled.add(pid);
+          sendSignal(pid, signal);
+        }
+      }
+    } finally {
+      if (frozen || kills) await this.thaw(500).catch(() => {}); // NotFound: they ended; WrongState: not ours to thaw
+    }
+  }
+
+  /** The members' list for an error message, those that wait for a device first. */
+  async #describeUnfrozen(): Promise<string> {
+    const stuck = (await this.pids())
+      .map((pid) => processStat(pid))
+      .filter((process) => process !== undefined && ["D", "R", "t"].includes(process.state))
+      .map((process) => `${process!.pid} (${process!.comm}, state ${process!.state})`);
+    return stuck.length ? `: ${stuck.slice(0, 5).join(", ")}` : "";
+  }
+
+  // Freezing or killing the cgroup that we run in would end here, with nobody left to undo it.
+  async #refuseOwn(verb: string): Promise<void> {
+    const own = await readMembership(process.pid);
+    const ours = resolve(own, await hierarchies()).paths;
+    for (const [controller, path] of this.paths) {
+      const mine = ours.get(controller);
+      if (mine !== undefined && `${mine}/`.startsWith(`${path}/`))
+        throw new WrongState(`refusing to ${verb} ${path}: this process is in it`);
+    }
+  }
+}
+
+/** The freezer's file, held open: one read(2) a look. */
+class Freezer {
+  readonly name: string;
+  readonly #version: 1 | 2;
+  readonly #control: FileHandle;
+  /** v2 says in another file whether everybody stands. */
+  readonly #events: FileHandle;
+  readonly #buffer = Buffer.alloc(256);
+
+  private constructor(name: string, version: 1 | 2, control: FileHandle, events: FileHandle) {
+    this.name = name;
+    this.#version = version;
+    this.#control = control;
+    this.#events = events;
+  }
+
+  static async open(cgroup: Cgroup, flags: number = constants.O_RDWR): Promise<Freezer> {
+    const path = cgroup.path("freezer");
+    if (path === undefined)
+      throw new Unsupported("freezing: no freezer hierarchy is mounted, or it isn't used");
+    const file = cgroup.version === 2 ? "cgroup.freeze" : "freezer.state";
+    const control = await open(`${path}/${file}`, flags).catch((err) => {
+      throw removed(err) ? new NotFound(`cgroup ${path} has been removed`, { cause: err }) : asSyscall(err);
+    });
+    if (cgroup.version === 1) return new Freezer(path, 1, control, control);
+    try {
+      return new Freezer(path, 2, control, await open(`${path}/cgroup.events`, constants.O_RDONLY));
+    } catch (err) {
+      await control.close();
+      throw removed(err) ? new NotFound(`cgroup ${path} has been removed`, { cause: err }) : asSyscall(err);
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#control.close();
+    if (this.#events !== this.#control) await this.#events.close();
+  }
+
+  async want(state: "FROZEN" | "THAWED"): Promise<void> {
+    const text = this.#version === 1 ? state : state === "FROZEN" ? "1" : "0";
+    try {
+      await this.#control.write(text, 0);
+    } catch (err) {
+      throw removed(err)
+        ? new NotFound(`cgroup ${this.name} has been removed`, { cause: err })
+        : asSyscall(err);
+    }
+  }
+
+  /** Whether freezing has been asked for, here or above (v2: here). */
+  async wanted(): Promise<boolean> {
+    if (this.#version === 1) return (await this.state()) !== "thawed";
+    return (await this.#read(this.#control)).startsWith("1");
+  }
+
+  async state(): Promise<FreezerState> {
+    if (this.#version === 1) {
+      const text = (await this.#read(this.#control)).trim();
+      return text === "FROZEN" ? "frozen" : text === "FREEZING" ? "freezing" : "thawed";
+    }
+    if (/^frozen 1$/m.test(await this.#read(this.#events))) return "frozen";
+    return (await this.wanted()) ? "freezing" : "thawed";
+  }
+
+  /** Looks until it is in that state. @returns false when the time is over */
+  async settled(goal: FreezerState, timeoutMs: number, signal?: AbortSignal): Promise<boolean> {
+    const deadline = performance.now() + timeoutMs;
+    for (let look = 1; ; look++) {
+      signal?.throwIfAborted();
+      if ((await this.state()) === goal) return true;
+      if (performance.now() >= deadline) return false;
+      if (look > eagerLooks) await sleep(1, undefined, signal && { signal });
+      if (this.#version === 1 && goal === "frozen") {
+        if (look % thawEveryLooks === 0) {
+          await this.want("THAWED");
+          await sleep(10, undefined, signal && { signal });
+        }
+        await this.want("FROZEN");
+      }
+    }
+  }
+
+  async #read(file: FileHandle): Promise<string> {
+    try {
+      const { bytesRead } = await file.read(this.#buffer, 0, this.#buffer.length, 0);
+      return this.#buffer.toString("latin1", 0, bytesRead);
+    } catch (err) {
+      throw removed(err)
+        ? new NotFound(`cgroup ${this.name} has been removed`, { cause: err })
+        : asSyscall(err);
+    }
+  }
+}
+
+async function collectPids(directory: string, pids: Set<number>): Promise<void> {
+  // EOPNOTSUPP: a threaded cgroup (v2) lists its processes only in the domain above it, where we have been.
+  const text = await readFile(`${directory}/cgroup.procs`, "utf8").catch((err) => {
+    if ((err as NodeJS.ErrnoException).code === "EOPNOTSUPP") return "";
+    return ignoreGone(err);
+  });
+  if (text === undefined) return;
+  for (const line of text.split("\n")) if (line !== "") pids.add(Number(line));
+  const entries = await readdir(directory, { withFileTypes: true }).catch(ignoreGone);
+  for (const entry of entries ?? [])
+    if (entry.isDirectory()) await collectPids(`${directory}/${entry.name}`, pids);
+}
+
+function sendSignal(pid: number, signal: NodeJS.Signals | number): void {
+  // 0: a process of a pid namespace that we can't see, which kill(2) would take for our own process group.
+  if (pid <= 0) return;
+  try {
+    process.kill(pid, signal);
+  } catch (err) {
+    if ((err as NodeJS.ErrnoException).code !== "ESRCH") throw asSyscall(err); // ESRCH: it has ended, as it should
+  }
+}
+
+/**
+ * Parses /proc/PID/cgroup: the path by controller, v2's under "".
+ *
+ * A line is `ID:CONTROLLERS:PATH`; the path may hold colons, and ends with " (deleted)" when the cgroup of a zombie
+ * has been removed. Source: cgroups(7).
+ */
+export function parseMembership(text: string): Map<string, string> {
+  const membership = new Map<string, string>();
+  for (const line of text.split("\n")) {
+    const [, id, controllers, path] = /^(\d+):([^:]*):(.*)$/.exec(line) ?? [];
+    if (path === undefined || path.endsWith(" (deleted)")) continue;
+    if (id === "0" && controllers === "") membership.set("", path);
+    else for (const controller of controllers!.split(",")) membership.set(controller, path);
+  }
+  return membership;
+}
+
+async function readMembership(pid: number): Promise<Map<string, string>> {
+  const text = await readFile(`/proc/${pid}/cgroup`, "utf8").catch(ignoreGone);
+  if (text === undefined) throw new NotFound(`process ${pid} has ended`);
+  return parseMembership(text);
+}
+
+/**
+ * Finds the mounted hierarchies among a process's mounts.
+ *
+ * What is mounted *last* at /sys/fs/cgroup decides between v1 and v2; whatever else lies below it may be a remnant that
+ * a v2 mount covers. Of several mounts of a hierarchy, one that shows all of it wins.
+ */
+export function findHierarchies(mounts: readonly MountInfo[]): Hierarchies {
+  const byController = new Map<string, Hierarchy>();
+  const top = mounts.findLast((mount) => mount.mountPoint === "/sys/fs/cgroup");
+  const unified = top?.type === "cgroup2" ? top : undefined;
+  if (!unified) {
+    for (const mount of mounts.filter((m) => m.type === "cgroup"))
+      for (const controller of mount.superOptions) addHierarchy(byController, controller, mount);
+  }
+  const v2 = unified ?? mounts.find((mount) => mount.type === "cgroup2");
+  if (v2) addHierarchy(byController, "", v2);
+  const controllers = [...byController.keys()].filter((name) => name !== "" && !name.startsWith("name="));
+  return { version: controllers.length > 0 ? 1 : 2, byController };
+}
+
+function addHierarchy(all: Map<string, Hierarchy>, controller: string, mount: MountInfo): void {
+  // The other super options of v1 mounts.
+  if (/^(rw|ro|all|none|xattr|noprefix|clone_children|release_agent=.*|cpuset_v2_mode)$/.test(controller))
+    return;
+  const known = all.get(controller);
+  if (known && (known.root === "/" || mount.root !== "/")) return;
+  all.set(controller, { controller, mountPoint: mount.mountPoint, root: mount.root });
+}
+
+// Cgroup mounts are made at boot, so they are looked up once; the rest of mountinfo grows with every container.
+let cachedHierarchies: Promise<Hierarchies> | undefined;
+
+function hierarchies(options?: { fresh: boolean }): Promise<Hierarchies> {
+  if (options?.fresh) cachedHierarchies = undefined;
+  cachedHierarchies ??= readMountInfo("self", "cgroup").then(findHierarchies);
+  cachedHierarchies.catch(() => {
+    cachedHierarchies = undefined;
+  });
+  return cachedHierarchies;
+}
+
+/** The directories of a process's cgroups. Roots of hierarchies are left out: everybody is in those. */
+export function resolve(
+  membership: ReadonlyMap<string, string>,
+  { version, byController }: Hierarchies,
+): { version: 1 | 2; paths: Map<string, string> } {
+  const paths = new Map<string, string>();
+  for (const [controller, path] of membership) {
+    const hierarchy = byController.get(controller);
+    if (!hierarchy || path === "/") continue;
+    if (version === 2 && controller !== "") continue;
+    // `/..` begins paths outside of our own cgroup namespace, which no mount of ours shows.
+    if (path.startsWith("/..")) continue;
+    const { root, mountPoint } = hierarchy;
+    if (root === "/") paths.set(controller, `${mountPoint}${path}`);
+    else if (path.startsWith(`${root}/`)) paths.set(controller, `${mountPoint}${path.slice(root.length)}`);
+  }
+  return { version, paths };
+}
+
+// ENOENT: no such file. ENODEV, ESRCH: the cgroup went between open and read.
+function removed(err: unknown): boolean {
+  return ["ENOENT", "ENODEV", "ESRCH"].includes((err as NodeJS.ErrnoException).code ?? "");
+}
+
+function ignoreGone(err: unknown): undefined {
+  if (removed(err)) return undefined;
+  throw asSyscall(err);
+}
+
+function asSyscall(err: unknown): Error {
+  return SyscallFailed.from(err);
+}
+
+/** For setup and preflight: which version this host has. */
+export async function hostCgroupVersion(): Promise<1 | 2> {
+  return (await hierarchies()).version;
+}
+
+/** Whether a path exists. */
+export async function pathExists(path: string): Promise<boolean> {
+  return access(path).then(
+    () => true,
+    () => false,
+  );
+}

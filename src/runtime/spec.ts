@@ -1,0 +1,218 @@
+import { open } from "node:fs/promises";
+import { InvalidRequest, NotFound, SyscallFailed } from "../errors/index.ts";
+
+// The part of an OCI bundle's config.json that we act on. Everything else passes through unread: the engine judges it.
+
+export interface OciNamespace {
+  readonly type: "pid" | "network" | "mount" | "ipc" | "uts" | "user" | "cgroup" | "time";
+  /** A namespace to join; absent: a new one. */
+  readonly path?: string;
+}
+
+export interface OciMount {
+  readonly destination: string;
+  readonly type?: string;
+  readonly source?: string;
+  readonly options?: readonly string[];
+}
+
+export interface OciDevice {
+  readonly path: string;
+  readonly type: string;
+  readonly major?: number;
+  readonly minor?: number;
+}
+
+export interface OciHook {
+  readonly path: string;
+  readonly args?: readonly string[];
+  readonly env?: readonly string[];
+  readonly timeout?: number;
+}
+
+export interface OciProcess {
+  readonly terminal?: boolean;
+  readonly args?: readonly string[];
+  readonly env?: readonly string[];
+  readonly cwd?: string;
+  readonly user?: {
+    readonly uid?: number;
+    readonly gid?: number;
+    readonly additionalGids?: readonly number[];
+  };
+  readonly consoleSize?: { readonly width: number; readonly height: number };
+}
+
+/** Source: opencontainers/runtime-spec, config.md and config-linux.md. */
+export interface OciSpec {
+  readonly ociVersion?: string;
+  readonly process?: OciProcess;
+  readonly root?: { readonly path?: string; readonly readonly?: boolean };
+  readonly hostname?: string;
+  readonly mounts?: readonly OciMount[];
+  readonly hooks?: Readonly<Record<string, readonly OciHook[]>>;
+  readonly annotations?: Readonly<Record<string, string>>;
+  readonly linux?: {
+    readonly namespaces?: readonly OciNamespace[];
+    readonly cgroupsPath?: string;
+    readonly devices?: readonly OciDevice[];
+    readonly resources?: Readonly<Record<string, unknown>>;
+    readonly uidMappings?: readonly unknown[];
+    readonly gidMappings?: readonly unknown[];
+    readonly rootfsPropagation?: string;
+  };
+}
+
+// The same bound as containerd's; a spec of a real pod has some 20 KB.
+const maxSpecBytes = 10 * 1024 * 1024;
+
+/**
+ * Reads a bundle's config.json.
+ * @throws NotFound without bundle or file, InvalidRequest when it isn't a spec
+ */
+export async function readSpec(bundle: string): Promise<OciSpec> {
+  const path = `${bundle}/config.json`;
+  let text: string;
+  try {
+    await using file = await open(path);
+    const { size } = await file.stat();
+    if (size > maxSpecBytes) throw new InvalidRequest(`${path} has ${size} bytes, more than ${maxSpecBytes}`);
+    text = await file.readFile("utf8");
+  } catch (err) {
+    if (err instanceof InvalidRequest) throw err;
+    const code = (err as NodeJS.ErrnoException).code;
+    if (code === "ENOENT" || code === "ENOTDIR") throw new NotFound(`bundle has no ${path}`, { cause: err });
+    if (code === "EISDIR") throw new InvalidRequest(`${path} is a directory`, { cause: err });
+    throw SyscallFailed.from(err);
+  }
+  return parseSpec(text, path);
+}
+
+/** @param path  for the error message */
+export function parseSpec(text: string, path: string): OciSpec {
+  let spec: unknown;
+  try {
+    spec = JSON.parse(text);
+  } catch (err) {
+    throw new InvalidRequest(`${path} is not JSON: ${(err as Error).message}`, { cause: err });
+  }
+  const wrong = findWrong(spec);
+  if (wrong) throw new InvalidRequest(`${path} is not an OCI runtime spec: ${wrong}`);
+  return spec as OciSpec;
+}
+
+// Only what we read; a mistake elsewhere is the engine's to report.
+function findWrong(spec: unknown): string | undefined {
+  if (!isObject(spec)) return "not an object";
+  const { annotations, linux, process, mounts } = spec;
+  if (annotations !== undefined && annotations !== null) {
+    if (!isObject(annotations)) return "annotations is not an object";
+    for (const [key, value] of Object.entries(annotations))
+      if (typeof value !== "string") return `annotation ${key} is not a string`;
+  }
+  if (process !== undefined && process !== null && !isObject(process)) return "process is not an object";
+  if (mounts !== undefined && mounts !== null && !isArrayOfObjects(mounts)) return "mounts is not a list";
+  if (linux === undefined || linux === null) return undefined;
+  if (!isObject(linux)) return "linux is not an object";
+  const { namespaces } = linux;
+  if (namespaces !== undefined && namespaces !== null && !isArrayOfObjects(namespaces))
+    return "linux.namespaces is not a list";
+  return undefined;
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+function isArrayOfObjects(value: unknown): boolean {
+  return Array.isArray(value) && value.every(isObject);
+}
+
+/** The spec's annotations; empty when it has none. */
+export function annotationsOf(spec: OciSpec): Readonly<Record<string, string>> {
+  return spec.annotations ?? {};
+}
+
+/**
+ * Whether the container has no pid namespace of its own (it has the host's, or joins one). The kernel then doesn't
+ * end its other processes with its init: whoever kills init must kill the rest by cgroup.
+ */
+export function sharesPidNamespace(spec: OciSpec): boolean {
+  const namespace = spec.linux?.namespaces?.find(({ type }) => type === "pid");
+  return namespace === undefined || (namespace.path ?? "") !== "";
+}
+
+/** Annotations that name the group of containers which share one shim, the first that is set wins. Source: containerd's shim for runc. */
+const groupAnnotations = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"] as const;
+
+/** The group of containers that share one shim; undefined for a container alone. */
+export function groupOf(spec: OciSpec): string | undefined {
+  const annotations = annotationsOf(spec);
+  const key = groupAnnotations.find((name) => annotations[name] !== undefined && annotations[name] !== "");
+  return key && annotations[key];
+}
+
+/** Whether it is a pod's sandbox ("pause") container. CRI-O names the type like this too, with its own prefix. */
+export function isSandboxContainer(spec: OciSpec): boolean {
+  const annotations = annotationsOf(spec);
+  return (
+    annotations["io.kubernetes.cri.container-type"] === "sandbox" ||
+    annotations["io.kubernetes.cri-o.ContainerType"] === "sandbox"
+  );
+}
+
+/** Kubernetes' name of the container within its pod; undefined elsewhere. */
+export function containerNameOf(spec: OciSpec): string | undefined {
+  const annotations = annotationsOf(spec);
+  return (
+    annotations["io.kubernetes.cri.container-name"] ||
+    annotations["io.kubernetes.container.name"] ||
+    undefined
+  );
+}
+
+/** What to do with a container's established TCP connections: keep them, close them, or only leave out those half open. */
+export type TcpPolicy = "keep" | "close" | "skip-in-flight";
+
+/** How a container wants to be checkpointed, as far as it says so. */
+export interface CedanaAnnotations {
+  readonly tcp?: TcpPolicy;
+  readonly fileLocks?: boolean;
+  readonly extUnix?: boolean;
+  readonly shellJob?: boolean;
+}
+
+// Key after `cedana.io/`, field, and what each allowed value means.
+const flag = { true: true, false: false } as const;
+const policies = [
+  ["tcp", "tcp", { keep: "keep", close: "close", "skip-in-flight": "skip-in-flight" }],
+  ["file-locks", "fileLocks", flag],
+  ["ext-unix", "extUnix", flag],
+  ["shell-job", "shellJob", flag],
+] as const satisfies readonly (readonly [string, keyof CedanaAnnotations, Record<string, unknown>])[];
+
+/**
+ * The checkpoint policy that a container's annotations ask for.
+ *
+ * Kubernetes annotates pods, not containers: `cedana.io/KEY.CONTAINER` is for one container of the pod and goes before
+ * `cedana.io/KEY`, which is for all of them. The sandbox container ignores both.
+ * @param containerName  Kubernetes' name of the container; default: what the spec's own annotations say
+ * @throws InvalidRequest naming the annotation and what it may say
+ */
+export function cedanaAnnotations(spec: OciSpec, containerName = containerNameOf(spec)): CedanaAnnotations {
+  if (isSandboxContainer(spec)) return {};
+  const annotations = annotationsOf(spec);
+  const policy: Record<string, unknown> = {};
+  for (const [key, field, allowed] of policies) {
+    const names = [...(containerName ? [`cedana.io/${key}.${containerName}`] : []), `cedana.io/${key}`];
+    const name = names.find((candidate) => annotations[candidate] !== undefined);
+    if (name === undefined) continue;
+    const value = annotations[name]!;
+    if (!Object.hasOwn(allowed, value))
+      throw new InvalidRequest(
+        `annotation ${name} is ${JSON.stringify(value)}; it may be ${Object.keys(allowed).join(", ")}`,
+      );
+    policy[field] = (allowed as Record<string, unknown>)[value];
+  }
+  return policy as CedanaAnnotations;
+}
