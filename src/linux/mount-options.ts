@@ -212,7 +212,7 @@ function compactOverlay(given: readonly string[]): { cwd: string | undefined; op
       : `${part.key}=${part.directories.map((directory) => directory.slice(cwd.length + 1)).join(":")}`,
   );
   // chdir(2) takes the path as it is, without the escapes of the option string.
-  return { cwd: unescape(cwd), options: compacted };
+  return { cwd: unescapeOption(cwd), options: compacted };
 }
 
 function escapeCommas(option: string): string {
@@ -220,7 +220,7 @@ function escapeCommas(option: string): string {
   return option.replace(/\\.|,/gs, (found) => (found === "," ? "\\," : found));
 }
 
-function unescape(text: string): string {
+function unescapeOption(text: string): string {
   return text.replace(/\\(.)/gs, "$1");
 }
 

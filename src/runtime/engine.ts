@@ -416,7 +416,7 @@ export function parseVersion(text: string, path: string): { name: EngineName; ve
 
 /** Option names in the text of `--help`, as urfave/cli (runc) and argp (crun) print it. */
 export function longOptions(help: string): Set<string> {
-  return new Set([...help.matchAll(/^\s+(?:-\w, )?--([a-z][a-z0-9-]+)/gm)].map((found) => found[1]!));
+  return new Set([...help.matchAll(/^\s+(?:-\S, )?--([a-z][a-z0-9-]+)/gm)].map((found) => found[1]!));
 }
 
 async function findBinary(binary: string): Promise<string> {

@@ -1,0 +1,139 @@
+import { spawn, spawnSync } from "node:child_process";
+import { once } from "node:events";
+import {
+  closeSync,
+  constants,
+  fstatSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
+import { connect, createServer, type Socket } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { findAddon, flock, openBeneath, Pidfd, peerCredentials, setCloexec } from "../../src/linux/addon.ts";
+
+let directory: string;
+beforeEach(() => {
+  directory = mkdtempSync(join(tmpdir(), "cedana-addon-"));
+});
+afterEach(() => rmSync(directory, { recursive: true }));
+
+const built = (() => {
+  try {
+    return findAddon() !== "";
+  } catch {
+    return false;
+  }
+})();
+
+/** Close-on-exec is bit 02000000 of `flags` in fdinfo. */
+function isCloexec(fd: number): boolean {
+  const flags = /^flags:\s*(\d+)$/m.exec(readFileSync(`/proc/self/fdinfo/${fd}`, "utf8"))![1]!;
+  return (Number.parseInt(flags, 8) & 0o2000000) !== 0;
+}
+
+describe.skipIf(!built)("the addon (needs `npm run build`)", () => {
+  it("says who is at the other end of a socket", async () => {
+    const path = join(directory, "socket");
+    const server = createServer().listen(path);
+    await once(server, "listening");
+    const accepted = once(server, "connection") as Promise<[Socket]>;
+    const client = connect(path);
+    const [socket] = await accepted;
+    const { fd } = (socket as unknown as { _handle: { fd: number } })._handle;
+    expect(peerCredentials(fd)).toEqual({ pid: process.pid, uid: process.getuid!(), gid: process.getgid!() });
+    client.destroy();
+    socket.destroy();
+    server.close();
+    const file = openSync("/dev/null", "r");
+    expect(() => peerCredentials(file)).toThrow(
+      expect.objectContaining({ code: "ENOTSOCK", syscall: "getsockopt", errno: -88 }),
+    );
+    closeSync(file);
+  });
+
+  it("sets and clears close-on-exec", () => {
+    const fd = openSync("/dev/null", "r");
+    expect(isCloexec(fd)).toBe(true);
+    setCloexec(fd, false);
+    expect(isCloexec(fd)).toBe(false);
+    setCloexec(fd, true);
+    expect(isCloexec(fd)).toBe(true);
+    closeSync(fd);
+    expect(() => setCloexec(fd, true)).toThrow(expect.objectContaining({ code: "EBADF", syscall: "fcntl" }));
+  });
+
+  it("holds on to a process", async () => {
+    const child = spawn("sleep", ["60"], { stdio: "ignore" });
+    await once(child, "spawn");
+    const exit = once(child, "exit");
+    using pidfd = Pidfd.open(child.pid!);
+    expect(isCloexec(pidfd.fd)).toBe(true);
+    expect(pidfd.ended).toBe(false);
+    pidfd.signal(0);
+    pidfd.signal(15);
+    expect(await exit).toEqual([null, "SIGTERM"]);
+    expect(pidfd.ended).toBe(true);
+    expect(() => pidfd.signal(15)).toThrow(expect.objectContaining({ code: "ESRCH" }));
+    expect(() => Pidfd.open(2 ** 22 + 1)).toThrow(
+      expect.objectContaining({ code: "ESRCH", syscall: "pidfd_open" }),
+    );
+  });
+
+  it("locks a file, once", () => {
+    const path = join(directory, "lock");
+    const [one, other] = [openSync(path, "w"), openSync(path, "w")];
+    expect(flock(one, "exclusive")).toBe(true);
+    expect(flock(other, "exclusive")).toBe(false);
+    expect(flock(other, "shared")).toBe(false);
+    expect(flock(one, "shared")).toBe(true);
+    expect(flock(other, "shared")).toBe(true);
+    expect(flock(one, "unlock")).toBe(true);
+    expect(flock(other, "exclusive")).toBe(true);
+    closeSync(one);
+    closeSync(other);
+  });
+
+  it("opens nothing outside of a directory", () => {
+    mkdirSync(join(directory, "inside"));
+    writeFileSync(join(directory, "inside/file"), "");
+    writeFileSync(join(directory, "outside"), "");
+    symlinkSync("file", join(directory, "inside/link"));
+    const inside = openSync(join(directory, "inside"), constants.O_RDONLY | constants.O_DIRECTORY);
+    const fd = openBeneath(inside, "file", constants.O_RDONLY);
+    expect(fstatSync(fd).isFile()).toBe(true);
+    expect(isCloexec(fd)).toBe(true);
+    closeSync(fd);
+    closeSync(openBeneath(inside, "new", constants.O_WRONLY | constants.O_CREAT, 0o600));
+    const opening = (path: string) => () => openBeneath(inside, path, constants.O_RDONLY);
+    expect(opening("../outside")).toThrow(expect.objectContaining({ code: "EXDEV" }));
+    expect(opening("/etc/passwd")).toThrow(expect.objectContaining({ code: "EXDEV" }));
+    expect(opening("link")).toThrow(expect.objectContaining({ code: "ELOOP" }));
+    expect(opening("nothing")).toThrow(expect.objectContaining({ code: "ENOENT", syscall: "openat2" }));
+    closeSync(inside);
+  });
+
+  it("names a wrong argument instead of guessing", () => {
+    expect(() => peerCredentials(-1)).toThrow(TypeError);
+    expect(() => peerCredentials(1.5)).toThrow("fd must be an integer");
+    expect(() => peerCredentials(undefined as unknown as number)).toThrow(TypeError);
+    expect(() => Pidfd.open(0)).toThrow("pid must be an integer of at least 1");
+    expect(() => openBeneath(0, "a\0b", 0)).toThrow("NUL");
+  });
+});
+
+it("says what to do when the addon is missing", () => {
+  const code = `import { peerCredentials } from ${JSON.stringify(join(import.meta.dirname, "../../src/linux/addon.ts"))};
+    try { peerCredentials(0) } catch (err) { console.log(err.name, err.message) }`;
+  const { stdout } = spawnSync(process.execPath, ["--input-type=module", "-e", code], {
+    encoding: "utf8",
+    env: { PATH: process.env.PATH, CEDANA_ADDON: "/nowhere/cedana.node" },
+  });
+  expect(stdout).toContain("Unavailable load the native addon /nowhere/cedana.node");
+});

@@ -1,0 +1,151 @@
+import { mkdirSync, mkdtempSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { InvalidRequest, NotFound } from "../../src/errors/index.ts";
+import {
+  annotationsOf,
+  cedanaAnnotations,
+  groupOf,
+  isSandboxContainer,
+  type OciSpec,
+  parseSpec,
+  readSpec,
+  sharesPidNamespace,
+} from "../../src/runtime/spec.ts";
+
+let bundle: string;
+beforeEach(() => {
+  bundle = mkdtempSync(join(tmpdir(), "cedana-bundle-"));
+});
+afterEach(() => rmSync(bundle, { recursive: true }));
+
+describe("readSpec", () => {
+  it("reads a bundle's config.json", async () => {
+    writeFileSync(
+      join(bundle, "config.json"),
+      JSON.stringify({ ociVersion: "1.1.0", process: { args: ["sh"] } }),
+    );
+    expect((await readSpec(bundle)).process?.args).toEqual(["sh"]);
+  });
+
+  it("tells a missing bundle from a broken one", async () => {
+    await expect(readSpec(bundle)).rejects.toThrow(NotFound);
+    await expect(readSpec(`${bundle}/nothing`)).rejects.toThrow(NotFound);
+    writeFileSync(join(bundle, "config.json"), '{"ociVersion":');
+    await expect(readSpec(bundle)).rejects.toThrow(InvalidRequest);
+    await expect(readSpec(bundle)).rejects.toThrow(`${bundle}/config.json is not JSON`);
+    rmSync(join(bundle, "config.json"));
+    mkdirSync(join(bundle, "config.json"));
+    await expect(readSpec(bundle)).rejects.toThrow("is a directory");
+  });
+
+  it("does not read a file without bounds", async () => {
+    writeFileSync(join(bundle, "config.json"), "");
+    truncateSync(join(bundle, "config.json"), 11 * 1024 * 1024);
+    await expect(readSpec(bundle)).rejects.toThrow("more than");
+  });
+
+  it.each([
+    ["[]", "not an object"],
+    ["null", "not an object"],
+    ['{"annotations":[]}', "annotations is not an object"],
+    ['{"annotations":{"a":1}}', "annotation a is not a string"],
+    ['{"linux":{"namespaces":{}}}', "linux.namespaces is not a list"],
+    ['{"mounts":["x"]}', "mounts is not a list"],
+    ['{"process":"sh"}', "process is not an object"],
+  ])("refuses %s", (text, message) => {
+    expect(() => parseSpec(text, "config.json")).toThrow(message);
+  });
+
+  it("takes Go's null for what is missing", () => {
+    const spec = parseSpec(
+      '{"annotations":null,"linux":{"namespaces":null},"mounts":null,"process":null}',
+      "x",
+    );
+    expect(annotationsOf(spec)).toEqual({});
+    expect(sharesPidNamespace(spec)).toBe(true);
+    expect(cedanaAnnotations(spec)).toEqual({});
+  });
+});
+
+it("knows whether the kernel ends the container with its init", () => {
+  const withPid = (namespace?: { path?: string }): OciSpec => ({
+    linux: {
+      namespaces: [{ type: "mount" }, ...(namespace ? [{ type: "pid" as const, ...namespace }] : [])],
+    },
+  });
+  expect(sharesPidNamespace(withPid({}))).toBe(false);
+  expect(sharesPidNamespace(withPid({ path: "" }))).toBe(false);
+  expect(sharesPidNamespace(withPid({ path: "/proc/7/ns/pid" }))).toBe(true);
+  expect(sharesPidNamespace(withPid())).toBe(true);
+  expect(sharesPidNamespace({})).toBe(true);
+});
+
+it("groups containers of a pod", () => {
+  const group = (annotations: Record<string, string>) => groupOf({ annotations });
+  expect(group({ "io.kubernetes.cri.sandbox-id": "pod" })).toBe("pod");
+  expect(group({ "io.kubernetes.cri.sandbox-id": "pod", "io.containerd.runc.v2.group": "mine" })).toBe(
+    "mine",
+  );
+  expect(group({ "io.kubernetes.cri.sandbox-id": "" })).toBeUndefined();
+  expect(groupOf({})).toBeUndefined();
+});
+
+describe("checkpoint policy in annotations", () => {
+  const policy = (annotations: Record<string, string>, name?: string) =>
+    cedanaAnnotations({ annotations }, name);
+
+  it("is empty where nothing is said", () => {
+    expect(policy({ "cedana.io/other": "x", "io.kubernetes.cri.container-type": "container" })).toEqual({});
+  });
+
+  it("has values for every key", () => {
+    expect(
+      policy({
+        "cedana.io/tcp": "skip-in-flight",
+        "cedana.io/file-locks": "true",
+        "cedana.io/ext-unix": "false",
+        "cedana.io/shell-job": "true",
+      }),
+    ).toEqual({ tcp: "skip-in-flight", fileLocks: true, extUnix: false, shellJob: true });
+  });
+
+  it("of one container goes before that of the pod", () => {
+    const annotations = {
+      "cedana.io/tcp": "keep",
+      "cedana.io/tcp.web": "close",
+      "cedana.io/file-locks.db": "true",
+      "io.kubernetes.cri.container-name": "web",
+    };
+    expect(policy(annotations)).toEqual({ tcp: "close" });
+    expect(policy(annotations, "db")).toEqual({ tcp: "keep", fileLocks: true });
+  });
+
+  it("is not for the sandbox container", () => {
+    const spec = {
+      annotations: { "io.kubernetes.cri.container-type": "sandbox", "cedana.io/tcp": "nonsense" },
+    };
+    expect(isSandboxContainer(spec)).toBe(true);
+    expect(cedanaAnnotations(spec)).toEqual({});
+  });
+
+  it.each([
+    [
+      { "cedana.io/tcp": "drop" },
+      'annotation cedana.io/tcp is "drop"; it may be keep, close, skip-in-flight',
+    ],
+    [{ "cedana.io/shell-job": "yes" }, 'annotation cedana.io/shell-job is "yes"; it may be true, false'],
+    [{ "cedana.io/ext-unix": "" }, 'annotation cedana.io/ext-unix is ""; it may be true, false'],
+    [{ "cedana.io/tcp": "toString" }, "it may be keep"],
+  ])("names what is wrong with %j", (annotations, message) => {
+    expect(() => policy(annotations as Record<string, string>)).toThrow(InvalidRequest);
+    expect(() => policy(annotations as Record<string, string>)).toThrow(message);
+  });
+
+  it("names the annotation that it read", () => {
+    expect(() => policy({ "cedana.io/tcp": "keep", "cedana.io/tcp.web": "x" }, "web")).toThrow(
+      "cedana.io/tcp.web",
+    );
+  });
+});
