@@ -1,10 +1,20 @@
-import { chmodSync, closeSync, existsSync, fstatSync, mkdirSync, openSync, rmSync, statSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  closeSync,
+  existsSync,
+  fstatSync,
+  mkdirSync,
+  openSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { pino } from "pino";
 import { flock, peerCredentials, setCloexec } from "../linux/addon.ts";
-import { namespaceInode } from "../linux/proc.ts";
 import { ShimServer } from "../shim/shim-server.ts";
+import { daemonSocketName } from "../shim/socket-name.ts";
 import { leaveOwnCgroups } from "./own-cgroup.ts";
 
 /*
@@ -13,12 +23,12 @@ import { leaveOwnCgroups } from "./own-cgroup.ts";
  * fd 4 (addon/keeper/PROTOCOL.md, "Starting cedanad"). Everything that must outlive it is in the keepers and in the bundles.
  */
 
-const BUILD = process.env["CEDANA_BUILD"] ?? "0.1.0";
+const BUILD = process.env.CEDANA_BUILD ?? "0.1.0";
 const SOCKET_FD = 3;
 const LOCK_FD = 4;
 
-const runDirectory = process.env["CEDANA_RUN_DIR"] || "/run/cedana";
-const log = pino({ level: process.env["CEDANA_LOG_LEVEL"] || "info", base: { pid: process.pid } });
+const runDirectory = process.env.CEDANA_RUN_DIR || "/run/cedana";
+const log = pino({ level: process.env.CEDANA_LOG_LEVEL || "info", base: { pid: process.pid } });
 
 process.on("uncaughtException", (error) => {
   // State is in the bundles and the keepers; going on with a half-done transition would be worse than a restart of 100 ms.
@@ -30,9 +40,7 @@ mkdirSync(join(runDirectory, "s"), { recursive: true, mode: 0o700 });
 mkdirSync(join(runDirectory, "c"), { recursive: true, mode: 0o700 });
 chmodSync(runDirectory, 0o700);
 
-const ownMountNs = namespaceInode("self", "mnt");
-const socketName = ownMountNs === namespaceInode(1, "mnt") ? "cedanad.sock" : `cedanad-${ownMountNs}.sock`;
-const socketPath = join(runDirectory, socketName);
+const socketPath = join(runDirectory, daemonSocketName());
 const pidFile = join(runDirectory, "cedanad.pid");
 
 takeLock(`${socketPath}.lock`);
@@ -41,7 +49,7 @@ const shim = new ShimServer({
   log,
   runDirectory,
   build: BUILD,
-  versionMax: Number(process.env["CEDANA_KEEPER_PROTOCOL_MAX"]) || undefined,
+  versionMax: Number(process.env.CEDANA_KEEPER_PROTOCOL_MAX) || undefined,
 });
 
 const server = createServer((socket) => {
@@ -52,7 +60,7 @@ server.on("error", (error) => {
   log.fatal({ err: error, socketPath }, "listen");
   process.exit(69);
 });
-const passed = process.env["LISTEN_FDS"] === "1";
+const passed = process.env.LISTEN_FDS === "1";
 if (!passed) rmSync(socketPath, { force: true });
 server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
   if (!passed) chmodSync(socketPath, 0o600);
@@ -65,7 +73,7 @@ for (const signal of ["SIGTERM", "SIGINT"] as const)
   process.on(signal, () => {
     log.info({ signal, tasks: shim.taskCount }, "cedanad ends; containers go on");
     rmSync(pidFile, { force: true });
-    if (!passed || !process.env["LISTEN_PID"]) rmSync(socketPath, { force: true });
+    if (!passed || !process.env.LISTEN_PID) rmSync(socketPath, { force: true });
     leaveOwnCgroups();
     process.exit(0);
   });
@@ -86,7 +94,7 @@ function takeLock(path: string): void {
     return;
   }
   const fd = openSync(path, "a", 0o600); // stays open, and locked, as long as we live
-  if (!flock(fd)) {
+  if (!flock(fd, "exclusive")) {
     log.fatal({ path }, "another cedanad serves this run directory");
     closeSync(fd);
     process.exit(73);

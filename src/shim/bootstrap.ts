@@ -1,7 +1,7 @@
 import { createHash } from "node:crypto";
 import { join } from "node:path";
 import { InvalidRequest } from "../errors/index.ts";
-import { containerd } from "../proto/index.ts";
+import { bootstrap, google } from "../proto/index.ts";
 import { decodeOptions } from "../runtime/options.ts";
 import { groupOf, readSpec } from "../runtime/spec.ts";
 import type { FieldValues, Message } from "./keeper-protocol.ts";
@@ -17,7 +17,11 @@ import type { FieldValues, Message } from "./keeper-protocol.ts";
  * option message can parse as such by accident, so it counts only when id and namespace agree with the flags.
  */
 export async function answerStart(message: Message, runDirectory: string): Promise<FieldValues> {
-  const [namespace, id, bundle] = [message.string("namespace"), message.string("id"), message.string("bundle")];
+  const [namespace, id, bundle] = [
+    message.string("namespace"),
+    message.string("id"),
+    message.string("bundle"),
+  ];
   const spec = await readSpec(bundle);
   const group = groupOf(spec) ?? id;
   const name = createHash("sha256")
@@ -32,20 +36,22 @@ export async function answerStart(message: Message, runDirectory: string): Promi
     socketPath,
     shimCgroup: shimCgroupOf(message.bytes("options"), namespace, id),
     answer: Buffer.from(
-      message.int("maxShimVersion") >= 3 ? JSON.stringify({ version: 3, address, protocol: "ttrpc" }) : address,
+      message.int("maxShimVersion") >= 3
+        ? JSON.stringify({ version: 3, address, protocol: "ttrpc" })
+        : address,
     ),
   };
 }
 
 function shimCgroupOf(stdin: Buffer, namespace: string, id: string): string {
   if (stdin.length === 0 || isBootstrapParams(stdin, namespace, id)) return "";
-  const any = containerd_Any(stdin);
+  const any = decodeAny(stdin);
   return any.typeUrl === "" ? "" : decodeOptions(any).shimCgroup;
 }
 
-function containerd_Any(stdin: Buffer): { typeUrl: string; value: Uint8Array } {
+function decodeAny(stdin: Buffer): { typeUrl: string; value: Uint8Array } {
   try {
-    return containerd.protobuf.Any.decode(stdin);
+    return google.Any.decode(stdin);
   } catch (error) {
     throw new InvalidRequest("the runtime options on stdin are no protobuf Any", { cause: error });
   }
@@ -53,7 +59,7 @@ function containerd_Any(stdin: Buffer): { typeUrl: string; value: Uint8Array } {
 
 function isBootstrapParams(stdin: Buffer, namespace: string, id: string): boolean {
   try {
-    const params = containerd.bootstrap.BootstrapParams.decode(stdin);
+    const params = bootstrap.BootstrapParams.decode(stdin);
     return params.instanceId === id && params.namespace === namespace;
   } catch {
     return false; // not this message: then they are options

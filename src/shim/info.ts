@@ -1,6 +1,5 @@
-import { execa } from "execa";
 import { Unavailable } from "../errors/index.ts";
-import { containerd } from "../proto/index.ts";
+import { google, types } from "../proto/index.ts";
 import { decodeOptions } from "../runtime/options.ts";
 import type { FieldValues } from "./keeper-protocol.ts";
 
@@ -14,21 +13,22 @@ const FEATURES_TIMEOUT_MS = 5_000;
  * @throws Unavailable when the engine isn't there or doesn't answer
  */
 export async function runtimeInfo(stdin: Buffer, build: string): Promise<FieldValues> {
-  const given = stdin.length === 0 ? undefined : containerd.protobuf.Any.decode(stdin);
+  const given = stdin.length === 0 ? undefined : google.Any.decode(stdin);
   const options = decodeOptions(given?.typeUrl ? given : undefined);
   const engine = options.binaryName || "runc";
+  const { execa } = await import("execa"); // rarely needed, and big
   let features: string;
   try {
     features = (await execa(engine, ["features"], { timeout: FEATURES_TIMEOUT_MS })).stdout;
   } catch (error) {
     throw new Unavailable(`ask engine ${engine} for its features`, { cause: error });
   }
-  const answer = containerd.runtime.RuntimeInfo.encode({
+  const answer = types.RuntimeInfo.encode({
     name: RUNTIME_NAME,
     version: { version: build, revision: "" },
     ...(given?.typeUrl && { options: given }),
     features: { typeUrl: FEATURES_TYPE, value: Buffer.from(JSON.stringify(JSON.parse(features))) },
     annotations: {},
-  }).finish();
+  });
   return { answer };
 }

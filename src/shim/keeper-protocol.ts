@@ -58,6 +58,8 @@ export const messageType = {
   DELETE_ANSWER: 43,
   INFO: 44,
   INFO_ANSWER: 45,
+  STATUS: 46,
+  STATUS_ANSWER: 47,
 } as const;
 export type MessageType = (typeof messageType)[keyof typeof messageType];
 

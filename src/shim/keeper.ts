@@ -1,8 +1,14 @@
 import type { Socket } from "node:net";
 import { SyscallFailed, TimedOut, Unavailable } from "../errors/index.ts";
-import type { MountPlan } from "../linux/mount-options.ts";
-import { encodeMessage, exitStatusOf, type FieldValues, type Message, messageType } from "./keeper-protocol.ts";
+import type { MountCall } from "../linux/mount-options.ts";
 import { errorNames } from "./errno.ts";
+import {
+  encodeMessage,
+  exitStatusOf,
+  type FieldValues,
+  type Message,
+  messageType,
+} from "./keeper-protocol.ts";
 
 /** Names an operation: the same tag is never carried out twice while its request is unanswered. */
 export interface Tag {
@@ -110,15 +116,15 @@ export class Keeper {
     await this.#operate(messageType.SIGNAL, tag, `signal ${signal} to pid ${pid}`, { pid, signal });
   }
 
-  async mount(tag: Tag, plan: MountPlan): Promise<void> {
-    await this.#operate(messageType.MOUNT, tag, `mount ${plan.mountType || "bind"} at ${plan.target}`, {
-      mountType: plan.mountType,
-      source: plan.source,
-      target: plan.target,
-      mountFlags: plan.flags,
-      mountData: plan.data,
-      loop: plan.loop ? 1 : undefined,
-      cwd: plan.cwd,
+  async mount(tag: Tag, call: MountCall): Promise<void> {
+    await this.#operate(messageType.MOUNT, tag, `mount ${call.mountType || call.source} at ${call.target}`, {
+      mountType: call.mountType,
+      source: call.source,
+      target: call.target,
+      mountFlags: call.flags,
+      mountData: call.data,
+      loop: call.loop ? 1 : undefined,
+      cwd: call.cwd,
     });
   }
 
@@ -156,7 +162,11 @@ export class Keeper {
   /** OOM messages for the container from now on. Does nothing with a keeper of version 1. */
   async watchOom(tag: Tag, id: string, path: string, flags: number): Promise<void> {
     if (this.version < 2) return;
-    await this.#operate(messageType.WATCH_OOM, tag, `watch out-of-memory kills of ${id}`, { id, path, flags });
+    await this.#operate(messageType.WATCH_OOM, tag, `watch out-of-memory kills of ${id}`, {
+      id,
+      path,
+      flags,
+    });
   }
 
   respond(request: number, frame: Uint8Array): void {

@@ -60,7 +60,10 @@ export class Pod {
 
   /** A path short enough for a unix socket, whatever the bundle's path is. */
   consoleSocketPath(io: string): string {
-    const name = createHash("sha256").update(`${this.namespace}/${this.keeper.pid}/${io}`).digest("hex").slice(0, 24);
+    const name = createHash("sha256")
+      .update(`${this.namespace}/${this.keeper.pid}/${io}`)
+      .digest("hex")
+      .slice(0, 24);
     return join(this.#runDirectory, "c", name);
   }
 
@@ -217,5 +220,7 @@ export class Pod {
 /** Whether the frame calls a method that starts a process, judged by the method's field in the request: cheap, and never fails. */
 function mayStartProcess(message: Message): boolean {
   const head = message.bytes("frame").subarray(10, 160).toString("latin1");
-  return METHODS_THAT_START.some((method) => head.includes(`\x12${String.fromCharCode(method.length)}${method}`));
+  return METHODS_THAT_START.some((method) =>
+    head.includes(`\x12${String.fromCharCode(method.length)}${method}`),
+  );
 }

@@ -80,7 +80,8 @@ export class Process {
   check(verb: ProcessVerb): ProcessState {
     const table: Table = this.isInit ? initTransitions : execTransitions;
     const next = table[this.#state]?.[verb];
-    if (next === undefined) throw new WrongState(`cannot ${verb} ${this.name}: it is ${describe(this.#state)}`);
+    if (next === undefined)
+      throw new WrongState(`cannot ${verb} ${this.name}: it is ${describe(this.#state)}`);
     return next as ProcessState;
   }
 

@@ -10,6 +10,7 @@ import {
   type FieldValues,
   type Message,
   MessageReader,
+  type MessageType,
   messageType,
   PROTOCOL_VERSION_MAX,
   PROTOCOL_VERSION_MIN,
@@ -33,7 +34,12 @@ export class ShimServer {
   readonly #versionMax: number;
   readonly #dispatcher = new Dispatcher<CallContext>();
 
-  constructor(options: { log: Logger; runDirectory: string; build: string; versionMax?: number | undefined }) {
+  constructor(options: {
+    log: Logger;
+    runDirectory: string;
+    build: string;
+    versionMax?: number | undefined;
+  }) {
     this.#log = options.log;
     this.#runDirectory = options.runDirectory;
     this.#build = options.build;
@@ -55,7 +61,10 @@ export class ShimServer {
       try {
         for (const message of reader.push(chunk)) this.#handle(connection, message);
       } catch (error) {
-        this.#log.error({ err: error, keeper: connection.pod?.keeper.pid }, "a keeper's connection is unusable");
+        this.#log.error(
+          { err: error, keeper: connection.pod?.keeper.pid },
+          "a keeper's connection is unusable",
+        );
         socket.destroy();
       }
     });
@@ -83,6 +92,9 @@ export class ShimServer {
         return;
       case messageType.INFO:
         this.#answer(connection, messageType.INFO_ANSWER, runtimeInfo(message.bytes("options"), this.#build));
+        return;
+      case messageType.STATUS:
+        this.#answer(connection, messageType.STATUS_ANSWER, this.#answerStatus());
         return;
     }
     if (!pod) throw new Error(`message ${message.type} before HELLO`);
@@ -124,7 +136,10 @@ export class ShimServer {
     if (version < Math.max(PROTOCOL_VERSION_MIN, hello.int("versionMin"))) {
       const ours = `${PROTOCOL_VERSION_MIN} to ${this.#versionMax}`;
       const theirs = `${hello.int("versionMin")} to ${hello.int("versionMax")}`;
-      this.#log.error({ keeper: hello.int("pid"), ours, theirs }, "a keeper speaks no version of the protocol that we do");
+      this.#log.error(
+        { keeper: hello.int("pid"), ours, theirs },
+        "a keeper speaks no version of the protocol that we do",
+      );
       const message = `cedanad speaks versions ${ours}, the keeper ${theirs}`;
       connection.socket.end(encodeMessage(messageType.WELCOME, { errno: EPROTO, message }));
       return;
@@ -144,7 +159,7 @@ export class ShimServer {
     log.info({ id: hello.string("id"), version }, "a keeper has come");
   }
 
-  #answer(connection: Connection, type: 41 | 43 | 45, answer: Promise<FieldValues>): void {
+  #answer(connection: Connection, type: MessageType, answer: Promise<FieldValues>): void {
     answer
       .catch((error): FieldValues => {
         const { message } = toStatus(error);
@@ -159,7 +174,11 @@ export class ShimServer {
    * a keeper that is gone leaves the rest to the launcher.
    */
   async #answerDelete(message: Message): Promise<FieldValues> {
-    const [namespace, id, bundle] = [message.string("namespace"), message.string("id"), message.string("bundle")];
+    const [namespace, id, bundle] = [
+      message.string("namespace"),
+      message.string("id"),
+      message.string("bundle"),
+    ];
     for (const pod of this.pods) {
       if (pod.namespace !== namespace) continue;
       const task = pod.tasks.get(id);
@@ -172,6 +191,50 @@ export class ShimServer {
     }
     return { flags: deleteFlags.unknown };
   }
+
+  async #answerStatus(): Promise<FieldValues> {
+    const status: DaemonStatus = {
+      pid: process.pid,
+      build: this.#build,
+      uptimeMs: Math.round(process.uptime() * 1000),
+      rssBytes: process.memoryUsage.rss(),
+      pods: [...this.pods].map((pod) => ({
+        keeper: pod.keeper.pid,
+        protocol: pod.keeper.version,
+        namespace: pod.namespace,
+        tasks: [...pod.tasks.values()].map((task) => ({
+          id: task.id,
+          state: task.init.state,
+          pid: task.init.pid,
+          engine: task.engine.binary,
+          bundle: task.bundle,
+          execs: [...task.execs.values()].map(({ execId, state, pid }) => ({ execId, state, pid })),
+        })),
+      })),
+    };
+    return { answer: Buffer.from(JSON.stringify(status)) };
+  }
+}
+
+/** What STATUS answers, as JSON. */
+export interface DaemonStatus {
+  pid: number;
+  build: string;
+  uptimeMs: number;
+  rssBytes: number;
+  pods: {
+    keeper: number;
+    protocol: number;
+    namespace: string;
+    tasks: {
+      id: string;
+      state: string;
+      pid: number;
+      engine: string;
+      bundle: string;
+      execs: { execId: string; state: string; pid: number }[];
+    }[];
+  }[];
 }
 
 interface Connection {

@@ -16,7 +16,12 @@ const LOG_PROGRAM_READY_MS = 10_000;
  *
  * @throws InvalidRequest for another scheme, a relative path, or a log program beside something else
  */
-export function planStdio(io: string, stdio: ProcessStdio, containerId: string, namespace: string): IoOptions {
+export function planStdio(
+  io: string,
+  stdio: ProcessStdio,
+  containerId: string,
+  namespace: string,
+): IoOptions {
   const stdout = parseTarget("stdout", stdio.stdout);
   let stderr = parseTarget("stderr", stdio.terminal ? "" : stdio.stderr);
   const stdin = parseTarget("stdin", stdio.stdin);
@@ -24,7 +29,9 @@ export function planStdio(io: string, stdio: ProcessStdio, containerId: string, 
     throw new InvalidRequest(`stdin ${stdio.stdin} must be a FIFO`);
   if (stdout.kind === stdioKind.file && stderr.kind === stdioKind.none && !stdio.terminal) stderr = stdout;
   if (stderr.kind === stdioKind.logProgram && stdout.kind !== stdioKind.logProgram)
-    throw new InvalidRequest(`stderr ${stdio.stderr} names a log program, stdout ${stdio.stdout || "(none)"} does not`);
+    throw new InvalidRequest(
+      `stderr ${stdio.stderr} names a log program, stdout ${stdio.stdout || "(none)"} does not`,
+    );
   if (stdout.kind === stdioKind.logProgram && !stdio.terminal) stderr = stdout;
   return {
     io,
@@ -57,12 +64,19 @@ function parseTarget(name: string, uri: string): Target {
   } catch (error) {
     throw new InvalidRequest(`${name} ${uri} is neither an absolute path nor a URI`, { cause: error });
   }
-  const kind = { "fifo:": stdioKind.fifo, "file:": stdioKind.file, "binary:": stdioKind.logProgram }[url.protocol];
+  const kind = { "fifo:": stdioKind.fifo, "file:": stdioKind.file, "binary:": stdioKind.logProgram }[
+    url.protocol
+  ];
   if (kind === undefined)
-    throw new InvalidRequest(`${name} ${uri}: scheme ${url.protocol.slice(0, -1)} is not one of fifo, file, binary`);
+    throw new InvalidRequest(
+      `${name} ${uri}: scheme ${url.protocol.slice(0, -1)} is not one of fifo, file, binary`,
+    );
   const path = decodeURIComponent(url.pathname);
   if (!path.startsWith("/")) throw new InvalidRequest(`${name} ${uri} has no absolute path`);
   // One value for each key, as log programs know it from the Go shim.
-  const query = [...new Set(url.searchParams.keys())].flatMap((key) => [key, url.searchParams.get(key) ?? ""]);
+  const query = [...new Set(url.searchParams.keys())].flatMap((key) => [
+    key,
+    url.searchParams.get(key) ?? "",
+  ]);
   return { kind, path, query };
 }

@@ -15,7 +15,10 @@ export function writeTaskLog(bundle: string, level: "info" | "warning" | "error"
     return; // no reader, or no such FIFO: see above
   }
   try {
-    writeSync(fd, `time=${JSON.stringify(new Date().toISOString())} level=${level} msg=${JSON.stringify(message)}\n`);
+    writeSync(
+      fd,
+      `time=${JSON.stringify(new Date().toISOString())} level=${level} msg=${JSON.stringify(message)}\n`,
+    );
   } catch {
     // full: see above
   } finally {

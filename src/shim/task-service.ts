@@ -1,7 +1,6 @@
-import Long from "long";
-import { AlreadyExists, CrashedTwice, InvalidRequest, NotFound, Unsupported } from "../errors/index.ts";
+import { AlreadyExists, CrashedTwice, InvalidRequest, NotFound } from "../errors/index.ts";
 import { encodeMetrics } from "../linux/stats.ts";
-import { containerd, timestampFromNs } from "../proto/index.ts";
+import { task as api, type MessageType, runcOptions, taskTypes, timestampFromNs } from "../proto/index.ts";
 import { decodeCheckpointOptions } from "../runtime/options.ts";
 import type { Call, Handler } from "../ttrpc/index.ts";
 import { crashIfTold } from "./fault.ts";
@@ -9,13 +8,11 @@ import type { CallContext, Pod } from "./pod.ts";
 import type { Exit, Process, ProcessState } from "./process.ts";
 import { Task, type Work } from "./task.ts";
 
-const api = containerd.task.v2;
-const status = containerd.v1.types.Status;
+const status = taskTypes.Status;
 
 /** Both versions of the service have the same calls and messages. */
 export const serviceNames = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 
-const PROCESS_DETAILS = "containerd.runc.v1.ProcessDetails";
 const EMPTY = new Uint8Array();
 /** What containerd and every file name that we make of an id allow. */
 const ID_PATTERN = /^[A-Za-z0-9][A-Za-z0-9_.-]{0,254}$/;
@@ -31,9 +28,7 @@ const statusOf: Record<ProcessState, number> = {
   deleted: status.STOPPED,
 };
 
-interface Message<T> {
-  decode(bytes: Uint8Array): T;
-}
+type Message<T> = Pick<MessageType<T>, "decode">;
 
 /** A call that changes something: answered from the record when it was answered before a crash. */
 function effect<T extends { id: string }>(
@@ -70,8 +65,10 @@ export const taskService: Record<string, Handler<CallContext>> = {
     const { pod, work } = call.context;
     crashIfTold(call.method);
     refusePoison(call);
-    if (!ID_PATTERN.test(request.id)) throw new InvalidRequest(`container id ${JSON.stringify(request.id)} is not valid`);
-    if (!request.bundle.startsWith("/")) throw new InvalidRequest(`bundle ${request.bundle} is not an absolute path`);
+    if (!ID_PATTERN.test(request.id))
+      throw new InvalidRequest(`container id ${JSON.stringify(request.id)} is not valid`);
+    if (!request.bundle.startsWith("/"))
+      throw new InvalidRequest(`bundle ${request.bundle} is not an absolute path`);
     const known = pod.tasks.get(request.id);
     const answered = known?.answerTo(work.request);
     if (answered) return answered;
@@ -92,7 +89,7 @@ export const taskService: Record<string, Handler<CallContext>> = {
       options: request.options ?? undefined,
     });
     pod.tasks.set(task.id, task);
-    const answer = api.CreateTaskResponse.encode({ pid: task.init.pid }).finish();
+    const answer = api.CreateTaskResponse.encode({ pid: task.init.pid });
     task.commit(work, answer);
     task.started(task.init);
     return answer;
@@ -103,7 +100,7 @@ export const taskService: Record<string, Handler<CallContext>> = {
     return await process.inTurn(async () => {
       if (process.isInit) await task.start(work);
       else await task.startExec(work, process);
-      const answer = api.StartResponse.encode({ pid: process.pid }).finish();
+      const answer = api.StartResponse.encode({ pid: process.pid });
       task.commit(work, answer);
       task.started(process);
       return answer;
@@ -115,7 +112,7 @@ export const taskService: Record<string, Handler<CallContext>> = {
     const process = task.process(request.execId);
     return await process.inTurn(async () => {
       const { pid, exit } = process.isInit ? await task.delete(work) : await task.deleteExec(work, process);
-      const answer = api.DeleteResponse.encode({ pid, ...exitFields(exit) }).finish();
+      const answer = api.DeleteResponse.encode({ pid, ...exitFields(exit) });
       task.commit(work, answer);
       if (process.isInit)
         pod.afterResponse(work.request, () => {
@@ -130,7 +127,8 @@ export const taskService: Record<string, Handler<CallContext>> = {
     if (!ID_PATTERN.test(request.execId))
       throw new InvalidRequest(`exec id ${JSON.stringify(request.execId)} is not valid`);
     const spec = Buffer.from(request.spec?.value ?? EMPTY).toString("utf8");
-    if (spec === "") throw new InvalidRequest(`exec ${request.execId} of task ${task.id} has no process spec`);
+    if (spec === "")
+      throw new InvalidRequest(`exec ${request.execId} of task ${task.id} has no process spec`);
     const { terminal, stdin, stdout, stderr } = request;
     task.addExec(work, { execId: request.execId, stdio: { terminal, stdin, stdout, stderr }, spec });
     task.commit(work, EMPTY);
@@ -202,33 +200,33 @@ export const taskService: Record<string, Handler<CallContext>> = {
       ...process.stdio,
       ...exitFields(process.exit),
       execId: request.execId,
-    }).finish();
+    });
   }),
 
   Pids: query(api.PidsRequest, async (_request, task) => {
-    if (task.init.pid === 0 || task.init.exit) return api.PidsResponse.encode({ processes: [] }).finish();
+    if (task.init.pid === 0 || task.init.exit) return api.PidsResponse.encode({ processes: [] });
     const pids = await (await task.cgroup()).pids();
     const execs = new Map<number, Process>();
     for (const exec of task.execs.values()) if (exec.pid !== 0 && !exec.exit) execs.set(exec.pid, exec);
     const processes = pids.map((pid) => {
       const exec = execs.get(pid);
       if (!exec) return { pid };
-      const value = containerd.runc.v1.ProcessDetails.encode({ execId: exec.execId }).finish();
-      return { pid, info: { typeUrl: PROCESS_DETAILS, value } };
+      const value = runcOptions.ProcessDetails.encode({ execId: exec.execId });
+      return { pid, info: { typeUrl: runcOptions.ProcessDetails.name, value } };
     });
-    return api.PidsResponse.encode({ processes }).finish();
+    return api.PidsResponse.encode({ processes });
   }),
 
   Wait: query(api.WaitRequest, async (request, task, call) => {
     const process = task.process(request.execId);
     if (!process.exit) call.context.park();
     const exit = process.exit ?? (await untilAborted(process.waitForExit(), call.signal));
-    return api.WaitResponse.encode(exitFields(exit)).finish();
+    return api.WaitResponse.encode(exitFields(exit));
   }),
 
   Stats: query(api.StatsRequest, async (_request, task) => {
     const stats = await encodeMetrics(await task.cgroup());
-    return api.StatsResponse.encode({ stats }).finish();
+    return api.StatsResponse.encode({ stats });
   }),
 
   async Connect(payload, call) {
@@ -239,7 +237,7 @@ export const taskService: Record<string, Handler<CallContext>> = {
       shimPid: pod.keeper.pid,
       taskPid: task?.init.pid ?? 0,
       version: "cedana",
-    }).finish();
+    });
   },
 
   async Shutdown(payload, call) {
@@ -270,7 +268,9 @@ function decode<T>(type: Message<T>, payload: Uint8Array, call: Call<CallContext
 
 function refusePoison(call: Call<CallContext>): void {
   if (call.context.poisonous)
-    throw new CrashedTwice(`${call.method} was in work when cedanad ended, twice: not tried again. See cedanad's log`);
+    throw new CrashedTwice(
+      `${call.method} was in work when cedanad ended, twice: not tried again. See cedanad's log`,
+    );
 }
 
 function exitFields(exit: Exit | undefined) {

@@ -1,15 +1,29 @@
-import { readFile, rm, writeFile } from "node:fs/promises";
+import { mkdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Logger } from "pino";
-import { AlreadyExists, BrokenImage, InvalidRequest, NotFound, SyscallFailed, Unavailable, WrongState } from "../errors/index.ts";
+import {
+  AlreadyExists,
+  BrokenImage,
+  InvalidRequest,
+  NotFound,
+  SyscallFailed,
+  Unavailable,
+  WrongState,
+} from "../errors/index.ts";
 import { Cgroup } from "../linux/cgroup.ts";
-import { planMount } from "../linux/mount-options.ts";
+import { mountCalls, planMount } from "../linux/mount-options.ts";
 import { Engine, type EngineCommand, engineFailure } from "../runtime/engine.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import { type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
 import { type CheckpointRequest, dump, planRestore, type RestorePlan } from "./checkpoint.ts";
 import * as events from "./events.ts";
-import { type ExecRecord, MAX_ANSWERS, type TaskRecord, writeEngineNote, writeTaskRecord } from "./journal.ts";
+import {
+  type ExecRecord,
+  MAX_ANSWERS,
+  type TaskRecord,
+  writeEngineNote,
+  writeTaskRecord,
+} from "./journal.ts";
 import type { AdoptedExit, Tag } from "./keeper.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio } from "./process.ts";
@@ -121,7 +135,12 @@ export class Task {
     const restoreFrom = request.checkpoint || options.criuImagePath || undefined;
     if (restoreFrom !== undefined && !restoreFrom.startsWith("/"))
       throw new InvalidRequest(`checkpoint ${restoreFrom} is not an absolute path`);
-    const init = new Process("", request.id, request.stdio, restoreFrom ? "createdFromCheckpoint" : "created");
+    const init = new Process(
+      "",
+      request.id,
+      request.stdio,
+      restoreFrom ? "createdFromCheckpoint" : "created",
+    );
     const task = new Task(pod, request.id, request.bundle, options, init, restoreFrom);
     task.#spec = spec;
     task.#parentCheckpoint = request.parentCheckpoint || undefined;
@@ -144,12 +163,23 @@ export class Task {
     return task;
   }
 
-
   /** The task as the cedanad before us left it. */
   static revive(pod: Pod, record: TaskRecord): Task {
-    const stdio = { terminal: record.terminal, stdin: record.stdin, stdout: record.stdout, stderr: record.stderr };
+    const stdio = {
+      terminal: record.terminal,
+      stdin: record.stdin,
+      stdout: record.stdout,
+      stderr: record.stderr,
+    };
     const init = new Process("", record.id, stdio, record.state as never);
-    const task = new Task(pod, record.id, record.bundle, record.options as RuntimeOptions, init, record.restoreFrom);
+    const task = new Task(
+      pod,
+      record.id,
+      record.bundle,
+      record.options as RuntimeOptions,
+      init,
+      record.restoreFrom,
+    );
     init.pid = record.pid;
     if (record.exit) init.markExited({ status: record.exit.status, atNs: BigInt(record.exit.atNs) });
     task.#rootfsMounted = record.rootfsMounted;
@@ -252,7 +282,12 @@ export class Task {
     this.init.starting = true;
     try {
       if (restoring) await this.#restore(work);
-      else await this.#runEngine(work.tag("start"), "start", this.engine.start({ id: this.id, logFile: this.#logFile("start") }));
+      else
+        await this.#runEngine(
+          work.tag("start"),
+          "start",
+          this.engine.start({ id: this.id, logFile: this.#logFile("start") }),
+        );
       this.init.move("start");
     } catch (error) {
       this.started(this.init);
@@ -274,28 +309,33 @@ export class Task {
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     try {
-      const command = this.engine.restore({
+      const logFile = this.#logFile("restore");
+      const command = plan.engine.restore({
+        ...plan.options,
         id: this.id,
         bundle: this.bundle,
         pidFile,
-        logFile: this.#logFile("restore"),
+        logFile,
         consoleSocket,
         detach: true,
         noPivot: this.options.noPivotRoot,
-        noNewKeyring: this.options.noNewKeyring,
-        ...plan.engineOptions,
       });
-      const exit = await this.#pod.keeper.run(work.tag("restore"), { argv: command.argv, io: this.init.io, consoleSocket });
+      await mkdir(plan.options.workPath!, { recursive: true, mode: 0o700 });
+      const exit = await this.#pod.keeper.run(work.tag("restore"), {
+        argv: command.argv,
+        io: this.init.io,
+        consoleSocket,
+      });
       if (exit.exitStatus !== 0)
-        throw await plan.failure(await engineFailure("restore", this.id, exit.exitStatus, this.#logFile("restore")));
+        throw await plan.explain(await engineFailure("restore", this.id, exit.exitStatus, logFile));
       this.#adopt(work, this.init, await readPidFile(pidFile));
-      await plan.done();
+      await plan.done(false);
     } catch (error) {
       // Nothing of the container may stay, and the task must be deletable: it has ended without having lived.
       await this.#engineDelete(work.tag("undo-restore"), true).catch((cause) =>
         this.#log.warn({ err: cause }, "delete what a failed restore left"),
       );
-      await plan.done();
+      await plan.done(true);
       this.init.markExited({ status: 255, atNs: nowNs() });
       this.record();
       throw error;
@@ -308,15 +348,20 @@ export class Task {
     process.check("start");
     if (this.init.exit || this.init.state === "stopped")
       throw new WrongState(`cannot start ${process.name}: task ${this.id} has ended`);
-    if (this.init.state === "paused") throw new WrongState(`cannot start ${process.name}: task ${this.id} is paused`);
-    if (this.init.state !== "running") throw new WrongState(`cannot start ${process.name}: init process is not running`);
+    if (this.init.state === "paused")
+      throw new WrongState(`cannot start ${process.name}: task ${this.id} is paused`);
+    if (this.init.state !== "running")
+      throw new WrongState(`cannot start ${process.name}: init process is not running`);
     const { serial, spec } = this.#execSpecs.get(process.execId)!;
     const file = (suffix: string) => this.#execFile(serial, suffix);
     const consoleSocket = process.stdio.terminal ? this.#pod.consoleSocketPath(process.io) : undefined;
     process.starting = true;
     try {
       await writeFile(file("json"), spec, { mode: 0o600 });
-      await this.#pod.keeper.ioOpen(work.tag("io"), planStdio(process.io, process.stdio, this.id, this.namespace));
+      await this.#pod.keeper.ioOpen(
+        work.tag("io"),
+        planStdio(process.io, process.stdio, this.id, this.namespace),
+      );
       try {
         const command = this.engine.exec({
           id: this.id,
@@ -326,7 +371,11 @@ export class Task {
           consoleSocket,
           detach: true,
         });
-        const exit = await this.#pod.keeper.run(work.tag("exec"), { argv: command.argv, io: process.io, consoleSocket });
+        const exit = await this.#pod.keeper.run(work.tag("exec"), {
+          argv: command.argv,
+          io: process.io,
+          consoleSocket,
+        });
         if (exit.exitStatus !== 0) throw await engineFailure("exec", this.id, exit.exitStatus, file("log"));
         this.#adopt(work, process, await readPidFile(file("pid")));
       } catch (error) {
@@ -344,8 +393,13 @@ export class Task {
 
   /** Registers an exec'd process; it runs at its Start. */
   addExec(work: Work, request: ExecRequest): void {
-    if (this.execs.has(request.execId)) throw new AlreadyExists(`exec ${request.execId} of task ${this.id} already exists`);
-    if (this.init.state === "createdFromCheckpoint" || this.init.state === "stopped" || this.init.state === "deleted")
+    if (this.execs.has(request.execId))
+      throw new AlreadyExists(`exec ${request.execId} of task ${this.id} already exists`);
+    if (
+      this.init.state === "createdFromCheckpoint" ||
+      this.init.state === "stopped" ||
+      this.init.state === "deleted"
+    )
       throw new WrongState(`cannot exec in task ${this.id}: it is ${this.init.state}`);
     if (this.init.state === "paused") throw new WrongState(`cannot exec in task ${this.id}: it is paused`);
     const process = new Process(request.execId, execIo(this.id, work.request), request.stdio, "created");
@@ -372,7 +426,9 @@ export class Task {
 
   #releaseHeldExits(): void {
     for (const exec of this.execs.values()) if (exec.heldExit && !exec.starting) this.#publishExit(exec);
-    const execsLeft = [...this.execs.values()].some((exec) => exec.state === "running" || (exec.starting && exec.pid !== 0));
+    const execsLeft = [...this.execs.values()].some(
+      (exec) => exec.state === "running" || (exec.starting && exec.pid !== 0),
+    );
     if (this.init.heldExit && !this.init.starting && !execsLeft) void this.#publishInitExit();
   }
 
@@ -417,14 +473,16 @@ export class Task {
         this.record();
         return;
       }
-      if (attempt + 1 < attempts) await new Promise((resolve) => setTimeout(resolve, OOM_COUNTER_INTERVAL_MS));
+      if (attempt + 1 < attempts)
+        await new Promise((resolve) => setTimeout(resolve, OOM_COUNTER_INTERVAL_MS));
     }
   }
 
   // ---- signals, freezer, files ---------------------------------------------------------------------------------------
 
   async kill(work: Work, process: Process, signal: number, all: boolean): Promise<void> {
-    const gone = () => new NotFound(`${process.name} of task ${this.id} has already ended: process already finished`);
+    const gone = () =>
+      new NotFound(`${process.name} of task ${this.id} has already ended: process already finished`);
     if (process.pid === 0) {
       if (process.isInit) throw gone();
       throw new WrongState(`cannot kill ${process.name}: it has not been started`);
@@ -468,7 +526,11 @@ export class Task {
     const file = join(this.bundle, `update-${work.request}.json`);
     await writeFile(file, resources, { mode: 0o600 });
     try {
-      const command = this.engine.update({ id: this.id, resourcesFile: file, logFile: this.#logFile("update") });
+      const command = this.engine.update({
+        id: this.id,
+        resourcesFile: file,
+        logFile: this.#logFile("update"),
+      });
       await this.#runEngine(work.tag("update"), "update", command);
     } finally {
       await rm(file, { force: true });
@@ -478,7 +540,8 @@ export class Task {
   /** @throws NotFound once the container has no cgroup */
   async cgroup(): Promise<Cgroup> {
     if (!this.#cgroup) {
-      if (this.init.pid === 0 || this.init.exit) throw new NotFound(`task ${this.id} has no cgroup: it is not running`);
+      if (this.init.pid === 0 || this.init.exit)
+        throw new NotFound(`task ${this.id} has no cgroup: it is not running`);
       this.#cgroup = await Cgroup.of(this.init.pid);
     }
     return this.#cgroup;
@@ -493,7 +556,8 @@ export class Task {
     // A dump that ended the task, repeated because we crashed before the answer: its steps are remembered by the keeper.
     if (!(work.repeated && this.init.state === "stopped")) this.init.check("checkpoint");
     await dump(this, work, request);
-    if (!request.options.exit) this.publish(`checkpointed:${work.request}`, events.taskCheckpointed(this.id, request.imagePath));
+    if (!request.options.exit)
+      this.publish(`checkpointed:${work.request}`, events.taskCheckpointed(this.id, request.imagePath));
   }
 
   async resizePty(work: Work, process: Process, width: number, height: number): Promise<void> {
@@ -534,7 +598,9 @@ export class Task {
     process.move("delete");
     this.execs.delete(process.execId);
     const { serial } = this.#execSpecs.get(process.execId)!;
-    await Promise.all(["json", "pid", "log"].map((suffix) => rm(this.#execFile(serial, suffix), { force: true })));
+    await Promise.all(
+      ["json", "pid", "log"].map((suffix) => rm(this.#execFile(serial, suffix), { force: true })),
+    );
     this.#execSpecs.delete(process.execId);
     return { pid: process.pid, exit: process.exit };
   }
@@ -557,7 +623,10 @@ export class Task {
 
   async #drain(work: Work, process: Process): Promise<void> {
     if (!(await this.#pod.keeper.ioDrain(work.tag("drain"), process.io, DRAIN_LIMIT_MS)))
-      this.#log.warn({ process: process.name }, "output still open 10 s after the end of the process: closed");
+      this.#log.warn(
+        { process: process.name },
+        "output still open 10 s after the end of the process: closed",
+      );
   }
 
   // ---- parts ---------------------------------------------------------------------------------------------------------
@@ -566,7 +635,8 @@ export class Task {
     const target = join(this.bundle, "rootfs");
     for (const [index, mount] of mounts.entries()) {
       this.#rootfsMounted = true;
-      await this.#pod.keeper.mount(work.tag(`mount:${index}`), planMount(mount, target));
+      for (const [step, call] of mountCalls(planMount(mount, target)).entries())
+        await this.#pod.keeper.mount(work.tag(`mount:${index}.${step}`), call);
     }
   }
 
@@ -582,8 +652,13 @@ export class Task {
       noPivot: this.options.noPivotRoot,
       noNewKeyring: this.options.noNewKeyring,
     });
-    const exit = await this.#pod.keeper.run(work.tag("create"), { argv: command.argv, io: this.init.io, consoleSocket });
-    if (exit.exitStatus !== 0) throw await engineFailure("create", this.id, exit.exitStatus, this.#logFile("create"));
+    const exit = await this.#pod.keeper.run(work.tag("create"), {
+      argv: command.argv,
+      io: this.init.io,
+      consoleSocket,
+    });
+    if (exit.exitStatus !== 0)
+      throw await engineFailure("create", this.id, exit.exitStatus, this.#logFile("create"));
     this.#adopt(work, this.init, await readPidFile(pidFile));
     await this.#attachCgroup(work);
   }
@@ -618,7 +693,11 @@ export class Task {
   /** The engine's `delete`. A container that it doesn't know is deleted. */
   async #engineDelete(tag: Tag, force: boolean): Promise<void> {
     try {
-      await this.#runEngine(tag, "delete", this.engine.delete({ id: this.id, force, logFile: this.#logFile("delete") }));
+      await this.#runEngine(
+        tag,
+        "delete",
+        this.engine.delete({ id: this.id, force, logFile: this.#logFile("delete") }),
+      );
     } catch (error) {
       if (!(error instanceof NotFound)) throw error;
     }
@@ -626,7 +705,8 @@ export class Task {
 
   async #runEngine(tag: Tag, action: string, command: EngineCommand): Promise<void> {
     const exit = await this.#pod.keeper.run(tag, { argv: command.argv });
-    if (exit.exitStatus !== 0) throw await engineFailure(action, this.id, exit.exitStatus, this.#logFile(action));
+    if (exit.exitStatus !== 0)
+      throw await engineFailure(action, this.id, exit.exitStatus, this.#logFile(action));
   }
 
   /** Each action has a log of its own, so that an old error is never taken for a new one. */
@@ -654,7 +734,8 @@ function exitRecord(exit: Exit | undefined): { exit?: { status: number; atNs: st
 async function readPidFile(path: string): Promise<number> {
   const text = await readFile(path, "utf8");
   const pid = Number(text);
-  if (!Number.isSafeInteger(pid) || pid <= 0) throw new BrokenImage(`pid file ${path} holds ${JSON.stringify(text)}`);
+  if (!Number.isSafeInteger(pid) || pid <= 0)
+    throw new BrokenImage(`pid file ${path} holds ${JSON.stringify(text)}`);
   return pid;
 }
 

@@ -31,7 +31,13 @@ describe("the keeper's protocol", () => {
 
   it("reads back what it writes, however the stream is cut", () => {
     const bytes = Buffer.concat([
-      encodeMessage(messageType.SPAWN, { request: 1, step: "create", argv: ["runc", "", "é"], env: [], cwd: undefined }),
+      encodeMessage(messageType.SPAWN, {
+        request: 1,
+        step: "create",
+        argv: ["runc", "", "é"],
+        env: [],
+        cwd: undefined,
+      }),
       encodeMessage(messageType.EXIT, { sequence: 2 ** 40, atNs: 1_700_000_000_123_456_789n, pid: -1 }),
     ]);
     for (let cut = 0; cut <= bytes.length; cut++) {

@@ -1,6 +1,12 @@
 import { describe, expect, it } from "vitest";
 import { WrongState } from "../../src/errors/index.ts";
-import { execTransitions, initTransitions, Process, type ProcessState, type ProcessVerb } from "../../src/shim/process.ts";
+import {
+  execTransitions,
+  initTransitions,
+  Process,
+  type ProcessState,
+  type ProcessVerb,
+} from "../../src/shim/process.ts";
 
 const stdio = { terminal: false, stdin: "", stdout: "", stderr: "" };
 
@@ -29,7 +35,9 @@ describe("the states of a process", () => {
     const process = new Process("", "io", stdio, "running");
     const before = [process.waitForExit(), process.waitForExit()];
     process.markExited({ status: 7, atNs: 1n });
-    expect(await Promise.all([...before, process.waitForExit()])).toEqual(Array(3).fill({ status: 7, atNs: 1n }));
+    expect(await Promise.all([...before, process.waitForExit()])).toEqual(
+      Array(3).fill({ status: 7, atNs: 1n }),
+    );
     expect(process.state).toBe("stopped");
   });
 

@@ -29,7 +29,9 @@ describe("stdio of a process", () => {
   });
 
   it("gives a log program the query as arguments and the container as environment", () => {
-    expect(plan({ stdout: "binary:///bin/log?id=x&level=a%26b", stderr: "binary:///bin/log?id=x" })).toMatchObject({
+    expect(
+      plan({ stdout: "binary:///bin/log?id=x&level=a%26b", stderr: "binary:///bin/log?id=x" }),
+    ).toMatchObject({
       stdoutKind: stdioKind.logProgram,
       stderrKind: stdioKind.logProgram,
       driverArgv: ["/bin/log", "id", "x", "level", "a&b"],

@@ -1,0 +1,44 @@
+import { Command, Flags } from "@oclif/core";
+import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
+
+class Status extends Command {
+  static override description = "Show cedanad, its keepers and their tasks";
+  static override flags = { json: Flags.boolean({ description: "print JSON" }) };
+
+  async run(): Promise<void> {
+    const { flags } = await this.parse(Status);
+    const status = await daemonStatus();
+    if (flags.json) {
+      this.log(JSON.stringify(status, undefined, 2));
+      return;
+    }
+    const mib = (status.rssBytes / 2 ** 20).toFixed(0);
+    this.log(
+      `cedanad ${status.build}, pid ${status.pid}, up ${Math.round(status.uptimeMs / 1000)} s, ${mib} MiB, ${runDirectory()}`,
+    );
+    for (const pod of status.pods) {
+      this.log(`keeper ${pod.keeper}  namespace ${pod.namespace}  protocol ${pod.protocol}`);
+      for (const task of pod.tasks) {
+        this.log(`  ${task.id}  ${task.state}  pid ${task.pid}  ${task.engine}`);
+        for (const exec of task.execs) this.log(`    exec ${exec.execId}  ${exec.state}  pid ${exec.pid}`);
+      }
+    }
+  }
+}
+
+class DaemonStop extends Command {
+  static override description =
+    "End cedanad; containers run on, and a keeper that has tasks starts a new one";
+  static override flags = {
+    timeout: Flags.integer({ description: "seconds to wait for its end", default: 10 }),
+  };
+
+  async run(): Promise<void> {
+    const { flags } = await this.parse(DaemonStop);
+    const pid = await stopDaemon(flags.timeout * 1000);
+    this.log(pid === undefined ? "cedanad is not running" : `cedanad (pid ${pid}) has ended`);
+  }
+}
+
+/** By name, as oclif's explicit strategy wants them. */
+export const commands = { status: Status, "daemon:stop": DaemonStop };
