@@ -1,5 +1,6 @@
 /**
- * What can go wrong, as classes that say what happened. Numbers for containerd are picked in `toStatus`, and nowhere else.
+ * What can go wrong, as classes that say what happened. The number that containerd sees is picked in `toStatus`, the exit
+ * code of a command in `toExitCode`, and nowhere else.
  *
  * | class | status |
  * |---|---|
@@ -13,7 +14,9 @@
  * | Unavailable | UNAVAILABLE |
  * | TimedOut, Cancelled | DEADLINE_EXCEEDED, CANCELLED |
  * | BrokenImage | DATA_LOSS |
- * | CriuFailed, RuntimeFailed, SyscallFailed, CrashedTwice | INTERNAL |
+ * | CriuFailed, RuntimeFailed, SyscallFailed, CrashedTwice, CedanaError | INTERNAL |
+ * | an abort of Node's (AbortError, TimeoutError) | CANCELLED, DEADLINE_EXCEEDED |
+ * | anything else | UNKNOWN |
  */
 
 /** Status codes of gRPC and TTRPC. Source: google/rpc/code.proto. */
@@ -37,37 +40,101 @@ export const statusCode = {
   UNAUTHENTICATED: 16,
 } as const;
 
+/** The name of a status code, for people; an unknown number as itself. */
+export function statusName(code: number): string {
+  return Object.entries(statusCode).find(([, value]) => value === code)?.[0] ?? String(code);
+}
+
+// Names are written out: a bundler may rename a class.
+
 export class CedanaError extends Error {
-  override get name(): string {
-    return this.constructor.name;
+  override name = "CedanaError";
+}
+
+export class InvalidRequest extends CedanaError {
+  override name = "InvalidRequest";
+}
+
+export class NotFound extends CedanaError {
+  override name = "NotFound";
+}
+
+export class AlreadyExists extends CedanaError {
+  override name = "AlreadyExists";
+}
+
+export class PermissionDenied extends CedanaError {
+  override name = "PermissionDenied";
+}
+
+export class ResourceExhausted extends CedanaError {
+  override name = "ResourceExhausted";
+}
+
+export class WrongState extends CedanaError {
+  override name = "WrongState";
+}
+
+export class Unsupported extends CedanaError {
+  override name = "Unsupported";
+}
+
+export class Unavailable extends CedanaError {
+  override name = "Unavailable";
+}
+
+export class TimedOut extends CedanaError {
+  override name = "TimedOut";
+}
+
+export class Cancelled extends CedanaError {
+  override name = "Cancelled";
+}
+
+export class BrokenImage extends CedanaError {
+  override name = "BrokenImage";
+}
+
+/** A request that was in work when cedanad ended, twice. */
+export class CrashedTwice extends CedanaError {
+  override name = "CrashedTwice";
+}
+
+interface FailureOptions extends ErrorOptions {
+  /** Of the program; undefined: it was killed, or its end was not observed. */
+  exitStatus?: number | undefined;
+  /** The last of what the program logged. Not part of the message: whoever throws puts there what people should read. */
+  log?: string | undefined;
+}
+
+export class CriuFailed extends CedanaError {
+  override name = "CriuFailed";
+  readonly exitStatus: number | undefined;
+  readonly log: string | undefined;
+
+  constructor(message: string, options: FailureOptions = {}) {
+    super(message, options);
+    this.exitStatus = options.exitStatus;
+    this.log = options.log;
   }
 }
 
-export class InvalidRequest extends CedanaError {}
-export class NotFound extends CedanaError {}
-export class AlreadyExists extends CedanaError {}
-export class PermissionDenied extends CedanaError {}
-export class ResourceExhausted extends CedanaError {}
-export class WrongState extends CedanaError {}
-export class Unsupported extends CedanaError {}
-export class Unavailable extends CedanaError {}
-export class TimedOut extends CedanaError {}
-export class Cancelled extends CedanaError {}
-export class BrokenImage extends CedanaError {}
-export class CriuFailed extends CedanaError {}
-/** A request that was in work when cedanad ended, twice. */
-export class CrashedTwice extends CedanaError {}
-
+/** runc, crun, or another shim that we left the work to. */
 export class RuntimeFailed extends CedanaError {
-  readonly exitStatus: number;
+  override name = "RuntimeFailed";
+  readonly exitStatus: number | undefined;
+  readonly log: string | undefined;
 
-  constructor(message: string, options: ErrorOptions & { exitStatus: number }) {
+  constructor(message: string, options: FailureOptions = {}) {
     super(message, options);
     this.exitStatus = options.exitStatus;
+    this.log = options.log;
   }
 }
 
 export class SyscallFailed extends CedanaError {
+  override name = "SyscallFailed";
+  /** positive */
   readonly errno: number;
   /** name of the errno: "ENOENT" */
   readonly code: string;
@@ -109,24 +176,58 @@ const statuses: readonly (readonly [type: abstract new (...args: never[]) => Err
   [CedanaError, statusCode.INTERNAL],
 ];
 
+/** Longer messages are cut in the middle: a status must fit in a frame, and its end often says why. */
+const maxStatusMessage = 16 * 1024;
+
 /** The status that containerd's client sees. */
 export function toStatus(error: unknown): { code: number; message: string } {
+  return { code: codeOf(error), message: shorten(messageOf(error)) };
+}
+
+function codeOf(error: unknown): number {
   const found = statuses.find(([type]) => error instanceof type);
-  return { code: found?.[1] ?? statusCode.UNKNOWN, message: messageOf(error) };
+  if (found) return found[1];
+  const name = error instanceof Error ? error.name : undefined;
+  if (name === "AbortError") return statusCode.CANCELLED;
+  if (name === "TimeoutError") return statusCode.DEADLINE_EXCEEDED;
+  return statusCode.UNKNOWN;
+}
+
+function shorten(text: string): string {
+  if (text.length <= maxStatusMessage) return text;
+  const half = maxStatusMessage / 2;
+  return `${text.slice(0, half)} […] ${text.slice(-half)}`;
 }
 
 /** The exit code of a command line: 1, as the engines'; an engine's own where there is one. */
 export function toExitCode(error: unknown): number {
-  return error instanceof RuntimeFailed && error.exitStatus > 0 && error.exitStatus < 256
-    ? error.exitStatus
-    : 1;
+  const status = error instanceof RuntimeFailed ? error.exitStatus : undefined;
+  return status !== undefined && status > 0 && status < 256 ? status : 1;
 }
 
-/** An error's message and those of its causes, without what is said twice. */
+/** An error's message and those of its causes, outermost first, without what is said twice. Never empty, never throws. */
 export function messageOf(error: unknown): string {
-  let text = error instanceof Error ? error.message : String(error);
-  let cause = error instanceof Error ? error.cause : undefined;
-  for (let depth = 0; cause instanceof Error && depth < 8; depth++, cause = cause.cause)
-    if (cause.message !== "" && !text.includes(cause.message)) text += `: ${cause.message}`;
+  let text = ownMessage(error);
+  let cause = causeOf(error);
+  // The bound is for a cycle of causes.
+  for (let depth = 0; cause !== undefined && depth < 8; depth++, cause = causeOf(cause)) {
+    const words = ownMessage(cause);
+    if (!text.includes(words)) text += `: ${words}`;
+  }
   return text;
+}
+
+function causeOf(error: unknown): unknown {
+  return error instanceof Error ? (error.cause ?? undefined) : undefined;
+}
+
+function ownMessage(error: unknown): string {
+  if (error instanceof AggregateError && error.message === "")
+    return error.errors.map(messageOf).join("; ") || error.name;
+  if (error instanceof Error) return error.message || error.name || "Error";
+  try {
+    return String(error) || "an error without a message";
+  } catch {
+    return "an error that can't be printed"; // an object whose toString throws, or that has none
+  }
 }
