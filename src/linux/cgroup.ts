@@ -1,7 +1,6 @@
 import { closeSync, constants, openSync, readSync, write as writeToFd } from "node:fs";
 import { readdir, readFile, stat, writeFile } from "node:fs/promises";
 import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
-import { promisify } from "node:util";
 import { NotFound, SyscallFailed, TimedOut, Unsupported, WrongState } from "../errors/index.ts";
 import { type MountInfo, readMountInfo } from "./mount-options.ts";
 import { processStat } from "./proc.ts";
@@ -50,7 +49,7 @@ export type FreezerState = "thawed" | "freezing" | "frozen";
 const eagerLooks = 50;
 const freezeTimeoutMs = 10_000;
 // v1: a process that forks while its cgroup freezes can be missed; writing FROZEN again catches the child. A short thaw
-// lets processes get out of a place where they can't freeze. Numbers as in runc's libcontainer/cgroups/fs/freezer.go.
+// lets processes get out of a place where they can't freeze. Source: runc, libcontainer/cgroups/fs/freezer.go.
 const thawEveryLooks = 100;
 
 export class Cgroup {
@@ -324,7 +323,7 @@ class Freezer {
   async want(state: "FROZEN" | "THAWED"): Promise<void> {
     const text = this.#version === 1 ? state : state === "FROZEN" ? "1" : "0";
     try {
-      await write(this.#control, text, 0);
+      await write(this.#control, text);
     } catch (err) {
       throw notFoundOr(err, this.name);
     }
@@ -374,7 +373,11 @@ class Freezer {
   }
 }
 
-const write = promisify(writeToFd as (fd: number, text: string, position: number) => void);
+function write(fd: number, text: string): Promise<void> {
+  return new Promise((resolve, reject) => {
+    writeToFd(fd, text, 0, "latin1", (err) => (err ? reject(err) : resolve()));
+  });
+}
 
 function notFoundOr(err: unknown, path: string): Error {
   return removed(err)
