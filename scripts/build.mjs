@@ -1,147 +1,288 @@
-// `npm run build`: generated codecs, bundles, native programs. Each part is skipped when nothing that it reads has changed.
-//   --only proto|ts|native
-import { execFileSync } from "node:child_process";
+// `npm run build`: codecs, bundles, native programs. What has not changed is left alone.
+//
+//   node scripts/build.mjs [--only proto|ts|native]
+//
+//   proto    proto/*.proto            -> src/proto/generated/*.ts
+//   ts       src/{daemon,cli}         -> dist/cedanad.js, dist/cedana.js, dist/commands.js, and chunks that load when needed
+//   native   addon/keeper, addon/gpu  -> build/keeper/cedana-keeper, bin/containerd-shim-cedana-v2, bin/cedana-runtime
+//            addon/binding            -> build/binding/cedana.node
+//
+// Everything is put in place by rename: a daemon or a test that runs meanwhile sees the old file or the new one. Plain
+// JavaScript, because any Node from 20 on may run it; what it builds runs under the Node that the package pins.
+
+import { execFileSync, spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
 import fs from "node:fs";
 import path from "node:path";
-import { fileURLToPath } from "node:url";
 
-const root = path.dirname(path.dirname(fileURLToPath(import.meta.url)));
-const only = process.argv.includes("--only") ? process.argv[process.argv.indexOf("--only") + 1] : undefined;
-const { version } = JSON.parse(fs.readFileSync(path.join(root, "package.json"), "utf8"));
-const node = path.join(root, "node_modules/node/bin/node");
+const root = path.resolve(import.meta.dirname, "..");
+const at = (...parts) => path.join(root, ...parts);
+const { version } = JSON.parse(fs.readFileSync(at("package.json"), "utf8"));
+const pinnedNode = at("node_modules/node/bin/node");
 
-function run(command, args, missing) {
+/** A chunk of an earlier build stays this long: a daemon that started from it may still load it. */
+const keepChunksMs = 24 * 60 * 60 * 1000;
+/** Longer than any build takes. */
+const lockPatienceMs = 120_000;
+
+class BuildFailed extends Error {}
+
+async function main(args) {
+  const only = args[0] === "--only" ? args[1] : undefined;
+  if (args.length > 0 && !["proto", "ts", "native"].includes(only)) {
+    throw new BuildFailed("usage: node scripts/build.mjs [--only proto|ts|native]");
+  }
+  if (!fs.existsSync(pinnedNode)) throw new BuildFailed("node_modules/node is missing: run `npm ci`");
+  const release = await lock(at("build/lock"));
   try {
-    execFileSync(command, args, { cwd: root, stdio: ["ignore", "inherit", "inherit"] });
-  } catch (error) {
-    console.error(
-      error.code === "ENOENT"
-        ? `build: ${command} is missing: ${missing}`
-        : `build: ${command} ${args.join(" ")} failed`,
-    );
-    process.exit(1);
+    if (!only || only === "proto") await buildProto();
+    if (!only || only === "ts") await buildTypeScript();
+    if (!only || only === "native") {
+      buildBinding();
+      buildGpu();
+      buildKeeper();
+    }
+  } finally {
+    release();
   }
 }
 
-/** Whether any of the inputs (files, or directories as a whole) is newer than the output. */
-function isStale(output, inputs) {
-  const built = fs.statSync(output, { throwIfNoEntry: false })?.mtimeMs ?? 0;
-  const newest = (entry) => {
-    const stat = fs.statSync(entry, { throwIfNoEntry: false });
-    if (!stat) return 0;
-    if (!stat.isDirectory()) return stat.mtimeMs;
-    return Math.max(stat.mtimeMs, ...fs.readdirSync(entry).map((name) => newest(path.join(entry, name))));
-  };
-  return inputs.some((input) => newest(path.join(root, input)) > built);
-}
-
-async function proto() {
-  const stamp = path.join(root, "src/proto/generated/.stamp");
-  if (!isStale(stamp, ["proto", "scripts/proto.mjs"])) return;
+async function buildProto() {
+  const inputs = [...list(at("proto"), /\.proto$/), at("scripts/proto.mjs")];
+  const generated = at("src/proto/generated");
+  const outputs = list(at("proto"), /\.proto$/).map((file) =>
+    path.join(generated, `${path.basename(file, ".proto")}.ts`),
+  );
+  if (!changed("proto", inputs, outputs)) return;
   const { generate } = await import("./proto.mjs");
-  const modules = generate(path.join(root, "proto"), path.join(root, "src/proto/generated"));
-  fs.writeFileSync(stamp, "");
-  console.log(`build: ${modules.length} codecs`);
+  const modules = generate(at("proto"), generated);
+  remember("proto", inputs);
+  say(`src/proto/generated: ${modules.length} codecs`);
 }
 
-async function ts() {
-  const stamp = path.join(root, "dist/.stamp");
-  if (!isStale(stamp, ["src", "scripts/build.mjs", "package.json"])) return;
-  const { build } = await import("esbuild");
-  fs.rmSync(path.join(root, "dist"), { recursive: true, force: true });
-  await build({
+async function buildTypeScript() {
+  const esbuild = await import("esbuild").catch(() => {
+    throw new BuildFailed("esbuild is missing: run `npm ci`");
+  });
+  const settings = {
     absWorkingDir: root,
-    entryPoints: {
-      cedanad: "src/daemon/main.ts",
-      cedana: "src/cli/main.ts",
-      commands: "src/cli/commands.ts",
-    },
-    outdir: "dist",
+    outdir: at("dist"),
     bundle: true,
     platform: "node",
     target: "node24",
     format: "esm",
-    splitting: true,
-    sourcemap: true,
-    external: ["@oclif/core"], // finds its plugins and our package.json by paths
-    // pino and others are CommonJS and ask for Node's own modules by require.
+    splitting: true, // what is imported by `await import()` is a file of its own and costs nothing at the start
+    sourcemap: "linked",
+    legalComments: "linked",
+    external: ["@oclif/core"], // finds its plugins, and our package.json, by paths
+    // CommonJS packages (pino) ask for Node's own modules by require().
     banner: {
-      js: 'import { createRequire as __createRequire } from "node:module"; const require = __createRequire(import.meta.url);',
+      js: 'import { createRequire as createRequire$ } from "node:module";\nconst require = createRequire$(import.meta.url);',
     },
     define: { "process.env.CEDANA_BUILD": JSON.stringify(version) },
     logLevel: "warning",
-  });
-  fs.writeFileSync(stamp, "");
-  console.log("build: dist/cedanad.js, dist/cedana.js");
+    write: false,
+  };
+  // The daemon and the command line share no chunks: each is one file as far as its start goes.
+  const entries = [
+    { cedanad: "src/daemon/main.ts" },
+    { cedana: "src/cli/main.ts", commands: "src/cli/commands.ts" },
+  ];
+  const written = new Set();
+  let news = 0;
+  for (const entry of entries) {
+    const present = Object.entries(entry).filter(([, file]) => fs.existsSync(at(file)));
+    if (present.length === 0) continue;
+    const [[name]] = present;
+    const result = await esbuild
+      .build({ ...settings, entryPoints: Object.fromEntries(present), chunkNames: `${name}-[name]-[hash]` })
+      .catch(() => {
+        throw new BuildFailed("esbuild failed"); // it has printed why
+      });
+    // Chunks first: an entry must never name a file that isn't there yet.
+    for (const file of result.outputFiles.sort((a, b) => isEntry(a.path, entry) - isEntry(b.path, entry))) {
+      written.add(path.basename(file.path));
+      if (writeIfChanged(file.path, file.contents) && !/\.(map|txt)$/.test(file.path)) news++;
+    }
+  }
+  for (const file of list(at("dist"), /./)) {
+    if (!written.has(path.basename(file)) && fs.statSync(file).mtimeMs < Date.now() - keepChunksMs)
+      fs.rmSync(file);
+  }
+  if (news > 0) say(`dist: ${news} bundles`);
 }
 
-function native() {
-  let revision = "unknown";
+const isEntry = (file, entry) => (Object.keys(entry).includes(path.basename(file).split(".", 1)[0]) ? 1 : 0);
+
+function buildKeeper() {
+  if (!fs.existsSync(at("addon/keeper/Makefile"))) return;
+  make("addon/keeper", [
+    `OUT=${at("build/keeper")}`,
+    `NODE=${pinnedNode}`,
+    `DAEMON_JS=${at("dist/cedanad.js")}`,
+    `VERSION=${version}`,
+    `REVISION=${revision()}`,
+  ]);
+  const program = fs.readFileSync(at("build/keeper/cedana-keeper"));
+  for (const name of ["containerd-shim-cedana-v2", "cedana-runtime"]) {
+    if (writeIfChanged(at("bin", name), program, 0o755)) say(`bin/${name}`);
+  }
+}
+
+function buildGpu() {
+  if (fs.existsSync(at("addon/gpu/Makefile")))
+    make("addon/gpu", [`OUT=${at("build/gpu")}`, `VERSION=${version}`]);
+}
+
+/** Without node-gyp: one compiler call, headers from the two packages, symbols from the Node that loads it. */
+function buildBinding() {
+  const sources = list(at("addon/binding"), /\.cc$/);
+  if (sources.length === 0) return;
+  const target = at("build/binding/cedana.node");
+  const flags = [
+    ...["-std=c++20", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden"],
+    ...["-DNAPI_VERSION=9", "-DNODE_ADDON_API_CPP_EXCEPTIONS", "-D_GNU_SOURCE"],
+    ...[
+      "-isystem",
+      at("node_modules/node-addon-api"),
+      "-isystem",
+      at("node_modules/node-api-headers/include"),
+    ],
+  ];
+  const inputs = [...sources, ...list(at("addon/binding"), /\.h$/)];
+  if (!changed("binding", inputs, [target], flags)) return;
+  fs.mkdirSync(path.dirname(target), { recursive: true });
+  run(
+    process.env.CXX || "g++",
+    [...flags, ...sources, "-o", `${target}.new`],
+    "a C++ compiler: apt-get install g++",
+  );
+  fs.renameSync(`${target}.new`, target);
+  remember("binding", inputs, flags);
+  say("build/binding/cedana.node");
+}
+
+function make(directory, settings) {
+  run(
+    "make",
+    ["--no-print-directory", "-s", "-C", at(directory), ...settings],
+    "make: apt-get install make gcc musl-tools",
+  );
+}
+
+/** The commit that is built, `unknown` outside of a repository. */
+function revision() {
   try {
-    revision = execFileSync("git", ["-C", root, "rev-parse", "--short", "HEAD"], {
+    return execFileSync("git", ["-C", root, "rev-parse", "--short", "HEAD"], {
       stdio: ["ignore", "pipe", "ignore"],
     })
       .toString()
       .trim();
   } catch {
-    // an unpacked archive has no history
-  }
-  const keeper = path.join(root, "build/keeper/cedana-keeper");
-  if (isStale(keeper, ["addon/keeper", "package.json"])) {
-    run(
-      "make",
-      [
-        "--no-print-directory",
-        "-s",
-        "-C",
-        "addon/keeper",
-        `OUT=${path.dirname(keeper)}`,
-        `NODE=${node}`,
-        `DAEMON_JS=${path.join(root, "dist/cedanad.js")}`,
-        `VERSION=${version}`,
-        `REVISION=${revision}`,
-      ],
-      "apt-get install make gcc musl-tools",
-    );
-    fs.utimesSync(keeper, new Date(), new Date());
-    console.log("build: keeper");
-  }
-  for (const name of ["containerd-shim-cedana-v2", "cedana-runtime"]) {
-    const target = path.join(root, "bin", name);
-    if (!isStale(target, ["build/keeper/cedana-keeper"])) continue;
-    fs.copyFileSync(keeper, `${target}.new`);
-    fs.chmodSync(`${target}.new`, 0o755);
-    fs.renameSync(`${target}.new`, target);
-  }
-  const addon = path.join(root, "build/binding/cedana.node");
-  if (isStale(addon, ["addon/binding"])) {
-    fs.mkdirSync(path.dirname(addon), { recursive: true });
-    const sources = fs.readdirSync(path.join(root, "addon/binding")).filter((name) => name.endsWith(".cc"));
-    run(
-      "g++",
-      [
-        "-std=c++20",
-        "-O2",
-        "-Wall",
-        "-Wextra",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-DNAPI_VERSION=9",
-        "-DNODE_ADDON_API_CPP_EXCEPTIONS",
-        "-Inode_modules/node-addon-api",
-        "-Inode_modules/node-api-headers/include",
-        ...sources.map((name) => `addon/binding/${name}`),
-        "-o",
-        `${addon}.new`,
-      ],
-      "apt-get install g++",
-    );
-    fs.renameSync(`${addon}.new`, addon);
-    console.log("build: addon");
+    return "unknown"; // an unpacked archive has no history, a small machine no git
   }
 }
 
-if (!only || only === "proto") await proto();
-if (!only || only === "ts") await ts();
-if (!only || only === "native") native();
+function run(command, args, missing) {
+  const { error, status, signal } = spawnSync(command, args, {
+    cwd: root,
+    stdio: ["ignore", "inherit", "inherit"],
+  });
+  if (error?.code === "ENOENT")
+    throw new BuildFailed(`\`${command}\` is not installed; the build needs ${missing}`);
+  if (error) throw new BuildFailed(`${command}: ${error.message}`);
+  if (status !== 0) throw new BuildFailed(`${command} failed (${signal ?? `exit status ${status}`})`);
+}
+
+/** Whether the inputs (or the settings) are others than at the last `remember`, or an output is missing. */
+function changed(step, inputs, outputs, settings = []) {
+  if (!outputs.every((file) => fs.existsSync(file))) return true;
+  const stamp = at("build/stamps", step);
+  return !fs.existsSync(stamp) || fs.readFileSync(stamp, "utf8") !== digest(inputs, settings);
+}
+
+function remember(step, inputs, settings = []) {
+  fs.mkdirSync(at("build/stamps"), { recursive: true });
+  fs.writeFileSync(at("build/stamps", step), digest(inputs, settings));
+}
+
+/** By content, because a checkout changes times. */
+function digest(inputs, settings) {
+  const hash = createHash("sha256").update(JSON.stringify(settings));
+  for (const file of inputs) hash.update(`\0${file}\0`).update(fs.readFileSync(file));
+  return hash.digest("hex");
+}
+
+function list(directory, pattern) {
+  if (!fs.existsSync(directory)) return [];
+  return fs
+    .readdirSync(directory, { withFileTypes: true })
+    .filter((entry) => entry.isFile() && pattern.test(entry.name))
+    .map((entry) => path.join(directory, entry.name))
+    .sort();
+}
+
+/** @returns whether there was something to write */
+function writeIfChanged(file, contents, mode = 0o644) {
+  const old = fs.existsSync(file) ? fs.readFileSync(file) : undefined;
+  if (old?.equals(contents) && (fs.statSync(file).mode & 0o777) === mode) return false;
+  fs.mkdirSync(path.dirname(file), { recursive: true });
+  fs.writeFileSync(`${file}.new`, contents);
+  fs.chmodSync(`${file}.new`, mode);
+  fs.renameSync(`${file}.new`, file);
+  return true;
+}
+
+/**
+ * One build at a time in a checkout. The lock is a file with the pid of who holds it; one whose process is gone counts for nothing.
+ * @returns what releases it
+ */
+async function lock(file) {
+  fs.mkdirSync(path.dirname(file), { recursive: true });
+  const giveUpAt = Date.now() + lockPatienceMs;
+  for (let waited = false; ; waited = true) {
+    try {
+      fs.writeFileSync(file, `${process.pid}`, { flag: "wx" });
+      return () => fs.rmSync(file, { force: true });
+    } catch (error) {
+      if (error.code !== "EEXIST") throw error;
+    }
+    const holder = Number(readIfThere(file));
+    if (holder > 0 && !isAlive(holder)) {
+      fs.rmSync(file, { force: true });
+      continue;
+    }
+    if (Date.now() > giveUpAt) throw new BuildFailed(`another build (process ${holder}) holds ${file}`);
+    if (!waited) say(`waiting for another build (process ${holder || "unknown"})`);
+    await new Promise((resolve) => setTimeout(resolve, 100));
+  }
+}
+
+function readIfThere(file) {
+  try {
+    return fs.readFileSync(file, "utf8");
+  } catch {
+    return ""; // released between our two looks
+  }
+}
+
+function isAlive(pid) {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch (error) {
+    return error.code === "EPERM";
+  }
+}
+
+function say(text) {
+  console.log(`build: ${text}`);
+}
+
+try {
+  await main(process.argv.slice(2));
+} catch (error) {
+  if (!(error instanceof BuildFailed)) throw error;
+  console.error(`build: ${error.message}`);
+  process.exitCode = 1;
+}
