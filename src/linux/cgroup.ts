@@ -64,11 +64,14 @@ export class Cgroup {
 
   /**
    * The cgroup that a process is in, as seen from the host.
+   * @param name  directory of the container's own cgroup (`cgroupName` of its spec): when the process has moved to one
+   *   further down, as systemd in a container does, it is that one which is meant
    * @throws NotFound when the process has ended or is in no cgroup but the roots
    * Source: cgroups(7), "/proc files".
    */
-  static async of(pid: number): Promise<Cgroup> {
+  static async of(pid: number, name?: string): Promise<Cgroup> {
     const membership = await readMembership(pid);
+    if (name) for (const [controller, path] of membership) membership.set(controller, upTo(path, name));
     let found = resolve(membership, await hierarchies());
     // Where nothing fits, mounts may have changed since we looked: look again, once.
     if (found.paths.size === 0) found = resolve(membership, await hierarchies({ fresh: true }));
@@ -423,6 +426,12 @@ export function parseMembership(text: string): Map<string, string> {
     else for (const controller of controllers!.split(",")) membership.set(controller, path);
   }
   return membership;
+}
+
+/** The path's beginning that ends with this directory, the innermost; the whole path when it isn't in it. */
+export function upTo(path: string, name: string): string {
+  const at = `${path}/`.lastIndexOf(`/${name}/`);
+  return at < 0 ? path : path.slice(0, at + 1 + name.length);
 }
 
 async function readMembership(pid: number): Promise<Map<string, string>> {

@@ -142,6 +142,21 @@ export function sharesPidNamespace(spec: OciSpec): boolean {
   return namespace === undefined || (namespace.path ?? "") !== "";
 }
 
+/**
+ * Name of the directory that is the container's own cgroup, in whichever hierarchy.
+ *
+ * `cgroupsPath` is a path, or for engines with `--systemd-cgroup` SLICE:PREFIX:NAME, which becomes the scope
+ * PREFIX-NAME.scope; without one the engines take the container's id.
+ * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); runc docs/systemd.md.
+ */
+export function cgroupName(spec: OciSpec, id: string): string {
+  const path = spec.linux?.cgroupsPath ?? "";
+  const [, prefix, name] = /^[^/:]*:([^/:]*):([^/:]+)$/.exec(path) ?? [];
+  if (name !== undefined)
+    return name.endsWith(".slice") ? name : `${prefix ? `${prefix}-` : ""}${name}.scope`;
+  return path.split("/").findLast((part) => part !== "") ?? id;
+}
+
 /** Annotations that name the group of containers which share one shim, the first that is set wins. Source: containerd's shim for runc. */
 const groupAnnotations = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"] as const;
 

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { afterEach, describe, expect, it } from "vitest";
 import { NotFound, TimedOut, Unsupported, WrongState } from "../../src/errors/index.ts";
-import { Cgroup, findHierarchies, parseMembership, resolve } from "../../src/linux/cgroup.ts";
+import { Cgroup, findHierarchies, parseMembership, resolve, upTo } from "../../src/linux/cgroup.ts";
 import { parseMountInfoLine } from "../../src/linux/mount-options.ts";
 
 const mounts = (text: string) =>
@@ -99,6 +99,14 @@ describe("membership", () => {
     expect(resolve(new Map([["freezer", "/docker/other/c1"]]), part).paths.size).toBe(0);
     expect(resolve(new Map([["freezer", "/../c1"]]), findHierarchies(hybrid)).paths.size).toBe(0);
   });
+});
+
+it("is the container's own where its init has moved further down", () => {
+  expect(upTo("/kubepods/pod1/c1/init.scope", "c1")).toBe("/kubepods/pod1/c1");
+  expect(upTo("/kubepods/pod1/c1", "c1")).toBe("/kubepods/pod1/c1");
+  expect(upTo("/c1/docker/c1/x", "c1")).toBe("/c1/docker/c1");
+  expect(upTo("/kubepods/pod1/c10/x", "c1")).toBe("/kubepods/pod1/c10/x");
+  expect(upTo("/", "c1")).toBe("/");
 });
 
 describe("an unknown process or cgroup", () => {
@@ -279,6 +287,11 @@ it.skipIf(!haveV1)("is found from a process of its own (v1, as root)", async () 
   const found = await Cgroup.of(pid);
   expect(found.version).toBe(1);
   for (const [controller, path] of cgroup.paths) expect(found.paths.get(controller)).toBe(path);
+  const name = cgroup.path("freezer")!.split("/").at(-1)!;
+  const below = makeCgroup(1, `${name}/init.scope`);
+  for (const path of below.paths.values()) writeFileSync(`${path}/cgroup.procs`, String(pid));
+  expect((await Cgroup.of(pid)).path("freezer")).toBe(below.path("freezer"));
+  expect((await Cgroup.of(pid, name)).path("freezer")).toBe(cgroup.path("freezer"));
   expect(found.oomWatchPath).toEqual({ path: cgroup.paths.get("memory"), flags: 1 });
   expect(await found.oomKills()).toBe(0);
 });

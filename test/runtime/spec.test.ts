@@ -6,6 +6,7 @@ import { InvalidRequest, NotFound } from "../../src/errors/index.ts";
 import {
   annotationsOf,
   cedanaAnnotations,
+  cgroupName,
   groupOf,
   isSandboxContainer,
   type OciSpec,
@@ -80,6 +81,20 @@ it("knows whether the kernel ends the container with its init", () => {
   expect(sharesPidNamespace(withPid({ path: "/proc/7/ns/pid" }))).toBe(true);
   expect(sharesPidNamespace(withPid())).toBe(true);
   expect(sharesPidNamespace({})).toBe(true);
+});
+
+it("knows what the engines call the container's cgroup", () => {
+  const name = (cgroupsPath?: string) =>
+    cgroupName(cgroupsPath === undefined ? {} : { linux: { cgroupsPath } }, "c1");
+  expect(name()).toBe("c1");
+  expect(name("")).toBe("c1");
+  expect(name("/default/web")).toBe("web");
+  expect(name("kubepods/pod1/abc/")).toBe("abc");
+  expect(name("system.slice:cri-containerd:abc")).toBe("cri-containerd-abc.scope");
+  expect(name(":cri-containerd:abc")).toBe("cri-containerd-abc.scope");
+  expect(name("x.slice::abc")).toBe("abc.scope");
+  expect(name("x.slice:y:z.slice")).toBe("z.slice");
+  expect(name("/a:b:c/d")).toBe("d");
 });
 
 it("groups containers of a pod", () => {
