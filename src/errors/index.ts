@@ -15,6 +15,7 @@
  * | TimedOut, Cancelled | DEADLINE_EXCEEDED, CANCELLED |
  * | BrokenImage | DATA_LOSS |
  * | CriuFailed, RuntimeFailed, SyscallFailed, CrashedTwice, CedanaError | INTERNAL |
+ * | RemoteFailed | the status that the other side gave |
  * | an abort of Node's (AbortError, TimeoutError) | CANCELLED, DEADLINE_EXCEEDED |
  * | anything else | UNKNOWN |
  */
@@ -161,6 +162,18 @@ export class SyscallFailed extends CedanaError {
   }
 }
 
+/** Another service answered a call of ours with a status; passed on as it came. */
+export class RemoteFailed extends CedanaError {
+  override name = "RemoteFailed";
+  /** one of `statusCode`, or a number that is not in that table */
+  readonly code: number;
+
+  constructor(message: string, options: ErrorOptions & { code: number }) {
+    super(message, options);
+    this.code = options.code;
+  }
+}
+
 const statuses: readonly (readonly [type: abstract new (...args: never[]) => Error, code: number])[] = [
   [InvalidRequest, statusCode.INVALID_ARGUMENT],
   [NotFound, statusCode.NOT_FOUND],
@@ -185,6 +198,7 @@ export function toStatus(error: unknown): { code: number; message: string } {
 }
 
 function codeOf(error: unknown): number {
+  if (error instanceof RemoteFailed) return error.code;
   const found = statuses.find(([type]) => error instanceof type);
   if (found) return found[1];
   const name = error instanceof Error ? error.name : undefined;

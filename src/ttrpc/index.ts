@@ -1,3 +1,4 @@
+export { type CallOptions, Client } from "./client.ts";
 export { type Call, Dispatcher, type Handler } from "./dispatcher.ts";
 export {
   decodeFrame,
@@ -18,3 +19,4 @@ export {
   type Request,
   type Status,
 } from "./message.ts";
+export { Server, type ServerOptions } from "./server.ts";

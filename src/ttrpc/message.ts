@@ -7,24 +7,35 @@ export interface Request {
   payload: Uint8Array;
   /** how long the client waits, milliseconds; undefined: without end */
   timeoutMs?: number | undefined;
+  /** names as they came; their case has no meaning that is agreed on */
   metadata?: ReadonlyMap<string, readonly string[]> | undefined;
 }
 
 export interface Status {
+  /** gRPC's number; 0: success */
   code: number;
   message: string;
 }
+
+const MAX_INT64 = 2n ** 63n - 1n;
 
 export function encodeRequest(request: Request): Uint8Array {
   return ttrpc.Request.encode({
     service: request.service,
     method: request.method,
     payload: request.payload,
-    timeoutNano: BigInt(Math.round((request.timeoutMs ?? 0) * 1e6)),
+    timeoutNano: nanoseconds(request.timeoutMs),
     metadata: [...(request.metadata ?? [])].flatMap(([key, values]) =>
       values.map((value) => ({ key, value })),
     ),
   });
+}
+
+/** 0 says "without end" on the wire, so the shortest timeout is a nanosecond and an endless one is none. */
+function nanoseconds(timeoutMs: number | undefined): bigint {
+  if (timeoutMs === undefined || Number.isNaN(timeoutMs)) return 0n;
+  const nanos = Math.max(1, Math.round(timeoutMs * 1e6));
+  return nanos < Number(MAX_INT64) ? BigInt(nanos) : 0n;
 }
 
 /** @throws WireError for bytes that are no request */
@@ -36,13 +47,8 @@ export function decodeRequest(bytes: Uint8Array): Request {
     if (known) known.push(value);
     else lists.set(key, [value]);
   }
-  return {
-    service,
-    method,
-    payload,
-    timeoutMs: timeoutNano > 0n ? Number(timeoutNano) / 1e6 : undefined,
-    metadata: lists,
-  };
+  const timeoutMs = timeoutNano > 0n ? Number(timeoutNano) / 1e6 : undefined;
+  return { service, method, payload, timeoutMs, metadata: lists };
 }
 
 export function encodeResponse(response: { status?: Status; payload?: Uint8Array }): Uint8Array {

@@ -7,6 +7,7 @@ const {
   CriuFailed,
   messageOf,
   NotFound,
+  RemoteFailed,
   RuntimeFailed,
   statusCode,
   statusName,
@@ -44,7 +45,7 @@ describe("toStatus", () => {
     const classes = Object.values(errors).filter(
       (value) => typeof value === "function" && /^class/.test(String(value)),
     );
-    expect(classes.length).toBe(16); // the table above, and SyscallFailed
+    expect(classes.length).toBe(17); // the table above, SyscallFailed, RemoteFailed
   });
 
   it("says INTERNAL for a system call and keeps what failed", () => {
@@ -65,6 +66,13 @@ describe("toStatus", () => {
     expect(toStatus(undefined)).toEqual({ code: 2, message: "undefined" });
     expect(toStatus(Object.create(null)).code).toBe(2);
     expect(toStatus("")).toEqual({ code: 2, message: "an error without a message" });
+  });
+
+  it("passes on what another service answered", () => {
+    expect(toStatus(new RemoteFailed("no such task", { code: 5 }))).toEqual({
+      code: 5,
+      message: "no such task",
+    });
   });
 
   it("takes an abort for what it is", () => {
