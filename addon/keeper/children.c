@@ -1,0 +1,258 @@
+/*
+ * Processes. SPAWN's children are reported by RESULT, with their tag; everything else that ends as our child was adopted (we
+ * are a subreaper): reported by EXIT with a sequence number and kept until ACK.
+ */
+#include "keeper.h"
+#include "spawn.h"
+#include <fcntl.h>
+#include <signal.h>
+#include <sched.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+extern char **environ;
+
+struct child {
+  pid_t pid;
+  struct tag tag;
+  char *io; /* to close its console listener at the end */
+  bool console, timed_out;
+  struct timer timer;
+  struct child *next;
+};
+
+struct exited {
+  int64_t sequence;
+  pid_t pid;
+  int status;
+  uint64_t at_ns;
+  struct rusage usage;
+  struct exited *next;
+};
+
+static struct child *children;
+static struct exited *exits;
+static int64_t last_sequence;
+static struct watch signals;
+static pid_t loggers[8]; /* log programs: their end is nobody's business */
+
+static int64_t us(struct timeval t) { return (int64_t)t.tv_sec * 1000000 + t.tv_usec; }
+
+static void exit_send(const struct exited *e) {
+  if (!cedanad_ready()) return;
+  struct buffer *out = to_cedanad();
+  size_t begin = frame_begin(out, MESSAGE_EXIT);
+  put_int(out, FIELD_SEQUENCE, e->sequence);
+  put_int(out, FIELD_PID, e->pid);
+  put_int(out, FIELD_WAIT_STATUS, e->status);
+  put_int(out, FIELD_AT_NS, (int64_t)e->at_ns);
+  put_int(out, FIELD_USER_US, us(e->usage.ru_utime));
+  put_int(out, FIELD_SYSTEM_US, us(e->usage.ru_stime));
+  put_int(out, FIELD_MAX_RSS_KB, e->usage.ru_maxrss);
+  frame_end(out, begin);
+  expect_pong();
+}
+
+static void child_free(struct child *c) {
+  for (struct child **at = &children; *at; at = &(*at)->next)
+    if (*at == c) {
+      *at = c->next;
+      break;
+    }
+  timer_stop(&c->timer);
+  tag_free(&c->tag);
+  free(c->io);
+  free(c);
+}
+
+static void reaped(pid_t pid, int status, const struct rusage *usage) {
+  for (unsigned i = 0; i < countof(loggers); i++)
+    if (loggers[i] == pid) {
+      loggers[i] = 0;
+      return;
+    }
+  for (struct child *c = children; c; c = c->next) {
+    if (c->pid != pid) continue;
+    struct io *io = c->console ? io_find(c->io) : NULL;
+    if (io) io_console_done(io);
+    struct buffer out = {0};
+    size_t begin = result_begin(&out, c->tag, c->timed_out ? ETIMEDOUT : 0, c->timed_out ? "killed: it took too long" : NULL);
+    put_int(&out, FIELD_PID, pid);
+    put_int(&out, FIELD_WAIT_STATUS, status);
+    put_int(&out, FIELD_AT_NS, (int64_t)now_ns_real());
+    result_end(c->tag, &out, begin);
+    child_free(c);
+    return;
+  }
+  struct exited *e = allocate(sizeof *e), **at = &exits;
+  *e = (struct exited){++last_sequence, pid, status, now_ns_real(), *usage, NULL};
+  while (*at) at = &(*at)->next;
+  *at = e;
+  exit_send(e);
+}
+
+static void signals_ready(struct watch *watch, uint32_t events) {
+  (void)events;
+  struct signalfd_siginfo info;
+  while (read(watch->fd, &info, sizeof info) == sizeof info) continue;
+  for (;;) {
+    int status;
+    struct rusage usage;
+    pid_t pid = wait4(-1, &status, WNOHANG, &usage);
+    if (pid <= 0) return;
+    reaped(pid, status, &usage);
+  }
+}
+
+void children_init(void) {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGCHLD);
+  sigprocmask(SIG_SETMASK, &set, NULL);
+  signals = (struct watch){.fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK), .ready = signals_ready};
+  watch_events(&signals, EPOLLIN);
+}
+
+void children_resend_exits(void) {
+  for (struct exited *e = exits; e; e = e->next) exit_send(e);
+}
+
+void children_ack(int64_t sequence) {
+  for (struct exited **at = &exits; *at; at = &(*at)->next)
+    if ((*at)->sequence == sequence) {
+      struct exited *e = *at;
+      *at = e->next;
+      free(e);
+      return;
+    }
+}
+
+/* Our environment and what is added, without what systemd told us alone. */
+static char **environment(char **added) {
+  unsigned count = 0, more = 0;
+  while (environ[count]) count++;
+  while (added && added[more]) more++;
+  char **env = allocate((count + more + 1) * sizeof *env);
+  unsigned n = 0;
+  for (unsigned i = 0; i < count; i++) {
+    if (starts_with(environ[i], "NOTIFY_SOCKET=")) continue;
+    bool replaced = false;
+    for (unsigned j = 0; j < more; j++) {
+      size_t name = strcspn(added[j], "=") + 1;
+      replaced |= strncmp(added[j], environ[i], name) == 0;
+    }
+    if (!replaced) env[n++] = environ[i];
+  }
+  for (unsigned j = 0; j < more; j++) env[n++] = added[j];
+  return env;
+}
+
+static void timeout_due(struct timer *timer) {
+  struct child *c = container_of(timer, struct child, timer);
+  c->timed_out = true; /* reported when it has been reaped */
+  kill(c->pid, SIGKILL);
+}
+
+void children_spawn(const struct message *m) {
+  struct tag tag = tag_of(m);
+  autofree char **argv = message_list(m, FIELD_ARGV);
+  autofree char **added = message_list(m, FIELD_ENV);
+  const char *io_key = message_string(m, FIELD_IO), *output = message_string(m, FIELD_OUTPUT_PATH);
+  const char *console = message_string(m, FIELD_CONSOLE_SOCKET);
+  if (!argv) {
+    result_send(tag, EINVAL, "spawn without argv");
+    return;
+  }
+  struct io *io = NULL;
+  autofd out = -1;
+  autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);
+  int fds[3] = {-1, -1, -1};
+  if (output) {
+    out = open(output, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    if (out < 0) {
+      autofree char *why = format("open %s: %s", output, strerror(errno));
+      result_send(tag, errno, why);
+      return;
+    }
+    fds[1] = fds[2] = out;
+  } else if (io_key) {
+    io = io_find(io_key);
+    if (!io) {
+      result_send(tag, ENOENT, "no such io object");
+      return;
+    }
+    if (console) {
+      int result = io_console_listen(io, console);
+      if (result < 0) {
+        autofree char *why = format("listen for the terminal at %s: %s", console, strerror(-result));
+        result_send(tag, -result, why);
+        return;
+      }
+    } else {
+      io_child_fds(io, fds);
+    }
+  }
+  autofree char **env = environment(added);
+  autofree char *program = find_program(argv[0], getenv("PATH"));
+  struct spawn s = {.path = program, .argv = argv, .env = env, .cwd = message_string(m, FIELD_CWD), .fd_count = 3,
+                    .sched_core = message_int(m, FIELD_SCHED_CORE)};
+  for (int i = 0; i < 3; i++) s.fds[i] = fds[i] >= 0 ? fds[i] : null;
+  pid_t pid = program ? spawn_program(&s) : -ENOENT;
+  if (pid < 0) {
+    if (io && console) io_console_done(io);
+    autofree char *why = format("execute %s: %s", argv[0], strerror(-pid));
+    result_send(tag, -pid, why);
+    return;
+  }
+  if (io && !console) io_spawned(io);
+  struct child *c = allocate(sizeof *c);
+  c->pid = pid;
+  c->tag = tag_copy(tag);
+  c->io = io_key ? copy_string(io_key) : NULL;
+  c->console = console != NULL;
+  c->next = children;
+  children = c;
+  int64_t limit = message_int(m, FIELD_TIMEOUT_MS);
+  if (limit > 0) timer_start(&c->timer, (uint64_t)limit, timeout_due);
+  struct buffer *to = to_cedanad();
+  size_t begin = frame_begin(to, MESSAGE_SPAWNED);
+  put_int(to, FIELD_REQUEST, tag.request);
+  put_string(to, FIELD_STEP, tag.step);
+  put_int(to, FIELD_PID, pid);
+  frame_end(to, begin);
+}
+
+pid_t children_start_logger(char **argv, char **added, int out, int err, int ready) {
+  autofree char **env = environment(added);
+  autofree char *program = find_program(argv[0], getenv("PATH"));
+  autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);
+  struct spawn s = {.path = program, .argv = argv, .env = env, .fds = {null, null, null, out, err, ready}, .fd_count = 6};
+  pid_t pid = program ? spawn_program(&s) : -ENOENT;
+  for (unsigned i = 0; pid > 0 && i < countof(loggers); i++)
+    if (!loggers[i]) {
+      loggers[i] = pid;
+      break;
+    }
+  return pid;
+}
+
+void children_signal(const struct message *m) {
+  struct tag tag = tag_of(m);
+  pid_t pid = (pid_t)message_int(m, FIELD_PID);
+  int number = (int)message_int(m, FIELD_SIGNAL);
+  siginfo_t info = {0};
+  /* WNOWAIT: is it our child, and not ended? Nobody else can reap it, so the pid stays its own until we do. */
+  if (pid <= 1 || waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) < 0 || info.si_pid != 0) {
+    result_send(tag, ESRCH, NULL);
+    return;
+  }
+  if (kill(pid, number) < 0) {
+    autofree char *why = format("kill: %s", strerror(errno));
+    result_send(tag, errno, why);
+  } else {
+    result_send(tag, 0, NULL);
+  }
+}

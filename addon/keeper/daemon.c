@@ -1,0 +1,213 @@
+#include "daemon.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cgroup.h"
+#include "spawn.h"
+
+extern char **environ;
+
+#define DAEMON_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+const char *daemon_socket(void) {
+  static char *path;
+  if (path) return path;
+  uint64_t own = mount_namespace("/proc/self/ns/mnt"), first = mount_namespace("/proc/1/ns/mnt");
+  if (own != first) path = format("%s/cedanad-%llu.sock", run_directory(), (unsigned long long)own);
+  else path = format("%s/cedanad.sock", run_directory());
+  return path;
+}
+
+const char *daemon_log(void) {
+  static char *path;
+  if (!path) path = format("%s/cedanad.log", run_directory());
+  return path;
+}
+
+int daemon_connect(void) { return connect_unix(daemon_socket()); }
+
+void daemon_log_line(const char *text, ...) {
+  autofd fd = open(daemon_log(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+  if (fd < 0) return;
+  char line[512], stamp[32];
+  time_t now = time(NULL);
+  struct tm parts;
+  gmtime_r(&now, &parts);
+  strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ", &parts);
+  int used = snprintf(line, sizeof line, "%s keeper[%d]: ", stamp, (int)getpid());
+  va_list list;
+  va_start(list, text);
+  int more = vsnprintf(line + used, sizeof line - (size_t)used - 1, text, list);
+  va_end(list);
+  size_t length = (size_t)used + (size_t)(more < 0 ? 0 : more);
+  if (length > sizeof line - 2) length = sizeof line - 2;
+  line[length++] = '\n';
+  write_all(fd, line, length);
+}
+
+static int open_lock(void) {
+  autofree char *path = format("%s.lock", daemon_socket());
+  int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  return fd < 0 ? -errno : fd;
+}
+
+pid_t daemon_lock_holder(void) {
+  autofd lock = open_lock();
+  if (lock < 0) return lock;
+  if (flock(lock, LOCK_SH | LOCK_NB) == 0) return -ENOENT;
+  char text[32] = {0};
+  if (pread(lock, text, sizeof text - 1, 0) <= 0) return -ENOENT;
+  int64_t pid = parse_number(text);
+  return pid > 1 ? (pid_t)pid : -ENOENT;
+}
+
+/* Bound and listening, with mode 0600 from its first moment. */
+static int make_listener(const char *path) {
+  struct sockaddr_un address;
+  unsigned length;
+  int result = socket_address(path, &address, &length);
+  if (result < 0) return result;
+  int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return -errno;
+  unlink(path);
+  mode_t before = umask(0177);
+  result = bind(fd, (struct sockaddr *)&address, length) < 0 ? -errno : 0;
+  umask(before);
+  if (result == 0 && listen(fd, 4096) < 0) result = -errno;
+  if (result == 0) return fd;
+  close(fd);
+  return result;
+}
+
+/* The program: CEDANA_DAEMON, else `cedanad` beside our real file, else what the build recorded. */
+static int daemon_command(char *argv[3]) {
+  argv[1] = argv[2] = NULL;
+  const char *given = getenv("CEDANA_DAEMON");
+  if (given && *given) {
+    argv[0] = copy_string(given);
+    return 0;
+  }
+  char self[4096];
+  ssize_t length = readlink("/proc/self/exe", self, sizeof self - 16);
+  if (length > 0) {
+    self[length] = 0;
+    char *slash = strrchr(self, '/');
+    if (slash) strcpy(slash + 1, "cedanad");
+    if (slash && access(self, X_OK) == 0) {
+      argv[0] = copy_string(self);
+      return 0;
+    }
+  }
+  if (DAEMON_NODE[0] == 0 || DAEMON_JS[0] == 0) return -ENOENT;
+  argv[0] = copy_string(DAEMON_NODE);
+  argv[1] = copy_string(DAEMON_JS);
+  return 0;
+}
+
+static bool not_for_daemon(const char *entry) { return !starts_with(entry, "CEDANA_"); }
+
+/* Steps, all under the lock:
+ *  1. Connect once more: somebody may have started one between the caller's attempt and our lock.
+ *  2. The listening socket, so that clients can queue from now on.
+ *  3. Execute cedanad: socket as fd 3, lock as fd 4 (a flock belongs to the open file, so it lives on in the child),
+ *     as a sibling of ours: a keeper must not become the reaper of cedanad's orphans.
+ *  4. Its pid into the lock file, for whoever must kill it before it could say its pid itself.
+ */
+int daemon_start(pid_t *pid) {
+  *pid = 0;
+  int result = make_directories(run_directory(), 0700);
+  if (result < 0) return result;
+  autofd lock = open_lock();
+  if (lock < 0) return lock;
+  if (flock(lock, LOCK_EX | LOCK_NB) < 0) return errno == EWOULDBLOCK ? -EBUSY : -errno;
+
+  int connection = daemon_connect();
+  if (connection >= 0) return connection;
+  if (connection == -EAGAIN) return -EBUSY;
+
+  char *argv[3] = {0};
+  result = daemon_command(argv);
+  if (result < 0) {
+    daemon_log_line("no cedanad to start: CEDANA_DAEMON is not set, none beside the shim, none recorded at build");
+    return result;
+  }
+  autofree char *program = argv[0];
+  autofree char *script = argv[1];
+  autofd listener = make_listener(daemon_socket());
+  if (listener < 0) return listener;
+  autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);
+  autofd log = open(daemon_log(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+  if (null < 0 || log < 0) return -errno;
+
+  char listen_pid[32] = "LISTEN_PID=";
+  char **own = filter_environment(environ, not_for_daemon);
+  size_t count = 0;
+  while (own[count]) count++;
+  autofree char **env = reallocate(own, (count + 4) * sizeof *own);
+  env[count++] = DAEMON_PATH;
+  env[count++] = "LISTEN_FDS=1";
+  env[count++] = listen_pid;
+  env[count] = NULL;
+
+  const char *directory = run_directory();
+  autofree char *group = format("cedanad-%016llx", (unsigned long long)fnv1a(directory, strlen(directory)));
+  int ignored;
+  char **join = cgroup_make(group, false, &ignored);
+
+  struct spawn spawn = {
+      .path = program,
+      .argv = argv,
+      .env = env,
+      .cwd = "/",
+      .fds = {null, log, log, listener, lock},
+      .fd_count = 5,
+      .new_session = true,
+      .sibling = true,
+      .oom_score_adj = "-500",
+      .join = join,
+      .pid_text = listen_pid + sizeof "LISTEN_PID=" - 1,
+  };
+  pid_t started = spawn_program(&spawn);
+  cgroup_free(join);
+  if (started < 0) {
+    unlink(daemon_socket());
+    daemon_log_line("execute %s: %s", program, strerror(-started));
+    return started;
+  }
+  *pid = started;
+  char text[24];
+  int length = snprintf(text, sizeof text, "%d\n", (int)started);
+  if (ftruncate(lock, 0) == 0 && pwrite(lock, text, (size_t)length, 0) < 0) { /* then nobody can kill it early */
+  }
+  return -EAGAIN;
+}
+
+int daemon_connect_blocking(bool start, uint64_t deadline) {
+  uint64_t pause = 2;
+  for (;;) {
+    int result = daemon_connect();
+    if (result >= 0) return result;
+    if (start && (result == -ENOENT || result == -ECONNREFUSED)) {
+      pid_t pid;
+      result = daemon_start(&pid);
+      if (result >= 0) return result;
+      if (pid > 0) continue; /* it listens already: its socket is ours */
+      if (result != -EBUSY) return result;
+    } else if (result != -EAGAIN && result != -EBUSY) {
+      return result;
+    }
+    uint64_t now = now_ms();
+    if (now >= deadline) return -ETIMEDOUT;
+    struct timespec wait = {.tv_nsec = (long)pause * 1000000};
+    nanosleep(&wait, NULL);
+    pause = pause * 2 > 50 ? 50 : pause * 2;
+  }
+}

@@ -1,0 +1,28 @@
+/*
+ * Finding and starting cedanad (PROTOCOL.md, "Starting cedanad").
+ *
+ * One cedanad per run directory and mount namespace. Whoever finds nobody listening takes a lock, makes the listening
+ * socket itself and executes cedanad with it; cedanad holds the lock as long as it lives, and the lock file
+ * has its pid. So clients queue in the backlog, and two starters can't start two.
+ */
+#pragma once
+
+#include "util.h"
+
+/* The socket's path, in static memory. */
+const char *daemon_socket(void);
+const char *daemon_log(void);
+/* An fd (NONBLOCK, CLOEXEC); -ECONNREFUSED or -ENOENT: nobody listens; -EAGAIN: too many wait. */
+int daemon_connect(void);
+/*
+ * Starts cedanad unless somebody else is about to (-EBUSY: connect again soon) or has (an fd of a connection).
+ * *pid: the process started, else 0.
+ */
+int daemon_start(pid_t *pid);
+/* The pid that holds the lock, from the lock file; -ENOENT when nobody holds it. */
+pid_t daemon_lock_holder(void);
+/* A line for people in cedanad's log. */
+void daemon_log_line(const char *text, ...) __attribute__((format(printf, 1, 2)));
+
+/* For callers that may block: connects, starting cedanad when `start`, until the deadline. */
+int daemon_connect_blocking(bool start, uint64_t deadline);

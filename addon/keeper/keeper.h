@@ -1,0 +1,99 @@
+/*
+ * The keeper's parts, in one process with one epoll loop. Who owns what:
+ *   keeper.c    the loop, the lifeline to cedanad, tasks, and what arrives from cedanad
+ *   requests.c  the TTRPC socket, its connections, requests and the results of their operations
+ *   children.c  spawned and adopted processes
+ *   io.c        stdio
+ *   mount.c     mounts
+ *   events.c    events for containerd
+ */
+#pragma once
+#include "loop.h"
+#include "protocol.h"
+
+/* The tag of an operation. Its strings live as long as the message that it came in. */
+struct tag {
+  int64_t request;
+  const char *step;
+};
+struct tag tag_of(const struct message *m);
+/* A copy that outlives the message. */
+struct tag tag_copy(struct tag tag);
+void tag_free(struct tag *tag);
+
+/* ---- keeper.c ---- */
+struct keeper {
+  const char *namespace, *id, *address, *ttrpc_address, *publish_binary, *bundle, *socket_path;
+  int listening;
+};
+extern struct keeper keeper;
+/* Never returns. `cedanad`: a connection to it. */
+_Noreturn void keeper_run(int cedanad);
+/* Frames for cedanad go here; keeper_flush sends them. Dropped while no cedanad has been welcomed. */
+struct buffer *to_cedanad(void);
+bool cedanad_ready(void);
+void keeper_flush(void);
+/* A request or exit is on its way: cedanad must show that it lives. */
+void expect_pong(void);
+bool keeper_has_task(void);
+struct task {
+  char *id, *bundle;
+  int64_t pid;
+  unsigned exec_count;
+  int64_t *exec_pids;
+  int event_fd; /* memory.oom_control of cgroups version 1; 0: none */
+  struct watch oom;
+  struct task *next;
+};
+struct task *task_find(const char *id);
+/* RESULT, remembered with its request. `extra` may add fields. */
+void result_send(struct tag tag, int errno_, const char *message);
+size_t result_begin(struct buffer *out, struct tag tag, int errno_, const char *message);
+void result_end(struct tag tag, struct buffer *out, size_t begin);
+void oom_watch(const struct message *m);
+
+/* ---- requests.c ---- */
+void requests_listen(int fd);
+void requests_resend(void);
+void requests_response(const struct message *m);
+void requests_parked(const struct message *m);
+unsigned requests_open(void);
+uint64_t requests_last_ms(void);
+/* Whether the operation needn't be done: it was done (its result is sent again) or is under way. */
+bool requests_repeated(struct tag tag, int type);
+void requests_remember(struct tag tag, const void *frame, size_t length);
+void requests_cedanad_gone(void);
+
+/* ---- children.c ---- */
+void children_init(void);
+void children_spawn(const struct message *m);
+void children_signal(const struct message *m);
+void children_resend_exits(void);
+void children_ack(int64_t sequence);
+/* A log program: driver argv, its fds 3, 4, 5. Returns the pid. */
+pid_t children_start_logger(char **argv, char **env, int out, int err, int ready);
+
+/* ---- io.c ---- */
+struct io;
+struct io *io_find(const char *key);
+void io_open(const struct message *m);
+/* The fds for a child; -1 for /dev/null. Valid until io_spawned. */
+void io_child_fds(struct io *io, int fds[3]);
+/* The child has its fds: ours of its ends are closed. */
+void io_spawned(struct io *io);
+/* Listens for the pty master; a path that is in the way is removed. */
+int io_console_listen(struct io *io, const char *path);
+void io_console_done(struct io *io);
+void io_resize(const struct message *m);
+void io_close_stdin(const struct message *m);
+void io_drain(const struct message *m);
+void io_free(const struct message *m);
+
+/* ---- mount.c ---- */
+int mount_make(const struct message *m, char **why);
+int unmount_below(const char *target, char **why);
+
+/* ---- events.c ---- */
+void events_queue(const struct message *m);
+void events_forget(const char *id);
+bool events_idle(void);

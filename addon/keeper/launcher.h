@@ -1,0 +1,3 @@
+#pragma once
+int launcher_main(int argc, char **argv);
+int runtime_main(char **argv);

@@ -1,0 +1,9 @@
+/* One program, three faces, chosen by the name it is called by. */
+#include "launcher.h"
+#include "util.h"
+
+int main(int argc, char **argv) {
+  const char *name = base_name(argv[0] ? argv[0] : "");
+  if (!strcmp(name, "cedana-runtime")) return runtime_main(argv);
+  return launcher_main(argc, argv);
+}

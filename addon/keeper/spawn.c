@@ -1,0 +1,120 @@
+#include "spawn.h"
+
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#ifndef PR_SCHED_CORE
+#define PR_SCHED_CORE 62
+#endif
+#define SCHED_CORE_CREATE 1
+
+/* Only pages that the child touches are ever there. One child at a time uses it: CLONE_VFORK. */
+static char child_stack[64 * 1024] __attribute__((aligned(64)));
+
+int sched_core_create(int scope) {
+  if (prctl(PR_SCHED_CORE, SCHED_CORE_CREATE, 0, scope, 0) == 0) return 0;
+  return errno == ENODEV || errno == EINVAL ? 0 : -errno;
+}
+
+static void decimal(char *out, unsigned number) {
+  char digits[12];
+  int count = 0;
+  do digits[count++] = (char)('0' + number % 10);
+  while (number /= 10);
+  while (count > 0) *out++ = digits[--count];
+  *out = 0;
+}
+
+/*
+ * Runs in the child, in the parent's memory: system calls only, and nothing of the parent's is changed but
+ * `spawn->error` and `spawn->pid_text`.
+ */
+__attribute__((no_sanitize("address", "undefined"))) static int child_main(void *argument) {
+  struct spawn *spawn = argument;
+  int fds[SPAWN_FDS];
+
+  if (spawn->new_session) setsid();
+  else setpgid(0, 0);
+  for (char *const *procs = spawn->join; procs && *procs; procs++) {
+    int fd = open(*procs, O_WRONLY | O_CLOEXEC);
+    if (fd >= 0 && write(fd, "0", 1) < 0) { /* best effort */
+    }
+    if (fd >= 0) close(fd);
+  }
+  if (spawn->oom_score_adj) {
+    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+    if (fd >= 0 && write(fd, spawn->oom_score_adj, strlen(spawn->oom_score_adj)) < 0) { /* best effort */
+    }
+    if (fd >= 0) close(fd);
+  }
+  if (spawn->sched_core && sched_core_create(SCHED_CORE_THREAD_GROUP) < 0) goto failed;
+  if (spawn->cwd && chdir(spawn->cwd) < 0) goto failed;
+  /* Out of the way first, so that no dup2 closes a source that a later one needs. */
+  for (int i = 0; i < spawn->fd_count; i++)
+    if ((fds[i] = fcntl(spawn->fds[i], F_DUPFD_CLOEXEC, SPAWN_FDS)) < 0) goto failed;
+  for (int i = 0; i < spawn->fd_count; i++)
+    if (dup2(fds[i], i) < 0) goto failed;
+  if (spawn->nofile) setrlimit(RLIMIT_NOFILE, spawn->nofile);
+  if (spawn->pid_text) decimal(spawn->pid_text, (unsigned)getpid());
+  umask(022);
+  sigset_t none;
+  sigemptyset(&none);
+  sigprocmask(SIG_SETMASK, &none, NULL);
+  execve(spawn->path, spawn->argv, spawn->env);
+failed:
+  spawn->error = errno;
+  _exit(127);
+}
+
+pid_t spawn_program(struct spawn *spawn) {
+  /* No signal may run a handler of the parent in the child. */
+  sigset_t all, before;
+  sigfillset(&all);
+  sigprocmask(SIG_BLOCK, &all, &before);
+  spawn->error = 0;
+  int flags = CLONE_VM | CLONE_VFORK | SIGCHLD | (spawn->sibling ? CLONE_PARENT : 0);
+  pid_t pid = clone(child_main, child_stack + sizeof child_stack, flags, spawn);
+  int error = pid < 0 ? errno : spawn->error;
+  sigprocmask(SIG_SETMASK, &before, NULL);
+  return error ? -error : pid;
+}
+
+static bool executable(const char *path) {
+  struct stat st;
+  return stat(path, &st) == 0 && S_ISREG(st.st_mode) && access(path, X_OK) == 0;
+}
+
+char *find_program(const char *name, const char *path) {
+  if (strchr(name, '/')) return copy_string(name);
+  if (!path || !*path) path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+  while (*path) {
+    size_t length = strcspn(path, ":");
+    char *candidate = format("%.*s%s%s", (int)length, path, length ? "/" : "./", name);
+    if (executable(candidate)) return candidate;
+    free(candidate);
+    path += length;
+    path += *path == ':';
+  }
+  return NULL;
+}
+
+char **filter_environment(char *const *env, bool (*skip)(const char *entry)) {
+  size_t count = 0;
+  while (env[count]) count++;
+  char **list = allocate((count + 1) * sizeof *list);
+  size_t kept = 0;
+  for (size_t i = 0; i < count; i++)
+    if (!skip(env[i])) list[kept++] = env[i];
+  return list;
+}
+
+const char *environment_get(char *const *env, const char *name) {
+  size_t length = strlen(name);
+  for (; env && *env; env++)
+    if (strncmp(*env, name, length) == 0 && (*env)[length] == '=') return *env + length + 1;
+  return NULL;
+}
