@@ -1,37 +1,261 @@
-import { open } from "node:fs/promises";
+import { type FileHandle, open } from "node:fs/promises";
 
-/** What a CRIU log says of a failure. */
-export interface CriuLogSummary {
-  /** usually the cause; the ones after it are consequences */
-  firstError: string | undefined;
-  /** the last error lines, oldest first, without time stamps */
-  errors: string[];
-  lastLines: string[];
+/*
+ * CRIU's log, dump.log or restore.log: one line for each message,
+ *
+ *   (00.051234) Error (criu/sk-inet.c:191): inet: Connected TCP socket, consider using --tcp-established option.
+ *   (00.061234)     42: Error (criu/files-reg.c:2211): File /lib/libc.so.6 has bad size 1 (expect 2)     a task being restored
+ *   (00.071234) pie: 1: Error (criu/pie/restorer.c:1912): ...                                            the same, from its restorer
+ *
+ * The time stamp is missing in what is logged before the log file is open. What fails first is usually the cause, and all
+ * later errors are consequences, down to "Dumping FAILED.". A log of level 4 has megabytes.
+ */
+
+/** A failure that is known, with what helps. */
+export interface KnownCause {
+  /** short and stable, for code and tests */
+  readonly id: string;
+  /** as a sentence for people */
+  readonly advice: string;
 }
 
-/** A log of level 4 has some MB; what matters of it is at the end, and bounded. */
-const TAIL_BYTES = 256 * 1024;
+export interface CriuLogSummary {
+  /** usually the cause; the ones after it are consequences */
+  readonly firstError: string | undefined;
+  /** the last error lines, oldest first, without time stamps */
+  readonly errors: readonly string[];
+  /** the end of the log as it is, error or not */
+  readonly lastLines: readonly string[];
+  /** what the first known error means; undefined: nobody has told us yet */
+  readonly cause: KnownCause | undefined;
+}
+
+/** Read from the end: what of a long log is looked at as a whole. */
+const TAIL_BYTES = 64 * 1024;
+/** One read of the search for the first error; between two the event loop goes on. */
+const CHUNK_BYTES = 256 * 1024;
+/** A log beyond this has its first error sought no further. */
+const MAX_SEARCH_BYTES = 256 * 1024 * 1024;
 const MAX_ERRORS = 20;
 const MAX_LAST_LINES = 10;
+/** A line may quote names from inside of the container: cut, and without control characters. */
+const MAX_LINE_CHARS = 500;
 
-/** Reads dump.log or restore.log. @throws the error of open(2) */
+const ERROR_MARK = "Error (";
+const errorLine = /^(?:\(\d+\.\d+\)\s*)?(?:pie:\s*)?(?:\d+:\s*)?(Error \([^)]*\): .*)$/;
+
+/**
+ * What a log says of a failure.
+ * @throws the error of open(2) or read(2): ENOENT when CRIU was not even started
+ */
 export async function explainCriuLog(path: string): Promise<CriuLogSummary> {
   await using file = await open(path);
   const { size } = await file.stat();
-  const length = Math.min(size, TAIL_BYTES);
-  const { buffer, bytesRead } = await file.read(Buffer.alloc(length), 0, length, size - length);
-  return summarizeCriuLog(buffer.toString("utf8", 0, bytesRead));
+  const tailStart = Math.max(0, size - TAIL_BYTES);
+  const tail = await readAt(file, tailStart, size - tailStart);
+  // The first line of a tail that begins in the middle is half a line.
+  const whole = tailStart > 0 ? tail.subarray(tail.indexOf("\n") + 1) : tail;
+  const summary = summarizeCriuLog(whole.toString("utf8"));
+  if (tailStart === 0) return summary;
+  const firstError = (await findFirstError(file, tailStart + TAIL_BYTES)) ?? summary.firstError;
+  return { ...summary, firstError, cause: knownCause(firstError) ?? summary.cause };
 }
 
-/** Lines are `(00.012345) Error (criu/file.c:123): text` or `(00.012345)    42: Error (…): text`. */
+/** The same of a log, or its end, that is at hand. */
 export function summarizeCriuLog(text: string): CriuLogSummary {
   const lines = text.split("\n").filter((line) => line.trim() !== "");
-  const errors = lines
-    .map((line) => /^\(\d+\.\d+\)\s+(?:\d+: )?(Error .*)$/.exec(line)?.[1])
-    .filter((line) => line !== undefined);
+  const errors = lines.map(errorOf).filter((error) => error !== undefined);
   return {
     firstError: errors[0],
     errors: errors.slice(-MAX_ERRORS),
-    lastLines: lines.slice(-MAX_LAST_LINES),
+    lastLines: lines.slice(-MAX_LAST_LINES).map(printable),
+    cause: errors.map(knownCause).find((cause) => cause !== undefined),
   };
+}
+
+/** The error that a line reports, without its time stamp; undefined for other lines. */
+function errorOf(line: string): string | undefined {
+  const error = errorLine.exec(line)?.[1];
+  return error === undefined ? undefined : printable(error);
+}
+
+function printable(line: string): string {
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: these are what is to be replaced
+  const clean = line.replace(/[\u0000-\u001f\u007f-\u009f]/g, "?");
+  return clean.length > MAX_LINE_CHARS ? `${clean.slice(0, MAX_LINE_CHARS)}…` : clean;
+}
+
+/** Looks for the mark in the bytes, and decodes only lines that have it. */
+async function findFirstError(file: FileHandle, size: number): Promise<string | undefined> {
+  const limit = Math.min(size, MAX_SEARCH_BYTES);
+  let rest = Buffer.alloc(0); // the line that the last chunk ended in
+  for (let at = 0; at < limit; at += CHUNK_BYTES) {
+    const chunk = await readAt(file, at, CHUNK_BYTES);
+    if (chunk.length === 0) break; // cut while we read it
+    const text = rest.length > 0 ? Buffer.concat([rest, chunk]) : chunk;
+    let found = text.indexOf(ERROR_MARK);
+    while (found >= 0) {
+      const end = text.indexOf("\n", found);
+      if (end < 0) break; // the rest of the line is in the next chunk
+      const start = text.lastIndexOf("\n", found) + 1;
+      const error = errorOf(text.toString("utf8", start, end));
+      if (error !== undefined) return error;
+      found = text.indexOf(ERROR_MARK, end);
+    }
+    rest = Buffer.from(text.subarray(text.lastIndexOf("\n") + 1).subarray(-CHUNK_BYTES));
+  }
+  return errorOf(rest.toString("utf8"));
+}
+
+async function readAt(file: FileHandle, position: number, length: number): Promise<Buffer> {
+  const buffer = Buffer.allocUnsafe(length);
+  let filled = 0;
+  while (filled < length) {
+    const { bytesRead } = await file.read(buffer, filled, length - filled, position + filled);
+    if (bytesRead === 0) break;
+    filled += bytesRead;
+  }
+  return buffer.subarray(0, filled);
+}
+
+/** Messages as CRIU 3.17 to 4.2 have them; in the words of CRIU's options, whoever shows them knows its own. */
+const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
+  {
+    id: "tcp-established",
+    pattern: /Connected TCP socket/,
+    advice:
+      "the processes have established TCP connections: allow them (tcp-established; the restore needs the same addresses) or have them closed (tcp-close)",
+  },
+  {
+    id: "tcp-in-flight",
+    pattern: /inet: In-flight connection/,
+    advice:
+      "a listening socket holds connections that nobody has accepted yet: skip them (skip-in-flight) or try again",
+  },
+  {
+    id: "ext-unix-sk",
+    pattern:
+      /unix: External socket|unix: Can't dump half of stream unix connection|unix: Unix socket .* with unreachable peer/,
+    advice:
+      "a unix socket is connected to a process outside: allow external unix sockets (ext-unix-sk) where the other side can live with it",
+  },
+  {
+    id: "file-locks",
+    pattern: /Some file locks are hold by dumping tasks/,
+    advice:
+      "the processes hold file locks: allow them (file-locks); no process outside may hold or wait for the same locks",
+  },
+  {
+    id: "shell-job",
+    pattern:
+      /Consider using --shell-job|No task found with sid|Found dangling tty|Don't have tty to inherit session/,
+    advice:
+      "the processes belong to a session or terminal outside: allow it (shell-job), or start the container without a terminal",
+  },
+  {
+    id: "ghost-limit",
+    pattern: /Can't dump ghost file .* increase limit/,
+    advice:
+      "a file was deleted while open and is larger than the limit for such files: raise it (ghost-limit)",
+  },
+  {
+    id: "link-remap",
+    pattern: /Can't create link remap for|Use link-remap option/,
+    advice: "a file was deleted under one of its names while open: allow temporary names for it (link-remap)",
+  },
+  {
+    id: "unsupported-file",
+    pattern:
+      /Can't dump file \d+ of that type|Unknown file type|Unsupported mapping found|Can't handle .* mapping/,
+    advice:
+      "a process has a device or kind of file open that CRIU can't dump (io_uring, perf events, devices): close it before the checkpoint",
+  },
+  {
+    id: "ptrace",
+    pattern: /Unseizable non-zombie|SEIZE \d+: (?:can't wait task|task not stopped)/,
+    advice:
+      "a process can't be traced, because a debugger or strace is attached to it, or it is in uninterruptible sleep",
+  },
+  {
+    id: "freezer",
+    pattern: /Unable to freeze cgroup|Timeout reached\. Try to interrupt/,
+    advice:
+      "the processes did not freeze in time: one of them is probably in uninterruptible sleep (NFS, a stuck device)",
+  },
+  {
+    id: "external-mounts",
+    pattern:
+      /has unreachable sharing|mnt: .*unsupported id|A few mount points can't be mounted|mnt: No mapping for/,
+    advice:
+      "a mount comes from outside and is not known as such, or the restore lacks it: the new container needs the same mounts",
+  },
+  {
+    id: "lost-mount",
+    pattern: /Can't lookup mount=|Open files on overmounted mounts|is overmounted so paths are invisible/,
+    advice: "a process has a file open on a mount that has been unmounted or mounted over",
+  },
+  {
+    id: "file-changed",
+    pattern: /has bad (?:size|build-ID)/,
+    advice:
+      "a file differs from what it was at the dump: restore with the same image and the same versions of mounted files",
+  },
+  {
+    id: "file-missing",
+    pattern: /Can't open file .* on restore/,
+    advice:
+      "a file that was open at the dump is missing: restore with the root file system and the mounts of the dump",
+  },
+  {
+    id: "pid-taken",
+    pattern: /Can't fork for \d+: File exists|Pid \d+ do not match expected/,
+    advice: "a pid of the checkpoint is in use: restore into a pid namespace of its own",
+  },
+  {
+    id: "address",
+    pattern: /inet: Can't bind inet socket/,
+    advice:
+      "an address or port of the checkpoint can't be bound: the network must have the same addresses, and the ports must be free",
+  },
+  {
+    id: "network-lock",
+    pattern: /Locking (?:network|connection) failed|Iptables configuration failed/,
+    advice:
+      "the network could not be locked: install iptables or nftables, or choose the one that works (network-lock)",
+  },
+  {
+    id: "cpu",
+    pattern:
+      /cpu: (?:FPU feature required|CPU xfeatures has unsupported|CPU xsave (?:max )?size mismatch|Unsupported CPU vendor)/,
+    advice:
+      "this CPU lacks what the processes had where they were dumped: restore on one at least as capable",
+  },
+  {
+    id: "plugin-missing",
+    pattern: /Missing required plugin/,
+    advice: "the dump was made with a CRIU plugin (GPU) that is missing here",
+  },
+  {
+    id: "broken-image",
+    pattern: /[Mm]agic doesn't match|Not supported images version|image size mismatch|Can't open parent path/,
+    advice: "the images are damaged, incomplete (a parent is missing), or of a newer CRIU",
+  },
+  {
+    id: "disk-full",
+    pattern: /No space left on device/,
+    advice: "the file system for the images is full",
+  },
+  {
+    id: "capability",
+    pattern: /CRIU needs to have the CAP_SYS_ADMIN|Operation not permitted/,
+    advice:
+      "a privilege is missing: CRIU needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE and a seccomp filter that lets it work",
+  },
+];
+
+/** What an error line means, as far as it is known. */
+export function knownCause(error: string | undefined): KnownCause | undefined {
+  if (error === undefined) return undefined;
+  const known = knownCauses.find(({ pattern }) => pattern.test(error));
+  return known && { id: known.id, advice: known.advice };
 }
