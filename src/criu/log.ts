@@ -57,8 +57,8 @@ export async function explainCriuLog(path: string): Promise<CriuLogSummary> {
   const whole = tailStart > 0 ? tail.subarray(tail.indexOf("\n") + 1) : tail;
   const summary = summarizeCriuLog(whole.toString("utf8"));
   if (tailStart === 0) return summary;
-  const firstError = (await findFirstError(file, tailStart + TAIL_BYTES)) ?? summary.firstError;
-  return { ...summary, firstError, cause: knownCause(firstError) ?? summary.cause };
+  const firstError = (await findFirstError(file, size)) ?? summary.firstError;
+  return { ...summary, firstError, cause: causeOf([firstError, ...summary.errors]) };
 }
 
 /** The same of a log, or its end, that is at hand. */
@@ -66,10 +66,10 @@ export function summarizeCriuLog(text: string): CriuLogSummary {
   const lines = text.split("\n").filter((line) => line.trim() !== "");
   const errors = lines.map(errorOf).filter((error) => error !== undefined);
   return {
-    firstError: errors[0],
+    firstError: errors.find((error) => !isHarmless(error)) ?? errors[0],
     errors: errors.slice(-MAX_ERRORS),
     lastLines: lines.slice(-MAX_LAST_LINES).map(printable),
-    cause: errors.map(knownCause).find((cause) => cause !== undefined),
+    cause: causeOf(errors),
   };
 }
 
@@ -81,8 +81,13 @@ function errorOf(line: string): string | undefined {
 
 function printable(line: string): string {
   // biome-ignore lint/suspicious/noControlCharactersInRegex: these are what is to be replaced
-  const clean = line.replace(/[\u0000-\u001f\u007f-\u009f]/g, "?");
+  const clean = line.replaceAll("\t", " ").replace(/[\u0000-\u001f\u007f-\u009f]/g, "?");
   return clean.length > MAX_LINE_CHARS ? `${clean.slice(0, MAX_LINE_CHARS)}…` : clean;
+}
+
+/** CRIU goes on after these: where its hard limit of open files can't be raised, every log begins with one. */
+function isHarmless(error: string): boolean {
+  return /rlimit: Can't setup RLIMIT_NOFILE/.test(error);
 }
 
 /** Looks for the mark in the bytes, and decodes only lines that have it. */
@@ -99,7 +104,7 @@ async function findFirstError(file: FileHandle, size: number): Promise<string | 
       if (end < 0) break; // the rest of the line is in the next chunk
       const start = text.lastIndexOf("\n", found) + 1;
       const error = errorOf(text.toString("utf8", start, end));
-      if (error !== undefined) return error;
+      if (error !== undefined && !isHarmless(error)) return error;
       found = text.indexOf(ERROR_MARK, end);
     }
     rest = Buffer.from(text.subarray(text.lastIndexOf("\n") + 1).subarray(-CHUNK_BYTES));
@@ -252,6 +257,13 @@ const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
       "a privilege is missing: CRIU needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE and a seccomp filter that lets it work",
   },
 ];
+
+/** What the first error means that is known; words that say little alone (the last of the table) only where no other does. */
+function causeOf(errors: readonly (string | undefined)[]): KnownCause | undefined {
+  const causes = errors.filter((error) => error !== undefined && !isHarmless(error)).map(knownCause);
+  const isVague = (cause: KnownCause) => cause.id === "disk-full" || cause.id === "capability";
+  return causes.find((cause) => cause && !isVague(cause)) ?? causes.find((cause) => cause !== undefined);
+}
 
 /** What an error line means, as far as it is known. */
 export function knownCause(error: string | undefined): KnownCause | undefined {

@@ -84,6 +84,19 @@ describe("a CRIU log", () => {
     }
   });
 
+  it("has an error that means nothing at its beginning, where limits can't be raised", async () => {
+    const harmless = error("rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted");
+    fs.writeFileSync(file, `${harmless}\n${tcpDump}`);
+    const short = await explainCriuLog(file);
+    fs.writeFileSync(file, `${harmless}\n${"(00.01) noise\n".repeat(10_000)}${tcpDump}`);
+    const long = await explainCriuLog(file);
+    for (const summary of [short, long]) {
+      expect(summary.firstError).toMatch(/Connected TCP socket/);
+      expect(summary.cause?.id).toBe("tcp-established");
+    }
+    expect(summarizeCriuLog(harmless)).toMatchObject({ firstError: harmless, cause: undefined });
+  });
+
   it("is cut to what people can read", () => {
     const many = Array.from({ length: 100 }, (_, i) => `(00.1) ${error(`number ${i}`)}`).join("\n");
     const summary = summarizeCriuLog(`${many}\n(00.2) ${error(`file \u001b[31m${"x".repeat(5000)}`)}\n`);
@@ -137,6 +150,14 @@ describe("known causes", () => {
   it("are unknown otherwise", () => {
     expect(knownCause(error("something new"))).toBeUndefined();
     expect(knownCause(undefined)).toBeUndefined();
+  });
+
+  it("that say little are named only where nothing else is known", () => {
+    const vague = error("Can't open /proc/1: Operation not permitted");
+    expect(summarizeCriuLog(vague).cause?.id).toBe("capability");
+    expect(summarizeCriuLog([vague, error("File /x has bad size 1 (expect 2)")].join("\n")).cause?.id).toBe(
+      "file-changed",
+    );
   });
 
   it("are found behind a first error that says nothing", () => {
