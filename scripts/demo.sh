@@ -55,9 +55,10 @@ export CEDANA_RUN_DIR="$run/cedana" CEDANA_STATE_DIR="$data/cedana"
 containerd_pid='' attach_pid=''
 
 # ctr as every step below uses it. Not `exec`: traps must survive.
-c() { ctr --address "$socket" --namespace "$namespace" "$@"; }
+c() { ctr --connect-timeout 3s --address "$socket" --namespace "$namespace" "$@"; }
 
-alive() { kill -0 "$1" 2>/dev/null; }
+# A child that has ended but was not waited for still answers kill -0.
+alive() { kill -0 "$1" 2>/dev/null && ! grep -qs '^State:.Z' "/proc/$1/status"; }
 gone() { ! alive "$1"; }
 
 # Ends a process that we started, first kindly.
@@ -73,8 +74,20 @@ ours() {
   for cmdline in /proc/[0-9]*/cmdline; do
     pid=${cmdline#/proc/} pid=${pid%/cmdline}
     [ "$pid" != "$$" ] || continue
-    if tr '\0' ' ' <"$cmdline" 2>/dev/null | grep -qF -e "$run" -e "$data"; then echo "$pid"; fi
+    if grep -qsaF -e "$run" -e "$data" "$cmdline"; then echo "$pid"; fi
   done
+}
+
+# Runs find in our namespace's cgroups: one with v2, one per hierarchy with v1.
+in_cgroups() {
+  find /sys/fs/cgroup -maxdepth 2 -type d -name "$namespace" 2>/dev/null | while read -r cgroup; do
+    find "$cgroup" -depth "$@" 2>/dev/null
+  done
+}
+# A cgroup can go when its last process has been reaped.
+cgroups_removed() {
+  in_cgroups -type d -exec rmdir {} \;
+  [ -z "$(in_cgroups)" ]
 }
 
 has_task() { c task ls -q 2>/dev/null | grep -qx "$1"; }
@@ -103,16 +116,18 @@ cleanup() {
     printf '\ndemo: the last lines of containerd:\n' >&2
     grep -v level=info "$log" | tail -n 25 >&2
   fi
-  if [ -s "$CEDANA_RUN_DIR/cedanad.pid" ]; then stop "$(cat "$CEDANA_RUN_DIR/cedanad.pid")"; fi
   [ -z "$containerd_pid" ] || stop "$containerd_pid"
-  for pid in $(ours); do kill -KILL "$pid" 2>/dev/null; done
+  # Shims and containers that are still there, because containerd died or would not; before cedanad, which a
+  # keeper would start again.
+  for pid in $(ours) $(in_cgroups -name cgroup.procs -exec cat {} +); do kill -KILL "$pid" 2>/dev/null; done
+  # Frozen by an interrupted checkpoint, they would not die (cgroup v1).
+  in_cgroups -name freezer.state | while read -r state; do echo THAWED >"$state"; done
+  if [ -s "$CEDANA_RUN_DIR/cedanad.pid" ]; then stop "$(cat "$CEDANA_RUN_DIR/cedanad.pid")"; fi
   # Newest mounts first; mountinfo writes no space into these names.
   awk -v run="$run/" -v data="$data/" 'index($5, run) == 1 || index($5, data) == 1 { print $5 }' /proc/self/mountinfo |
     tac | while read -r mount_point; do umount --lazy "$mount_point"; done
-  # What runc and the kernel name after our namespace; only empty ones can go.
-  for directory in /run/containerd/runc/"$namespace" /run/runc/"$namespace" /sys/fs/cgroup/"$namespace" /sys/fs/cgroup/*/"$namespace"; do
-    if [ -d "$directory" ]; then rmdir "$directory" 2>/dev/null; fi
-  done
+  wait_for 3 cgroups_removed
+  rm -rf "/run/containerd/runc/$namespace" "/run/runc/$namespace"
   rm -rf --one-file-system "$run" "$data"
   exit "$status"
 }
@@ -138,7 +153,9 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
 TOML
 mkdir -p "$data/temp" "$CEDANA_RUN_DIR" "$CEDANA_STATE_DIR"
 chmod 0700 "$CEDANA_RUN_DIR" "$CEDANA_STATE_DIR"
-containerd --config "$run/config.toml" >"$log" 2>&1 </dev/null &
+# In a session of its own: a Ctrl-C or a timeout's signal for our whole process group must not end it before we have
+# tidied up with its help.
+setsid containerd --config "$run/config.toml" >"$log" 2>&1 </dev/null &
 containerd_pid=$!
 wait_for 15 c version >/dev/null || die "containerd does not answer"
 
