@@ -48,10 +48,12 @@ die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 work=$(mktemp -d "${TMPDIR:-/tmp}/cedana-setup.XXXXXX")
 chmod 0755 "$work"     # apt downloads as a user of its own
 policy=/usr/sbin/policy-rc.d
+locked=no
 cleanup() {
   status=$?
   trap '' INT TERM HUP
-  allow_services
+  # Without the lock, what is there may belong to another run in the middle of its installation.
+  [ $locked = no ] || allow_services
   rm -rf "$work"
   exit "$status"
 }
@@ -345,6 +347,8 @@ install() {
     return 1
   fi
   forbid_services
+  # apt refuses to go on where a dpkg was killed.
+  if [ -n "$(ls -A /var/lib/dpkg/updates)" ]; then run_quietly dpkg --configure -a || :; fi
   if ! run_quietly apt apt-get install -y -q --no-install-recommends "$@"; then
     allow_services
     return 1
@@ -558,6 +562,7 @@ mkdir -p "$cache"
 # One at a time. The lock goes away with us.
 exec 9>"$cache/.lock"
 flock 9
+locked=yes
 
 # shellcheck disable=SC2086 # lists of words
 {
