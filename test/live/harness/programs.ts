@@ -1,0 +1,72 @@
+// Compiles the test programs and makes the test image, each once per content.
+
+import { execFile } from "node:child_process";
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync } from "node:fs";
+import { join } from "node:path";
+import { promisify } from "node:util";
+
+const run = promisify(execFile);
+export const repository = join(import.meta.dirname, "../../..");
+const cache = join(repository, "node_modules/.cache/cedana-live");
+const sources = join(import.meta.dirname, "../programs");
+
+export const IMAGE = "cedana.local/busybox:latest";
+
+/** Makes `<cache>/<name>-<hash>` by `make` in a directory beside it, renamed when it is whole. */
+async function cached(
+  name: string,
+  inputs: string[],
+  make: (directory: string) => Promise<unknown>,
+): Promise<string> {
+  const hash = createHash("sha256");
+  for (const input of inputs) hash.update(readFileSync(input));
+  const path = join(cache, `${name}-${hash.digest("hex").slice(0, 12)}`);
+  if (existsSync(path)) return path;
+  mkdirSync(cache, { recursive: true });
+  const work = mkdtempSync(join(cache, "tmp-"));
+  try {
+    await make(work);
+    renameSync(work, path);
+  } catch (error) {
+    rmSync(work, { recursive: true, force: true });
+    if (!existsSync(path)) throw error; // somebody else was quicker
+  }
+  return path;
+}
+
+async function hasCommand(name: string): Promise<boolean> {
+  return await run("sh", ["-c", `command -v ${name}`]).then(
+    () => true,
+    () => false,
+  );
+}
+
+/** Directory with the static test programs; the containers see it as /programs. */
+export async function programs(): Promise<string> {
+  const files = readdirSync(sources).filter((name) => /\.[ch]$/.test(name));
+  return await cached(
+    "programs",
+    files.map((name) => join(sources, name)),
+    async (directory) => {
+      const compiler = (await hasCommand("musl-gcc")) ? "musl-gcc" : "gcc";
+      for (const name of files.filter((name) => name.endsWith(".c")))
+        await run(compiler, [
+          "-static",
+          "-O1",
+          "-o",
+          join(directory, name.slice(0, -2)),
+          join(sources, name),
+        ]);
+    },
+  );
+}
+
+/** The test image as a tar. */
+export async function imageTar(): Promise<string> {
+  const script = join(repository, "scripts/make-image.sh");
+  const directory = await cached("image", [script], (directory) =>
+    run("sh", [script, join(directory, "image.tar")]),
+  );
+  return join(directory, "image.tar");
+}
