@@ -17,6 +17,8 @@ extern char **environ;
 
 #define DAEMON_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+bool daemon_as_sibling;
+
 const char *daemon_socket(void) {
   static char *path;
   if (path) return path;
@@ -118,7 +120,8 @@ static bool not_for_daemon(const char *entry) { return !starts_with(entry, "CEDA
  *  1. Connect once more: somebody may have started one between the caller's attempt and our lock.
  *  2. The listening socket, so that clients can queue from now on.
  *  3. Execute cedanad: socket as fd 3, lock as fd 4 (a flock belongs to the open file, so it lives on in the child),
- *     as a sibling of ours: a keeper must not become the reaper of cedanad's orphans.
+ *     by a keeper as its sibling: it must not become the reaper of cedanad's orphans. By a launcher as its child: its
+ *     sibling would be containerd's, which doesn't reap what it didn't start.
  *  4. Its pid into the lock file, for whoever must kill it before it could say its pid itself.
  */
 int daemon_start(pid_t *pid) {
@@ -170,7 +173,7 @@ int daemon_start(pid_t *pid) {
       .fds = {null, log, log, listener, lock},
       .fd_count = 5,
       .new_session = true,
-      .sibling = true,
+      .sibling = daemon_as_sibling,
       .oom_score_adj = "-500",
       .join = join,
       .pid_text = listen_pid + sizeof "LISTEN_PID=" - 1,

@@ -9,6 +9,8 @@
 
 #include "util.h"
 
+/* Set by the keeper: cedanad becomes a child of our parent, not ours. */
+extern bool daemon_as_sibling;
 /* The socket's path, in static memory. */
 const char *daemon_socket(void);
 const char *daemon_log(void);

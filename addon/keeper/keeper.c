@@ -32,7 +32,7 @@ static bool welcomed, leaving;
 static int version;
 static pid_t daemon_pid;
 static int64_t nonce, awaited;
-static uint64_t started_ms, daemon_since_ms, backoff_ms;
+static uint64_t daemon_since_ms, backoff_ms;
 static struct task *tasks;
 static struct timer reconnect, pong, lonely, leave;
 
@@ -291,11 +291,8 @@ static void pong_due(struct timer *timer) {
     return;
   }
   pid_t pid = daemon_pid ? daemon_pid : daemon_lock_holder();
-  struct ucred peer;
-  socklen_t size = sizeof peer;
   int pidfd = pid > 1 ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
-  /* Is it still who holds our connection? The credentials are those of whoever made the socket listen, so: the lock. */
-  (void)peer, (void)size;
+  /* The pid is that of whoever holds the lock still: opened first, so that it can't be another's by now. */
   if (pidfd >= 0 && daemon_lock_holder() == pid) {
     daemon_log_line("cedanad (pid %d) has not answered for %d ms: killed", (int)pid, welcomed ? PONG_MS : WELCOME_MS);
     syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
@@ -418,7 +415,7 @@ _Noreturn void keeper_run(int cedanad) {
   signal(SIGPIPE, SIG_IGN);
   signal(SIGTERM, SIG_IGN);
   signal(SIGINT, SIG_IGN);
-  started_ms = now_ms();
+  daemon_as_sibling = true;
   if (loop_open() < 0) _exit(71);
   children_init();
   requests_listen(keeper.listening);

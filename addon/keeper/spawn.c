@@ -61,6 +61,9 @@ __attribute__((no_sanitize("address", "undefined"))) static int child_main(void 
   if (spawn->nofile) setrlimit(RLIMIT_NOFILE, spawn->nofile);
   if (spawn->pid_text) decimal(spawn->pid_text, (unsigned)getpid());
   umask(022);
+  /* What the keeper ignores would stay ignored in every container: CRIU's cgroup helper even waits for SIGTERM. */
+  struct sigaction by_default = {.sa_handler = SIG_DFL};
+  for (int number = 1; number < 32; number++) sigaction(number, &by_default, NULL);
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, NULL);
