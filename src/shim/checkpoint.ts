@@ -167,7 +167,8 @@ function restorePolicy(manifest: CheckpointManifest | undefined, spec: OciSpec):
   const annotations = cedanaAnnotations(spec);
   const used = manifest?.options;
   return {
-    tcp: annotations.tcp ?? used?.tcp,
+    // Connections that were dumped closed can't come back open.
+    tcp: used?.tcp === "close" ? "close" : (annotations.tcp ?? used?.tcp),
     fileLocks: annotations.fileLocks ?? used?.fileLocks ?? false,
     extUnix: annotations.extUnix ?? used?.extUnix ?? false,
     shellJob: annotations.shellJob ?? used?.shellJob ?? false,
@@ -179,7 +180,7 @@ function restorePolicy(manifest: CheckpointManifest | undefined, spec: OciSpec):
 /** The policy in the engine's options, as both commands have them. */
 function policyOptions(policy: Policy) {
   return {
-    tcpEstablished: policy.tcp === "keep",
+    tcpEstablished: policy.tcp === "keep" || policy.tcp === "skip-in-flight", // which alone still refuses established ones
     extUnixSockets: policy.extUnix,
     shellJob: policy.shellJob,
     fileLocks: policy.fileLocks,
@@ -258,8 +259,9 @@ async function criuFailure(what: string, failure: Error, workPath: string, logNa
   const path = join(workPath, logName);
   const summary = await explainCriuLog(path).catch(() => undefined); // no log: CRIU was not even started
   if (!summary || summary.errors.length === 0) return failure;
-  const lines = summary.errors.slice(-5).join("; ");
-  return new CriuFailed(`${what} failed in the engine's step (${failure.message}): CRIU: ${lines}`, {
+  const lines = [...new Set([summary.firstError, ...summary.errors.slice(-5)])].join("; ");
+  const advice = summary.cause ? `. ${summary.cause.advice}` : "";
+  return new CriuFailed(`${what} failed in the engine's step (${failure.message}): CRIU: ${lines}${advice}`, {
     cause: failure,
   });
 }

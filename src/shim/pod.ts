@@ -181,6 +181,7 @@ export class Pod {
         message.bytes("frame"),
         { pod: this, work, poisonous: deliveries > MAX_DELIVERIES, park: () => this.keeper.parked(request) },
         abort.signal,
+        message.int("ageMs"),
       );
       this.keeper.respond(request, frame ?? new Uint8Array());
     } catch (error) {

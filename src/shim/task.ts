@@ -6,6 +6,7 @@ import {
   BrokenImage,
   InvalidRequest,
   NotFound,
+  RuntimeFailed,
   SyscallFailed,
   Unavailable,
   WrongState,
@@ -14,7 +15,7 @@ import { Cgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
 import { Engine, type EngineCommand, engineFailure } from "../runtime/engine.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
-import { type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
+import { cgroupName, type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
 import { type CheckpointRequest, dump, planRestore, type RestorePlan } from "./checkpoint.ts";
 import * as events from "./events.ts";
 import {
@@ -143,6 +144,7 @@ export class Task {
     );
     const task = new Task(pod, request.id, request.bundle, options, init, restoreFrom);
     task.#spec = spec;
+    if (options.warnings.length > 0) task.#log.warn({ warnings: options.warnings }, "runtime options");
     task.#parentCheckpoint = request.parentCheckpoint || undefined;
     if (restoreFrom) await planRestore(task, spec, restoreFrom); // what can't be restored is said before anything is made
     writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
@@ -206,7 +208,7 @@ export class Task {
     if (this.init.pid === 0 || this.init.exit) return;
     try {
       this.#spec = await readSpec(this.bundle);
-      this.#cgroup = await Cgroup.of(this.init.pid);
+      this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
     } catch (error) {
       this.#log.warn({ err: error }, "revive the task: its exit is expected");
     }
@@ -542,7 +544,7 @@ export class Task {
     if (!this.#cgroup) {
       if (this.init.pid === 0 || this.init.exit)
         throw new NotFound(`task ${this.id} has no cgroup: it is not running`);
-      this.#cgroup = await Cgroup.of(this.init.pid);
+      this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
     }
     return this.#cgroup;
   }
@@ -579,7 +581,9 @@ export class Task {
     init.check("delete");
     const { keeper } = this.#pod;
     if (!neverRan) await this.#drain(work, init);
+    const cgroup = this.#cgroup;
     await this.#engineDelete(work.tag("delete"), neverRan);
+    await cgroup?.removeEmpty(); // an engine forgets the cgroup of a container that a dump has ended
     if (neverRan && init.pid !== 0 && !init.exit) await Promise.race([init.waitForExit(), delay(2_000)]);
     for (const exec of this.execs.values()) await keeper.ioFree(work.tag(`io-free:${exec.io}`), exec.io);
     await keeper.ioFree(work.tag("io-free"), init.io);
@@ -635,7 +639,16 @@ export class Task {
     const target = join(this.bundle, "rootfs");
     for (const [index, mount] of mounts.entries()) {
       this.#rootfsMounted = true;
-      for (const [step, call] of mountCalls(planMount(mount, target)).entries())
+      const plan = planMount(mount, target);
+      if (plan.helper) {
+        const exit = await this.#pod.keeper.run(work.tag(`mount:${index}`), { argv: plan.helper.argv });
+        if (exit.exitStatus !== 0)
+          throw new RuntimeFailed(`mount ${mount.type} at ${target}: ${plan.helper.argv[0]} failed`, {
+            exitStatus: exit.exitStatus,
+          });
+        continue;
+      }
+      for (const [step, call] of mountCalls(plan).entries())
         await this.#pod.keeper.mount(work.tag(`mount:${index}.${step}`), call);
     }
   }
@@ -665,7 +678,7 @@ export class Task {
 
   async #attachCgroup(work: Work): Promise<void> {
     try {
-      this.#cgroup = await Cgroup.of(this.init.pid);
+      this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
     } catch (error) {
       this.#log.warn({ err: error }, "find the cgroup of a new container"); // it may have ended already; nothing to watch then
       return;

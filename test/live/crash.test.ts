@@ -1,0 +1,110 @@
+// cedanad is killed, hangs, or can't start; keepers are killed; containerd is killed. No container notices.
+
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { Live } from "./harness/live.ts";
+import { isAlive } from "./harness/system.ts";
+import { until } from "./harness/until.ts";
+
+/** Rounds of the scripted life; CEDANA_SOAK=1 makes many of them. */
+const ROUNDS = process.env.CEDANA_SOAK ? 1000 : 50;
+
+describe("cedanad", () => {
+  let live: Live;
+  beforeAll(async () => {
+    live = await Live.start({ containerd: "1.7", engine: "runc" });
+  });
+  afterEach(() => live.expectNoLeftovers());
+  afterAll(() => live?.stop());
+
+  it("may be killed while a container runs, and while it ends", async () => {
+    await using task = await live.run(["counter", "10", "7"]);
+    const waiting = task.wait();
+    const before = await task.nextNumber();
+    await live.killCedanad();
+    expect(await task.nextNumber()).toBe(before + 1);
+    expect(await task.status()).toBe("RUNNING");
+    await live.killCedanad();
+    process.kill(task.pid, "SIGTERM");
+    expect(await waiting).toBe(7);
+    expect(await task.wait()).toBe(7);
+    expect(await task.delete()).toBe(7);
+    await live.events.waitFor(task.id, "delete");
+    expect(live.events.summary(task.id)).toEqual(["create", "start", "exit 7", "delete"]);
+  });
+
+  it("is replaced when it hangs, and the call that waited is answered", async () => {
+    await using task = await live.run(["counter"]);
+    await task.nextNumber();
+    const { pid } = live.cedanad()!;
+    process.kill(pid, "SIGSTOP");
+    try {
+      const found = await task.execToEnd(["sh", "-c", "exit 9"]);
+      expect(found.status).toBe(9);
+    } finally {
+      if (isAlive(pid)) process.kill(pid, "SIGCONT");
+    }
+    expect(live.cedanad()!.pid).not.toBe(pid);
+  });
+
+  it(`may be killed at a random moment of a scripted life, ${ROUNDS} times: outputs, codes and events are right`, async () => {
+    const random = generator(20_240_601);
+    for (let round = 0; round < ROUNDS; round++) {
+      const killer = new Promise((resolve) => setTimeout(resolve, 1 + random() * 80)).then(() =>
+        live.killCedanad(),
+      );
+      const expected = round % 200;
+      const { id, status, stdout } = await live.runToEnd([
+        "sh",
+        "-c",
+        `echo round ${round}; exit ${expected}`,
+      ]);
+      await killer;
+      expect(stdout, `round ${round}`).toBe(`round ${round}\n`);
+      expect(status, `round ${round}`).toBe(expected);
+      await live.events.waitFor(id, "delete");
+      expect(live.events.summary(id), `round ${round}`).toEqual([
+        "create",
+        "start",
+        `exit ${expected}`,
+        "delete",
+      ]);
+    }
+  }, 600_000);
+
+  it("survives containerd: a restarted containerd finds the container running, and its exit code", async () => {
+    await using task = await live.run(["counter", "20", "5"], { stdio: false });
+    await live.stopContainerd("SIGKILL");
+    await live.startContainerd();
+    expect(await task.status()).toBe("RUNNING");
+    await task.kill(15);
+    expect(await task.wait()).toBe(5);
+  });
+});
+
+describe("a keeper", () => {
+  it("that is killed takes its own containers along and no others", async () => {
+    await using live = await Live.start({ containerd: "1.7", engine: "runc" });
+    await using other = await live.run(["counter"]);
+    const task = await live.run(["counter"]);
+    await task.nextNumber();
+    const { pid } = live.shimOf(task.id);
+    process.kill(pid, "SIGKILL");
+    await until(() => !isAlive(task.pid), { what: () => "the end of the container" });
+    await until(async () => (await task.status().catch(() => "GONE")) !== "RUNNING", {
+      what: () => "containerd's notice",
+    });
+    const before = await other.nextNumber();
+    expect(await other.nextNumber()).toBe(before + 1);
+    await task.io.close();
+    await live.removeContainer(task.id).catch(() => undefined);
+  });
+});
+
+/** A small generator of numbers from 0 to 1, so that a failing round can be had again. */
+function generator(seed: number): () => number {
+  let state = seed;
+  return () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return state / 2 ** 32;
+  };
+}
