@@ -109,11 +109,13 @@ export class Pod {
       atNs: message.bigint("atNs"),
     };
     for (const task of [...this.tasks.values(), ...this.creating])
-      for (const process of task.processes())
-        if (process.pid === exit.pid && !process.exit && !process.heldExit) {
-          task.processEnded(process, exit);
-          return;
-        }
+      for (const process of task.processes()) {
+        if (process.pid !== exit.pid) continue;
+        if (process.exit?.atNs === exit.atNs) task.exitRepeated(process, exit.sequence);
+        else if (!process.exit && !process.heldExit) task.processEnded(process, exit);
+        else continue; // an earlier process of this pid
+        return;
+      }
     this.#unclaimed.set(exit.pid, exit);
     this.#forgetOrphans();
   }

@@ -444,12 +444,21 @@ export class Task {
   #publishExit(process: Process): void {
     const { status, atNs, sequence } = process.heldExit!;
     process.markExited({ status, atNs });
+    this.#publishExitEvent(process, sequence);
     this.record();
-    this.publish(
-      `exit:${sequence}`,
-      events.taskExit(this.id, process.isInit ? this.id : process.execId, process.pid, status, atNs),
-    );
     this.#pod.keeper.acknowledge(sequence);
+  }
+
+  /** An exit that is on record, told again by the keeper: we ended before its acknowledgement, perhaps before its event. */
+  exitRepeated(process: Process, sequence: number): void {
+    this.#publishExitEvent(process, sequence);
+    this.#pod.keeper.acknowledge(sequence);
+  }
+
+  #publishExitEvent(process: Process, sequence: number): void {
+    const { status, atNs } = process.exit!;
+    const id = process.isInit ? this.id : process.execId;
+    this.publish(`exit:${sequence}`, events.taskExit(this.id, id, process.pid, status, atNs));
   }
 
   #sharesPidNamespace(): boolean {

@@ -80,7 +80,10 @@ for (const combination of bothEngines) {
       const image = await task.checkpoint({ exit: true, ...cgroupsMode });
       await task.destroy();
       // Another annotation: containerd 1.7 refuses to store a second checkpoint of what looks like the same container.
-      const restored = await live.restore(image, ["counter", "20", "42"], { id, annotations: { round: "2" } });
+      const restored = await live.restore(image, ["counter", "20", "42"], {
+        id,
+        annotations: { round: "2" },
+      });
       await restored.nextNumber();
       expect(await restored.execToEnd(["sh", "-c", "echo in; exit 3"])).toMatchObject({
         status: 3,
