@@ -84,6 +84,7 @@ export class Pod {
   /** TASK of a keeper that came back: read the record that the cedanad before us left. */
   taskKnown(message: Message): void {
     const [id, bundle] = [message.string("id"), message.string("bundle")];
+    if (bundle === "") return; // its Create is under way and will be repeated: there is no record yet
     try {
       const record = readTaskRecord(bundle);
       if (record && record.id === id) {
