@@ -62,8 +62,8 @@ describe("a process", () => {
   });
 
   it("is not alive as a zombie", async () => {
-    // The shell's child ends at once and is not reaped, for exec puts a program in the shell's place that never waits.
-    const child = spawn("sh", ["-c", "sh -c 'exit 3' & echo $!; exec sleep 60"], {
+    // The shell's child ends when exec has put a program in the shell's place that never waits, so nobody reaps it.
+    const child = spawn("sh", ["-c", "sh -c 'sleep 0.3; exit 3' & echo $!; exec sleep 60"], {
       stdio: ["ignore", "pipe", "ignore"],
     });
     const [line] = (await once(child.stdout, "data")) as [Buffer];
