@@ -28,6 +28,7 @@ struct request {
   unsigned connection_id;
   uint32_t stream;
   unsigned deliveries;
+  bool parked; /* accepted, and only waiting since */
   uint64_t at_ms;
   int64_t timeout_ms; /* 0: none */
   uint8_t *frame;
@@ -51,11 +52,12 @@ static unsigned connection_count, last_connection;
 static struct request *requests;
 static int64_t last_request;
 static size_t unanswered_all;
-static uint64_t last_ms;
+static uint64_t last_ms, alone_since_ms;
 static struct timer give_up;
 
 static void answer_alone(struct request *r);
 static void give_up_due(struct timer *timer);
+static uint64_t patience_end(const struct request *r);
 
 unsigned requests_open(void) {
   unsigned count = 0;
@@ -280,7 +282,13 @@ static void answer_alone(struct request *r) {
     buffer_free(&answer);
     return;
   }
-  if (!give_up.armed) timer_start(&give_up, patience_ms(), give_up_due);
+  uint64_t now = now_ms();
+  if (!r->parked && !give_up.armed) timer_start(&give_up, patience_end(r) > now ? patience_end(r) - now : 0, give_up_due);
+}
+
+/* When a request that cedanad must answer has waited long enough for one: counted from when there was none, or it came. */
+static uint64_t patience_end(const struct request *r) {
+  return (r->at_ms > alone_since_ms ? r->at_ms : alone_since_ms) + patience_ms();
 }
 
 static void give_up_due(struct timer *timer) {
@@ -290,9 +298,10 @@ static void give_up_due(struct timer *timer) {
                                (unsigned long long)patience_ms(), run_directory());
   for (struct request *r = requests, *following; r; r = following) {
     following = r->next;
-    /* A Wait that was accepted goes on waiting: its container runs on. */
-    if (r->deliveries == 0 && r->memories == NULL && r->at_ms + patience_ms() <= now) respond_message(r, 14, text, NULL);
-    else if (r->deliveries == 0 && (!next || r->at_ms + patience_ms() < next)) next = r->at_ms + patience_ms();
+    /* A Wait goes on waiting: its container runs on. What has begun is finished by the next cedanad: half a Create helps nobody. */
+    if (r->parked || r->memories) continue;
+    if (patience_end(r) <= now) respond_message(r, 14, text, NULL);
+    else if (!next || patience_end(r) < next) next = patience_end(r);
   }
   if (next) timer_start(timer, next - now, give_up_due);
 }
@@ -404,6 +413,7 @@ void requests_listen(int fd) {
 
 void requests_resend(void) {
   uint64_t now = now_ms();
+  timer_stop(&give_up);
   for (struct request *r = requests, *next; r; r = next) {
     next = r->next;
     if (r->timeout_ms > 0 && r->at_ms + (uint64_t)r->timeout_ms < now) request_free(r);
@@ -419,10 +429,13 @@ void requests_response(const struct message *m) {
 
 void requests_parked(const struct message *m) {
   struct request *r = find(message_int(m, FIELD_REQUEST));
-  if (r) r->deliveries = 0;
+  if (!r) return;
+  r->deliveries = 0;
+  r->parked = true;
 }
 
 void requests_cedanad_gone(void) {
+  alone_since_ms = now_ms();
   for (struct request *r = requests, *next; r; r = next) {
     next = r->next;
     answer_alone(r);

@@ -38,8 +38,8 @@ function effect<T extends { id: string }>(
   return async (payload, call) => {
     const request = decode(type, payload, call);
     const { pod, work } = call.context;
-    crashIfTold(call.method);
     refusePoison(call);
+    crashIfTold(call.method);
     const task = findTask(pod, request.id);
     return task.answerTo(work.request) ?? (await handle(request, task, work, call));
   };
@@ -52,8 +52,8 @@ function query<T extends { id: string }>(
 ): Handler<CallContext> {
   return async (payload, call) => {
     const request = decode(type, payload, call);
-    crashIfTold(call.method);
     refusePoison(call);
+    crashIfTold(call.method);
     return await handle(request, findTask(call.context.pod, request.id), call);
   };
 }
@@ -63,8 +63,8 @@ export const taskService: Record<string, Handler<CallContext>> = {
   async Create(payload, call) {
     const request = decode(api.CreateTaskRequest, payload, call);
     const { pod, work } = call.context;
-    crashIfTold(call.method);
     refusePoison(call);
+    crashIfTold(call.method);
     if (!ID_PATTERN.test(request.id))
       throw new InvalidRequest(`container id ${JSON.stringify(request.id)} is not valid`);
     if (!request.bundle.startsWith("/"))
