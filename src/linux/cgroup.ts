@@ -1,5 +1,5 @@
 import { closeSync, constants, openSync, readSync, write as writeToFd } from "node:fs";
-import { readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
+import { readdir, readFile, stat, writeFile } from "node:fs/promises";
 import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
 import { NotFound, SyscallFailed, TimedOut, Unsupported, WrongState } from "../errors/index.ts";
 import { type MountInfo, readMountInfo } from "./mount-options.ts";
@@ -102,22 +102,6 @@ export class Cgroup {
     const first = this.paths.values().next();
     if (first.done) throw new NotFound("cgroup without a directory");
     return first.value;
-  }
-
-  /** Removes its directories, and those below, as far as nobody is in them. */
-  async removeEmpty(): Promise<void> {
-    for (const path of new Set(this.paths.values())) {
-      const below = await readdir(path, { recursive: true, withFileTypes: true }).catch(ignoreGone);
-      const directories = (below ?? []).filter((entry) => entry.isDirectory());
-      for (const entry of [
-        ...directories
-          .map(({ parentPath, name }) => `${parentPath}/${name}`)
-          .sort()
-          .reverse(),
-        path,
-      ])
-        await rmdir(entry).catch(() => undefined); // ENOENT: gone already; EBUSY: not empty, so not ours to remove
-    }
   }
 
   /** Whether it is still there. */

@@ -359,11 +359,11 @@ export class Task {
     const consoleSocket = process.stdio.terminal ? this.#pod.consoleSocketPath(process.io) : undefined;
     process.starting = true;
     try {
-      await writeFile(file("json"), spec, { mode: 0o600 });
-      await this.#pod.keeper.ioOpen(
-        work.tag("io"),
-        planStdio(process.io, process.stdio, this.id, this.namespace),
-      );
+      const stdio = planStdio(process.io, process.stdio, this.id, this.namespace);
+      await Promise.all([
+        writeFile(file("json"), spec, { mode: 0o600 }),
+        this.#pod.keeper.ioOpen(work.tag("io"), stdio),
+      ]);
       try {
         const command = this.engine.exec({
           id: this.id,
@@ -590,9 +590,7 @@ export class Task {
     init.check("delete");
     const { keeper } = this.#pod;
     if (!neverRan) await this.#drain(work, init);
-    const cgroup = this.#cgroup;
     await this.#engineDelete(work.tag("delete"), neverRan);
-    await cgroup?.removeEmpty(); // an engine forgets the cgroup of a container that a dump has ended
     if (neverRan && init.pid !== 0 && !init.exit) await Promise.race([init.waitForExit(), delay(2_000)]);
     for (const exec of this.execs.values()) await keeper.ioFree(work.tag(`io-free:${exec.io}`), exec.io);
     await keeper.ioFree(work.tag("io-free"), init.io);
