@@ -234,7 +234,8 @@ static _Noreturn void become_keeper(int listening, int cedanad, const char *sock
   keeper.bundle = copy_string(flags.bundle);
   keeper.ttrpc_address = getenv("TTRPC_ADDRESS");
   keeper.socket_path = copy_string(socket_path);
-  setsid();
+  setpgid(0, 0);
+  setenv("GOMAXPROCS", "4", 1);
   int null = open("/dev/null", O_RDWR);
   for (int i = 0; i < 3; i++) dup2(null, i);
   listening = fcntl(listening, F_DUPFD_CLOEXEC, 10);

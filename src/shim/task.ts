@@ -1,4 +1,5 @@
-import { mkdir, readFile, rm, writeFile } from "node:fs/promises";
+import { readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdir, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Logger } from "pino";
 import {
@@ -25,7 +26,7 @@ import {
   writeEngineNote,
   writeTaskRecord,
 } from "./journal.ts";
-import type { AdoptedExit, Tag } from "./keeper.ts";
+import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio } from "./process.ts";
 import { planStdio } from "./stdio.ts";
@@ -330,7 +331,7 @@ export class Task {
       });
       if (exit.exitStatus !== 0)
         throw await plan.explain(await engineFailure("restore", this.id, exit.exitStatus, logFile));
-      this.#adopt(work, this.init, await readPidFile(pidFile));
+      this.#adopt(work, this.init, readPidFile(pidFile));
       await plan.done(false);
     } catch (error) {
       // Nothing of the container may stay, and the task must be deletable: it has ended without having lived.
@@ -360,10 +361,10 @@ export class Task {
     process.starting = true;
     try {
       const stdio = planStdio(process.io, process.stdio, this.id, this.namespace);
-      await Promise.all([
-        writeFile(file("json"), spec, { mode: 0o600 }),
-        this.#pod.keeper.ioOpen(work.tag("io"), stdio),
-      ]);
+      writeFileSync(file("json"), spec, { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
+      // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
+      const opened = this.#pod.keeper.ioOpen(work.tag("io"), stdio);
+      if (stdio.stdoutKind === stdioKind.logProgram) await opened; // it takes until the program is ready
       try {
         const command = this.engine.exec({
           id: this.id,
@@ -373,13 +374,14 @@ export class Task {
           consoleSocket,
           detach: true,
         });
-        const exit = await this.#pod.keeper.run(work.tag("exec"), {
+        const ran = this.#pod.keeper.run(work.tag("exec"), {
           argv: command.argv,
           io: process.io,
           consoleSocket,
         });
+        const [, exit] = await Promise.all([opened, ran]);
         if (exit.exitStatus !== 0) throw await engineFailure("exec", this.id, exit.exitStatus, file("log"));
-        this.#adopt(work, process, await readPidFile(file("pid")));
+        this.#adopt(work, process, readPidFile(file("pid")));
       } catch (error) {
         await this.#pod.keeper.ioFree(work.tag("undo-io"), process.io);
         throw error;
@@ -589,12 +591,15 @@ export class Task {
     const neverRan = init.state === "created" || init.state === "createdFromCheckpoint";
     init.check("delete");
     const { keeper } = this.#pod;
-    if (!neverRan) await this.#drain(work, init);
-    await this.#engineDelete(work.tag("delete"), neverRan);
+    // The engine's part and the output of a process that has ended have nothing to do with each other.
+    const drained = neverRan ? undefined : this.#drain(work, init);
+    await Promise.all([this.#engineDelete(work.tag("delete"), neverRan), drained]);
     if (neverRan && init.pid !== 0 && !init.exit) await Promise.race([init.waitForExit(), delay(2_000)]);
-    for (const exec of this.execs.values()) await keeper.ioFree(work.tag(`io-free:${exec.io}`), exec.io);
-    await keeper.ioFree(work.tag("io-free"), init.io);
-    if (this.#rootfsMounted) await keeper.unmount(work.tag("unmount"), join(this.bundle, "rootfs"));
+    await Promise.all([
+      ...[...this.execs.values()].map((exec) => keeper.ioFree(work.tag(`io-free:${exec.io}`), exec.io)),
+      keeper.ioFree(work.tag("io-free"), init.io),
+      this.#rootfsMounted && keeper.unmount(work.tag("unmount"), join(this.bundle, "rootfs")),
+    ]);
     this.#rootfsMounted = false;
     init.move("delete");
     const exit = init.exit ?? { status: 0, atNs: nowNs() };
@@ -605,13 +610,14 @@ export class Task {
   async deleteExec(work: Work, process: Process): Promise<{ pid: number; exit: Exit | undefined }> {
     process.check("delete");
     if (process.exit) await this.#drain(work, process);
-    await this.#pod.keeper.ioFree(work.tag("io-free"), process.io);
+    // Not waited for: it can't fail, and the keeper takes it up before our answer.
+    this.#pod.keeper.ioFree(work.tag("io-free"), process.io).catch(() => {}); // Unavailable: the keeper took all along
     process.move("delete");
     this.execs.delete(process.execId);
     const { serial } = this.#execSpecs.get(process.execId)!;
-    await Promise.all(
-      ["json", "pid", "log"].map((suffix) => rm(this.#execFile(serial, suffix), { force: true })),
-    );
+    this.#pod.afterResponse(work.request, () => {
+      for (const suffix of ["json", "pid", "log"]) rmSync(this.#execFile(serial, suffix), { force: true });
+    });
     this.#execSpecs.delete(process.execId);
     return { pid: process.pid, exit: process.exit };
   }
@@ -679,7 +685,7 @@ export class Task {
     });
     if (exit.exitStatus !== 0)
       throw await engineFailure("create", this.id, exit.exitStatus, this.#logFile("create"));
-    this.#adopt(work, this.init, await readPidFile(pidFile));
+    this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);
   }
 
@@ -691,8 +697,9 @@ export class Task {
       return;
     }
     const watch = this.#cgroup.oomWatchPath;
+    // Not waited for: the keeper takes it up before our answer.
     if (watch)
-      await this.#pod.keeper
+      this.#pod.keeper
         .watchOom(work.tag("oom"), this.id, watch.path, watch.flags)
         .catch((error) => this.#log.warn({ err: error }, "watch for out-of-memory kills"));
   }
@@ -751,8 +758,8 @@ function exitRecord(exit: Exit | undefined): { exit?: { status: number; atNs: st
   return exit ? { exit: { status: exit.status, atNs: exit.atNs.toString() } } : {};
 }
 
-async function readPidFile(path: string): Promise<number> {
-  const text = await readFile(path, "utf8");
+function readPidFile(path: string): number {
+  const text = readFileSync(path, "utf8");
   const pid = Number(text);
   if (!Number.isSafeInteger(pid) || pid <= 0)
     throw new BrokenImage(`pid file ${path} holds ${JSON.stringify(text)}`);
