@@ -50,6 +50,18 @@ export function statusName(code: number): string {
 
 export class CedanaError extends Error {
   override name = "CedanaError";
+  /** the step of a chain in which it happened */
+  step?: string;
+}
+
+/**
+ * Notes in which step of a chain an error happened; the innermost one stays. An error that isn't ours becomes the cause of one that
+ * is, so that there is always a place for the note.
+ */
+export function inStep(error: unknown, step: string): Error {
+  const ours = error instanceof CedanaError ? error : new CedanaError(messageOf(error), { cause: error });
+  ours.step ??= step;
+  return ours;
 }
 
 export class InvalidRequest extends CedanaError {
@@ -238,7 +250,10 @@ function causeOf(error: unknown): unknown {
 function ownMessage(error: unknown): string {
   if (error instanceof AggregateError && error.message === "")
     return error.errors.map(messageOf).join("; ") || error.name;
-  if (error instanceof Error) return error.message || error.name || "Error";
+  if (error instanceof Error) {
+    const words = error.message || error.name || "Error";
+    return error instanceof CedanaError && error.step !== undefined ? `${words} (step ${error.step})` : words;
+  }
   try {
     return String(error) || "an error without a message";
   } catch {
