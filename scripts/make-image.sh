@@ -8,7 +8,7 @@
 # Its only layer holds busybox-static, a link for each applet, and the few directories and files that
 # programs expect. The same busybox gives the same bytes: times are 0, owners root, names sorted.
 #
-# BUSYBOX names another static busybox. Needs GNU tar and sha256sum.
+# BUSYBOX names another static busybox, IMAGE_CMD another command than a shell (a JSON array). Needs GNU tar and sha256sum.
 set -eu
 umask 022
 
@@ -73,7 +73,7 @@ add_blob "$work/layer"
 layer=$blob layer_size=$blob_size
 
 cat >"$work/config" <<JSON
-{"architecture":"$architecture","os":"linux","created":"1970-01-01T00:00:00Z","config":{"Env":["PATH=/usr/bin:/bin"],"Cmd":["sh"],"WorkingDir":"/"},"rootfs":{"type":"layers","diff_ids":["sha256:$layer"]},"history":[{"created":"1970-01-01T00:00:00Z","created_by":"make-image.sh"}]}
+{"architecture":"$architecture","os":"linux","created":"1970-01-01T00:00:00Z","config":{"Env":["PATH=/usr/bin:/bin"],"Cmd":${IMAGE_CMD:-[\"sh\"]},"WorkingDir":"/"},"rootfs":{"type":"layers","diff_ids":["sha256:$layer"]},"history":[{"created":"1970-01-01T00:00:00Z","created_by":"make-image.sh"}]}
 JSON
 add_blob "$work/config"
 config=$blob config_size=$blob_size

@@ -15,7 +15,7 @@ import { promisify } from "node:util";
 import { cleanUp } from "./cleanup.ts";
 import { ContainerdClient, type Descriptor, type Mount } from "./client.ts";
 import { EventLog } from "./events.ts";
-import { IMAGE, imageTar, programs, repository } from "./programs.ts";
+import { IMAGE, imageTar, PAUSE_IMAGE, pauseImageTar, programs, repository } from "./programs.ts";
 import { type Any, anyJson, anyOf } from "./proto.ts";
 import { containerSpec, type SpecOptions } from "./spec.ts";
 import {
@@ -43,11 +43,17 @@ export interface LiveOptions {
   cgroup?: "host" | "v2";
   /** runtime name; default CEDANA_TEST_RUNTIME, else ours */
   runtime?: string;
+  /** Kubernetes' interface, with our shim as runtime handler: by its runtime type, or by its path under the type of the Go shim */
+  cri?: false | "type" | "path";
   env?: Record<string, string>;
 }
 
 export const OURS = "io.containerd.cedana.v2";
+/** The namespace of containerd's CRI service. */
+export const CRI_NAMESPACE = "k8s.io";
 export const GO_SHIM = "io.containerd.runc.v2";
+/** Runtime handlers as Kubernetes' runtime classes name them. */
+export const liveRuntimes = { cri: "cedana" } as const;
 export const runtimeUnderTest = process.env["CEDANA_TEST_RUNTIME"] ?? OURS;
 /** The suite runs against the Go shim, to prove the tests right. */
 export const isControl = runtimeUnderTest === GO_SHIM;
@@ -111,6 +117,7 @@ export class Live {
         options.cgroup ??
         (engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers") ? "v2" : "host"),
       runtime: options.runtime ?? runtimeUnderTest,
+      cri: options.cri ?? false,
       env: options.env ?? {},
     };
     this.binaries = binaries;
@@ -143,6 +150,11 @@ export class Live {
     return live;
   }
 
+  /** The name of the test image. */
+  get image(): string {
+    return IMAGE;
+  }
+
   get isOurs(): boolean {
     return this.options.runtime === OURS;
   }
@@ -167,7 +179,7 @@ export class Live {
     for (const name of ["run", "io", "tmp", "var"]) mkdirSync(join(this.dir, name), { mode: 0o700 });
     // Not needed here, and slow to start or in need of directories outside of ours.
     const disabled = [
-      "io.containerd.grpc.v1.cri",
+      ...(this.options.cri ? [] : ["io.containerd.grpc.v1.cri"]),
       "io.containerd.internal.v1.opt",
       "io.containerd.nri.v1.nri",
     ];
@@ -185,9 +197,40 @@ export class Live {
         `  address = "${this.address}.ttrpc"`,
         "[debug]",
         `  level = "debug"`,
+        ...(this.options.cri ? this.#criConfig() : []),
         "",
       ].join("\n"),
     );
+  }
+
+  #criConfig(): string[] {
+    const cri = `plugins."io.containerd.grpc.v1.cri"`;
+    const byPath = this.options.cri === "path";
+    return [
+      `[${cri}]`,
+      `  sandbox_image = "${PAUSE_IMAGE}"`,
+      "  restrict_oom_score_adj = true", // this machine may not let us lower it
+      "  disable_apparmor = true",
+      `  stream_server_port = "0"`,
+      "  netns_mounts_under_state_dir = true",
+      `  [${cri}.cni]`,
+      `    conf_dir = "${this.dir}/cni"`, // empty: pods are in the node's network
+      `  [${cri}.containerd]`,
+      `    default_runtime_name = "${liveRuntimes.cri}"`,
+      `  [${cri}.containerd.runtimes.${liveRuntimes.cri}]`,
+      `    runtime_type = "${byPath ? GO_SHIM : OURS}"`,
+      ...(byPath ? [`    runtime_path = "${join(repository, "bin/containerd-shim-cedana-v2")}"`] : []),
+      `    pod_annotations = ["cedana.io/*"]`,
+      `    container_annotations = ["cedana.io/*"]`,
+      `    [${cri}.containerd.runtimes.${liveRuntimes.cri}.options]`,
+      `      BinaryName = "${this.options.engine}"`,
+      `      Root = "${this.engineRoot}"`,
+    ];
+  }
+
+  /** Where the engine keeps its containers, for runtimes that are told so. */
+  get engineRoot(): string {
+    return join(this.dir, "engine");
   }
 
   /** Environment of containerd, which its shims inherit. */
@@ -284,6 +327,9 @@ export class Live {
 
   async #importImage(): Promise<void> {
     await this.ctr("images", "import", await imageTar());
+    if (this.options.cri)
+      for (const tar of [await imageTar(), await pauseImageTar()])
+        await this.ctr("--namespace", CRI_NAMESPACE, "images", "import", tar);
     const image = await this.client.images.get(IMAGE);
     // The manifest may be behind an index. One layer: its diff id is the chain id of the snapshot.
     let blob = JSON.parse((await this.client.readContent(image.target.digest)).toString());
@@ -514,7 +560,11 @@ export class Live {
       for (const path of mountsBelow(join(this.dir, "state"), pid))
         found.push(`mount ${path} seen by ${pid}`);
     for (const path of cgroupsOf(this.namespace)) found.push(`cgroup ${path}`);
-    for (const root of [`/run/containerd/runc/${this.namespace}`, join(this.runDir, "runc", this.namespace)])
+    for (const root of [
+      `/run/containerd/runc/${this.namespace}`,
+      join(this.runDir, "runc", this.namespace),
+      join(this.engineRoot, CRI_NAMESPACE),
+    ])
       for (const id of entries(root)) found.push(`engine state ${root}/${id}`);
     for (const name of entries(join(this.runDir, "s"))) found.push(`socket s/${name}`);
     for (const pid of this.#daemons()) {

@@ -12,6 +12,8 @@ const cache = join(repository, "node_modules/.cache/cedana-live");
 const sources = join(import.meta.dirname, "../programs");
 
 export const IMAGE = "cedana.local/busybox:latest";
+/** What a pod's first container runs. */
+export const PAUSE_IMAGE = "cedana.local/pause:latest";
 
 /** Makes `<cache>/<name>-<hash>` by `make` in a directory beside it, renamed when it is whole. */
 async function cached(
@@ -63,10 +65,21 @@ export async function programs(): Promise<string> {
 }
 
 /** The test image as a tar. */
-export async function imageTar(): Promise<string> {
+export function imageTar(): Promise<string> {
+  return madeImage("image", IMAGE, ["sh"]);
+}
+
+/** The same, but it sleeps unless it is told what to run. */
+export function pauseImageTar(): Promise<string> {
+  return madeImage("pause", PAUSE_IMAGE, ["sh", "-c", "while :; do sleep 3600; done"]);
+}
+
+async function madeImage(name: string, reference: string, command: string[]): Promise<string> {
   const script = join(repository, "scripts/make-image.sh");
-  const directory = await cached("image", [script], (directory) =>
-    run("sh", [script, join(directory, "image.tar")]),
+  const directory = await cached(name, [script], (directory) =>
+    run("sh", [script, join(directory, "image.tar"), reference], {
+      env: { ...process.env, IMAGE_CMD: JSON.stringify(command) },
+    }),
   );
   return join(directory, "image.tar");
 }

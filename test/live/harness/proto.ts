@@ -16,6 +16,7 @@ root.loadSync(
     "runtimeoptions.proto",
     "metrics.proto",
     "ttrpc.proto",
+    "cri.proto",
   ],
   { keepCase: false },
 );
