@@ -1,3 +1,4 @@
 #pragma once
 int launcher_main(int argc, char **argv);
 int runtime_main(char **argv);
+int loopback_main(void);

@@ -1,9 +1,10 @@
-/* One program, three faces, chosen by the name it is called by. */
+/* One program, several faces, chosen by the name it is called by. */
 #include "launcher.h"
 #include "util.h"
 
 int main(int argc, char **argv) {
   const char *name = base_name(argv[0] ? argv[0] : "");
   if (!strcmp(name, "cedana-runtime")) return runtime_main(argv);
+  if (!strcmp(name, "cedana-loopback")) return loopback_main();
   return launcher_main(argc, argv);
 }

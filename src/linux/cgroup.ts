@@ -1,5 +1,5 @@
 import { closeSync, constants, openSync, readFileSync, readSync, write as writeToFd } from "node:fs";
-import { readdir, readFile, stat, writeFile } from "node:fs/promises";
+import { mkdir, readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
 import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
 import { NotFound, SyscallFailed, TimedOut, Unsupported, WrongState } from "../errors/index.ts";
 import { type MountInfo, readMountInfo } from "./mount-options.ts";
@@ -517,6 +517,48 @@ function readIfThere(path: string): string | undefined {
 function ignoreGone(err: unknown): undefined {
   if (removed(err)) return undefined;
   throw SyscallFailed.from(err);
+}
+
+/**
+ * Makes a cgroup of version 2.
+ * @param path  in the hierarchy, with a leading slash
+ * @throws Unsupported on a host of version 1
+ */
+export async function makeCgroup(path: string): Promise<void> {
+  await mkdir(await unifiedPath(path), { recursive: true });
+}
+
+/**
+ * Removes a cgroup of version 2 and those below it. One with processes stays, after a moment in which they may end.
+ * @param path  in the hierarchy, with a leading slash
+ */
+export async function removeCgroup(path: string): Promise<void> {
+  const top = await unifiedPath(path);
+  for (let attempt = 0; ; attempt++) {
+    try {
+      await removeTree(top);
+      return;
+    } catch (err) {
+      if ((err as NodeJS.ErrnoException).code !== "EBUSY" || attempt === 100) throw SyscallFailed.from(err);
+      await sleep(10);
+    }
+  }
+}
+
+async function removeTree(directory: string): Promise<void> {
+  const entries = await readdir(directory, { withFileTypes: true }).catch(ignoreGone);
+  for (const entry of entries ?? []) if (entry.isDirectory()) await removeTree(`${directory}/${entry.name}`);
+  await rmdir(directory).catch((err) => {
+    if (!removed(err)) throw err;
+  });
+}
+
+async function unifiedPath(path: string): Promise<string> {
+  const { version, byController } = await hierarchies();
+  const hierarchy = byController.get("");
+  if (version !== 2 || !hierarchy)
+    throw new Unsupported(`cgroup ${path}: this host has no unified hierarchy`);
+  return `${hierarchy.mountPoint}${path}`;
 }
 
 /** For setup and preflight: which version this host has. */

@@ -342,11 +342,14 @@ export function criuConfig(options: {
   readonly tcpClose?: boolean | undefined;
   readonly skipInFlight?: boolean | undefined;
   readonly leaveStopped?: boolean | undefined;
+  /** What cgroups are restored below instead of where they were, by controller; that of version 2 is "". */
+  readonly cgroupRoots?: readonly (readonly [controller: string, path: string])[] | undefined;
 }): string {
   return [
     options.tcpClose && "tcp-close",
     options.skipInFlight && "skip-in-flight",
     options.leaveStopped && "leave-stopped",
+    ...(options.cgroupRoots ?? []).map(([controller, path]) => `cgroup-root "${controller}:${path}"`),
   ]
     .filter(Boolean)
     .map((line) => `${line}\n`)

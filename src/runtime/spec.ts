@@ -1,4 +1,5 @@
 import { open } from "node:fs/promises";
+import { posix } from "node:path";
 import { InvalidRequest, NotFound, SyscallFailed } from "../errors/index.ts";
 
 // The part of an OCI bundle's config.json that we act on. Everything else passes through unread: the engine judges it.
@@ -126,6 +127,48 @@ function isObject(value: unknown): value is Record<string, unknown> {
 
 function isArrayOfObjects(value: unknown): boolean {
   return Array.isArray(value) && value.every(isObject);
+}
+
+/**
+ * The text of a config.json with one more hook, the first of its stage; everything else means what it meant. Numbers beyond
+ * what JavaScript counts exactly (limits of 2^64 - 1) stay as they are written.
+ * @throws InvalidRequest when it isn't a spec
+ */
+export function withHook(text: string, stage: string, hook: OciHook, path = "config.json"): string {
+  parseSpec(text, path);
+  const exactly = (_key: string, value: unknown, { source }: { source?: string }) =>
+    typeof value === "number" && !Number.isSafeInteger(value) ? rawJson(source!) : value;
+  const spec = (JSON.parse as (text: string, reviver: typeof exactly) => Writable<OciSpec>)(text, exactly);
+  spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
+  return JSON.stringify(spec);
+}
+
+type Writable<T> = { -readonly [K in keyof T]: T[K] };
+const { rawJSON: rawJson } = JSON as unknown as { rawJSON(text: string): unknown };
+
+/** Whether the container gets a network namespace of its own, made by the engine. */
+export function ownsNetworkNamespace(spec: OciSpec): boolean {
+  const namespace = spec.linux?.namespaces?.find(({ type }) => type === "network");
+  return namespace !== undefined && !namespace.path;
+}
+
+/**
+ * Path of the container's cgroup in the version 2 hierarchy, as both engines make it; undefined where that depends on the
+ * cgroup that the engine runs in (a relative path, or none).
+ * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); systemd.slice(5) for the nesting of slices.
+ */
+export function cgroupPathV2(spec: OciSpec, id: string, systemd: boolean): string | undefined {
+  const path = spec.linux?.cgroupsPath ?? "";
+  if (!systemd)
+    return path.startsWith("/") && path !== "/" ? posix.normalize(path).replace(/\/$/, "") : undefined;
+  const [slice = "", , name = ""] = path.split(":");
+  if (name === "" || name.endsWith(".slice")) return undefined;
+  const parts = (slice || "system.slice")
+    .replace(/\.slice$/, "")
+    .split("-")
+    .filter(Boolean);
+  const slices = parts.map((_part, at) => `/${parts.slice(0, at + 1).join("-")}.slice`);
+  return `${slices.join("")}/${cgroupName(spec, id)}`;
 }
 
 /** The spec's annotations; empty when it has none. */

@@ -1,44 +1,23 @@
 import { createHash } from "node:crypto";
-import { copyFile, mkdir, readdir, rm, stat, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join } from "node:path";
-import { type CheckpointManifest, readManifest, writeManifest } from "../checkpoint/manifest.ts";
+import { type CheckpointManifest, writeManifest } from "../checkpoint/manifest.ts";
 import { explainCriuLog } from "../criu/log.ts";
-import { BrokenImage, CriuFailed, InvalidRequest, NotFound, WrongState } from "../errors/index.ts";
-import {
-  type CheckpointCommand,
-  criuConfig,
-  Engine,
-  engineFailure,
-  engineVersion,
-  type RestoreCommand,
-} from "../runtime/engine.ts";
+import { criuVersion } from "../criu/version.ts";
+import { CriuFailed, InvalidRequest, SyscallFailed, WrongState } from "../errors/index.ts";
+import { type CheckpointCommand, Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";
-import { cedanaAnnotations, type OciSpec, type TcpPolicy } from "../runtime/spec.ts";
+import type { OciSpec } from "../runtime/spec.ts";
+import { type CriuPolicy, criuConfigFile, dumpPolicy, policyOptions } from "./criu-policy.ts";
 import type { Task, Work } from "./task.ts";
 
-/**
- * Dump and restore as containerd's Task API asks for them, by way of the engine's own `checkpoint` and `restore`.
- *
- * Options come from three places: containerd's CheckpointOptions, the container's `cedana.io/…` annotations for what those
- * can't carry, and, at a restore, the manifest beside the images, because images restore only with the options that they were
- * taken with. An annotation of the container that is restored has the last word.
- */
+/** Dump as containerd's Task API asks for it, by way of the engine's own `checkpoint`. */
 
 export interface CheckpointRequest {
   /** absolute; made when missing */
   imagePath: string;
   options: CheckpointRequestOptions;
-}
-
-/** What CRIU is to do about the things that it can't decide alone. */
-interface Policy {
-  tcp?: TcpPolicy | undefined;
-  fileLocks: boolean;
-  extUnix: boolean;
-  shellJob: boolean;
-  emptyNamespaces: string[];
-  cgroupsMode: string;
 }
 
 /**
@@ -54,14 +33,16 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
   const policy = dumpPolicy(options, spec);
   const paused = task.init.state === "paused";
   const engine = await withFeatures(task);
-  const made = await mkdir(imagePath, { recursive: true, mode: 0o700 }).catch((error) => {
-    throw new InvalidRequest(`make image path ${imagePath}: ${(error as Error).message}`, { cause: error });
-  });
-  const before = made ? new Set<string>() : new Set(await listDirectory(imagePath));
+  const criu = criuVersion();
+  const attempt = await beginAttempt(task, work, imagePath);
   const workPath = options.workPath || join(task.bundle, "criu-work"); // crun fails when it isn't there
-  await mkdir(workPath, { recursive: true, mode: 0o700 });
   const logFile = join(task.bundle, "checkpoint.log.json");
+  const outputPath = join(task.bundle, "checkpoint.out");
+  let ended = false;
   try {
+    await mkdir(workPath, { recursive: true, mode: 0o700 }).catch((error) => {
+      throw pathFailure(`make CRIU's work path ${workPath}`, error);
+    });
     const command = engine.checkpoint({
       id: task.id,
       logFile,
@@ -70,143 +51,83 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
       parentPath: options.parentPath || undefined,
       leaveRunning: !options.exit,
       ...policyOptions(policy),
-      ...(await criuConfigFile(task, "dump", {
+      ...(await criuConfigFile(task.bundle, "dump", {
         tcpClose: policy.tcp === "close",
         skipInFlight: policy.tcp === "skip-in-flight",
       })),
     } satisfies CheckpointCommand);
-    const exit = await task.pod.keeper.run(work.tag("checkpoint"), {
-      argv: command.argv,
-      outputPath: join(task.bundle, "checkpoint.out"),
-    });
+    const exit = await task.pod.keeper.run(work.tag("checkpoint"), { argv: command.argv, outputPath });
     if (exit.exitStatus !== 0) {
-      const failure = await engineFailure("checkpoint", task.id, exit.exitStatus, logFile);
+      const failure = await engineFailure("checkpoint", task.id, exit.exitStatus, logFile, outputPath);
       throw failure instanceof WrongState
         ? failure
         : await criuFailure(`dump of task ${task.id}`, failure, workPath, "dump.log");
     }
-    await writeManifest(imagePath, await manifestOf(task, spec, engine, policy, options, startedAt));
+    ended = options.exit;
+    const manifest = await manifestOf(task, spec, engine, policy, options, startedAt);
+    await writeManifest(imagePath, { ...manifest, ...criuField(await criu) });
   } catch (error) {
     await keepLog(join(workPath, "dump.log"), join(task.bundle, "criu-dump.log"));
-    await removeAttempt(imagePath, made, before, work.repeated);
+    // The processes are in the images alone now: whatever failed after, these stay.
+    if (ended)
+      throw new CriuFailed(
+        `task ${task.id} was dumped into ${imagePath} and has ended, but the manifest could not be written: ${(error as Error).message}. The images are whole; options that a restore needs must be given by annotations`,
+        { cause: error },
+      );
+    await removeAttempt(imagePath, attempt);
     throw error;
   } finally {
-    if (!task.init.exit) await restoreFreezer(task, paused && !task.init.exit, options.exit);
+    if (!task.init.exit) await restoreFreezer(task, paused && !ended);
     if (!options.workPath) await rm(workPath, { recursive: true, force: true });
     await rm(join(task.bundle, "criu-dump.conf"), { force: true });
+    await rm(attemptFile(task), { force: true });
   }
 }
 
-export interface RestorePlan {
-  options: Omit<RestoreCommand, "id" | "bundle" | "pidFile" | "logFile">;
-  engine: Engine;
-  /** The engine's failure with what CRIU's log says. */
-  explain(failure: Error): Promise<Error>;
-  /** Removes what only the restore needed. */
-  done(failed: boolean): Promise<void>;
+/** What was there before, so that a failure removes no more than it made; on record, for whoever goes on after a crash. */
+interface Attempt {
+  request: number;
+  /** the topmost directory that was made for it */
+  made?: string | undefined;
+  /** names in the image path that were there */
+  before: string[];
 }
 
-/**
- * What the engine's `restore` needs for these images; looks before anything is made.
- * @throws NotFound, BrokenImage, InvalidRequest
- */
-export async function planRestore(task: Task, spec: OciSpec, path: string): Promise<RestorePlan> {
-  const imagePath = await findImages(path);
-  const manifest =
-    (await readManifest(imagePath)) ?? (imagePath === path ? undefined : await readManifest(path));
-  if (manifest && manifest.terminal !== task.init.stdio.terminal)
-    throw new InvalidRequest(
-      manifest.terminal
-        ? `checkpoint ${path} is of a container with a terminal: create the new one with a terminal`
-        : `checkpoint ${path} is of a container without a terminal: create the new one without`,
-    );
-  const policy = restorePolicy(manifest, spec);
-  const workPath = task.options.criuWorkPath || join(task.bundle, "criu-restore");
-  return {
-    engine: await withFeatures(task),
-    options: {
-      imagePath,
-      workPath,
-      ...policyOptions(policy),
-      tcpClose: policy.tcp === "close",
-      ...(await criuConfigFile(task, "restore", { tcpClose: policy.tcp === "close" })),
-    },
-    explain: (failure) =>
-      criuFailure(`restore of task ${task.id} from ${path}`, failure, workPath, "restore.log"),
-    done: async (failed) => {
-      if (failed) await keepLog(join(workPath, "restore.log"), join(task.bundle, "criu-restore.log"));
-      if (!task.options.criuWorkPath) await rm(workPath, { recursive: true, force: true });
-      await rm(join(task.bundle, "criu-restore.conf"), { force: true });
-    },
-  };
+async function beginAttempt(task: Task, work: Work, imagePath: string): Promise<Attempt> {
+  if (work.repeated) {
+    const text = await readFile(attemptFile(task), "utf8").catch(() => undefined); // the crash came before it
+    const earlier = text ? (JSON.parse(text) as Attempt) : undefined;
+    if (earlier?.request === work.request) return earlier;
+  }
+  const made = await mkdir(imagePath, { recursive: true, mode: 0o700 }).catch((error) => {
+    throw pathFailure(`make image path ${imagePath}`, error);
+  });
+  const before = made ? [] : await listDirectory(imagePath);
+  const attempt: Attempt = { request: work.request, made, before };
+  await writeFile(`${attemptFile(task)}.new`, JSON.stringify(attempt), { mode: 0o600 });
+  await rename(`${attemptFile(task)}.new`, attemptFile(task));
+  return attempt;
 }
 
-/** The directory with CRIU's images: the path itself, or `checkpoint/` in it. */
-async function findImages(path: string): Promise<string> {
-  for (const directory of [path, join(path, "checkpoint")])
-    if (await stat(join(directory, "inventory.img")).catch(() => undefined)) return directory;
-  const found = await stat(path).catch(() => undefined);
-  if (!found) throw new NotFound(`checkpoint ${path} does not exist`);
-  if (!found.isDirectory()) throw new InvalidRequest(`checkpoint ${path} is not a directory`);
-  throw new BrokenImage(`${path} is not a checkpoint: it holds no inventory.img`);
+function attemptFile(task: Task): string {
+  return join(task.bundle, "checkpoint-attempt.json");
 }
 
-function dumpPolicy(options: CheckpointRequestOptions, spec: OciSpec): Policy {
-  const annotations = cedanaAnnotations(spec);
-  return {
-    tcp: annotations.tcp ?? (options.openTcp ? "keep" : undefined),
-    fileLocks: annotations.fileLocks ?? options.fileLocks,
-    extUnix: annotations.extUnix ?? options.externalUnixSockets,
-    shellJob: annotations.shellJob ?? options.terminal,
-    emptyNamespaces: options.emptyNamespaces,
-    cgroupsMode: options.cgroupsMode,
-  };
+/** The caller's path is at fault, unless it is the machine. */
+function pathFailure(what: string, error: NodeJS.ErrnoException): Error {
+  if (["ENOSPC", "EIO", "EDQUOT", "EMFILE"].includes(error.code ?? "")) return SyscallFailed.from(error);
+  return new InvalidRequest(`${what}: ${error.message}`, { cause: error });
 }
 
-function restorePolicy(manifest: CheckpointManifest | undefined, spec: OciSpec): Policy {
-  const annotations = cedanaAnnotations(spec);
-  const used = manifest?.options;
-  return {
-    // Connections that were dumped closed can't come back open.
-    tcp: used?.tcp === "close" ? "close" : (annotations.tcp ?? used?.tcp),
-    fileLocks: annotations.fileLocks ?? used?.fileLocks ?? false,
-    extUnix: annotations.extUnix ?? used?.extUnix ?? false,
-    shellJob: annotations.shellJob ?? used?.shellJob ?? false,
-    emptyNamespaces: [...(used?.emptyNamespaces ?? [])],
-    cgroupsMode: used?.cgroupsMode ?? "",
-  };
-}
-
-/** The policy in the engine's options, as both commands have them. */
-function policyOptions(policy: Policy) {
-  return {
-    tcpEstablished: policy.tcp === "keep" || policy.tcp === "skip-in-flight", // which alone still refuses established ones
-    extUnixSockets: policy.extUnix,
-    shellJob: policy.shellJob,
-    fileLocks: policy.fileLocks,
-    emptyNamespaces: policy.emptyNamespaces,
-    cgroupsMode: policy.cgroupsMode || undefined,
-  };
-}
-
-/** What the engine has no flag for goes to CRIU by a configuration file of its own. */
-async function criuConfigFile(
-  task: Task,
-  action: "dump" | "restore",
-  wanted: Parameters<typeof criuConfig>[0],
-): Promise<{ criuConfigFile?: string }> {
-  const text = criuConfig(wanted);
-  if (text === "") return {};
-  const path = join(task.bundle, `criu-${action}.conf`);
-  await writeFile(path, text, { mode: 0o600 });
-  return { criuConfigFile: path };
+function criuField(criuVersion: string | undefined): { criuVersion?: string } {
+  return criuVersion === undefined ? {} : { criuVersion };
 }
 
 async function manifestOf(
   task: Task,
   spec: OciSpec,
   engine: Engine,
-  policy: Policy,
+  policy: CriuPolicy,
   options: CheckpointRequestOptions,
   startedAt: number,
 ): Promise<Omit<CheckpointManifest, "version" | "files">> {
@@ -216,6 +137,7 @@ async function manifestOf(
     namespace: task.namespace,
     terminal: task.init.stdio.terminal,
     kernel: release(),
+    ...(process.env.CEDANA_BUILD && { cedanaVersion: process.env.CEDANA_BUILD }),
     engine: { name: engine.name, version: engine.features.version, path: engine.binary },
     options: {
       ...(policy.tcp && { tcp: policy.tcp }),
@@ -232,7 +154,7 @@ async function manifestOf(
   };
 }
 
-async function withFeatures(task: Task): Promise<Engine> {
+export async function withFeatures(task: Task): Promise<Engine> {
   return new Engine({
     binary: task.options.binaryName,
     root: task.options.root,
@@ -242,20 +164,25 @@ async function withFeatures(task: Task): Promise<Engine> {
   });
 }
 
-/** CRIU's freezing and the engine's must leave the container as it was asked to be: paused if it was, running if it was. */
-async function restoreFreezer(task: Task, paused: boolean, exiting: boolean): Promise<void> {
+/** CRIU's freezing and the engine's must leave the container as it was: paused if it was, running if it was. */
+async function restoreFreezer(task: Task, paused: boolean): Promise<void> {
   try {
     const cgroup = await task.cgroup();
     const frozen = await cgroup.isFrozen();
     if (frozen && !paused) await cgroup.thaw();
-    if (!frozen && paused && !exiting) await cgroup.freeze();
+    if (!frozen && paused) await cgroup.freeze();
   } catch (error) {
     task.log.warn({ err: error }, "put the freezer back after a dump"); // the container may be gone: exit follows
   }
 }
 
 /** The engine's words, then what CRIU's log says was the reason. */
-async function criuFailure(what: string, failure: Error, workPath: string, logName: string): Promise<Error> {
+export async function criuFailure(
+  what: string,
+  failure: Error,
+  workPath: string,
+  logName: string,
+): Promise<Error> {
   const path = join(workPath, logName);
   const summary = await explainCriuLog(path).catch(() => undefined); // no log: CRIU was not even started
   if (!summary || summary.errors.length === 0) return failure;
@@ -266,24 +193,18 @@ async function criuFailure(what: string, failure: Error, workPath: string, logNa
   });
 }
 
-async function keepLog(from: string, to: string): Promise<void> {
+export async function keepLog(from: string, to: string): Promise<void> {
   await copyFile(from, to).catch(() => undefined); // ENOENT: CRIU was not started
 }
 
-/** Half a checkpoint is none: what this attempt wrote goes. A repeated attempt can't tell its files from older ones. */
-async function removeAttempt(
-  imagePath: string,
-  made: string | undefined,
-  before: Set<string>,
-  repeated: boolean,
-): Promise<void> {
+/** Half a checkpoint is none: what this attempt made goes. */
+async function removeAttempt(imagePath: string, { made, before }: Attempt): Promise<void> {
   if (made) {
     await rm(made, { recursive: true, force: true });
     return;
   }
-  if (repeated) return;
   for (const name of await listDirectory(imagePath))
-    if (!before.has(name)) await rm(join(imagePath, name), { recursive: true, force: true });
+    if (!before.includes(name)) await rm(join(imagePath, name), { recursive: true, force: true });
 }
 
 async function listDirectory(path: string): Promise<string[]> {

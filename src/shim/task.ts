@@ -1,5 +1,5 @@
 import { readFileSync, rmSync, writeFileSync } from "node:fs";
-import { mkdir, rm, writeFile } from "node:fs/promises";
+import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Logger } from "pino";
 import {
@@ -17,7 +17,7 @@ import { mountCalls, planMount } from "../linux/mount-options.ts";
 import { Engine, type EngineCommand, engineFailure } from "../runtime/engine.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import { cgroupName, type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
-import { type CheckpointRequest, dump, planRestore, type RestorePlan } from "./checkpoint.ts";
+import { type CheckpointRequest, dump } from "./checkpoint.ts";
 import * as events from "./events.ts";
 import {
   type ExecRecord,
@@ -29,6 +29,7 @@ import {
 import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio } from "./process.ts";
+import { openCheckpoint, prepareRestore } from "./restore.ts";
 import { planStdio } from "./stdio.ts";
 
 const SIGKILL = 9;
@@ -147,7 +148,7 @@ export class Task {
     task.#spec = spec;
     if (options.warnings.length > 0) task.#log.warn({ warnings: options.warnings }, "runtime options");
     task.#parentCheckpoint = request.parentCheckpoint || undefined;
-    if (restoreFrom) await planRestore(task, spec, restoreFrom); // what can't be restored is said before anything is made
+    if (restoreFrom) await openCheckpoint(task, restoreFrom); // what can't be restored is said before anything is made
     writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
     init.starting = true; // an exit waits until the create event is out
     pod.creating.add(task);
@@ -308,7 +309,7 @@ export class Task {
 
   async #restore(work: Work): Promise<void> {
     const spec = await this.spec();
-    const plan: RestorePlan = await planRestore(this, spec, this.#restoreFrom!);
+    const plan = await prepareRestore(this, spec, this.#restoreFrom!);
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     try {
@@ -323,7 +324,6 @@ export class Task {
         detach: true,
         noPivot: this.options.noPivotRoot,
       });
-      await mkdir(plan.options.workPath!, { recursive: true, mode: 0o700 });
       const exit = await this.#pod.keeper.run(work.tag("restore"), {
         argv: command.argv,
         io: this.init.io,

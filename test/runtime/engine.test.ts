@@ -144,6 +144,11 @@ describe("command lines", () => {
     expect(command.argv).not.toContain("--tcp-close");
     expect(criuConfig({ tcpClose: true, leaveStopped: true })).toBe("tcp-close\nleave-stopped\n");
     expect(criuConfig({ skipInFlight: true })).toBe("skip-in-flight\n");
+    const cgroupRoots = [
+      ["", "/pod/new"],
+      ["name=systemd", "/here"],
+    ] as const;
+    expect(criuConfig({ cgroupRoots })).toBe('cgroup-root ":/pod/new"\ncgroup-root "name=systemd:/here"\n');
     expect(criuConfig({})).toBe("");
   });
 

@@ -7,12 +7,15 @@ import {
   annotationsOf,
   cedanaAnnotations,
   cgroupName,
+  cgroupPathV2,
   groupOf,
   isSandboxContainer,
   type OciSpec,
+  ownsNetworkNamespace,
   parseSpec,
   readSpec,
   sharesPidNamespace,
+  withHook,
 } from "../../src/runtime/spec.ts";
 
 let bundle: string;
@@ -105,6 +108,55 @@ it("groups containers of a pod", () => {
   );
   expect(group({ "io.kubernetes.cri.sandbox-id": "" })).toBeUndefined();
   expect(groupOf({})).toBeUndefined();
+});
+
+describe("a hook added to a spec", () => {
+  const hook = { path: "/bin/new", args: ["new"] };
+
+  it("comes first in its stage, and leaves limits beyond 2^53 exactly as they were written", () => {
+    const text = `{"process":{"rlimits":[{"type":"RLIMIT_AS","hard":18446744073709551615,"soft":1.5}]},
+      "hooks":{"createRuntime":[{"path":"/bin/old"}],"poststop":[{"path":"/bin/end"}]}}`;
+    const changed = withHook(text, "createRuntime", hook);
+    expect(changed).toContain('"hard":18446744073709551615,"soft":1.5');
+    expect(JSON.parse(changed).hooks).toEqual({
+      createRuntime: [hook, { path: "/bin/old" }],
+      poststop: [{ path: "/bin/end" }],
+    });
+  });
+
+  it("makes the first hooks of a spec without any", () => {
+    expect(JSON.parse(withHook('{"hooks":null}', "createRuntime", hook)).hooks).toEqual({
+      createRuntime: [hook],
+    });
+    expect(() => withHook("[]", "createRuntime", hook)).toThrow(InvalidRequest);
+  });
+});
+
+describe("the network namespace", () => {
+  it.each([
+    ["none", [], false],
+    ["a new one", [{ type: "network" }], true],
+    ["one to join", [{ type: "network", path: "/run/netns/pod" }], false],
+  ] as const)("is the container's own or not: %s", (_what, namespaces, own) => {
+    expect(ownsNetworkNamespace({ linux: { namespaces } })).toBe(own);
+  });
+});
+
+describe("the path of the version 2 cgroup", () => {
+  it.each([
+    ["/pod/c1", false, "/pod/c1"],
+    ["/pod//c1/", false, "/pod/c1"],
+    ["pod/c1", false, undefined],
+    ["", false, undefined],
+    ["/", false, undefined],
+    ["user-a-b.slice:cri:c1", true, "/user.slice/user-a.slice/user-a-b.slice/cri-c1.scope"],
+    [":cri:c1", true, "/system.slice/cri-c1.scope"],
+    ["-.slice:cri:c1", true, "/cri-c1.scope"],
+    ["a.slice:cri:b.slice", true, undefined],
+    ["/pod/c1", true, undefined],
+  ])("%j, systemd %s: %s", (cgroupsPath, systemd, path) => {
+    expect(cgroupPathV2({ linux: { cgroupsPath } }, "c1", systemd)).toBe(path);
+  });
 });
 
 describe("checkpoint policy in annotations", () => {

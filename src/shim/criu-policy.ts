@@ -1,0 +1,73 @@
+import { writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import type { CheckpointManifest } from "../checkpoint/manifest.ts";
+import { criuConfig } from "../runtime/engine.ts";
+import type { CheckpointRequestOptions } from "../runtime/options.ts";
+import { cedanaAnnotations, type OciSpec, type TcpPolicy } from "../runtime/spec.ts";
+
+/**
+ * What CRIU is to do about the things that it can't decide alone. It comes from three places: containerd's CheckpointOptions,
+ * the container's `cedana.io/…` annotations for what those can't carry, and, at a restore, the manifest beside the images,
+ * because images restore only with the options that they were taken with. An annotation of the container that is restored has
+ * the last word.
+ */
+export interface CriuPolicy {
+  tcp?: TcpPolicy | undefined;
+  fileLocks: boolean;
+  extUnix: boolean;
+  shellJob: boolean;
+  emptyNamespaces: string[];
+  cgroupsMode: string;
+}
+
+export function dumpPolicy(options: CheckpointRequestOptions, spec: OciSpec): CriuPolicy {
+  const annotations = cedanaAnnotations(spec);
+  return {
+    tcp: annotations.tcp ?? (options.openTcp ? "keep" : undefined),
+    fileLocks: annotations.fileLocks ?? options.fileLocks,
+    extUnix: annotations.extUnix ?? options.externalUnixSockets,
+    shellJob: annotations.shellJob ?? options.terminal,
+    emptyNamespaces: options.emptyNamespaces,
+    cgroupsMode: options.cgroupsMode,
+  };
+}
+
+export function restorePolicy(manifest: CheckpointManifest | undefined, spec: OciSpec): CriuPolicy {
+  const annotations = cedanaAnnotations(spec);
+  const used = manifest?.options;
+  return {
+    // Connections that were dumped closed can't come back open.
+    tcp: used?.tcp === "close" ? "close" : (annotations.tcp ?? used?.tcp),
+    fileLocks: annotations.fileLocks ?? used?.fileLocks ?? false,
+    extUnix: annotations.extUnix ?? used?.extUnix ?? false,
+    shellJob: annotations.shellJob ?? used?.shellJob ?? false,
+    emptyNamespaces: [...(used?.emptyNamespaces ?? [])],
+    cgroupsMode: used?.cgroupsMode ?? "",
+  };
+}
+
+/** The policy in the engine's options, as both commands have them. */
+export function policyOptions(policy: CriuPolicy) {
+  return {
+    tcpEstablished: policy.tcp === "keep" || policy.tcp === "skip-in-flight", // which alone still refuses established ones
+    extUnixSockets: policy.extUnix,
+    shellJob: policy.shellJob,
+    fileLocks: policy.fileLocks,
+    emptyNamespaces: policy.emptyNamespaces,
+    // runc 1.1 refuses it, and crun's restore doesn't heed it: it is what a restore of ours does without a mode.
+    cgroupsMode: policy.cgroupsMode === "ignore" ? undefined : policy.cgroupsMode || undefined,
+  };
+}
+
+/** What the engine has no flag for goes to CRIU by a configuration file of its own. */
+export async function criuConfigFile(
+  bundle: string,
+  action: "dump" | "restore",
+  wanted: Parameters<typeof criuConfig>[0],
+): Promise<{ criuConfigFile?: string }> {
+  const text = criuConfig(wanted);
+  if (text === "") return {};
+  const path = join(bundle, `criu-${action}.conf`);
+  await writeFile(path, text, { mode: 0o600 });
+  return { criuConfigFile: path };
+}
