@@ -129,6 +129,13 @@ export const taskService: Record<string, Handler<CallContext>> = {
     const spec = Buffer.from(request.spec?.value ?? EMPTY).toString("utf8");
     if (spec === "")
       throw new InvalidRequest(`exec ${request.execId} of task ${task.id} has no process spec`);
+    try {
+      JSON.parse(spec);
+    } catch (cause) {
+      throw new InvalidRequest(`the process spec of exec ${request.execId} of task ${task.id} is not JSON`, {
+        cause,
+      });
+    }
     const { terminal, stdin, stdout, stderr } = request;
     task.addExec(work, { execId: request.execId, stdio: { terminal, stdin, stdout, stderr }, spec });
     task.commit(work, EMPTY);
