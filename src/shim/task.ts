@@ -209,6 +209,7 @@ export class Task {
     try {
       this.#spec = await readSpec(this.bundle);
       this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
+      void this.outOfMemory(1); // the keeper's notice may have gone to nobody
     } catch (error) {
       this.#log.warn({ err: error }, "revive the task: its exit is expected");
     }
