@@ -77,7 +77,7 @@ export const taskService: Record<string, Handler<CallContext>> = {
     const task = await Task.create(pod, work, {
       id: request.id,
       bundle: request.bundle,
-      rootfs: request.rootfs.map(({ type, source, options }) => ({ type, source, options })),
+      rootfs: request.rootfs.map(({ type, source, target, options }) => ({ type, source, target, options })),
       stdio: {
         terminal: request.terminal,
         stdin: request.stdin,

@@ -13,6 +13,7 @@ import {
 } from "../errors/index.ts";
 import { Cgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
+import { pathInRoot } from "../linux/root-path.ts";
 import { Engine, type EngineCommand, engineFailure } from "../runtime/engine.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import { cgroupName, type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
@@ -48,10 +49,18 @@ export interface Work {
   tag(step: string): Tag;
 }
 
+export interface RootfsMount {
+  type: string;
+  source: string;
+  /** below the root file system; empty: the root itself */
+  target: string;
+  options: string[];
+}
+
 export interface CreateRequest {
   id: string;
   bundle: string;
-  rootfs: { type: string; source: string; options: string[] }[];
+  rootfs: RootfsMount[];
   stdio: ProcessStdio;
   /** directory of images to restore from, "" for a fresh start */
   checkpoint: string;
@@ -646,9 +655,10 @@ export class Task {
   // ---- parts ---------------------------------------------------------------------------------------------------------
 
   async #mountRootfs(work: Work, mounts: CreateRequest["rootfs"]): Promise<void> {
-    const target = join(this.bundle, "rootfs");
+    const root = join(this.bundle, "rootfs");
     for (const [index, mount] of mounts.entries()) {
       this.#rootfsMounted = true;
+      const target = await pathInRoot(root, mount.target);
       const plan = planMount(mount, target);
       if (plan.helper) {
         const exit = await this.#pod.keeper.run(work.tag(`mount:${index}`), { argv: plan.helper.argv });

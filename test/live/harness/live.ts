@@ -75,6 +75,8 @@ export interface RunOptions extends Omit<SpecOptions, "args">, StdioOptions {
   criuImagePath?: string;
   /** further mounts of the root file system, after the snapshot's */
   rootfs?: Mount[];
+  /** false: no snapshot below `rootfs` */
+  snapshot?: boolean;
 }
 
 interface Baseline {
@@ -393,7 +395,7 @@ export class Live {
       task.pid = (
         await this.client.tasks.create({
           containerId: id,
-          rootfs: [...mounts, ...(options.rootfs ?? [])],
+          rootfs: [...(options.snapshot === false ? [] : mounts), ...(options.rootfs ?? [])],
           stdin: io.stdinPath,
           stdout: io.stdoutPath,
           stderr: io.stderrPath,
