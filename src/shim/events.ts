@@ -1,6 +1,6 @@
 import { events, eventsService, type MessageType, timestampFromNs } from "../proto/index.ts";
 import { encodeFrame, encodeRequest, frameType } from "../ttrpc/index.ts";
-import type { Task } from "./task.ts";
+import type { RootfsMount, Task } from "./task.ts";
 
 /** A containerd event: its topic, and the message in the form of a `google.protobuf.Any`. */
 export interface Event {
@@ -35,7 +35,7 @@ function event<T, I>(topic: string, type: MessageType<T, I>, message: I): Event 
   return { topic, typeUrl: type.name, value: type.encode(message) };
 }
 
-export function taskCreate(task: Task, rootfs: { type: string; source: string; options: string[] }[]): Event {
+export function taskCreate(task: Task, rootfs: RootfsMount[]): Event {
   const { stdin, stdout, stderr, terminal } = task.init.stdio;
   return event("/tasks/create", events.TaskCreate, {
     containerId: task.id,

@@ -80,8 +80,7 @@ export class Process {
   check(verb: ProcessVerb): ProcessState {
     const table: Table = this.isInit ? initTransitions : execTransitions;
     const next = table[this.#state]?.[verb];
-    if (next === undefined)
-      throw new WrongState(`cannot ${verb} ${this.name}: it is ${describe(this.#state)}`);
+    if (next === undefined) throw new WrongState(`${refusal(verb, this.#state)}: ${this.name}`);
     return next as ProcessState;
   }
 
@@ -109,6 +108,11 @@ export class Process {
   }
 }
 
-function describe(state: ProcessState): string {
-  return state === "createdFromCheckpoint" ? "created (from a checkpoint)" : state;
+/** In the words of containerd's own shim, which clients look for. */
+export function refusal(verb: ProcessVerb | "exec" | "update", state: ProcessState): string {
+  if (state === "createdFromCheckpoint") return `cannot ${verb} a process that is created from a checkpoint`;
+  if (verb === "exec") return `cannot exec in a ${state} state`;
+  const aboutProcess = verb === "start" || verb === "delete" || (verb === "resume" && state === "running");
+  if (state === "created" && !aboutProcess) return `cannot ${verb} a task in created state`;
+  return `cannot ${verb} a ${state} ${aboutProcess ? "process" : "container"}`;
 }

@@ -77,7 +77,7 @@ export const taskService: Record<string, Handler<CallContext>> = {
     const task = await Task.create(pod, work, {
       id: request.id,
       bundle: request.bundle,
-      rootfs: request.rootfs.map(({ type, source, options }) => ({ type, source, options })),
+      rootfs: request.rootfs.map(({ type, source, target, options }) => ({ type, source, target, options })),
       stdio: {
         terminal: request.terminal,
         stdin: request.stdin,
@@ -129,6 +129,13 @@ export const taskService: Record<string, Handler<CallContext>> = {
     const spec = Buffer.from(request.spec?.value ?? EMPTY).toString("utf8");
     if (spec === "")
       throw new InvalidRequest(`exec ${request.execId} of task ${task.id} has no process spec`);
+    try {
+      JSON.parse(spec);
+    } catch (cause) {
+      throw new InvalidRequest(`the process spec of exec ${request.execId} of task ${task.id} is not JSON`, {
+        cause,
+      });
+    }
     const { terminal, stdin, stdout, stderr } = request;
     task.addExec(work, { execId: request.execId, stdio: { terminal, stdin, stdout, stderr }, spec });
     task.commit(work, EMPTY);

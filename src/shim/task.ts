@@ -14,6 +14,7 @@ import {
 } from "../errors/index.ts";
 import { Cgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
+import { pathInRoot } from "../linux/root-path.ts";
 import { Engine, type EngineCommand, engineFailure } from "../runtime/engine.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import { cgroupName, type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
@@ -28,7 +29,7 @@ import {
 } from "./journal.ts";
 import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
 import type { Pod } from "./pod.ts";
-import { type Exit, Process, type ProcessStdio } from "./process.ts";
+import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
 import { openCheckpoint, prepareRestore } from "./restore.ts";
 import { planStdio } from "./stdio.ts";
 
@@ -50,10 +51,18 @@ export interface Work {
   tag(step: string): Tag;
 }
 
+export interface RootfsMount {
+  type: string;
+  source: string;
+  /** below the root file system; empty: the root itself */
+  target: string;
+  options: string[];
+}
+
 export interface CreateRequest {
   id: string;
   bundle: string;
-  rootfs: { type: string; source: string; options: string[] }[];
+  rootfs: RootfsMount[];
   stdio: ProcessStdio;
   /** directory of images to restore from, "" for a fresh start */
   checkpoint: string;
@@ -211,6 +220,7 @@ export class Task {
     try {
       this.#spec = await readSpec(this.bundle);
       this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
+      void this.outOfMemory(1); // the keeper's notice may have gone to nobody
     } catch (error) {
       this.#log.warn({ err: error }, "revive the task: its exit is expected");
     }
@@ -220,7 +230,7 @@ export class Task {
   process(execId: string): Process {
     if (execId === "") return this.init;
     const process = this.execs.get(execId);
-    if (!process) throw new NotFound(`exec ${execId} of task ${this.id} does not exist`);
+    if (!process) throw new NotFound(`process does not exist ${execId}: exec of task ${this.id}`);
     return process;
   }
 
@@ -349,12 +359,7 @@ export class Task {
   /** Starts an exec'd process. @returns its pid */
   async startExec(work: Work, process: Process): Promise<number> {
     process.check("start");
-    if (this.init.exit || this.init.state === "stopped")
-      throw new WrongState(`cannot start ${process.name}: task ${this.id} has ended`);
-    if (this.init.state === "paused")
-      throw new WrongState(`cannot start ${process.name}: task ${this.id} is paused`);
-    if (this.init.state !== "running")
-      throw new WrongState(`cannot start ${process.name}: init process is not running`);
+    this.#checkExec(process.execId);
     const { serial, spec } = this.#execSpecs.get(process.execId)!;
     const file = (suffix: string) => this.#execFile(serial, suffix);
     const consoleSocket = process.stdio.terminal ? this.#pod.consoleSocketPath(process.io) : undefined;
@@ -399,17 +404,18 @@ export class Task {
   addExec(work: Work, request: ExecRequest): void {
     if (this.execs.has(request.execId))
       throw new AlreadyExists(`exec ${request.execId} of task ${this.id} already exists`);
-    if (
-      this.init.state === "createdFromCheckpoint" ||
-      this.init.state === "stopped" ||
-      this.init.state === "deleted"
-    )
-      throw new WrongState(`cannot exec in task ${this.id}: it is ${this.init.state}`);
-    if (this.init.state === "paused") throw new WrongState(`cannot exec in task ${this.id}: it is paused`);
+    this.#checkExec(request.execId);
     const process = new Process(request.execId, execIo(this.id, work.request), request.stdio, "created");
     this.execs.set(request.execId, process);
     this.#execSpecs.set(request.execId, { serial: work.request, spec: request.spec });
     this.publish(`exec-added:${work.request}`, events.execAdded(this.id, request.execId));
+  }
+
+  /** A process may be added to a container that is only created, too. @throws WrongState */
+  #checkExec(execId: string): void {
+    const { state, exit } = this.init;
+    if (!exit && (state === "created" || state === "running")) return;
+    throw new WrongState(`${refusal("exec", exit ? "stopped" : state)}: exec ${execId} of task ${this.id}`);
   }
 
   /** The process has a pid now; it may have ended already. */
@@ -498,7 +504,7 @@ export class Task {
       new NotFound(`${process.name} of task ${this.id} has already ended: process already finished`);
     if (process.pid === 0) {
       if (process.isInit) throw gone();
-      throw new WrongState(`cannot kill ${process.name}: it has not been started`);
+      throw new WrongState(`process not created: ${process.name} of task ${this.id} has not been started`);
     }
     if (process.exit && !work.repeated) throw gone();
     if (all && process.isInit) {
@@ -535,7 +541,7 @@ export class Task {
 
   async update(work: Work, resources: Uint8Array): Promise<void> {
     if (this.init.state === "stopped" || this.init.state === "deleted" || this.init.pid === 0)
-      throw new WrongState(`cannot update task ${this.id}: it is ${this.init.state}`);
+      throw new WrongState(`${refusal("update", this.init.state)}: task ${this.id}`);
     const file = join(this.bundle, `update-${work.request}.json`);
     await writeFile(file, resources, { mode: 0o600 });
     try {
@@ -589,6 +595,8 @@ export class Task {
   async delete(work: Work): Promise<{ pid: number; exit: Exit | undefined }> {
     const { init } = this;
     const neverRan = init.state === "created" || init.state === "createdFromCheckpoint";
+    if (init.state === "deleted")
+      throw new NotFound(`task ${this.id} has been deleted: container not created`);
     init.check("delete");
     const { keeper } = this.#pod;
     // The engine's part and the output of a process that has ended have nothing to do with each other.
@@ -608,6 +616,10 @@ export class Task {
   }
 
   async deleteExec(work: Work, process: Process): Promise<{ pid: number; exit: Exit | undefined }> {
+    if (process.state === "deleted")
+      throw new NotFound(
+        `process does not exist ${process.execId}: it has been deleted from task ${this.id}`,
+      );
     process.check("delete");
     if (process.exit) await this.#drain(work, process);
     // Not waited for: it can't fail, and the keeper takes it up before our answer.
@@ -649,9 +661,10 @@ export class Task {
   // ---- parts ---------------------------------------------------------------------------------------------------------
 
   async #mountRootfs(work: Work, mounts: CreateRequest["rootfs"]): Promise<void> {
-    const target = join(this.bundle, "rootfs");
+    const root = join(this.bundle, "rootfs");
     for (const [index, mount] of mounts.entries()) {
       this.#rootfsMounted = true;
+      const target = await pathInRoot(root, mount.target);
       const plan = planMount(mount, target);
       if (plan.helper) {
         const exit = await this.#pod.keeper.run(work.tag(`mount:${index}`), { argv: plan.helper.argv });

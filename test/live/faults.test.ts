@@ -1,37 +1,18 @@
 // cedanad that can't start, requests that end it, an older cedanad, and hostile bytes on a shim's socket.
 
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { connect } from "node:net";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { afterEach, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
+import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
 import { until } from "./harness/until.ts";
 
-const repository = join(import.meta.dirname, "../..");
-const directories: string[] = [];
-afterEach(() => {
-  for (const directory of directories.splice(0)) rmSync(directory, { recursive: true });
-});
-
-/** A cedanad that does not come up as long as the file `broken` exists. */
-function breakable(): { program: string; broken: string } {
-  const directory = mkdtempSync(join(tmpdir(), "cedanad-"));
-  directories.push(directory);
-  const [program, broken] = [join(directory, "cedanad"), join(directory, "broken")];
-  writeFileSync(program, `#!/bin/sh\n[ -e ${broken} ] && exit 1\nexec ${repository}/bin/cedanad\n`, {
-    mode: 0o755,
-  });
-  return { program, broken };
-}
-
 describe("cedanad that can't start", () => {
   it("fails other calls clearly, while an accepted Wait goes on and the container runs", async () => {
-    const { program, broken } = breakable();
+    using daemon = new BreakableDaemon();
     await using live = await Live.start({
       containerd: "1.7",
       engine: "runc",
-      env: { CEDANA_DAEMON: program, CEDANA_KEEPER_PATIENCE_MS: "1000" },
+      env: { CEDANA_DAEMON: daemon.program, CEDANA_KEEPER_PATIENCE_MS: "1000" },
     });
     await using task = await live.run(["counter", "20", "6"]);
     const before = await task.nextNumber();
@@ -40,7 +21,7 @@ describe("cedanad that can't start", () => {
       (exit) => (waited = exit),
       (error) => (waited = error),
     );
-    writeFileSync(broken, "");
+    daemon.break();
     process.kill(live.cedanad()!.pid, "SIGKILL");
     await expect(task.kill(15)).rejects.toThrow(
       /cedanad could not be reached within 1000 ms: see .*cedanad\.log/,
@@ -48,7 +29,7 @@ describe("cedanad that can't start", () => {
     await new Promise((resolve) => setTimeout(resolve, 1_500)); // past the patience for the Wait as well
     expect(waited).toBeUndefined();
     expect(await task.nextNumber()).toBe(before + 1);
-    rmSync(broken);
+    daemon.mend();
     await until(
       async () =>
         await task.kill(15).then(

@@ -1,7 +1,7 @@
 // What containerd told its subscribers, in the order in which it did.
 
 import type { ContainerdClient, Envelope } from "./client.ts";
-import { anyJson, decode } from "./proto.ts";
+import { type Any, anyJson, decode } from "./proto.ts";
 import { until } from "./until.ts";
 
 export interface TaskEvent {
@@ -22,6 +22,20 @@ interface Decoded {
   pid?: number;
   exitStatus?: number;
   bundle?: string;
+}
+
+/** A task event as it is in an envelope. */
+export function decodeEvent(topic: string, { typeUrl, value }: Any): TaskEvent {
+  const event = decode<Decoded>(typeUrl.replace(/^.*\//, ""), value);
+  const id = event.execId ?? event.id ?? "";
+  return {
+    topic: topic.slice("/tasks/".length),
+    containerId: event.containerId,
+    execId: id === event.containerId ? "" : id,
+    pid: event.pid ?? 0,
+    exitStatus: event.exitStatus ?? 0,
+    bundle: event.bundle ?? "",
+  };
 }
 
 const READY = "/live/ready";
@@ -65,16 +79,7 @@ export class EventLog {
       return;
     }
     if (!envelope.topic.startsWith("/tasks/")) return;
-    const event = decode<Decoded>(envelope.event.typeUrl.replace(/^.*\//, ""), envelope.event.value);
-    const id = event.execId ?? event.id ?? "";
-    this.all.push({
-      topic: envelope.topic.slice("/tasks/".length),
-      containerId: event.containerId,
-      execId: id === event.containerId ? "" : id,
-      pid: event.pid ?? 0,
-      exitStatus: event.exitStatus ?? 0,
-      bundle: event.bundle ?? "",
-    });
+    this.all.push(decodeEvent(envelope.topic, envelope.event));
   }
 
   of(containerId: string): TaskEvent[] {

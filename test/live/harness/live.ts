@@ -54,7 +54,7 @@ export const CRI_NAMESPACE = "k8s.io";
 export const GO_SHIM = "io.containerd.runc.v2";
 /** Runtime handlers as Kubernetes' runtime classes name them. */
 export const liveRuntimes = { cri: "cedana" } as const;
-export const runtimeUnderTest = process.env["CEDANA_TEST_RUNTIME"] ?? OURS;
+export const runtimeUnderTest = process.env.CEDANA_TEST_RUNTIME ?? OURS;
 /** The suite runs against the Go shim, to prove the tests right. */
 export const isControl = runtimeUnderTest === GO_SHIM;
 
@@ -81,6 +81,10 @@ export interface RunOptions extends Omit<SpecOptions, "args">, StdioOptions {
   criuImagePath?: string;
   /** further mounts of the root file system, after the snapshot's */
   rootfs?: Mount[];
+  /** false: no snapshot below `rootfs` */
+  snapshot?: boolean;
+  /** the text of config.json */
+  rawSpec?: string;
 }
 
 interface Baseline {
@@ -363,7 +367,7 @@ export class Live {
     return await run(file!, rest, {
       timeout: timeoutMs,
       maxBuffer: 256 << 20,
-      env: { PATH: this.environment()["PATH"]!, TMPDIR: join(this.dir, "tmp"), HOME: "/root" },
+      env: { PATH: this.environment().PATH!, TMPDIR: join(this.dir, "tmp"), HOME: "/root" },
     });
   }
 
@@ -408,7 +412,10 @@ export class Live {
         id: options.id,
         image: IMAGE,
         runtime: { name: this.options.runtime, options: options.runtimeOptions ?? this.engineOptions() },
-        spec: anyJson("types.containerd.io/opencontainers/runtime-spec/1/Spec", spec),
+        spec: {
+          typeUrl: "types.containerd.io/opencontainers/runtime-spec/1/Spec",
+          value: Buffer.from(options.rawSpec ?? JSON.stringify(spec)),
+        },
         snapshotter: "overlayfs",
         snapshotKey: options.id,
       });
@@ -439,7 +446,7 @@ export class Live {
       task.pid = (
         await this.client.tasks.create({
           containerId: id,
-          rootfs: [...mounts, ...(options.rootfs ?? [])],
+          rootfs: [...(options.snapshot === false ? [] : mounts), ...(options.rootfs ?? [])],
           stdin: io.stdinPath,
           stdout: io.stdoutPath,
           stderr: io.stderrPath,
