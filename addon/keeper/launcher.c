@@ -189,13 +189,13 @@ static int listen_at(const char *path) {
   return result;
 }
 
-static void write_address(const char *path) {
+/* Before the keeper is there: should this fail, nothing is left but a socket that the caller removes. */
+static bool write_address(const char *path) {
   autofree char *file = format("%s/address", flags.bundle);
   autofree char *temporary = format("%s.new", file);
   autofree char *text = format("unix://%s", path);
   autofd fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-  if (fd < 0 || write_all(fd, text, strlen(text)) < 0 || rename(temporary, file) < 0)
-    die("write %s: %s", file, strerror(errno));
+  return fd >= 0 && write_all(fd, text, strlen(text)) == 0 && rename(temporary, file) == 0;
 }
 
 /* As the Go shim: one more than containerd's, so that the kernel takes the shim before containerd, and the containers before both. */
@@ -267,6 +267,11 @@ static int start(char **argv) {
   if (!path || !answer) die("cedanad's answer is not whole");
   int listening = listen_at(path);
   if (listening < 0 && listening != -EADDRINUSE) die("listen at %s: %s", path, strerror(-listening));
+  if (!write_address(path)) {
+    int error = errno;
+    if (listening >= 0) unlink(path);
+    die("write %s/address: %s", flags.bundle, strerror(error));
+  }
   if (listening >= 0) {
     int ready[2];
     if (pipe2(ready, O_CLOEXEC) < 0) die("pipe: %s", strerror(errno));
@@ -288,7 +293,6 @@ static int start(char **argv) {
       die("prepare the keeper%s%s: %s", cgroup ? " in cgroup " : "", cgroup ? cgroup : "", strerror(-result));
     }
   }
-  write_address(path);
   if (write_all(1, answer->value, answer->length) < 0) die("write the answer: %s", strerror(errno));
   return 0;
 }

@@ -1,6 +1,6 @@
 import { execFile } from "node:child_process";
-import { open, realpath, stat } from "node:fs/promises";
-import { basename, isAbsolute } from "node:path";
+import { open, realpath, stat, statfs } from "node:fs/promises";
+import { basename, dirname, isAbsolute } from "node:path";
 import { promisify } from "node:util";
 import {
   AlreadyExists,
@@ -538,7 +538,15 @@ export async function engineFailure(
   outputFile?: string,
 ): Promise<CedanaError> {
   const words = (await lastLogError(logFile)) ?? (outputFile && (await lastLogError(outputFile)));
-  return failureFrom(action, id, exitStatus, words || undefined);
+  return failureFrom(action, id, exitStatus, words || (await fullDisk(dirname(logFile))));
+}
+
+/** Why an engine may have been unable to say anything: no room for its log. */
+async function fullDisk(directory: string): Promise<string | undefined> {
+  const { bavail } = await statfs(directory).catch(() => ({ bavail: 1 })); // gone: then that isn't it
+  return bavail === 0
+    ? `no space left on device for ${directory}: the engine could not even say so`
+    : undefined;
 }
 
 /** As `engineFailure`, with the engine's words at hand. */

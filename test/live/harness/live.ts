@@ -77,6 +77,8 @@ export interface RunOptions extends Omit<SpecOptions, "args">, StdioOptions {
   rootfs?: Mount[];
   /** false: no snapshot below `rootfs` */
   snapshot?: boolean;
+  /** the text of config.json */
+  rawSpec?: string;
 }
 
 interface Baseline {
@@ -364,7 +366,10 @@ export class Live {
         id: options.id,
         image: IMAGE,
         runtime: { name: this.options.runtime, options: options.runtimeOptions ?? this.engineOptions() },
-        spec: anyJson("types.containerd.io/opencontainers/runtime-spec/1/Spec", spec),
+        spec: {
+          typeUrl: "types.containerd.io/opencontainers/runtime-spec/1/Spec",
+          value: Buffer.from(options.rawSpec ?? JSON.stringify(spec)),
+        },
         snapshotter: "overlayfs",
         snapshotKey: options.id,
       });
