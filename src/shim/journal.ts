@@ -1,6 +1,6 @@
 import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { BrokenImage } from "../errors/index.ts";
+import { BrokenImage, SyscallFailed } from "../errors/index.ts";
 
 /**
  * A task's state as the next cedanad will find it: one small JSON file in the bundle, replaced at each transition.
@@ -60,10 +60,26 @@ const FILE_NAME = "cedana-task.json";
 /** How many answers are kept: a request is repeated only after a crash, and few calls with effects are open at a time. */
 export const MAX_ANSWERS = 16;
 
+/** @throws SyscallFailed naming the file; the record before stays */
 export function writeTaskRecord(record: TaskRecord): void {
   const path = join(record.bundle, FILE_NAME);
-  writeFileSync(`${path}.new`, JSON.stringify(record), { mode: 0o600 });
+  writeWhole(`${path}.new`, JSON.stringify(record));
   renameSync(`${path}.new`, path);
+}
+
+function writeWhole(path: string, text: string): void {
+  try {
+    writeFileSync(path, text, { mode: 0o600 });
+  } catch (error) {
+    rmSync(path, { force: true }); // half of it would only take room
+    const { code = "", errno = 0 } = error as NodeJS.ErrnoException;
+    throw new SyscallFailed(`write ${path}: ${(error as Error).message}`, {
+      cause: error,
+      errno: Math.abs(errno),
+      code,
+      syscall: "write",
+    });
+  }
 }
 
 /** @returns undefined when the bundle has none. @throws BrokenImage when it can't be read as a record of this version */
@@ -94,5 +110,5 @@ export function removeTaskRecord(bundle: string): void {
  * directory, container id.
  */
 export function writeEngineNote(bundle: string, binary: string, root: string, id: string): void {
-  writeFileSync(join(bundle, "cedana-engine"), `${binary}\n${root}\n${id}\n`, { mode: 0o600 });
+  writeWhole(join(bundle, "cedana-engine"), `${binary}\n${root}\n${id}\n`);
 }

@@ -70,14 +70,24 @@ export const taskService: Record<string, Handler<CallContext>> = {
     if (!request.bundle.startsWith("/"))
       throw new InvalidRequest(`bundle ${request.bundle} is not an absolute path`);
     const known = pod.tasks.get(request.id);
+    const rootfs = request.rootfs.map(({ type, source, target, options }) => ({
+      type,
+      source,
+      target,
+      options,
+    }));
     const answered = known?.answerTo(work.request);
-    if (answered) return answered;
+    if (known && answered) {
+      known.published(work, rootfs);
+      return answered;
+    }
     if (known || [...pod.creating].some((task) => task.id === request.id))
       throw new AlreadyExists(`task ${request.id} already exists`);
-    const task = await Task.create(pod, work, {
+    const encodeAnswer = (task: Task) => api.CreateTaskResponse.encode({ pid: task.init.pid });
+    const create = {
       id: request.id,
       bundle: request.bundle,
-      rootfs: request.rootfs.map(({ type, source, target, options }) => ({ type, source, target, options })),
+      rootfs,
       stdio: {
         terminal: request.terminal,
         stdin: request.stdin,
@@ -87,12 +97,11 @@ export const taskService: Record<string, Handler<CallContext>> = {
       checkpoint: request.checkpoint,
       parentCheckpoint: request.parentCheckpoint,
       options: request.options ?? undefined,
-    });
+    };
+    const task = await Task.create(pod, work, create, encodeAnswer);
     pod.tasks.set(task.id, task);
-    const answer = api.CreateTaskResponse.encode({ pid: task.init.pid });
-    task.commit(work, answer);
     task.started(task.init);
-    return answer;
+    return encodeAnswer(task);
   },
 
   Start: effect(api.StartRequest, async (request, task, work) => {

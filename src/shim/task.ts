@@ -141,8 +141,16 @@ export class Task {
     return this.#restoreFrom;
   }
 
-  /** Containerd's Create: rootfs, stdio, and the engine's `create`, or everything but that when it will be restored. */
-  static async create(pod: Pod, work: Work, request: CreateRequest): Promise<Task> {
+  /**
+   * Containerd's Create: rootfs, stdio, and the engine's `create`, or everything but that when it will be restored.
+   * @param answer  what the call will be answered, for the record: without one on disk there is no task
+   */
+  static async create(
+    pod: Pod,
+    work: Work,
+    request: CreateRequest,
+    answer: (task: Task) => Uint8Array,
+  ): Promise<Task> {
     const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
     const restoreFrom = request.checkpoint || options.criuImagePath || undefined;
     if (restoreFrom !== undefined && !restoreFrom.startsWith("/"))
@@ -166,14 +174,22 @@ export class Task {
       await task.#mountRootfs(work, request.rootfs);
       await pod.keeper.ioOpen(work.tag("io"), stdio);
       if (!restoreFrom) await task.#createContainer(work);
+      task.#remember(work, answer(task));
+      task.#writeRecord();
     } catch (error) {
       await task.#undoCreate(work);
       throw error;
     } finally {
       pod.creating.delete(task);
     }
-    task.publish(`create:${work.request}`, events.taskCreate(task, request.rootfs));
+    task.published(work, request.rootfs);
     return task;
+  }
+
+  /** Tells of the creation, and the keeper of the task; again when we ended between the record and the event. */
+  published(work: Work, rootfs: RootfsMount[]): void {
+    this.publish(`create:${work.request}`, events.taskCreate(this, rootfs));
+    this.#tellKeeper();
   }
 
   /** The task as the cedanad before us left it. */
@@ -246,13 +262,38 @@ export class Task {
 
   /** Records the state together with the answer that is about to go out. */
   commit(work: Work, answer: Uint8Array): void {
-    this.#answers.push({ request: work.request, payload: Buffer.from(answer).toString("base64") });
-    if (this.#answers.length > MAX_ANSWERS) this.#answers.shift();
+    this.#remember(work, answer);
     this.record();
   }
 
-  /** Writes the record, and tells the keeper which pids it may answer with alone. */
-  record(): void {
+  #remember(work: Work, answer: Uint8Array): void {
+    this.#answers.push({ request: work.request, payload: Buffer.from(answer).toString("base64") });
+    if (this.#answers.length > MAX_ANSWERS) this.#answers.shift();
+  }
+
+  /**
+   * Writes the record, and tells the keeper which pids it may answer with alone.
+   * @returns false when it can't be written (a full disk). What has happened has happened, so the call goes on; only a cedanad that
+   *   ends before the next record is written makes a difference.
+   */
+  record(): boolean {
+    this.#tellKeeper();
+    try {
+      this.#writeRecord();
+      return true;
+    } catch (error) {
+      this.#log.error({ err: error }, "write the task's record: an end of cedanad now would lose this step");
+      return false;
+    }
+  }
+
+  #tellKeeper(): void {
+    const alive = (process: Process) => process.pid !== 0 && !process.exit;
+    const execPids = [...this.execs.values()].filter(alive).map((process) => process.pid);
+    this.#pod.keeper.task(this.id, this.bundle, alive(this.init) ? this.init.pid : 0, execPids);
+  }
+
+  #writeRecord(): void {
     const stdio = this.init.stdio;
     writeTaskRecord({
       version: 1,
@@ -282,9 +323,6 @@ export class Task {
       }),
       answers: this.#answers,
     });
-    const alive = (process: Process) => process.pid !== 0 && !process.exit;
-    const execPids = [...this.execs.values()].filter(alive).map((process) => process.pid);
-    this.#pod.keeper.task(this.id, this.bundle, alive(this.init) ? this.init.pid : 0, execPids);
   }
 
   // ---- start -------------------------------------------------------------------------------------------------------
@@ -366,11 +404,11 @@ export class Task {
     process.starting = true;
     try {
       const stdio = planStdio(process.io, process.stdio, this.id, this.namespace);
-      writeFileSync(file("json"), spec, { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
-      // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
-      const opened = this.#pod.keeper.ioOpen(work.tag("io"), stdio);
-      if (stdio.stdoutKind === stdioKind.logProgram) await opened; // it takes until the program is ready
       try {
+        writeFileSync(file("json"), spec, { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
+        // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
+        const opened = this.#pod.keeper.ioOpen(work.tag("io"), stdio);
+        if (stdio.stdoutKind === stdioKind.logProgram) await opened; // it takes until the program is ready
         const command = this.engine.exec({
           id: this.id,
           processFile: file("json"),
@@ -453,8 +491,7 @@ export class Task {
     const { status, atNs, sequence } = process.heldExit!;
     process.markExited({ status, atNs });
     this.#publishExitEvent(process, sequence);
-    this.record();
-    this.#pod.keeper.acknowledge(sequence);
+    if (this.record()) this.#pod.keeper.acknowledge(sequence); // else the keeper keeps it for the next cedanad
   }
 
   /** An exit that is on record, told again by the keeper: we ended before its acknowledgement, perhaps before its event. */
@@ -728,6 +765,7 @@ export class Task {
     if (this.#rootfsMounted)
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
     await rm(join(this.bundle, "cedana-engine"), { force: true });
+    this.#pod.keeper.taskGone(this.id); // it may watch for out-of-memory kills
   }
 
   /** The engine's `delete`. A container that it doesn't know is deleted. */
