@@ -408,6 +408,7 @@ export class Task {
         writeFileSync(file("json"), spec, { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
         // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
         const opened = this.#pod.keeper.ioOpen(work.tag("io"), stdio);
+        opened.catch(() => {}); // looked at below, if we get there
         if (stdio.stdoutKind === stdioKind.logProgram) await opened; // it takes until the program is ready
         const command = this.engine.exec({
           id: this.id,
