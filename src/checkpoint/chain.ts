@@ -16,6 +16,8 @@ export interface StepTime {
 export interface ChainContext {
   /** aborting makes the chain turn back at the next step; a step that waits listens to it, too */
   readonly signal: AbortSignal;
+  /** each step's own time, in the order of the list; filled in as the chain goes, final when a step has returned */
+  readonly times: StepTime[];
   /** told of each step before it begins and after what follows it has succeeded; for faults in tests */
   readonly onBoundary?: ((boundary: string) => void) | undefined;
 }
@@ -24,21 +26,19 @@ export interface ChainContext {
  * Goes through the steps, each wrapping the rest. When one fails, those around it undo their work, and the error says in which step
  * it happened.
  * @param name  what the chain does, for boundaries: "dump"
- * @returns each step's own time, in the order of the list
  */
 export async function runChain<C extends ChainContext>(
   name: string,
   steps: readonly Step<C>[],
   context: C,
-): Promise<StepTime[]> {
-  const times: StepTime[] = [];
+): Promise<void> {
   const enter = async (index: number): Promise<void> => {
     const step = steps[index];
     if (!step) return;
     if (context.signal.aborted)
       throw inStep(new Cancelled(`${name} was cancelled`, { cause: context.signal.reason }), step.name);
     const time: StepTime = { step: step.name, ms: 0 };
-    times.push(time);
+    context.times.push(time);
     context.onBoundary?.(`${name}.${step.name}.before`);
     let since = performance.now();
     let called = false;
@@ -62,7 +62,6 @@ export async function runChain<C extends ChainContext>(
     }
   };
   await enter(0);
-  return times;
 }
 
 /** Times as a manifest and a log line carry them: milliseconds by step, to the hundredth. */

@@ -34,6 +34,8 @@ export interface CheckpointManifest {
     shellJob: boolean;
     emptyNamespaces: string[];
     cgroupsMode?: string;
+    /** how packets were kept away meanwhile; absent: CRIU's default */
+    networkLock?: "skip" | "nftables";
     leaveRunning: boolean;
     parentPath?: string;
   };

@@ -342,6 +342,7 @@ export function criuConfig(options: {
   readonly tcpClose?: boolean | undefined;
   readonly skipInFlight?: boolean | undefined;
   readonly leaveStopped?: boolean | undefined;
+  readonly networkLock?: "skip" | "nftables" | undefined;
   /** What cgroups are restored below instead of where they were, by controller; that of version 2 is "". */
   readonly cgroupRoots?: readonly (readonly [controller: string, path: string])[] | undefined;
 }): string {
@@ -349,6 +350,7 @@ export function criuConfig(options: {
     options.tcpClose && "tcp-close",
     options.skipInFlight && "skip-in-flight",
     options.leaveStopped && "leave-stopped",
+    options.networkLock && `network-lock ${options.networkLock}`,
     ...(options.cgroupRoots ?? []).map(([controller, path]) => `cgroup-root "${controller}:${path}"`),
   ]
     .filter(Boolean)

@@ -1,5 +1,6 @@
 import { open } from "node:fs/promises";
 import { posix } from "node:path";
+import type { TcpPolicy } from "../checkpoint/policy.ts";
 import { InvalidRequest, NotFound, SyscallFailed } from "../errors/index.ts";
 
 // The part of an OCI bundle's config.json that we act on. Everything else passes through unread: the engine judges it.
@@ -146,6 +147,11 @@ export function withHook(text: string, stage: string, hook: OciHook, path = "con
 type Writable<T> = { -readonly [K in keyof T]: T[K] };
 const { rawJSON: rawJson } = JSON as unknown as { rawJSON(text: string): unknown };
 
+/** Whether its network namespace isn't the host's: a new one, or one that it joins. */
+export function hasNetworkNamespace(spec: OciSpec): boolean {
+  return spec.linux?.namespaces?.some(({ type }) => type === "network") ?? false;
+}
+
 /** Whether the container gets a network namespace of its own, made by the engine. */
 export function ownsNetworkNamespace(spec: OciSpec): boolean {
   const namespace = spec.linux?.namespaces?.find(({ type }) => type === "network");
@@ -228,9 +234,6 @@ export function containerNameOf(spec: OciSpec): string | undefined {
     undefined
   );
 }
-
-/** What to do with a container's established TCP connections: keep them, close them, or only leave out those half open. */
-export type TcpPolicy = "keep" | "close" | "skip-in-flight";
 
 /** How a container wants to be checkpointed, as far as it says so. */
 export interface CedanaAnnotations {

@@ -1,24 +1,10 @@
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { CheckpointManifest } from "../checkpoint/manifest.ts";
+import type { CriuPolicy } from "../checkpoint/policy.ts";
 import { criuConfig } from "../runtime/engine.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";
-import { cedanaAnnotations, type OciSpec, type TcpPolicy } from "../runtime/spec.ts";
-
-/**
- * What CRIU is to do about the things that it can't decide alone. It comes from three places: containerd's CheckpointOptions,
- * the container's `cedana.io/…` annotations for what those can't carry, and, at a restore, the manifest beside the images,
- * because images restore only with the options that they were taken with. An annotation of the container that is restored has
- * the last word.
- */
-export interface CriuPolicy {
-  tcp?: TcpPolicy | undefined;
-  fileLocks: boolean;
-  extUnix: boolean;
-  shellJob: boolean;
-  emptyNamespaces: string[];
-  cgroupsMode: string;
-}
+import { cedanaAnnotations, type OciSpec } from "../runtime/spec.ts";
 
 export function dumpPolicy(options: CheckpointRequestOptions, spec: OciSpec): CriuPolicy {
   const annotations = cedanaAnnotations(spec);

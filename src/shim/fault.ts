@@ -1,9 +1,13 @@
 /**
- * Fault switch for tests: `CEDANA_FAULT=crash:METHOD` in cedanad's environment ends cedanad, as by SIGKILL, whenever a call of
- * that method has been taken up. It needs the administrator's hand on the daemon's environment, as ending it by signal would.
+ * Fault switch for tests: `CEDANA_FAULT=crash:NAME` in cedanad's environment ends cedanad, as by SIGKILL, whenever a call of the method
+ * NAME has been taken up, or a chain comes to the boundary NAME (`dump.freeze.before`, `dump.freeze.after`). It needs the
+ * administrator's hand on the daemon's environment, as ending it by signal would.
  */
-const [action, method] = (process.env.CEDANA_FAULT ?? "").split(":");
+const [action, name] = (process.env.CEDANA_FAULT ?? "").split(":");
 
 export function crashIfTold(called: string): void {
-  if (action === "crash" && method === called) process.kill(process.pid, "SIGKILL");
+  if (action === "crash" && name === called) process.kill(process.pid, "SIGKILL");
 }
+
+/** The same at a chain's boundary. */
+export const reachBoundary = action === "crash" && name?.includes(".") ? crashIfTold : undefined;

@@ -152,10 +152,16 @@ export class Pod {
     const served = requests.map((request) => this.#serve(request));
     await new Promise((resolve) => setImmediate(resolve));
     for (const exit of exits) this.exited(exit);
-    void Promise.allSettled(served.filter((_, index) => mayStartProcess(requests[index]!))).then(() => {
-      this.#startsUnderWay -= 1;
-      this.#forgetOrphans();
-    });
+    // What a dump had frozen is thawed, unless the same dump goes on.
+    void Promise.allSettled(served.filter((_, index) => callsOne(requests[index]!, ["Checkpoint"]))).then(
+      () => Promise.all([...this.tasks.values()].map((task) => task.thawLeftover())),
+    );
+    void Promise.allSettled(served.filter((_, index) => callsOne(requests[index]!, METHODS_THAT_START))).then(
+      () => {
+        this.#startsUnderWay -= 1;
+        this.#forgetOrphans();
+      },
+    );
   }
 
   lost(): void {
@@ -170,7 +176,7 @@ export class Pod {
     const abort = new AbortController();
     if (message.int("closed") === 1) abort.abort();
     this.#calls.set(request, { connection, abort });
-    const starts = mayStartProcess(message);
+    const starts = callsOne(message, METHODS_THAT_START);
     if (starts) this.#startsUnderWay += 1;
     const sinceNs = (BigInt(Date.now()) - BigInt(message.int("ageMs")) - 1n) * 1_000_000n;
     const work: Work = {
@@ -221,10 +227,8 @@ export class Pod {
   }
 }
 
-/** Whether the frame calls a method that starts a process, judged by the method's field in the request: cheap, and never fails. */
-function mayStartProcess(message: Message): boolean {
+/** Whether the frame calls one of the methods, judged by the method's field in the request: cheap, and never fails. */
+function callsOne(message: Message, methods: readonly string[]): boolean {
   const head = message.bytes("frame").subarray(10, 160).toString("latin1");
-  return METHODS_THAT_START.some((method) =>
-    head.includes(`\x12${String.fromCharCode(method.length)}${method}`),
-  );
+  return methods.some((method) => head.includes(`\x12${String.fromCharCode(method.length)}${method}`));
 }

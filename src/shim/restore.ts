@@ -1,12 +1,14 @@
 import { link, mkdir, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { criuFailure, keepLog } from "../checkpoint/dump.ts";
 import { type CheckpointManifest, checkFiles, readManifest } from "../checkpoint/manifest.ts";
+import type { CriuPolicy } from "../checkpoint/policy.ts";
 import { BrokenImage, InvalidRequest, NotFound } from "../errors/index.ts";
 import { hostCgroupVersion, makeCgroup, parseMembership, removeCgroup } from "../linux/cgroup.ts";
 import type { Engine, RestoreCommand } from "../runtime/engine.ts";
 import { cgroupPathV2, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
-import { criuFailure, keepLog, withFeatures } from "./checkpoint.ts";
-import { type CriuPolicy, criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
+import { withFeatures } from "./checkpoint.ts";
+import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import type { Task } from "./task.ts";
 
 /*

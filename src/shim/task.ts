@@ -1,7 +1,8 @@
-import { readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { Logger } from "pino";
+import { freezeMarker } from "../checkpoint/dump.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -615,6 +616,19 @@ export class Task {
     await dump(this, work, request);
     if (!request.options.exit)
       this.publish(`checkpointed:${work.request}`, events.taskCheckpointed(this.id, request.imagePath));
+  }
+
+  /** A cedanad before us may have ended in the middle of a dump whose caller has gone: the container must not stay frozen. */
+  async thawLeftover(): Promise<void> {
+    const marker = freezeMarker(this.bundle);
+    if (!existsSync(marker)) return;
+    try {
+      if (this.init.state === "running" && !this.init.exit) await (await this.cgroup()).thaw();
+      await rm(marker, { force: true });
+      this.#log.warn("thawed: it had been frozen for a dump that a crash cut off");
+    } catch (error) {
+      this.#log.error({ err: error }, "thaw a container that a dump cut off by a crash had frozen");
+    }
   }
 
   async resizePty(work: Work, process: Process, width: number, height: number): Promise<void> {

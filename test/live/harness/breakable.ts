@@ -1,4 +1,4 @@
-// A cedanad that doesn't come up as long as a file exists.
+// A cedanad that doesn't come up as long as a file exists, and that may have a fault once.
 
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -10,11 +10,17 @@ export class BreakableDaemon {
   readonly program: string;
   readonly #directory = mkdtempSync(join(tmpdir(), "cedanad-"));
   readonly #broken = join(this.#directory, "broken");
+  readonly #fault = join(this.#directory, "fault");
 
   constructor() {
     this.program = join(this.#directory, "cedanad");
-    const script = `#!/bin/sh\n[ -e ${this.#broken} ] && exit 1\nexec ${repository}/bin/cedanad\n`;
-    writeFileSync(this.program, script, { mode: 0o755 });
+    const script = [
+      "#!/bin/sh",
+      `[ -e ${this.#broken} ] && exit 1`,
+      `if CEDANA_FAULT=$(cat ${this.#fault} 2>/dev/null); then export CEDANA_FAULT; rm ${this.#fault}; fi`,
+      `exec ${repository}/bin/cedanad`,
+    ];
+    writeFileSync(this.program, `${script.join("\n")}\n`, { mode: 0o755 });
   }
 
   break(): void {
@@ -23,6 +29,11 @@ export class BreakableDaemon {
 
   mend(): void {
     rmSync(this.#broken, { force: true });
+  }
+
+  /** The next cedanad that is started, and only that, ends when it comes to this boundary of a chain, or takes up this call. */
+  crashNextAt(name: string): void {
+    writeFileSync(this.#fault, `crash:${name}`);
   }
 
   [Symbol.dispose](): void {

@@ -1,0 +1,63 @@
+// cedanad ends at each boundary between the steps of a dump: the call is answered, the container runs on, nothing is left frozen or half.
+
+import { existsSync, mkdtempSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, expect, it } from "vitest";
+import { dumpSteps } from "../../src/checkpoint/dump.ts";
+import { BreakableDaemon } from "./harness/breakable.ts";
+import { Live } from "./harness/live.ts";
+import { until } from "./harness/until.ts";
+
+const boundaries = dumpSteps.flatMap((step, index) => [
+  `dump.${step.name}.before`,
+  ...(index < dumpSteps.length - 1 ? [`dump.${step.name}.after`] : []),
+]);
+
+describe("a crash of cedanad in a dump", () => {
+  it("leaves a whole checkpoint, at each boundary of its steps", async () => {
+    using daemon = new BreakableDaemon();
+    // 1.7 can't store two checkpoints of a container within one second.
+    await using live = await Live.start({
+      containerd: "2.1",
+      engine: "runc",
+      env: { CEDANA_DAEMON: daemon.program },
+    });
+    await using task = await live.run(["counter"]);
+    await task.nextNumber();
+    for (const boundary of boundaries) {
+      const image = mkdtempSync(join(live.dir, "image-"));
+      writeFileSync(join(image, "mine"), "");
+      daemon.crashNextAt(boundary);
+      await live.killCedanad();
+      await task.status(); // a delivery to the one that is dying would count
+      await task.checkpoint({ imagePath: image });
+      const manifest = JSON.parse(readFileSync(join(image, "cedana.json"), "utf8"));
+      for (const { path } of manifest.files)
+        expect(existsSync(join(image, path)), `${boundary}: ${path}`).toBe(true);
+      expect(readdirSync(image)).toContain("mine");
+      expect(await task.status(), boundary).toBe("RUNNING");
+      const before = await task.nextNumber();
+      expect(await task.nextNumber(), boundary).toBe(before + 1);
+      const left = readdirSync(task.bundle).filter((name) => /criu|frozen|attempt/.test(name));
+      expect(left, boundary).toEqual([]);
+    }
+    expect(live.cedanadLog().match(/cedanad serves/g)!.length).toBeGreaterThan(2 * boundaries.length);
+  });
+
+  it("thaws the container when nobody asks again", async () => {
+    await using live = await Live.start({ containerd: "1.7", engine: "runc" });
+    await using task = await live.run(["counter"]);
+    await task.nextNumber();
+    // As it is left by a crash between freeze and dump, after which the caller has gone, too.
+    const freezer = `/sys/fs/cgroup/freezer/${live.namespace}/${task.id}/freezer.state`;
+    writeFileSync(freezer, "FROZEN");
+    writeFileSync(join(task.bundle, "cedana-frozen"), "1\n");
+    await live.killCedanad();
+    await until(() => readFileSync(freezer, "utf8").trim() === "THAWED", { what: () => "the thaw" });
+    await until(() => !existsSync(join(task.bundle, "cedana-frozen")), {
+      what: () => "the end of the marker",
+    });
+    task.stdout.skip();
+    await task.nextNumber();
+  });
+});
