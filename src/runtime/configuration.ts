@@ -1,0 +1,130 @@
+import { constants } from "node:fs";
+import { open, stat } from "node:fs/promises";
+import { isAbsolute, join, normalize } from "node:path";
+import { InvalidRequest, PermissionDenied, SyscallFailed } from "../errors/index.ts";
+
+/*
+ * What the administrator allows, in one JSON file. Whoever may annotate a pod must not thereby read or run another's memory, nor run
+ * commands, nor name paths of the host: what isn't said here has the careful default. The file is read again when it has changed.
+ *
+ *   {
+ *     "annotations": { "deny": ["lazy"], "hooks": false },
+ *     "restoreFromPaths": ["/srv/checkpoints"],
+ *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3 }
+ *   }
+ */
+export interface Configuration {
+  readonly annotations: {
+    /** keys after `cedana.io/` that no container may use; using one is an error, not ignored */
+    readonly deny: readonly string[];
+    /** `cedana.io/hook.…` runs commands in the container */
+    readonly hooks: boolean;
+  };
+  /** directories below which `cedana.io/restore-from` may name a path; without one it may only name checkpoints of the store */
+  readonly restoreFromPaths: readonly string[];
+  readonly checkpoints: {
+    /** root of the store */
+    readonly directory: string;
+    /** how many checkpoints of a name `cedana.io/checkpoint-every` keeps, where `cedana.io/keep-last` doesn't say */
+    readonly keepLast: number;
+  };
+}
+
+const MAX_BYTES = 1024 * 1024;
+
+export function configurationPath(): string {
+  return process.env.CEDANA_CONFIG || "/etc/cedana/config.json";
+}
+
+function stateDirectory(): string {
+  return process.env.CEDANA_STATE_DIR || "/var/lib/cedana";
+}
+
+function defaults(): Configuration {
+  return {
+    annotations: { deny: [], hooks: false },
+    restoreFromPaths: [],
+    checkpoints: { directory: join(stateDirectory(), "checkpoints"), keepLast: 3 },
+  };
+}
+
+let known: { key: string; configuration: Configuration } | undefined;
+
+/**
+ * @throws PermissionDenied when somebody else than root could have written it, InvalidRequest naming what is wrong in it. A file that
+ *   can't be trusted or read allows nothing: there is no falling back to defaults
+ */
+export async function readConfiguration(path = configurationPath()): Promise<Configuration> {
+  const info = await stat(path, { bigint: true }).catch((error: NodeJS.ErrnoException) => {
+    if (error.code === "ENOENT") return undefined;
+    throw SyscallFailed.from(error);
+  });
+  if (!info) return defaults();
+  const key = [path, info.dev, info.ino, info.size, info.mtimeNs, info.ctimeNs].join(" ");
+  if (known?.key !== key) known = { key, configuration: parseConfiguration(await readTrusted(path), path) };
+  return known.configuration;
+}
+
+async function readTrusted(path: string): Promise<string> {
+  await using file = await open(path, constants.O_RDONLY | constants.O_NONBLOCK);
+  const info = await file.stat();
+  if (!info.isFile()) throw new InvalidRequest(`configuration ${path} is not a file`);
+  if (info.uid !== 0 && info.uid !== process.getuid!())
+    throw new PermissionDenied(`configuration ${path} belongs to user ${info.uid}: it must be root's`);
+  if (info.mode & 0o022)
+    throw new PermissionDenied(
+      `configuration ${path} can be written by others (mode ${(info.mode & 0o777).toString(8)}): chmod go-w`,
+    );
+  if (info.size > MAX_BYTES) throw new InvalidRequest(`configuration ${path} has ${info.size} bytes`);
+  return await file.readFile("utf8");
+}
+
+/** @throws InvalidRequest naming what is wrong */
+export function parseConfiguration(text: string, path: string): Configuration {
+  const wrong = (what: string): never => {
+    throw new InvalidRequest(`configuration ${path}: ${what}`);
+  };
+  let json: unknown;
+  try {
+    json = JSON.parse(text);
+  } catch (error) {
+    return wrong(`it is not JSON: ${(error as Error).message}`);
+  }
+  const object = (value: unknown, name: string, keys: readonly string[]): Record<string, unknown> => {
+    if (value === undefined) return {};
+    if (typeof value !== "object" || value === null || Array.isArray(value))
+      return wrong(`${name} is not an object`);
+    for (const key of Object.keys(value))
+      if (!keys.includes(key)) wrong(`${name} has ${JSON.stringify(key)}; it may have ${keys.join(", ")}`);
+    return value as Record<string, unknown>;
+  };
+  const strings = (value: unknown, name: string): string[] | undefined => {
+    if (value === undefined) return undefined;
+    if (!Array.isArray(value) || !value.every((one) => typeof one === "string"))
+      return wrong(`${name} is not a list of strings`);
+    return value as string[];
+  };
+  const directory = (value: string, name: string): string => {
+    if (!isAbsolute(value) || value.includes("\0"))
+      wrong(`${name}: ${JSON.stringify(value)} is not an absolute path`);
+    return normalize(value).replace(/(?<=.)\/$/, "");
+  };
+  const top = object(json, "the file", ["annotations", "restoreFromPaths", "checkpoints"]);
+  const annotations = object(top.annotations, "annotations", ["deny", "hooks"]);
+  const checkpoints = object(top.checkpoints, "checkpoints", ["directory", "keepLast"]);
+  const otherwise = defaults();
+  const { hooks = otherwise.annotations.hooks } = annotations;
+  if (typeof hooks !== "boolean") return wrong("annotations.hooks is neither true nor false");
+  const { keepLast = otherwise.checkpoints.keepLast, directory: root = otherwise.checkpoints.directory } =
+    checkpoints;
+  if (typeof keepLast !== "number" || !Number.isInteger(keepLast) || keepLast < 1 || keepLast > 1000)
+    return wrong("checkpoints.keepLast is not a number from 1 to 1000");
+  if (typeof root !== "string") return wrong("checkpoints.directory is not a string");
+  return {
+    annotations: { deny: strings(annotations.deny, "annotations.deny") ?? otherwise.annotations.deny, hooks },
+    restoreFromPaths: (strings(top.restoreFromPaths, "restoreFromPaths") ?? []).map((one) =>
+      directory(one, "restoreFromPaths"),
+    ),
+    checkpoints: { directory: directory(root, "checkpoints.directory"), keepLast },
+  };
+}
