@@ -1,11 +1,12 @@
 import { createHash } from "node:crypto";
-import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
-import { isAbsolute, join } from "node:path";
+import { isAbsolute, join, relative } from "node:path";
 import { type CheckpointManifest, writeManifest } from "../checkpoint/manifest.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
-import { CriuFailed, InvalidRequest, SyscallFailed, WrongState } from "../errors/index.ts";
+import { CriuFailed, InvalidRequest, NotFound, SyscallFailed, WrongState } from "../errors/index.ts";
+import { hostCgroupVersion, parseMembership } from "../linux/cgroup.ts";
 import { type CheckpointCommand, Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";
 import type { OciSpec } from "../runtime/spec.ts";
@@ -31,6 +32,12 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
   if (!isAbsolute(imagePath)) throw new InvalidRequest(`image path ${imagePath} is not an absolute path`);
   const spec = await task.spec();
   const policy = dumpPolicy(options, spec);
+  // The engines want it as CRIU's link will have it.
+  const parentPath = isAbsolute(options.parentPath)
+    ? relative(imagePath, options.parentPath)
+    : options.parentPath;
+  if (parentPath && !(await stat(join(imagePath, parentPath, "inventory.img")).catch(() => undefined)))
+    throw new NotFound(`parent ${options.parentPath} of checkpoint ${imagePath} holds no images`);
   const paused = task.init.state === "paused";
   const engine = await withFeatures(task);
   const criu = criuVersion();
@@ -48,12 +55,13 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
       logFile,
       imagePath,
       workPath,
-      parentPath: options.parentPath || undefined,
+      parentPath: parentPath || undefined,
       leaveRunning: !options.exit,
       ...policyOptions(policy),
       ...(await criuConfigFile(task.bundle, "dump", {
         tcpClose: policy.tcp === "close",
         skipInFlight: policy.tcp === "skip-in-flight",
+        cgroupRoots: await foreignHierarchies(task.init.pid),
       })),
     } satisfies CheckpointCommand);
     const exit = await task.pod.keeper.run(work.tag("checkpoint"), { argv: command.argv, outputPath });
@@ -64,7 +72,7 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
         : await criuFailure(`dump of task ${task.id}`, failure, workPath, "dump.log");
     }
     ended = options.exit;
-    const manifest = await manifestOf(task, spec, engine, policy, options, startedAt);
+    const manifest = await manifestOf(task, spec, engine, policy, { ...options, parentPath }, startedAt);
     await writeManifest(imagePath, { ...manifest, ...criuField(await criu) });
   } catch (error) {
     await keepLog(join(workPath, "dump.log"), join(task.bundle, "criu-dump.log"));
@@ -82,6 +90,18 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
     await rm(join(task.bundle, "criu-dump.conf"), { force: true });
     await rm(attemptFile(task), { force: true });
   }
+}
+
+/**
+ * Version 1 hierarchies of a host whose containers have cgroups of version 2 (a hybrid host seen without them). The container
+ * is in somebody else's cgroup there, and CRIU would take that with everything below it into the images, make what is missing
+ * at the restore, and give it the limits of then. Told that a file is where to look, it finds no cgroup.
+ */
+async function foreignHierarchies(pid: number): Promise<[controller: string, path: string][]> {
+  if (pid === 0 || (await hostCgroupVersion()) !== 2) return [];
+  const text = await readFile(`/proc/${pid}/cgroup`, "utf8").catch(() => ""); // it has ended: the engine says so
+  const controllers = [...parseMembership(text).keys()].filter((controller) => controller !== "");
+  return controllers.map((controller) => [controller, "/cgroup.procs"]);
 }
 
 /** What was there before, so that a failure removes no more than it made; on record, for whoever goes on after a crash. */

@@ -298,11 +298,21 @@ export class Live {
     return (await this.ctrCommand(args)).stdout;
   }
 
+  /** What runs a command where containerd's containers see their cgroups. */
+  #enter(): string[] {
+    return this.options.cgroup === "v2" ? ["nsenter", `--mount=/proc/${this.#containerdPid}/ns/mnt`] : [];
+  }
+
+  /** Runs the engine's own command on the containers of this containerd. */
+  async engine(...args: string[]): Promise<string> {
+    const root = `/run/containerd/runc/${this.namespace}`;
+    const [file, ...rest] = [...this.#enter(), this.options.engine, "--root", root, ...args];
+    return (await run(file!, rest, { env: { PATH: this.environment()["PATH"]! } })).stdout;
+  }
+
   ctrArgv(args: string[]): string[] {
-    const enter =
-      this.options.cgroup === "v2" ? ["nsenter", `--mount=/proc/${this.#containerdPid}/ns/mnt`] : [];
     return [
-      ...enter,
+      ...this.#enter(),
       join(this.binaries, "ctr"),
       "--address",
       this.address,
