@@ -4,7 +4,7 @@ import { mkdtempSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { Live } from "./harness/live.ts";
-import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
+import { enginesForCheckpoints, missingFor, skipUnless } from "./harness/matrix.ts";
 import { Output } from "./harness/output.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
@@ -166,7 +166,9 @@ for (const combination of enginesForCheckpoints) {
       await other.expectNoLeftovers();
     });
 
-    it("restores what runc's or crun's own command dumped, without a manifest", async () => {
+    it("restores what the engine's own command dumped, without a manifest", async (context) => {
+      // There, CRIU would take all version 1 cgroups of the host into the images, and make them again.
+      skipUnless(context, live.options.cgroup === "host", "not on a hybrid host seen as version 2");
       const task = await live.run(["counter"]);
       await task.nextNumber();
       const image = mkdtempSync(join(live.dir, "image-"));
