@@ -73,6 +73,9 @@ export interface RunOptions extends Omit<SpecOptions, "args">, StdioOptions {
   checkpoint?: Descriptor;
   /** directory of CRIU images that the task is created from */
   criuImagePath?: string;
+  /** runtime name instead of the instance's, and the shim's program where it isn't what the name says */
+  runtime?: string;
+  runtimePath?: string;
   /** further mounts of the root file system, after the snapshot's */
   rootfs?: Mount[];
 }
@@ -371,7 +374,10 @@ export class Live {
       await this.client.containers.create({
         id: options.id,
         image: IMAGE,
-        runtime: { name: this.options.runtime, options: options.runtimeOptions ?? this.engineOptions() },
+        runtime: {
+          name: options.runtime ?? this.options.runtime,
+          options: options.runtimeOptions ?? this.engineOptions(),
+        },
         spec: anyJson("types.containerd.io/opencontainers/runtime-spec/1/Spec", spec),
         snapshotter: "overlayfs",
         snapshotKey: options.id,
@@ -410,6 +416,7 @@ export class Live {
           terminal: options.terminal ?? false,
           options: runtimeOptions,
           ...(options.checkpoint && { checkpoint: options.checkpoint }),
+          ...(options.runtimePath && { runtimePath: options.runtimePath }),
         })
       ).pid;
       return task;
