@@ -20,7 +20,7 @@ import { Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
 import type { LiveTask } from "./harness/task.ts";
 
-const KILLS = process.env["CEDANA_SOAK"] ? 100 : 5;
+const KILLS = process.env.CEDANA_SOAK ? 100 : 5;
 
 for (const combination of enginesForCheckpoints) {
   const missing = missingFor(combination);

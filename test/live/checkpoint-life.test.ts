@@ -6,6 +6,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor, skipUnless } from "./harness/matrix.ts";
 import { Output } from "./harness/output.ts";
+import type { Spec } from "./harness/spec.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
 
@@ -50,6 +51,18 @@ for (const combination of enginesForCheckpoints) {
         expect(
           readFileSync(`/sys/fs/cgroup/pids/${live.namespace}/${restored.id}/pids.max`, "utf8").trim(),
         ).toBe("50");
+    });
+
+    it("restores a cgroup namespace of its own, at the new cgroup", async () => {
+      const edit = (spec: Spec) => spec.linux.namespaces.push({ type: "cgroup" });
+      const task = await live.run(["counter"], { edit });
+      await task.nextNumber();
+      const image = await task.checkpoint({ exit: true });
+      await task.destroy();
+      await using restored = await live.restore(image, ["counter"], { edit });
+      const { stdout } = await restored.execToEnd(["cat", "/proc/1/cgroup"]);
+      expect(stdout).toMatch(/^0::\/$/m);
+      expect(cgroupsOf(restored.pid)).toContain(`/${live.namespace}/${restored.id}`);
     });
 
     it("restores two from one image, beside the one that it was taken of", async () => {

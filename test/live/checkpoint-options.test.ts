@@ -1,7 +1,7 @@
 // What CRIU is allowed, by annotation or by containerd's options: each shown by what it does.
 
 import { spawn } from "node:child_process";
-import { existsSync, mkdtempSync, readFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { Live, type RunOptions } from "./harness/live.ts";
@@ -161,13 +161,20 @@ for (const combination of enginesForCheckpoints) {
       expect(await task.status()).toBe("RUNNING");
     });
 
-    it("work path, kernel, CRIU and engine are as the manifest says", async () => {
+    it("the manifest says how the checkpoint was taken, of what and by whom, for root's eyes only", async () => {
       await using task = await live.run(["counter"]);
       await task.nextNumber();
       const workPath = mkdtempSync(join(live.dir, "work-"));
-      const manifest = manifestOf(await task.checkpoint({ workPath }));
+      const image = await task.checkpoint({ workPath });
+      const manifest = manifestOf(image);
+      expect(statSync(join(image, "cedana.json")).mode & 0o077).toBe(0);
       expect(existsSync(join(workPath, "dump.log"))).toBe(true);
       expect(manifest).toMatchObject({
+        version: 1,
+        containerId: task.id,
+        terminal: false,
+        options: { fileLocks: false, extUnix: false, shellJob: false, leaveRunning: true },
+        files: expect.arrayContaining([{ path: "inventory.img", size: expect.any(Number) }]),
         criuVersion: expect.stringMatching(/^\d+\.\d+/),
         kernel: expect.stringMatching(/^\d+\.\d+/),
         engine: { name: engine, version: expect.stringMatching(/^\d+\.\d+/) },
