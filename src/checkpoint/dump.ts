@@ -1,10 +1,17 @@
-import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
-import { isAbsolute, join } from "node:path";
+import { isAbsolute, join, relative } from "node:path";
 import type { Logger } from "pino";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
-import { CriuFailed, InvalidRequest, SyscallFailed, Unsupported, WrongState } from "../errors/index.ts";
+import {
+  CriuFailed,
+  InvalidRequest,
+  NotFound,
+  SyscallFailed,
+  Unsupported,
+  WrongState,
+} from "../errors/index.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
@@ -31,7 +38,7 @@ export interface DumpRequest {
   readonly imagePath: string;
   /** CRIU's log and scratch; default: one that is removed */
   readonly workPath?: string | undefined;
-  /** images of a pre-dump, relative to `imagePath` */
+  /** images of a pre-dump: absolute, or relative to `imagePath` */
   readonly parentPath?: string | undefined;
   /** the container runs on; else it has ended when the dump is whole */
   readonly leaveRunning: boolean;
@@ -74,6 +81,8 @@ interface DumpContext extends ChainContext {
   readonly request: DumpRequest;
   readonly startedAt: number;
   workPath: string;
+  /** relative */
+  parentPath: string | undefined;
   networkLock: NetworkLock;
   criu: string | undefined;
   /** the processes are in the images alone now */
@@ -109,6 +118,7 @@ export async function dump(
     request,
     startedAt: Date.now(),
     workPath: "",
+    parentPath: undefined,
     networkLock: "default",
     criu: undefined,
     ended: false,
@@ -122,17 +132,19 @@ export async function dump(
   return times;
 }
 
-async function validateDumpRequest(
-  { target, request }: DumpContext,
-  next: () => Promise<void>,
-): Promise<void> {
+async function validateDumpRequest(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request } = context;
   const { imagePath, workPath, parentPath } = request;
   if (imagePath === "") throw new InvalidRequest(`checkpoint of ${target.what} names no image path`);
   if (!isAbsolute(imagePath)) throw new InvalidRequest(`image path ${imagePath} is not an absolute path`);
   if (workPath && !isAbsolute(workPath))
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
-  if (parentPath && isAbsolute(parentPath))
-    throw new InvalidRequest(`parent path ${parentPath} must be relative to the image path ${imagePath}`);
+  if (parentPath) {
+    // The engines want it as CRIU's link will have it.
+    context.parentPath = isAbsolute(parentPath) ? relative(imagePath, parentPath) : parentPath;
+    if (!(await stat(join(imagePath, context.parentPath, "inventory.img")).catch(() => undefined)))
+      throw new NotFound(`parent ${parentPath} of checkpoint ${imagePath} holds no images`);
+  }
   await next();
 }
 
@@ -308,8 +320,8 @@ async function detectNetwork(context: DumpContext, next: () => Promise<void>): P
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { target, request, workPath, networkLock } = context;
-  const { imagePath, parentPath, leaveRunning, policy } = request;
+  const { target, request, workPath, parentPath, networkLock } = context;
+  const { imagePath, leaveRunning, policy } = request;
   try {
     await target.engineCheckpoint({ imagePath, workPath, parentPath, leaveRunning, policy, networkLock });
   } catch (error) {
@@ -340,8 +352,8 @@ export async function criuFailure(
 
 async function recordDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
   await next();
-  const { target, request, startedAt, networkLock } = context;
-  const { imagePath, policy, parentPath, leaveRunning } = request;
+  const { target, request, startedAt, networkLock, parentPath } = context;
+  const { imagePath, policy, leaveRunning } = request;
   try {
     await writeManifest(imagePath, {
       createdAt: new Date(startedAt).toISOString(),

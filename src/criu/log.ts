@@ -140,7 +140,7 @@ const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   {
     id: "ext-unix-sk",
     pattern:
-      /unix: External socket|unix: Can't dump half of stream unix connection|unix: Unix socket .* with unreachable peer/,
+      /unix: External socket|unix: Can't dump half of stream unix connection|unix: Unix socket .* (?:with unreachable|without) peer/,
     advice:
       "a unix socket is connected to a process outside: allow external unix sockets (ext-unix-sk) where the other side can live with it",
   },

@@ -4,7 +4,7 @@ import { criuFailure, keepLog } from "../checkpoint/dump.ts";
 import { type CheckpointManifest, checkFiles, readManifest } from "../checkpoint/manifest.ts";
 import type { CriuPolicy } from "../checkpoint/policy.ts";
 import { BrokenImage, InvalidRequest, NotFound } from "../errors/index.ts";
-import { hostCgroupVersion, makeCgroup, parseMembership, removeCgroup } from "../linux/cgroup.ts";
+import { hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
 import type { Engine, RestoreCommand } from "../runtime/engine.ts";
 import { cgroupPathV2, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
@@ -38,7 +38,7 @@ export interface RestorePlan {
   readonly options: Omit<RestoreCommand, "id" | "bundle" | "pidFile" | "logFile">;
   /** The engine's failure with what CRIU's log says. */
   explain(failure: Error): Promise<Error>;
-  /** Removes what only the restore needed, and after a failure what it left. */
+  /** Removes what only the restore needed; after a failure keeps CRIU's log as `criu-restore.log` in the bundle. */
   done(failed: boolean): Promise<void>;
 }
 
@@ -60,6 +60,10 @@ export async function openCheckpoint(task: Task, path: string): Promise<Checkpoi
   if (!(await stat(join(imagePath, "descriptors.json")).catch(() => undefined)))
     throw new BrokenImage(
       `checkpoint ${path} has no descriptors.json, which engines write beside CRIU's images: it is incomplete, or a dump of processes rather than of a container`,
+    );
+  if (manifest?.options.parentPath && !(await stat(join(imagePath, "parent")).catch(() => undefined)))
+    throw new BrokenImage(
+      `checkpoint ${path} builds on the pre-dump ${manifest.options.parentPath} (from its directory), which is missing`,
     );
   return { path, imagePath, manifest };
 }
@@ -105,10 +109,6 @@ export async function prepareRestore(task: Task, spec: OciSpec, path: string): P
       criuFailure(`restore of task ${task.id} from ${path}`, failure, workPath, "restore.log"),
     done: async (failed) => {
       if (failed) await keepLog(join(workPath, "restore.log"), join(task.bundle, "criu-restore.log"));
-      if (failed && cgroup !== undefined)
-        await removeCgroup(cgroup).catch((error) =>
-          task.log.warn({ err: error, cgroup }, "remove the cgroup of a failed restore"),
-        );
       if (!task.options.criuWorkPath) await rm(workPath, { recursive: true, force: true });
       await rm(join(task.bundle, "criu-restore.conf"), { force: true });
       await config.putBack();

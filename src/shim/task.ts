@@ -13,12 +13,12 @@ import {
   Unavailable,
   WrongState,
 } from "../errors/index.ts";
-import { Cgroup } from "../linux/cgroup.ts";
+import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { Engine, type EngineCommand, engineFailure } from "../runtime/engine.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
-import { cgroupName, type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
+import { cgroupName, cgroupPathV2, type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
 import { type CheckpointRequest, dump } from "./checkpoint.ts";
 import * as events from "./events.ts";
 import {
@@ -386,6 +386,9 @@ export class Task {
       // Nothing of the container may stay, and the task must be deletable: it has ended without having lived.
       await this.#engineDelete(work.tag("undo-restore"), true).catch((cause) =>
         this.#log.warn({ err: cause }, "delete what a failed restore left"),
+      );
+      await this.#removeCgroup().catch((cause) =>
+        this.#log.warn({ err: cause }, "remove the cgroup of a failed restore"),
       );
       await plan.done(true);
       this.init.markExited({ status: 255, atNs: nowNs() });
@@ -776,6 +779,7 @@ export class Task {
       });
     };
     await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
+    await undo("remove the cgroup", this.#removeCgroup());
     await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));
     if (this.#rootfsMounted)
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
@@ -794,6 +798,13 @@ export class Task {
     } catch (error) {
       if (!(error instanceof NotFound)) throw error;
     }
+  }
+
+  /** crun forgets the cgroup of a container that it failed to make. What is busy, or of version 1, is not touched. */
+  async #removeCgroup(): Promise<void> {
+    if ((await hostCgroupVersion()) !== 2) return;
+    const path = cgroupPathV2(await this.spec(), this.id, this.options.systemdCgroup);
+    if (path !== undefined) await removeCgroup(path);
   }
 
   async #runEngine(tag: Tag, action: string, command: EngineCommand): Promise<void> {

@@ -166,6 +166,7 @@ export class ContainerdClient {
       terminal: boolean;
       checkpoint?: Descriptor;
       options?: Any;
+      runtimePath?: string;
     }) =>
       this.#task<{ containerId: string; pid: number }>(
         "Create",

@@ -79,6 +79,9 @@ export interface RunOptions extends Omit<SpecOptions, "args">, StdioOptions {
   checkpoint?: Descriptor;
   /** directory of CRIU images that the task is created from */
   criuImagePath?: string;
+  /** runtime name instead of the instance's, and the shim's program where it isn't what the name says */
+  runtime?: string;
+  runtimePath?: string;
   /** further mounts of the root file system, after the snapshot's */
   rootfs?: Mount[];
   /** false: no snapshot below `rootfs` */
@@ -348,11 +351,21 @@ export class Live {
     return (await this.ctrCommand(args)).stdout;
   }
 
+  /** What runs a command where containerd's containers see their cgroups. */
+  #enter(): string[] {
+    return this.options.cgroup === "v2" ? ["nsenter", `--mount=/proc/${this.#containerdPid}/ns/mnt`] : [];
+  }
+
+  /** Runs the engine's own command on the containers of this containerd. */
+  async engine(...args: string[]): Promise<string> {
+    const root = `/run/containerd/runc/${this.namespace}`;
+    const [file, ...rest] = [...this.#enter(), this.options.engine, "--root", root, ...args];
+    return (await run(file!, rest, { env: { PATH: this.environment()["PATH"]! } })).stdout;
+  }
+
   ctrArgv(args: string[]): string[] {
-    const enter =
-      this.options.cgroup === "v2" ? ["nsenter", `--mount=/proc/${this.#containerdPid}/ns/mnt`] : [];
     return [
-      ...enter,
+      ...this.#enter(),
       join(this.binaries, "ctr"),
       "--address",
       this.address,
@@ -411,10 +424,13 @@ export class Live {
       await this.client.containers.create({
         id: options.id,
         image: IMAGE,
-        runtime: { name: this.options.runtime, options: options.runtimeOptions ?? this.engineOptions() },
         spec: {
           typeUrl: "types.containerd.io/opencontainers/runtime-spec/1/Spec",
           value: Buffer.from(options.rawSpec ?? JSON.stringify(spec)),
+        },
+        runtime: {
+          name: options.runtime ?? this.options.runtime,
+          options: options.runtimeOptions ?? this.engineOptions(),
         },
         snapshotter: "overlayfs",
         snapshotKey: options.id,
@@ -453,6 +469,7 @@ export class Live {
           terminal: options.terminal ?? false,
           options: runtimeOptions,
           ...(options.checkpoint && { checkpoint: options.checkpoint }),
+          ...(options.runtimePath && { runtimePath: options.runtimePath }),
         })
       ).pid;
       return task;

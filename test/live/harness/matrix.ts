@@ -31,6 +31,9 @@ export const everyCombination: Combination[] = (["1.7", "2.1", "1.6"] as const).
 /** Both engines on the installed containerd. */
 export const bothEngines: Combination[] = [named("1.7", "runc"), named("1.7", "crun")];
 
+/** Both engines on a containerd that takes one checkpoint after another without a wait (see LiveTask.checkpoint). */
+export const enginesForCheckpoints: Combination[] = [named("2.1", "runc"), named("2.1", "crun")];
+
 /** Skips with the reason, in place: `skipUnless(context, !isControl, "…")`. */
 export function skipUnless(
   context: { skip: (note?: string) => void },
