@@ -281,6 +281,10 @@ export function freezeMarker(directory: string): string {
 
 async function freeze(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target } = context;
+  if (target.hasEnded) {
+    await next(); // by this dump, before a crash: its end is only to be looked at again
+    return;
+  }
   const cgroup = await target.cgroup();
   const marker = freezeMarker(target.directory);
   if (!target.paused) {
@@ -311,7 +315,7 @@ const NETWORK_LOCK_SKIP_SINCE = "3.18";
 
 async function detectNetwork(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target } = context;
-  const canSkip = context.criu !== undefined && !isOlder(context.criu, NETWORK_LOCK_SKIP_SINCE);
+  const canSkip = !target.hasEnded && context.criu !== undefined && !isOlder(context.criu, NETWORK_LOCK_SKIP_SINCE);
   if (canSkip && target.ownNetwork && !(await hasNetworkSockets(target.initPid)))
     context.networkLock = "skip";
   await next();

@@ -124,6 +124,7 @@ for (const combination of combinations) {
       await until(() => numbersIn(readFileSync(output, "utf8")).length > count + 2, {
         what: () => "the container to go on",
       });
+      await new Promise((resolve) => setTimeout(resolve, 1_000)); // ctr names a checkpoint by its second, and refuses a name twice
       await live.ctr("task", "checkpoint", "--exit", "--image-path", last, "c");
       await until(async () => /\bSTOPPED\b/.test(await live.ctr("task", "ls")), {
         what: () => "the end of the container",

@@ -16,7 +16,7 @@ import { cleanUp } from "./cleanup.ts";
 import { ContainerdClient, type Descriptor, type Mount } from "./client.ts";
 import { EventLog } from "./events.ts";
 import { IMAGE, imageTar, PAUSE_IMAGE, pauseImageTar, programs, repository } from "./programs.ts";
-import { type Any, anyJson, anyOf } from "./proto.ts";
+import { type Any, anyOf } from "./proto.ts";
 import { containerSpec, type SpecOptions } from "./spec.ts";
 import {
   cgroupRoots,
@@ -360,7 +360,7 @@ export class Live {
   async engine(...args: string[]): Promise<string> {
     const root = `/run/containerd/runc/${this.namespace}`;
     const [file, ...rest] = [...this.#enter(), this.options.engine, "--root", root, ...args];
-    return (await run(file!, rest, { env: { PATH: this.environment()["PATH"]! } })).stdout;
+    return (await run(file!, rest, { env: { PATH: this.environment().PATH! } })).stdout;
   }
 
   ctrArgv(args: string[]): string[] {
