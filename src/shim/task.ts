@@ -32,8 +32,8 @@ import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
 import { planStdio } from "./stdio.ts";
 
 const SIGKILL = 9;
-/** How long Delete waits for output that a background child may hold open, as the Go shim does. */
-const DRAIN_LIMIT_MS = 10_000;
+/** How long Delete waits for output that a background child may hold open: as the Go shim, unless a test is in a hurry. */
+const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
 const OOM_COUNTER_ATTEMPTS = 10;
 const OOM_COUNTER_INTERVAL_MS = 20;
@@ -685,7 +685,7 @@ export class Task {
     if (!(await this.#pod.keeper.ioDrain(work.tag("drain"), process.io, DRAIN_LIMIT_MS)))
       this.#log.warn(
         { process: process.name },
-        "output still open 10 s after the end of the process: closed",
+        `output still open ${DRAIN_LIMIT_MS} ms after the end of the process: closed`,
       );
   }
 
