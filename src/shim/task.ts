@@ -168,7 +168,7 @@ export class Task {
     init.starting = true; // an exit waits until the create event is out
     pod.creating.add(task);
     try {
-      const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace);
+      const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace, options);
       await task.#mountRootfs(work, request.rootfs);
       await pod.keeper.ioOpen(work.tag("io"), stdio);
       if (!restoreFrom) await task.#createContainer(work);
@@ -402,7 +402,7 @@ export class Task {
     const consoleSocket = process.stdio.terminal ? this.#pod.consoleSocketPath(process.io) : undefined;
     process.starting = true;
     try {
-      const stdio = planStdio(process.io, process.stdio, this.id, this.namespace);
+      const stdio = planStdio(process.io, process.stdio, this.id, this.namespace, this.options);
       try {
         await Promise.all([
           writeFile(file("json"), spec, { mode: 0o600 }),
