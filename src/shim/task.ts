@@ -1,6 +1,5 @@
 import { mkdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import type { Logger } from "pino";
 import {
   AlreadyExists,
   BrokenImage,
@@ -30,6 +29,7 @@ import type { AdoptedExit, Tag } from "./keeper.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
 import { planStdio } from "./stdio.ts";
+import { type TaskLogger, taskLogger } from "./task-log.ts";
 
 const SIGKILL = 9;
 /** How long Delete waits for output that a background child may hold open: as the Go shim, unless a test is in a hurry. */
@@ -90,7 +90,7 @@ export class Task {
   readonly options: RuntimeOptions;
   readonly execs = new Map<string, Process>();
   readonly #pod: Pod;
-  readonly #log: Logger;
+  readonly #log: TaskLogger;
   readonly #execSpecs = new Map<string, { serial: number; spec: string }>();
   #answers: TaskRecord["answers"] = [];
   #spec: OciSpec | undefined;
@@ -120,14 +120,14 @@ export class Task {
       systemdCgroup: options.systemdCgroup,
       namespace: pod.namespace,
     });
-    this.#log = pod.log.child({ task: id });
+    this.#log = taskLogger(pod.log, bundle, id);
   }
 
   get namespace(): string {
     return this.#pod.namespace;
   }
 
-  get log(): Logger {
+  get log(): TaskLogger {
     return this.#log;
   }
 
