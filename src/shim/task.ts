@@ -641,6 +641,7 @@ export class Task {
     await keeper.ioFree(work.tag("io-free"), init.io);
     if (this.#rootfsMounted) await keeper.unmount(work.tag("unmount"), join(this.bundle, "rootfs"));
     this.#rootfsMounted = false;
+    await this.#removeCgroup();
     init.move("delete");
     const exit = init.exit ?? { status: 0, atNs: nowNs() };
     this.publish(`delete:${work.request}`, events.taskDelete(this.id, init.pid, exit.status, exit.atNs));
@@ -676,9 +677,15 @@ export class Task {
         this.#log.warn({ err: error }, "delete the container of an abandoned task"),
       );
       for (const process of this.processes()) await keeper.ioFree(keeper.ownTag("io-free"), process.io);
+      await this.#removeCgroup();
       if (this.#rootfsMounted) await keeper.unmount(keeper.ownTag("unmount"), join(this.bundle, "rootfs"));
     }
     return this.init.exit ?? { status: 128 + SIGKILL, atNs: nowNs() };
+  }
+
+  async #removeCgroup(): Promise<void> {
+    const left = (await this.#cgroup?.removeLeft()) ?? [];
+    if (left.length > 0) this.#log.warn({ left }, "cgroups of a deleted container are still busy");
   }
 
   async #drain(work: Work, process: Process): Promise<void> {
@@ -754,6 +761,7 @@ export class Task {
       });
     };
     await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
+    await undo("remove the cgroup", this.#removeCgroup());
     await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));
     if (this.#rootfsMounted)
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
