@@ -70,7 +70,7 @@ export interface DumpTarget {
     CheckpointManifest,
     "containerId" | "namespace" | "terminal" | "engine" | "specDigest"
   >;
-  readonly log: Logger;
+  readonly log: Pick<Logger, "info" | "warn" | "error">;
   cgroup(): Promise<Cgroup>;
   /** The engine's `checkpoint`. @throws WrongState, RuntimeFailed */
   engineCheckpoint(options: EngineDump): Promise<void>;
@@ -315,7 +315,8 @@ const NETWORK_LOCK_SKIP_SINCE = "3.18";
 
 async function detectNetwork(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target } = context;
-  const canSkip = !target.hasEnded && context.criu !== undefined && !isOlder(context.criu, NETWORK_LOCK_SKIP_SINCE);
+  const canSkip =
+    !target.hasEnded && context.criu !== undefined && !isOlder(context.criu, NETWORK_LOCK_SKIP_SINCE);
   if (canSkip && target.ownNetwork && !(await hasNetworkSockets(target.initPid)))
     context.networkLock = "skip";
   await next();

@@ -1,4 +1,12 @@
-import { closeSync, constants, openSync, readFileSync, readSync, write as writeToFd } from "node:fs";
+import {
+  closeSync,
+  constants,
+  existsSync,
+  openSync,
+  readFileSync,
+  readSync,
+  write as writeToFd,
+} from "node:fs";
 import { mkdir, readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
 import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
 import { NotFound, SyscallFailed, TimedOut, Unsupported, WrongState } from "../errors/index.ts";
@@ -48,6 +56,7 @@ export type FreezerState = "thawed" | "freezing" | "frozen";
 // first looks (some 10 us each) and then every millisecond (the finest that Node's timers do).
 const eagerLooks = 50;
 const freezeTimeoutMs = 10_000;
+const removeTimeoutMs = 2_000;
 // v1: a process that forks while its cgroup freezes can be missed; writing FROZEN again catches the child. A short thaw
 // lets processes get out of a place where they can't freeze. Source: runc, libcontainer/cgroups/fs/freezer.go.
 const thawEveryLooks = 100;
@@ -102,6 +111,23 @@ export class Cgroup {
     const first = this.paths.values().next();
     if (first.done) throw new NotFound("cgroup without a directory");
     return first.value;
+  }
+
+  /**
+   * Removes what an engine has left of it: runc gives up after 150 ms of EBUSY, on a busy host too early, and says so only in its
+   * log. Where nothing is left, this costs one access(2) for each hierarchy.
+   * @returns the directories that are still busy after `timeoutMs`
+   */
+  async removeLeft(timeoutMs = removeTimeoutMs): Promise<string[]> {
+    let left = [...new Set(this.paths.values())].filter((path) => existsSync(path));
+    const deadline = Date.now() + timeoutMs;
+    while (left.length > 0) {
+      for (const path of left) await removeTree(path).catch(() => undefined); // EBUSY: looked at again
+      left = left.filter((path) => existsSync(path));
+      if (left.length === 0 || Date.now() >= deadline) break;
+      await sleep(10);
+    }
+    return left;
   }
 
   /** Whether it is still there. */
@@ -545,6 +571,7 @@ export async function removeCgroup(path: string): Promise<void> {
   }
 }
 
+/** From below. */
 async function removeTree(directory: string): Promise<void> {
   const entries = await readdir(directory, { withFileTypes: true }).catch(ignoreGone);
   for (const entry of entries ?? []) if (entry.isDirectory()) await removeTree(`${directory}/${entry.name}`);

@@ -123,6 +123,11 @@ export function decodeCheckpointOptions(any: AnyMessage | null | undefined): Che
   };
 }
 
+/** Whether `decodeOptions` knows the message's type. */
+export function isRuntimeOptions(any: AnyMessage): boolean {
+  return [runcType, genericType].includes(typeName(any.typeUrl ?? ""));
+}
+
 function typeName(typeUrl: string): string {
   return typeUrl.slice(typeUrl.lastIndexOf("/") + 1);
 }

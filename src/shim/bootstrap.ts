@@ -2,7 +2,7 @@ import { createHash } from "node:crypto";
 import { join } from "node:path";
 import { InvalidRequest } from "../errors/index.ts";
 import { bootstrap, google } from "../proto/index.ts";
-import { decodeOptions } from "../runtime/options.ts";
+import { decodeOptions, isRuntimeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import { groupOf, readSpec } from "../runtime/spec.ts";
 import type { FieldValues, Message } from "./keeper-protocol.ts";
 
@@ -44,12 +44,20 @@ export async function answerStart(message: Message, runDirectory: string): Promi
 }
 
 function shimCgroupOf(stdin: Buffer, namespace: string, id: string): string {
-  if (stdin.length === 0 || isBootstrapParams(stdin, namespace, id)) return "";
-  const any = decodeAny(stdin);
-  return any.typeUrl === "" ? "" : decodeOptions(any).shimCgroup;
+  if (stdin.length === 0) return "";
+  const params = bootstrapParams(stdin, namespace, id);
+  if (!params) return optionsIn([decodeAny(stdin)])?.shimCgroup ?? "";
+  // Extensions may be anything; the runtime's options are those of a type that we know.
+  const known = params.extensions.flatMap(({ value }) => (value && isRuntimeOptions(value) ? [value] : []));
+  return optionsIn(known)?.shimCgroup ?? "";
 }
 
-function decodeAny(stdin: Buffer): { typeUrl: string; value: Uint8Array } {
+function optionsIn(messages: readonly google.Any[]): RuntimeOptions | undefined {
+  const any = messages.find(({ typeUrl }) => typeUrl !== "");
+  return any && decodeOptions(any);
+}
+
+function decodeAny(stdin: Buffer): google.Any {
   try {
     return google.Any.decode(stdin);
   } catch (error) {
@@ -57,11 +65,16 @@ function decodeAny(stdin: Buffer): { typeUrl: string; value: Uint8Array } {
   }
 }
 
-function isBootstrapParams(stdin: Buffer, namespace: string, id: string): boolean {
+/** undefined when it is another message, or somebody else's */
+function bootstrapParams(
+  stdin: Buffer,
+  namespace: string,
+  id: string,
+): bootstrap.BootstrapParams | undefined {
   try {
     const params = bootstrap.BootstrapParams.decode(stdin);
-    return params.instanceId === id && params.namespace === namespace;
+    return params.instanceId === id && params.namespace === namespace ? params : undefined;
   } catch {
-    return false; // not this message: then they are options
+    return undefined; // not this message: then they are options
   }
 }

@@ -14,6 +14,7 @@ const LOG_PROGRAM_READY_MS = 10_000;
  *   binary:///program?key=value&…        a log program for both, argv `program key value …`, told the container by
  *                                        CONTAINER_ID and CONTAINER_NAMESPACE
  *
+ * @param owner  whose the pipes to the process are
  * @throws InvalidRequest for another scheme, a relative path, or a log program beside something else
  */
 export function planStdio(
@@ -21,6 +22,7 @@ export function planStdio(
   stdio: ProcessStdio,
   containerId: string,
   namespace: string,
+  owner: { ioUid: number; ioGid: number } = { ioUid: 0, ioGid: 0 },
 ): IoOptions {
   const stdout = parseTarget("stdout", stdio.stdout);
   let stderr = parseTarget("stderr", stdio.terminal ? "" : stdio.stderr);
@@ -41,6 +43,8 @@ export function planStdio(
     stderr: stderr.path,
     stdoutKind: stdout.kind,
     stderrKind: stderr.kind,
+    uid: owner.ioUid,
+    gid: owner.ioGid,
     ...(stdout.kind === stdioKind.logProgram && {
       driverArgv: [stdout.path, ...stdout.query],
       driverEnv: [`CONTAINER_ID=${containerId}`, `CONTAINER_NAMESPACE=${namespace}`],

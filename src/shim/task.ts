@@ -1,7 +1,6 @@
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import type { Logger } from "pino";
 import { freezeMarker } from "../checkpoint/dump.ts";
 import {
   AlreadyExists,
@@ -33,10 +32,11 @@ import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
 import { openCheckpoint, prepareRestore } from "./restore.ts";
 import { planStdio } from "./stdio.ts";
+import { type TaskLogger, taskLogger } from "./task-log.ts";
 
 const SIGKILL = 9;
-/** How long Delete waits for output that a background child may hold open, as the Go shim does. */
-const DRAIN_LIMIT_MS = 10_000;
+/** How long Delete waits for output that a background child may hold open: as the Go shim, unless a test is in a hurry. */
+const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
 const OOM_COUNTER_ATTEMPTS = 10;
 const OOM_COUNTER_INTERVAL_MS = 20;
@@ -93,7 +93,7 @@ export class Task {
   readonly options: RuntimeOptions;
   readonly execs = new Map<string, Process>();
   readonly #pod: Pod;
-  readonly #log: Logger;
+  readonly #log: TaskLogger;
   readonly #execSpecs = new Map<string, { serial: number; spec: string }>();
   #answers: TaskRecord["answers"] = [];
   #spec: OciSpec | undefined;
@@ -123,14 +123,14 @@ export class Task {
       systemdCgroup: options.systemdCgroup,
       namespace: pod.namespace,
     });
-    this.#log = pod.log.child({ task: id });
+    this.#log = taskLogger(pod.log, bundle, id);
   }
 
   get namespace(): string {
     return this.#pod.namespace;
   }
 
-  get log(): Logger {
+  get log(): TaskLogger {
     return this.#log;
   }
 
@@ -171,7 +171,7 @@ export class Task {
     init.starting = true; // an exit waits until the create event is out
     pod.creating.add(task);
     try {
-      const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace);
+      const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace, options);
       await task.#mountRootfs(work, request.rootfs);
       await pod.keeper.ioOpen(work.tag("io"), stdio);
       if (!restoreFrom) await task.#createContainer(work);
@@ -407,7 +407,7 @@ export class Task {
     const consoleSocket = process.stdio.terminal ? this.#pod.consoleSocketPath(process.io) : undefined;
     process.starting = true;
     try {
-      const stdio = planStdio(process.io, process.stdio, this.id, this.namespace);
+      const stdio = planStdio(process.io, process.stdio, this.id, this.namespace, this.options);
       try {
         writeFileSync(file("json"), spec, { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
         // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
@@ -662,6 +662,7 @@ export class Task {
       ...[...this.execs.values()].map((exec) => keeper.ioFree(work.tag(`io-free:${exec.io}`), exec.io)),
       keeper.ioFree(work.tag("io-free"), init.io),
       this.#rootfsMounted && keeper.unmount(work.tag("unmount"), join(this.bundle, "rootfs")),
+      this.#removeCgroup(),
     ]);
     this.#rootfsMounted = false;
     init.move("delete");
@@ -700,16 +701,31 @@ export class Task {
         this.#log.warn({ err: error }, "delete the container of an abandoned task"),
       );
       for (const process of this.processes()) await keeper.ioFree(keeper.ownTag("io-free"), process.io);
+      await this.#removeCgroup();
       if (this.#rootfsMounted) await keeper.unmount(keeper.ownTag("unmount"), join(this.bundle, "rootfs"));
     }
     return this.init.exit ?? { status: 128 + SIGKILL, atNs: nowNs() };
+  }
+
+  /** Cgroups that the engine left behind. */
+  async #removeCgroup(): Promise<void> {
+    if (this.#cgroup) {
+      const left = await this.#cgroup.removeLeft();
+      if (left.length > 0) this.#log.warn({ left }, "cgroups of a deleted container are still busy");
+      return;
+    }
+    // crun forgets the cgroup of a container that it failed to make. What is busy, or of version 1, is not touched.
+    if ((await hostCgroupVersion()) !== 2) return;
+    const spec = await this.spec().catch(() => undefined); // a bundle that is broken, or gone, must still be deletable
+    const path = spec && cgroupPathV2(spec, this.id, this.options.systemdCgroup);
+    if (path !== undefined) await removeCgroup(path);
   }
 
   async #drain(work: Work, process: Process): Promise<void> {
     if (!(await this.#pod.keeper.ioDrain(work.tag("drain"), process.io, DRAIN_LIMIT_MS)))
       this.#log.warn(
         { process: process.name },
-        "output still open 10 s after the end of the process: closed",
+        `output still open ${DRAIN_LIMIT_MS} ms after the end of the process: closed`,
       );
   }
 
@@ -798,13 +814,6 @@ export class Task {
     } catch (error) {
       if (!(error instanceof NotFound)) throw error;
     }
-  }
-
-  /** crun forgets the cgroup of a container that it failed to make. What is busy, or of version 1, is not touched. */
-  async #removeCgroup(): Promise<void> {
-    if ((await hostCgroupVersion()) !== 2) return;
-    const path = cgroupPathV2(await this.spec(), this.id, this.options.systemdCgroup);
-    if (path !== undefined) await removeCgroup(path);
   }
 
   async #runEngine(tag: Tag, action: string, command: EngineCommand): Promise<void> {

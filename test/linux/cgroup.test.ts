@@ -196,6 +196,21 @@ describe.each([
 ] as const)("a real cgroup of version %i (as root, where mounted)", (version, available) => {
   const test = it.skipIf(!available);
 
+  test("is removed with what is below when nobody is in it, and named while somebody is", async () => {
+    const cgroup = makeCgroup(version);
+    const paths = [...cgroup.paths.values()];
+    const [path] = paths;
+    mkdirSync(`${path}/below/deeper`, { recursive: true });
+    const pid = await start(cgroup);
+    expect(await cgroup.removeLeft(20)).toEqual(paths);
+    expect(existsSync(`${path}/below`)).toBe(false);
+    const removed = cgroup.removeLeft();
+    process.kill(pid, "SIGKILL");
+    expect(await removed).toEqual([]);
+    expect(paths.filter((each) => existsSync(each))).toEqual([]);
+    expect(await cgroup.removeLeft()).toEqual([]);
+  });
+
   test("lists its processes and those of the cgroups below", async () => {
     const cgroup = makeCgroup(version);
     const name = [...cgroup.paths.values()][0]!.split("/").at(-1)!;

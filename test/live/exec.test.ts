@@ -195,6 +195,29 @@ for (const combination of bothEngines) {
       });
     });
 
+    it("kills a task that is paused", async () => {
+      await using task = await live.run(["sleeper"], { stdio: false });
+      await using exec = await task.exec(["sleeper"], { stdio: false });
+      await task.pause();
+      await task.kill(9);
+      expect(await task.wait()).toBe(137);
+      expect(await exec.wait()).toBe(137);
+      await exec.delete();
+      expect(await task.delete()).toBe(137);
+      await live.events.waitFor(task.id, "delete");
+      expect(live.events.summary(task.id).slice(-4)).toEqual(["paused", "exit e1 137", "exit 137", "delete"]);
+    });
+
+    it("sends a signal to all processes of a task", async () => {
+      await using task = await live.run(["signals"]);
+      await task.stdout.lineMatching(/^ready$/);
+      await using exec = await task.exec(["signals"]);
+      await exec.stdout.lineMatching(/^ready$/);
+      await task.kill(10, true);
+      await task.stdout.lineMatching(/^signal 10$/);
+      await exec.stdout.lineMatching(/^signal 10$/);
+    });
+
     it("runs an exec in a container that is only created", async () => {
       await using task = await live.create(["sleeper"], { stdio: false });
       expect(await task.execToEnd(["sh", "-c", "exit 4"])).toMatchObject({ status: 4 });

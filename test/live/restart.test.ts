@@ -59,6 +59,25 @@ for (const containerd of ["1.7", "2.1"] as const satisfies ContainerdVersion[]) 
   });
 }
 
+it("a keeper that is killed while cedanad can't start is cleaned up by the launcher alone", async (context) => {
+  oursOnly(context, "has no cedanad");
+  using daemon = new BreakableDaemon();
+  await using live = await Live.start({ env: { CEDANA_DAEMON: daemon.program } });
+  const task = await live.run(["sh", "-c", "sleeper & exec sleeper"], { namespaces: { pid: "host" } });
+  const { id } = task;
+  daemon.break();
+  await live.killCedanad();
+  process.kill(live.shimOf(id).pid, "SIGKILL");
+  const exit = await live.events.waitFor(id, "exit"); // containerd's, from what `delete` answered
+  expect(exit.exitStatus).toBe(137);
+  await until(async () => (await task.state().catch(() => undefined)) === undefined, {
+    what: () => `containerd to forget ${id}`,
+  });
+  await task.io.close();
+  await live.removeContainer(id);
+  await live.expectNoLeftovers();
+});
+
 it("events wait in order for a containerd that is away", async (context) => {
   oursOnly(context, "queues events in another way, which is not tried here");
   await using live = await Live.start();
