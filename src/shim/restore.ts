@@ -1,4 +1,4 @@
-import { link, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { link, mkdir, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type CheckpointManifest, checkFiles, readManifest } from "../checkpoint/manifest.ts";
 import { BrokenImage, InvalidRequest, NotFound } from "../errors/index.ts";
@@ -142,8 +142,7 @@ class BundleConfig {
       if (error.code !== "EEXIST") throw error; // an attempt before a crash
     });
     const text = await readFile(this.#original, "utf8");
-    // The keeper's own program, also where an upgrade has replaced the file meanwhile.
-    const hook = { path: `/proc/${keeperPid}/exe`, args: ["cedana-loopback"], timeout: 10 };
+    const hook = { path: await keeperProgram(keeperPid), args: ["cedana-loopback"], timeout: 10 };
     await writeFile(`${this.#path}.new`, withHook(text, "createRuntime", hook, this.#path), { mode: 0o600 });
     await rename(`${this.#path}.new`, this.#path);
   }
@@ -153,4 +152,11 @@ class BundleConfig {
       if (error.code !== "ENOENT") throw error; // it wasn't changed
     });
   }
+}
+
+/** The keeper's program as it is installed now; where it has gone, the one that runs. */
+async function keeperProgram(pid: number): Promise<string> {
+  const exe = `/proc/${pid}/exe`;
+  const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
+  return (await stat(installed).catch(() => undefined)) ? installed : exe;
 }
