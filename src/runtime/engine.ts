@@ -336,6 +336,7 @@ function absolute(what: string, path: string): string {
  * CRIU reads the file that `CRIU_CONFIG_FILE` names also when an engine starts it as `criu swrk`, after
  * /etc/criu/default.conf and before what the engine asks for; an option that the engine doesn't mention stays as the
  * file says.
+ * @throws InvalidRequest for a cgroup path with quotes or control characters
  * Source: criu(8), "CONFIGURATION FILES".
  */
 export function criuConfig(options: {
@@ -351,11 +352,19 @@ export function criuConfig(options: {
     options.skipInFlight && "skip-in-flight",
     options.leaveStopped && "leave-stopped",
     options.networkLock && `network-lock ${options.networkLock}`,
-    ...(options.cgroupRoots ?? []).map(([controller, path]) => `cgroup-root "${controller}:${path}"`),
+    ...(options.cgroupRoots ?? []).map(([controller, path]) => cgroupRoot(controller, path)),
   ]
     .filter(Boolean)
     .map((line) => `${line}\n`)
     .join("");
+}
+
+// A path comes from the container's configuration and must not become another option.
+function cgroupRoot(controller: string, path: string): string {
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: these are what is to be refused
+  if (/["\\\u0000-\u001f\u007f]/.test(path))
+    throw new InvalidRequest(`cgroup path ${JSON.stringify(path)} has characters that CRIU can't be told`);
+  return `cgroup-root "${controller}:${path}"`;
 }
 
 // env(1) becomes the engine by exec, so whoever starts this still has the engine for a child.

@@ -87,15 +87,16 @@ export async function prepareRestore(task: Task, spec: OciSpec, path: string): P
   const engine = await withFeatures(task);
   const workPath = task.options.criuWorkPath || join(task.bundle, "criu-restore");
   const config = new BundleConfig(task.bundle);
-  const cgroup = await cgroupOfRestore(task, spec, policy);
+  const cgroup = await cgroupOfRestore(task, spec);
   await mkdir(workPath, { recursive: true, mode: 0o700 });
   const criuConfig = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
   if (engine.name === "runc" && ownsNetworkNamespace(spec)) await config.addLoopbackHook(task.pod.keeper.pid);
-  // Made by us, it has no limits of the dump; the engine gives it the new container's. systemd makes its own.
-  if (cgroup !== undefined && !engine.systemdCgroup) await makeCgroup(cgroup);
+  // Where the cgroup is there, CRIU gives it no limits of the dump; the engine gives it the new container's. systemd makes its own.
+  if (cgroup !== undefined && !engine.systemdCgroup && !["full", "strict"].includes(policy.cgroupsMode))
+    await makeCgroup(cgroup);
   return {
     engine,
     options: {
@@ -116,16 +117,9 @@ export async function prepareRestore(task: Task, spec: OciSpec, path: string): P
   };
 }
 
-/**
- * The cgroup of version 2 that CRIU is to be told of; undefined where cgroups are left to engine and CRIU: version 1, a path
- * that only the engine knows, and modes that ask for the limits of the dump.
- */
-async function cgroupOfRestore(
-  task: Task,
-  spec: OciSpec,
-  { cgroupsMode }: CriuPolicy,
-): Promise<string | undefined> {
-  if ((await hostCgroupVersion()) !== 2 || !["", "soft", "ignore"].includes(cgroupsMode)) return undefined;
+/** The cgroup of version 2 that CRIU is to be told of; undefined with version 1, and for a path that only the engine knows. */
+async function cgroupOfRestore(task: Task, spec: OciSpec): Promise<string | undefined> {
+  if ((await hostCgroupVersion()) !== 2) return undefined;
   return cgroupPathV2(spec, task.id, task.options.systemdCgroup);
 }
 
@@ -149,9 +143,8 @@ class BundleConfig {
     await link(this.#path, this.#original).catch((error: NodeJS.ErrnoException) => {
       if (error.code !== "EEXIST") throw error; // an attempt before a crash
     });
-    const program = (await readlink(`/proc/${keeperPid}/exe`)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
     const text = await readFile(this.#original, "utf8");
-    const hook = { path: program, args: ["cedana-loopback"], timeout: 10 };
+    const hook = { path: await keeperProgram(keeperPid), args: ["cedana-loopback"], timeout: 10 };
     await writeFile(`${this.#path}.new`, withHook(text, "createRuntime", hook, this.#path), { mode: 0o600 });
     await rename(`${this.#path}.new`, this.#path);
   }
@@ -161,4 +154,11 @@ class BundleConfig {
       if (error.code !== "ENOENT") throw error; // it wasn't changed
     });
   }
+}
+
+/** The keeper's program as it is installed now; where it has gone, the one that runs. */
+async function keeperProgram(pid: number): Promise<string> {
+  const exe = `/proc/${pid}/exe`;
+  const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
+  return (await stat(installed).catch(() => undefined)) ? installed : exe;
 }

@@ -195,3 +195,30 @@ for (const combination of enginesForCheckpoints) {
     });
   });
 }
+
+const onVersion2 = { containerd: "2.1", engine: "runc", cgroup: "v2" } as const;
+const missingThere = missingFor(onVersion2);
+describe.skipIf(missingThere)(`runc on cgroup version 2${missingThere ? ` (${missingThere})` : ""}`, () => {
+  it("restores into the new container's cgroup, and the cgroups that the container has made below it", async () => {
+    await using live = await Live.start(onVersion2);
+    const edit = (spec: Spec) => {
+      spec.linux.namespaces.push({ type: "cgroup" });
+      const options = ["rw", "nosuid", "noexec", "nodev", "relatime"];
+      spec.mounts.push({ destination: "/sys/fs/cgroup", type: "cgroup", source: "cgroup", options });
+    };
+    const script = "mkdir /sys/fs/cgroup/sub && echo $$ > /sys/fs/cgroup/sub/cgroup.procs && exec counter";
+    const args = ["sh", "-c", script];
+    await using task = await live.run(args, { edit });
+    await task.nextNumber();
+    const image = await task.checkpoint();
+    await using restored = await live.restore(image, args, { edit });
+    await restored.nextNumber();
+    for (const { pid, id } of [task, restored])
+      expect(cgroupsOf(pid)).toContain(`/${live.namespace}/${id}/sub`);
+    expect((await restored.execToEnd(["cat", "/proc/1/cgroup"])).stdout).toMatch(/^0::\/sub$/m);
+    expect(await restored.pids()).toEqual([restored.pid]);
+    await task.destroy();
+    await restored.destroy();
+    await live.expectNoLeftovers();
+  });
+});

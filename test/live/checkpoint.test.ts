@@ -89,6 +89,7 @@ for (const combination of combinations) {
 
     it.each([
       ["a relative image path", "relative/path", "INVALID_ARGUMENT", /absolute/],
+      ["an image path that is a file", "/etc/passwd", "INVALID_ARGUMENT", /\/etc\/passwd.*EEXIST/],
       ["an image path below a file", "/etc/passwd/x", "INVALID_ARGUMENT", /\/etc\/passwd\/x/],
     ])("refuses %s and changes nothing", async (_what, imagePath, status, message) => {
       await using task = await live.run(["counter"]);

@@ -150,6 +150,8 @@ describe("command lines", () => {
     ] as const;
     expect(criuConfig({ cgroupRoots })).toBe('cgroup-root ":/pod/new"\ncgroup-root "name=systemd:/here"\n');
     expect(criuConfig({})).toBe("");
+    for (const path of ['/a"b', "/a\nexec-cmd", "/a\\"])
+      expect(() => criuConfig({ cgroupRoots: [["", path]] })).toThrow(InvalidRequest);
   });
 
   it("use a newer engine's options", () => {
