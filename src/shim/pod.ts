@@ -40,6 +40,7 @@ export class Pod {
   /** exits of pids that no task has, or not yet: Create, Start and Exec learn their pid from a file */
   readonly #unclaimed = new Map<number, AdoptedExit>();
   readonly #calls = new Map<number, { connection: number; abort: AbortController }>();
+  readonly #welcomedMs = Date.now();
   #startsUnderWay = 0;
   /** Until END, reports of a keeper that came back are only collected: requests must be running again before exits are told. */
   #arriving: { exits: Message[]; requests: Message[] } | undefined = { exits: [], requests: [] };
@@ -140,14 +141,15 @@ export class Pod {
 
   /** END: everything that the keeper had to say of the past has come. */
   async arrived(): Promise<void> {
+    // Collected until the tasks are whole again: what comes meanwhile belongs behind what came before.
     const { exits, requests } = this.#arriving ?? { exits: [], requests: [] };
-    this.#arriving = undefined;
     for (const [id, task] of this.tasks) {
       if (task.init.state === "deleted" && requests.length === 0) {
         this.tasks.delete(id); // its Delete was answered, only our TASK_GONE was not sent
         this.keeper.taskGone(id);
       } else await task.revived();
     }
+    this.#arriving = undefined;
     this.#startsUnderWay += 1; // no exit is an orphan's before the repeated requests have learned their pids
     const served = requests.map((request) => this.#serve(request));
     await new Promise((resolve) => setImmediate(resolve));
@@ -178,7 +180,10 @@ export class Pod {
     this.#calls.set(request, { connection, abort });
     const starts = callsOne(message, METHODS_THAT_START);
     if (starts) this.#startsUnderWay += 1;
-    const sinceNs = (BigInt(Date.now()) - BigInt(message.int("ageMs")) - 1n) * 1_000_000n;
+    // What a cedanad before us began may have ended at any time since the request arrived. Its age is of when the keeper sent it
+    // to us: not before our welcome, and long ago when we have been slow.
+    const sentMs = deliveries > 1 ? this.#welcomedMs : Date.now();
+    const sinceNs = BigInt(sentMs - message.int("ageMs") - 1) * 1_000_000n;
     const work: Work = {
       request,
       repeated: deliveries > 1,

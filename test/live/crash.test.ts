@@ -71,6 +71,60 @@ describe("cedanad", () => {
     }
   }, 600_000);
 
+  /** One kill for each wave of work: what was in work at two kills would be refused, and rightly. */
+  async function killedOnce<T>(afterMs: number, work: Promise<T>[]): Promise<T[]> {
+    const killer = new Promise((resolve) => setTimeout(resolve, afterMs)).then(() => live.killCedanad());
+    const results = await Promise.all(work);
+    await killer;
+    return results;
+  }
+
+  it("may be killed in a storm of execs in a pod: outputs, codes and events are right", async () => {
+    const annotations = { "io.kubernetes.cri.sandbox-id": "storm" };
+    await using first = await live.run(["sleeper"], { annotations });
+    await using second = await live.run(["sleeper"], { annotations });
+    const tasks = [first, second];
+    const random = generator(7);
+    for (let wave = 0; wave < 4; wave++) {
+      const results = await killedOnce(
+        10 + random() * 150,
+        Array.from({ length: 10 }, (_, index) =>
+          tasks[index % 2]!.execToEnd(["sh", "-c", `echo exec ${index}; exit ${index}`], {
+            terminal: index % 5 === 0,
+          }),
+        ),
+      );
+      expect(results.map(({ status, stdout }) => [status, stdout.trim()])).toEqual(
+        results.map((_, index) => [index, `exec ${index}`]),
+      );
+    }
+    for (const task of tasks)
+      for (let number = 1; number <= 20; number++) {
+        await live.events.waitFor(task.id, "exit", { execId: `e${number}` });
+        const own = live.events.of(task.id).filter(({ execId }) => execId === `e${number}`);
+        expect(own.map(({ topic }) => topic)).toEqual(["exec-added", "exec-started", "exit"]);
+      }
+  });
+
+  it("may be killed while many short containers live at once in a pod and outside", async () => {
+    const annotations = { "io.kubernetes.cri.sandbox-id": "crowd" };
+    await using _pause = await live.run(["sleeper"], { annotations });
+    const random = generator(11);
+    for (let wave = 0; wave < 3; wave++) {
+      const ended = await killedOnce(
+        10 + random() * 200,
+        Array.from({ length: 8 }, (_, index) =>
+          live.runToEnd(["sh", "-c", `exit ${index}`], { stdio: false, ...(index % 2 && { annotations }) }),
+        ),
+      );
+      for (const [index, { id, status }] of ended.entries()) {
+        expect(status).toBe(index);
+        await live.events.waitFor(id, "delete");
+        expect(live.events.summary(id)).toEqual(["create", "start", `exit ${index}`, "delete"]);
+      }
+    }
+  });
+
   it("survives containerd: a restarted containerd finds the container running, and its exit code", async () => {
     await using task = await live.run(["counter", "20", "5"], { stdio: false });
     await live.stopContainerd("SIGKILL");
