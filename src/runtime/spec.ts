@@ -1,7 +1,7 @@
 import { open } from "node:fs/promises";
 import { posix } from "node:path";
 import type { TcpPolicy } from "../checkpoint/policy.ts";
-import { InvalidRequest, NotFound, SyscallFailed } from "../errors/index.ts";
+import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 
 // The part of an OCI bundle's config.json that we act on. Everything else passes through unread: the engine judges it.
 
@@ -216,6 +216,11 @@ export function groupOf(spec: OciSpec): string | undefined {
   return key && annotations[key];
 }
 
+/** Kubernetes' namespace of the pod; undefined elsewhere. containerd's CRI sets it, the pod can't. */
+export function podNamespaceOf(spec: OciSpec): string | undefined {
+  return annotationsOf(spec)["io.kubernetes.cri.sandbox-namespace"] || undefined;
+}
+
 /** Whether it is a pod's sandbox ("pause") container. CRI-O names the type like this too, with its own prefix. */
 export function isSandboxContainer(spec: OciSpec): boolean {
   const annotations = annotationsOf(spec);
@@ -241,6 +246,10 @@ export interface CedanaAnnotations {
   readonly fileLocks?: boolean;
   readonly extUnix?: boolean;
   readonly shellJob?: boolean;
+  /** what to restore instead of starting afresh: a name in the store, NAME@GENERATION, or a path */
+  readonly restoreFrom?: string;
+  /** what becomes of a container whose restore fails; default: it fails */
+  readonly onRestoreFailure?: "fail" | "fresh";
 }
 
 // Key after `cedana.io/`, field, and what each allowed value means.
@@ -250,17 +259,30 @@ const policies = [
   ["file-locks", "fileLocks", flag],
   ["ext-unix", "extUnix", flag],
   ["shell-job", "shellJob", flag],
-] as const satisfies readonly (readonly [string, keyof CedanaAnnotations, Record<string, unknown>])[];
+  ["restore-from", "restoreFrom", "text"],
+  ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
+] as const satisfies readonly (readonly [
+  string,
+  keyof CedanaAnnotations,
+  Record<string, unknown> | "text",
+])[];
 
 /**
  * The checkpoint policy that a container's annotations ask for.
  *
  * Kubernetes annotates pods, not containers: `cedana.io/KEY.CONTAINER` is for one container of the pod and goes before
  * `cedana.io/KEY`, which is for all of them. The sandbox container ignores both.
+ * @param denied         keys that the administrator forbids
  * @param containerName  Kubernetes' name of the container; default: what the spec's own annotations say
- * @throws InvalidRequest naming the annotation and what it may say
+ * @throws InvalidRequest naming the annotation and what it may say, PermissionDenied
  */
-export function cedanaAnnotations(spec: OciSpec, containerName = containerNameOf(spec)): CedanaAnnotations {
+export function cedanaAnnotations(
+  spec: OciSpec,
+  {
+    denied = [],
+    containerName = containerNameOf(spec),
+  }: { denied?: readonly string[]; containerName?: string | undefined } = {},
+): CedanaAnnotations {
   if (isSandboxContainer(spec)) return {};
   const annotations = annotationsOf(spec);
   const policy: Record<string, unknown> = {};
@@ -269,6 +291,14 @@ export function cedanaAnnotations(spec: OciSpec, containerName = containerNameOf
     const name = names.find((candidate) => annotations[candidate] !== undefined);
     if (name === undefined) continue;
     const value = annotations[name]!;
+    if (denied.includes(key))
+      throw new PermissionDenied(
+        `annotation ${name} is denied by this node's configuration (annotations.deny)`,
+      );
+    if (allowed === "text") {
+      if (value !== "") policy[field] = value;
+      continue;
+    }
     if (!Object.hasOwn(allowed, value))
       throw new InvalidRequest(
         `annotation ${name} is ${JSON.stringify(value)}; it may be ${Object.keys(allowed).join(", ")}`,

@@ -26,6 +26,7 @@ export interface TaskRecord {
   rootfsMounted: boolean;
   /** directory of the images to restore from at start */
   restoreFrom?: string;
+  onRestoreFailure?: "fail" | "fresh";
   parentCheckpoint?: string;
   oomKills: number;
   exit?: ExitRecord;

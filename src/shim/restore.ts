@@ -2,7 +2,6 @@ import { link, mkdir, readFile, readlink, rename, rm, stat, writeFile } from "no
 import { join } from "node:path";
 import { criuFailure, keepLog } from "../checkpoint/dump.ts";
 import { type CheckpointManifest, checkFiles, readManifest } from "../checkpoint/manifest.ts";
-import type { CriuPolicy } from "../checkpoint/policy.ts";
 import { BrokenImage, InvalidRequest, NotFound } from "../errors/index.ts";
 import { hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
 import type { Engine, RestoreCommand } from "../runtime/engine.ts";
@@ -43,14 +42,14 @@ export interface RestorePlan {
 }
 
 /**
- * Finds the images and looks whether they can belong to this container: files and sizes, not contents.
+ * Finds the images and looks whether they can belong to a container with or without a terminal: files and sizes, not contents.
  * @throws NotFound, BrokenImage, InvalidRequest
  */
-export async function openCheckpoint(task: Task, path: string): Promise<Checkpoint> {
+export async function openCheckpoint(path: string, terminal: boolean): Promise<Checkpoint> {
   const imagePath = await findImages(path);
   const inner = await readManifest(imagePath);
   const manifest = inner ?? (imagePath === path ? undefined : await readManifest(path));
-  if (manifest && manifest.terminal !== task.init.stdio.terminal)
+  if (manifest && manifest.terminal !== terminal)
     throw new InvalidRequest(
       manifest.terminal
         ? `checkpoint ${path} is of a container with a terminal: create the new one with a terminal`

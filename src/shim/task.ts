@@ -5,7 +5,6 @@ import { freezeMarker } from "../checkpoint/dump.ts";
 import {
   AlreadyExists,
   BrokenImage,
-  InvalidRequest,
   NotFound,
   RuntimeFailed,
   SyscallFailed,
@@ -30,7 +29,8 @@ import {
 import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
-import { openCheckpoint, prepareRestore } from "./restore.ts";
+import { prepareRestore } from "./restore.ts";
+import { chooseRestoreSource, type RestoreSource } from "./restore-source.ts";
 import { planStdio } from "./stdio.ts";
 import { type TaskLogger, taskLogger } from "./task-log.ts";
 
@@ -99,7 +99,7 @@ export class Task {
   #spec: OciSpec | undefined;
   #cgroup: Cgroup | undefined;
   #rootfsMounted = false;
-  #restoreFrom: string | undefined;
+  #restoreSource: RestoreSource | undefined;
   #parentCheckpoint: string | undefined;
   #oomKills = 0;
 
@@ -109,14 +109,14 @@ export class Task {
     bundle: string,
     options: RuntimeOptions,
     init: Process,
-    restoreFrom: string | undefined,
+    restore: RestoreSource | undefined,
   ) {
     this.#pod = pod;
     this.id = id;
     this.bundle = bundle;
     this.options = options;
     this.init = init;
-    this.#restoreFrom = restoreFrom;
+    this.#restoreSource = restore;
     this.engine = new Engine({
       binary: options.binaryName,
       root: options.root,
@@ -139,7 +139,7 @@ export class Task {
   }
 
   get restoreFrom(): string | undefined {
-    return this.#restoreFrom;
+    return this.#restoreSource?.path;
   }
 
   /**
@@ -153,20 +153,21 @@ export class Task {
     answer: (task: Task) => Uint8Array,
   ): Promise<Task> {
     const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
-    const restoreFrom = request.checkpoint || options.criuImagePath || undefined;
-    if (restoreFrom !== undefined && !restoreFrom.startsWith("/"))
-      throw new InvalidRequest(`checkpoint ${restoreFrom} is not an absolute path`);
-    const init = new Process(
-      "",
-      request.id,
-      request.stdio,
-      restoreFrom ? "createdFromCheckpoint" : "created",
+    const restore = await chooseRestoreSource(
+      spec,
+      request.checkpoint || options.criuImagePath || undefined,
+      {
+        namespace: pod.namespace,
+        terminal: request.stdio.terminal,
+        log: taskLogger(pod.log, request.bundle, request.id),
+      },
     );
-    const task = new Task(pod, request.id, request.bundle, options, init, restoreFrom);
+    const state = restore ? "createdFromCheckpoint" : "created";
+    const init = new Process("", request.id, request.stdio, state);
+    const task = new Task(pod, request.id, request.bundle, options, init, restore);
     task.#spec = spec;
     if (options.warnings.length > 0) task.#log.warn({ warnings: options.warnings }, "runtime options");
     task.#parentCheckpoint = request.parentCheckpoint || undefined;
-    if (restoreFrom) await openCheckpoint(task, restoreFrom); // what can't be restored is said before anything is made
     writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
     init.starting = true; // an exit waits until the create event is out
     pod.creating.add(task);
@@ -174,7 +175,7 @@ export class Task {
       const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace, options);
       await task.#mountRootfs(work, request.rootfs);
       await pod.keeper.ioOpen(work.tag("io"), stdio);
-      if (!restoreFrom) await task.#createContainer(work);
+      if (!restore) await task.#createContainer(work);
       task.#remember(work, answer(task));
       task.#writeRecord();
     } catch (error) {
@@ -208,7 +209,9 @@ export class Task {
       record.bundle,
       record.options as RuntimeOptions,
       init,
-      record.restoreFrom,
+      record.restoreFrom === undefined
+        ? undefined
+        : { path: record.restoreFrom, onFailure: record.onRestoreFailure ?? "fail" },
     );
     init.pid = record.pid;
     if (record.exit) init.markExited({ status: record.exit.status, atNs: BigInt(record.exit.atNs) });
@@ -306,7 +309,10 @@ export class Task {
       ...stdio,
       options: this.options,
       rootfsMounted: this.#rootfsMounted,
-      ...(this.#restoreFrom && { restoreFrom: this.#restoreFrom }),
+      ...(this.#restoreSource && {
+        restoreFrom: this.#restoreSource.path,
+        onRestoreFailure: this.#restoreSource.onFailure,
+      }),
       ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
       oomKills: this.#oomKills,
       ...exitRecord(this.init.exit),
@@ -358,7 +364,9 @@ export class Task {
 
   async #restore(work: Work): Promise<void> {
     const spec = await this.spec();
-    const plan = await prepareRestore(this, spec, this.#restoreFrom!);
+    const { path, onFailure } = this.#restoreSource!;
+    const plan = await prepareRestore(this, spec, path);
+    await using _held = await this.#holdOutputs(work, onFailure === "fresh");
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     try {
@@ -391,11 +399,57 @@ export class Task {
         this.#log.warn({ err: cause }, "remove the cgroup of a failed restore"),
       );
       await plan.done(true);
-      this.init.markExited({ status: 255, atNs: nowNs() });
+      if (onFailure !== "fresh") {
+        this.init.markExited({ status: 255, atNs: nowNs() });
+        this.record();
+        throw error;
+      }
+      this.#log.warn(
+        { err: error },
+        "restore failed; as cedana.io/on-restore-failure says, it starts afresh",
+      );
+      await this.#startAfresh(work);
+      return;
+    }
+    await this.#attachCgroup(work);
+  }
+
+  /**
+   * Holds the FIFOs of stdout and stderr open: a failed restore closes its ends of them, which their readers would take for the end of
+   * a container that is yet to start afresh. A log program is not held: it ends, and another is started.
+   */
+  async #holdOutputs(work: Work, wanted: boolean): Promise<AsyncDisposable> {
+    const { keeper } = this.#pod;
+    const io = `${this.init.io}/hold`;
+    const stdio = { ...this.init.stdio, stdin: "", terminal: false };
+    const plan = planStdio(io, stdio, this.id, this.namespace, this.options);
+    const held = wanted && plan.stdoutKind !== stdioKind.logProgram;
+    if (held) await keeper.ioOpen(work.tag("io-hold"), plan);
+    return {
+      [Symbol.asyncDispose]: async () => {
+        // Unavailable: the keeper took it along.
+        if (held) await keeper.ioFree(work.tag("io-free-hold"), io).catch(() => {});
+      },
+    };
+  }
+
+  /** After a failed restore has been undone. Its stdio was given away with it, and is opened again. */
+  async #startAfresh(work: Work): Promise<void> {
+    try {
+      await this.#pod.keeper.ioFree(work.tag("io-free-restore"), this.init.io);
+      const stdio = planStdio(this.init.io, this.init.stdio, this.id, this.namespace, this.options);
+      await this.#pod.keeper.ioOpen(work.tag("io-afresh"), stdio);
+      await this.#createContainer(work);
+      const command = this.engine.start({ id: this.id, logFile: this.#logFile("start") });
+      await this.#runEngine(work.tag("start-afresh"), "start", command);
+    } catch (error) {
+      await this.#engineDelete(work.tag("undo-afresh"), true).catch((cause) =>
+        this.#log.warn({ err: cause }, "delete what a failed start left"),
+      );
+      if (!this.init.exit) this.init.markExited({ status: 255, atNs: nowNs() });
       this.record();
       throw error;
     }
-    await this.#attachCgroup(work);
   }
 
   /** Starts an exec'd process. @returns its pid */

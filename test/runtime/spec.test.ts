@@ -161,7 +161,7 @@ describe("the path of the version 2 cgroup", () => {
 
 describe("checkpoint policy in annotations", () => {
   const policy = (annotations: Record<string, string>, name?: string) =>
-    cedanaAnnotations({ annotations }, name);
+    cedanaAnnotations({ annotations }, { containerName: name });
 
   it("is empty where nothing is said", () => {
     expect(policy({ "cedana.io/other": "x", "io.kubernetes.cri.container-type": "container" })).toEqual({});

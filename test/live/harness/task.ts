@@ -102,7 +102,7 @@ export abstract class LiveProcess {
     this.io.write(text);
   }
 
-  protected waitEarly(): void {
+  waitEarly(): void {
     this.exited = this.live.client.tasks.wait(this.containerId, this.execId);
     this.exited.catch(() => {}); // whoever wants it awaits it; containerd may go away meanwhile
   }
@@ -205,7 +205,7 @@ export class LiveTask extends LiveProcess {
     options: Omit<SpecOptions, "args"> & StdioOptions & { execId?: string } = {},
   ): Promise<LiveExec> {
     const exec = await this.addExec({ ...options, args });
-    exec["waitEarly"]();
+    exec.waitEarly();
     await exec.start();
     return exec;
   }
