@@ -107,7 +107,10 @@ int mount_make(const struct message *m, char **why) {
   autofree char *loop_path = NULL;
   autofd loop = -1;
   int result = 0;
-  if (!target) return -EINVAL;
+  if (!target || target[0] != '/') {
+    *why = format("mount at %s: not an absolute path", target ? target : "nothing");
+    return -EINVAL;
+  }
   struct stat st;
   if (stat(target, &st) < 0 && (result = make_directories(target, 0711)) < 0) {
     *why = format("make mount target %s: %s", target, strerror(-result));
@@ -116,14 +119,15 @@ int mount_make(const struct message *m, char **why) {
   if (message_int(m, FIELD_LOOP)) {
     loop = attach_loop(source ? source : "", flags & MS_RDONLY, &loop_path);
     if (loop < 0) {
-      *why = format("attach %s to a loop device: %s", source, strerror(-loop));
+      *why = format("attach %s to a loop device: %s", source ? source : "nothing", strerror(-loop));
       return loop;
     }
     source = loop_path;
   }
   if (cwd && chdir(cwd) < 0) {
-    *why = format("chdir %s: %s", cwd, strerror(errno));
-    return -errno;
+    result = -errno;
+    *why = format("chdir %s: %s", cwd, strerror(-result));
+    return result;
   }
   if (data && strlen(data) >= PAGE) {
     autofree char *copy = copy_string(data);
@@ -131,7 +135,7 @@ int mount_make(const struct message *m, char **why) {
   } else if (mount(source ? source : "none", target, type, flags, data) < 0) {
     result = -errno;
   }
-  if (cwd && chdir("/") < 0) result = -errno;
+  if (cwd && chdir("/") < 0 && result == 0) result = -errno;
   if (result < 0 && !*why)
     *why = format("mount %s (%s) at %s, options %.200s: %s", source ? source : "", type ? type : "", target, data ? data : "", strerror(-result));
   return result;
@@ -149,11 +153,14 @@ static void unescape(char *text) {
   *to = 0;
 }
 
-/* The last mount point that is `target` or below it: later lines were mounted later, so they go first. */
-static char *last_below(const char *target) {
+/*
+ * The last mount point that is `target` or below it: later lines were mounted later, so they go first. NULL with *error 0: none.
+ */
+static char *last_below(const char *target, int *error) {
   char *text = NULL, *found = NULL;
   size_t length = strlen(target);
-  if (read_file("/proc/self/mountinfo", 64 * MIB, &text, NULL) < 0) return NULL;
+  *error = read_file("/proc/self/mountinfo", 64 * MIB, &text, NULL);
+  if (*error < 0) return NULL;
   for (char *save, *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
     char *inner, *word = strtok_r(line, " ", &inner);
     for (int i = 0; i < 4 && word; i++) word = strtok_r(NULL, " ", &inner);
@@ -167,12 +174,35 @@ static char *last_below(const char *target) {
   return found;
 }
 
+/* As mountinfo has it: no symbolic link on the way (/var/run), but the last part as it is, which umount2 doesn't follow either. */
+static char *resolve_target(const char *target) {
+  char *copy = copy_string(target);
+  size_t length = strlen(copy);
+  while (length > 1 && copy[length - 1] == '/') copy[--length] = 0;
+  char *slash = strrchr(copy, '/');
+  if (!slash || slash == copy) return copy;
+  *slash = 0;
+  autofree char *parent = realpath(copy, NULL);
+  *slash = '/';
+  if (!parent) return copy; /* it isn't there, so nothing is mounted */
+  char *resolved = format("%s%s", strcmp(parent, "/") ? parent : "", slash);
+  free(copy);
+  return resolved;
+}
+
 int unmount_below(const char *target, char **why) {
+  int error;
+  if (!target || target[0] != '/' || !target[1 + strspn(target + 1, "/")]) { /* "/" would be everything */
+    *why = format("unmount %s: not an absolute path below /", target ? target : "nothing");
+    return -EINVAL;
+  }
+  autofree char *resolved = resolve_target(target);
   for (int i = 0; i < UNMOUNTS_MAX; i++) {
-    autofree char *path = last_below(target);
-    if (!path) return 0;
+    autofree char *path = last_below(resolved, &error);
+    if (!path && error < 0) *why = format("read /proc/self/mountinfo: %s", strerror(-error));
+    if (!path) return error;
     if (umount2(path, UMOUNT_NOFOLLOW) == 0 || umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW) == 0) continue;
-    int error = errno;
+    error = errno;
     *why = format("unmount %s: %s", path, strerror(error));
     return -error;
   }

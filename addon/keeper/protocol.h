@@ -155,6 +155,7 @@ int message_decode(struct buffer *in, struct message *m);
 void message_free(struct buffer *in, struct message *m);
 
 const struct field *message_field(const struct message *m, enum field_key key);
+int64_t field_int(const struct field *field); /* 0 when it is no integer */
 int64_t message_int(const struct message *m, enum field_key key); /* 0 when absent */
 /* NULL when absent, empty, or not a string. */
 const char *message_string(const struct message *m, enum field_key key);

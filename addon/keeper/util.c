@@ -56,14 +56,15 @@ int buffer_reserve(struct buffer *b, size_t more) {
   if (b->start == b->end) b->start = b->end = 0;
   if (b->capacity - b->end >= more) return 0;
   size_t used = buffer_length(b);
-  if (b->start > 0) {
+  if (b->start > 0 && (b->start >= used || used < 64 * KIB)) {
+    /* Only when it is cheap, or a long queue from which little goes at a time would be moved again and again. */
     memmove(b->data, b->data + b->start, used);
     b->start = 0;
     b->end = used;
     if (b->capacity - b->end >= more) return 0;
   }
   size_t capacity = b->capacity ? b->capacity : 512;
-  while (capacity - used < more) capacity *= 2;
+  while (capacity - b->end < more) capacity *= 2;
   uint8_t *data = realloc(b->data, capacity);
   if (!data) return -ENOMEM;
   b->data = data;
