@@ -7,7 +7,8 @@
  *
  * Pipe to pipe, large pieces go by splice(2) and small ones by copying: a spliced piece keeps a slot of the pipe to itself, so a
  * FIFO without a reader would be full after 16 lines, where a copy fills its pages. The size of the last piece decides. Pipes
- * grow when a flow first splices: they count against a limit per user (fs.pipe-user-pages-soft) that containers share.
+ * grow when a flow first splices or first waits for its reader: they count against a limit per user (fs.pipe-user-pages-soft), which
+ * a hundred quiet containers would reach with large ones, and past which their own pipes get two pages.
  * Into files (opened O_APPEND, which splice refuses) and from and to ptys everything is copied.
  *
  * A flow asks for exactly the side that isn't ready, one event at a time (EPOLLONESHOT), and makes at most ROUNDS moves for an
@@ -33,6 +34,8 @@
 #define COPY_SIZE (32 * 1024)  /* a piece as large as this is the first of a loud stream */
 #define SPLICE_MIN 4096        /* a smaller piece is copied the next time */
 #define WRITE_AGAIN_MS 500
+#define LOOK_MIN_MS 20
+#define LOOK_MAX_MS 1000
 
 enum { KIND_NONE, KIND_FIFO, KIND_FILE, KIND_LOGGER };
 
@@ -41,7 +44,9 @@ struct flow {
   struct watch from, to;
   bool open, may_splice, splicing, grown, to_file, to_pollable, failing;
   struct buffer pending; /* read, not yet written */
-  struct timer again;    /* writing to a file failed */
+  struct timer again;    /* writing to a file failed; or: look for a reader of what is left */
+  int left;              /* write end of a FIFO that has unread bytes and no reader, after the end; 0: none */
+  uint64_t look_ms;
 };
 
 struct drain {
@@ -100,14 +105,53 @@ static void drained(struct io *io) {
 
 void io_logger_drained(struct io *io) { drained(io); }
 
-static void flow_close(struct flow *f) {
+static void look_due(struct timer *timer) {
+  struct flow *f = container_of(timer, struct flow, again);
+  struct pollfd p = {.fd = f->left};
+  if (poll(&p, 1, 0) > 0 && p.revents & POLLERR) { /* still no reader */
+    f->look_ms = f->look_ms * 2 > LOOK_MAX_MS ? LOOK_MAX_MS : f->look_ms * 2;
+    timer_start(timer, f->look_ms, look_due);
+  } else {
+    close(f->left);
+    f->left = 0;
+  }
+}
+
+/*
+ * The process has ended. A FIFO loses its bytes with its last fd, so one that has bytes and no reader is kept until one comes, or
+ * IO_FREE. A reader that is there must see the end at once: clients wait for it before they call Delete. While our own fd can
+ * read, the kernel tells of no missing reader; one that can only write gets POLLERR.
+ */
+static void keep_unread(struct flow *f) {
+  int unread = 0;
+  struct stat st;
+  if (f == &f->io->in || fstat(f->to.fd, &st) < 0 || !S_ISFIFO(st.st_mode) || ioctl(f->to.fd, FIONREAD, &unread) < 0 || unread == 0) return;
+  autofree char *path = format("/proc/self/fd/%d", f->to.fd);
+  int fd = open(path, O_WRONLY | O_NONBLOCK | O_CLOEXEC);
+  if (fd < 0) return;
+  watch_close(&f->to);
+  f->left = fd;
+  f->look_ms = LOOK_MIN_MS / 2;
+  look_due(&f->again);
+}
+
+static void flow_stop(struct flow *f, bool ended) {
   if (!f->open) return;
   f->open = false;
   timer_stop(&f->again);
   watch_close(&f->from);
+  if (ended) keep_unread(f);
   watch_close(&f->to);
   buffer_free(&f->pending);
   drained(f->io);
+}
+
+static void flow_close(struct flow *f) {
+  flow_stop(f, false);
+  if (!f->left) return;
+  timer_stop(&f->again);
+  close(f->left);
+  f->left = 0;
 }
 
 static bool is_ready(int fd, short events) {
@@ -115,9 +159,9 @@ static bool is_ready(int fd, short events) {
   return poll(&p, 1, 0) > 0;
 }
 
-static void flow_splices(struct flow *f) {
-  f->splicing = true;
-  if (f->grown) return;
+/* Once: for a stream that is loud, or whose reader is away. */
+static void flow_grow(struct flow *f) {
+  if (f->grown || !f->may_splice) return;
   f->grown = true; /* EPERM: over the user's limit; they stay as they are */
   fcntl(f->from.fd, F_SETPIPE_SZ, PIPE_SIZE);
   fcntl(f->to.fd, F_SETPIPE_SZ, PIPE_SIZE);
@@ -145,7 +189,10 @@ static int move_some(struct flow *f) {
   int error = written < 0 ? errno : 0;
   if (written < n) buffer_append(&f->pending, scratch + (error ? 0 : written), (size_t)(n - (error ? 0 : written)));
   if (error) return -error;
-  if (n == COPY_SIZE && f->may_splice) flow_splices(f);
+  if (n == COPY_SIZE && f->may_splice) {
+    f->splicing = true;
+    flow_grow(f);
+  }
   return 1;
 }
 
@@ -173,7 +220,7 @@ static void flow_run(struct flow *f) {
     if (moved == 1) f->failing = false;
     if (moved == 1 || moved == -EINTR) continue;
     if (moved == 0) {
-      flow_close(f);
+      flow_stop(f, true);
       return;
     }
     if (moved != -EAGAIN) {
@@ -181,8 +228,12 @@ static void flow_run(struct flow *f) {
       return;
     }
     bool from_ready = buffer_length(&f->pending) || is_ready(f->from.fd, POLLIN);
-    if (from_ready && f->to_pollable) watch_events(&f->to, EPOLLOUT | EPOLLONESHOT);
-    else watch_events(&f->from, EPOLLIN | EPOLLONESHOT);
+    if (from_ready && f->to_pollable) {
+      flow_grow(f);
+      watch_events(&f->to, EPOLLOUT | EPOLLONESHOT);
+    } else {
+      watch_events(&f->from, EPOLLIN | EPOLLONESHOT);
+    }
     return;
   }
   /* Enough for now: the others' turn. */
@@ -395,7 +446,8 @@ static void console_receive(struct io *io) {
   if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS && c->cmsg_len == CMSG_LEN(sizeof(int))) {
     int fd;
     memcpy(&fd, CMSG_DATA(c), sizeof fd);
-    master_arrived(io, fd);
+    if (isatty(fd) && !(message.msg_flags & MSG_CTRUNC)) master_arrived(io, fd);
+    else close(fd);
   }
   watch_close(&io->console_peer);
 }
@@ -490,10 +542,7 @@ void io_drain(const struct message *m) {
 void io_free(const struct message *m) {
   struct tag tag = tag_of(m);
   struct io *io = io_find(message_string(m, FIELD_IO));
-  if (io && io->opening.step) {
-    result_send(io->opening, ECANCELED, "the io object was freed before its log program was ready");
-    tag_free(&io->opening);
-  }
+  if (io && io->opening.step) result_send(io->opening, ECANCELED, "the io object was freed before its log program was ready");
   if (!io || io_destroy(io, tag)) result_send(tag, 0, NULL);
 }
 

@@ -16,7 +16,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define PONG_MS 1000           /* containerd gives State 2 s */
+#define PONG_MS 1000           /* containerd gives State 2 s; CEDANA_KEEPER_PONG_MS for tests */
 #define LONELY_MS 60000        /* no task, no request: nobody needs us */
 #define LEAVE_MS 2000
 #define EARLY_MS 5000          /* a cedanad that ends sooner, without a welcome, wasn't well */
@@ -301,6 +301,8 @@ static void handle(const struct message *m) {
 
 /* ---- the lifeline ---- */
 
+static uint64_t pong_ms(void) { return environment_number("CEDANA_KEEPER_PONG_MS", PONG_MS); }
+
 /*
  * A cedanad that hangs is worse than a dead one: containerd gives up after 2 s. It must be certain whom the pid means:
  *  - it has welcomed us: the pid is its own, and our connection ends with it. So, with a pidfd open, a connection that hasn't
@@ -315,7 +317,7 @@ static void pong_due(struct timer *timer) {
   autofd pidfd = pid > 1 ? (int)syscall(SYS_pidfd_open, pid, 0) : daemon_lock_holder(&pid);
   ssize_t n = recv(link_.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
   if (n > 0) { /* it has answered; we were slow */
-    timer_start(&pong, PONG_MS, pong_due);
+    timer_start(&pong, pong_ms(), pong_due);
     return;
   }
   if (pidfd >= 0 && n < 0 && errno == EAGAIN) {
@@ -332,7 +334,7 @@ void expect_pong(void) {
   put_int(&out, FIELD_NONCE, awaited);
   frame_end(&out, begin);
   pong_since_ms = now_ms();
-  timer_start(&pong, PONG_MS, pong_due);
+  timer_start(&pong, pong_ms(), pong_due);
 }
 
 void keeper_flush(void) {

@@ -159,6 +159,7 @@ static int ask_daemon(void (*fill)(struct buffer *), int answer_type, struct buf
 /* ---- start ---- */
 
 static struct buffer options;
+static struct buffer received; /* cedanad's answer, as long as it is used */
 
 static void fill_start(struct buffer *out) {
   size_t begin = frame_begin(out, MESSAGE_START);
@@ -254,6 +255,7 @@ static _Noreturn void become_keeper(int listening, int cedanad, const char *sock
   umask(022);
   show_as_keeper(argv);
   buffer_free(&options);
+  buffer_free(&received);
   keeper.listening = 3;
   keeper_run(4);
 }
@@ -266,9 +268,8 @@ static int start(char **argv) {
   }
   pid_t containerd = getppid();
   read_stdin(&options);
-  struct buffer in = {0};
   struct message m;
-  int cedanad = ask_daemon(fill_start, MESSAGE_START_ANSWER, &in, &m);
+  int cedanad = ask_daemon(fill_start, MESSAGE_START_ANSWER, &received, &m);
   if (message_int(&m, FIELD_ERRNO)) die("%s", message_string(&m, FIELD_MESSAGE));
   const char *path = message_string(&m, FIELD_SOCKET_PATH), *cgroup = message_string(&m, FIELD_SHIM_CGROUP);
   const struct field *answer = message_field(&m, FIELD_ANSWER);
@@ -367,6 +368,8 @@ static void print_delete_response(uint64_t pid, uint64_t status, uint64_t at_ns)
   put_proto_int(&stamp, 2, at_ns % 1000000000);
   put_proto_bytes(&out, 3, stamp.data, buffer_length(&stamp));
   if (write_all(1, out.data, buffer_length(&out)) < 0) exit(1);
+  buffer_free(&out);
+  buffer_free(&stamp);
 }
 
 static int delete(void) {
@@ -379,16 +382,17 @@ static int delete(void) {
   uint64_t deadline = now_ms() + DELETE_ASK_MS;
   int fd = daemon_connect();
   if (fd >= 0) {
-    struct buffer in = {0}, question = {0};
+    struct buffer question = {0};
     struct message m;
     fill_delete(&question);
-    if (ask(fd, &question, MESSAGE_DELETE_ANSWER, deadline, &in, &m) == 0 && !message_int(&m, FIELD_ERRNO) &&
+    if (ask(fd, &question, MESSAGE_DELETE_ANSWER, deadline, &received, &m) == 0 && !message_int(&m, FIELD_ERRNO) &&
         message_int(&m, FIELD_FLAGS) == 1) {
       ended = true;
       pid = (uint64_t)message_int(&m, FIELD_PID);
       status = (uint64_t)message_int(&m, FIELD_STATUS);
       at_ns = (uint64_t)message_int(&m, FIELD_AT_NS);
     }
+    buffer_free(&question);
     close(fd);
   }
   if (!ended && flags.bundle) {
@@ -412,9 +416,8 @@ static void fill_info(struct buffer *out) {
 
 static int info(void) {
   read_stdin(&options);
-  struct buffer in = {0};
   struct message m;
-  int fd = ask_daemon(fill_info, MESSAGE_INFO_ANSWER, &in, &m);
+  int fd = ask_daemon(fill_info, MESSAGE_INFO_ANSWER, &received, &m);
   if (message_int(&m, FIELD_ERRNO)) die("%s", message_string(&m, FIELD_MESSAGE));
   const struct field *answer = message_field(&m, FIELD_ANSWER);
   if (answer && write_all(1, answer->value, answer->length) < 0) die("write the answer: %s", strerror(errno));
