@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #define QUEUE_MAX (8 * MIB) /* some ten thousand events */
-#define KEYS_MAX 4096
+#define KEYS_MAX 2048
 #define RETRY_MIN_MS 100
 #define RETRY_MAX_MS 2000
 #define IDLE_MS 5000

@@ -28,7 +28,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define STDIN_MAX (10 * MIB)
 #define STDIN_MS 2000
 /* containerd gives `delete` 5 s: together with the rest these stay below 4. */
 #define DELETE_ASK_MS 1500
@@ -132,7 +131,7 @@ static void put_common(struct buffer *out) {
 /* Who doesn't close stdin (containerd does) makes us wait, but not for ever. */
 static void read_stdin(struct buffer *in) {
   if (isatty(0)) return;
-  int result = read_to_end(0, STDIN_MAX, now_ms() + STDIN_MS, in);
+  int result = read_to_end(0, OPTIONS_MAX, STDIN_MS, in);
   if (result == -EFBIG) die("options on stdin are longer than 10 MiB");
 }
 

@@ -13,7 +13,8 @@
 #include "util.h"
 
 #define FRAME_HEADER 8
-#define FRAME_MAX (4 * MIB + 64 * KIB)
+#define OPTIONS_MAX (10 * MIB) /* what a launcher takes on stdin, the longest of all values; a TTRPC message has 4 MiB */
+#define FRAME_MAX (OPTIONS_MAX + 64 * KIB)
 #define PROTOCOL_MIN 1
 
 enum field_key {

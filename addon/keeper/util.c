@@ -188,12 +188,12 @@ int write_all(int fd, const void *data, size_t length) {
   return 0;
 }
 
-int read_to_end(int fd, size_t limit, uint64_t deadline, struct buffer *out) {
+int read_to_end(int fd, size_t limit, uint64_t idle_ms, struct buffer *out) {
   for (;;) {
-    int result = wait_fd(fd, POLLIN, deadline);
+    int result = wait_fd(fd, POLLIN, now_ms() + idle_ms);
     if (result < 0) return result;
     if (buffer_reserve(out, 4096) < 0) return -ENOMEM;
-    ssize_t n = read(fd, out->data + out->end, 4096);
+    ssize_t n = read(fd, out->data + out->end, out->capacity - out->end);
     if (n < 0 && (errno == EINTR || errno == EAGAIN)) continue;
     if (n < 0) return -errno;
     if (n == 0) return 0;

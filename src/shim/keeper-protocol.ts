@@ -16,8 +16,8 @@
 export const PROTOCOL_VERSION_MIN = 1;
 export const PROTOCOL_VERSION_MAX = 2;
 
-/** TTRPC's 4 MiB message and room for the fields around it. */
-export const MAX_PAYLOAD_BYTES = 4 * 1024 * 1024 + 64 * 1024;
+/** The longest value, 10 MiB of runtime options, and room for the fields around it. */
+export const MAX_PAYLOAD_BYTES = 10 * 1024 * 1024 + 64 * 1024;
 
 const FRAME_HEADER_BYTES = 8;
 const FIELD_HEADER_BYTES = 8;

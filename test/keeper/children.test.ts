@@ -29,7 +29,7 @@ describe.concurrent("a spawned program", () => {
     await using pod = await Pod.start({ NOTIFY_SOCKET: "/run/systemd/notify", KEPT: "1", CHANGED: "old" });
     const outputPath = pod.path("out");
     const script =
-      'echo "$0 $1"; echo $KEPT $CHANGED ${NOTIFY_SOCKET-none}; pwd; ls -l /proc/self/fd; grep Sig /proc/self/status';
+      'echo "$0 $1"; echo $KEPT $CHANGED $(printenv NOTIFY_SOCKET || echo none); pwd; ls -l /proc/self/fd; grep Sig /proc/self/status';
     const status = await pod.link.run({
       argv: ["sh", "-c", script, "a b", ""],
       env: ["CHANGED=new"],

@@ -130,9 +130,10 @@ export class Link {
 
   /** An operation, and its RESULT. Without a tag: work of cedanad's own. */
   async operate(type: MessageType, values: FieldValues): Promise<Message> {
-    const tag = { request: 0, step: `own#${++this.#steps}`, ...values };
-    this.send(type, tag);
-    return await this.result(tag.request, tag.step);
+    const request = Number(values.request ?? 0);
+    const step = String(values.step ?? `own#${++this.#steps}`);
+    this.send(type, { ...values, request, step });
+    return await this.result(request, step);
   }
 
   async result(request: number, step: string): Promise<Message> {

@@ -96,7 +96,7 @@ describe.concurrent("a keeper", () => {
       pod.link = await pod.cedanad.keeper();
       await pod.link.take(type.END);
     }
-    expect(pod.log()).toMatch(/unreadable frame from cedanad: Message too long[^]*unreadable frame/);
+    expect(pod.log()).toMatch(/unreadable frame from cedanad: Message too long[\s\S]*unreadable frame/);
   });
 });
 

@@ -255,8 +255,9 @@ describe.concurrent("backpressure", () => {
         (message) => message.type === type.REQUEST && message.int("connection") === 2,
       );
       for (; answered < requests.length; answered++) pod.link.respond(requests[answered]!, answer);
+      return true;
     };
-    await until(() => (respond(), answered === total), { what: () => "the requests" });
+    await until(() => respond() && answered === total, { what: () => "the requests" });
     for (let i = 0; i < total; i++) deaf.write(frame(1001 + 2 * i, "Stats")); // not read any more
     const other = call(client, "State");
     pod.link.respond(
@@ -271,7 +272,7 @@ describe.concurrent("backpressure", () => {
       for (const _ of reader.push(chunk)) read++;
     });
     deaf.resume();
-    await until(() => (respond(), read === 2 * total), { everyMs: 5, what: () => `the responses: ${read}` });
+    await until(() => respond() && read === 2 * total, { everyMs: 5, what: () => `the responses: ${read}` });
     deaf.destroy();
   });
 
