@@ -34,8 +34,8 @@
 #define COPY_SIZE (32 * 1024)  /* a piece as large as this is the first of a loud stream */
 #define SPLICE_MIN 4096        /* a smaller piece is copied the next time */
 #define WRITE_AGAIN_MS 500
-#define LOOK_MIN_MS 20
-#define LOOK_MAX_MS 1000
+#define LOOK_MS 100
+#define LOOK_ALONE_MS 1000
 
 enum { KIND_NONE, KIND_FIFO, KIND_FILE, KIND_LOGGER };
 
@@ -44,8 +44,8 @@ struct flow {
   struct watch from, to;
   bool open, may_splice, splicing, grown, to_file, to_pollable, failing;
   struct buffer pending; /* read, not yet written */
-  struct timer again;    /* writing to a file failed; or: look for a reader of what is left */
-  int left;              /* write end of a FIFO that has unread bytes and no reader, after the end; 0: none */
+  struct timer again;    /* writing to a file failed; or: look whether the rest has been read */
+  int left;              /* write end of a FIFO that has unread bytes, after the end; 0: none */
   uint64_t look_ms;
 };
 
@@ -108,19 +108,22 @@ void io_logger_drained(struct io *io) { drained(io); }
 static void look_due(struct timer *timer) {
   struct flow *f = container_of(timer, struct flow, again);
   struct pollfd p = {.fd = f->left};
-  if (poll(&p, 1, 0) > 0 && p.revents & POLLERR) { /* still no reader */
-    f->look_ms = f->look_ms * 2 > LOOK_MAX_MS ? LOOK_MAX_MS : f->look_ms * 2;
-    timer_start(timer, f->look_ms, look_due);
-  } else {
+  int unread = 0;
+  if (ioctl(f->left, FIONREAD, &unread) < 0 || unread == 0) {
     close(f->left);
     f->left = 0;
+    return;
   }
+  /* Our fd can only write, so POLLERR says that there is no reader. */
+  uint64_t longest = poll(&p, 1, 0) > 0 && p.revents & POLLERR ? LOOK_ALONE_MS : LOOK_MS;
+  f->look_ms = f->look_ms * 2 > longest ? longest : f->look_ms * 2;
+  timer_start(timer, f->look_ms, look_due);
 }
 
 /*
- * The process has ended. A FIFO loses its bytes with its last fd, so one that has bytes and no reader is kept until one comes, or
- * IO_FREE. A reader that is there must see the end at once: clients wait for it before they call Delete. While our own fd can
- * read, the kernel tells of no missing reader; one that can only write gets POLLERR.
+ * The process has ended. A FIFO loses its bytes with its last fd, so one that has unread bytes is kept until they are read, or
+ * IO_FREE: its reader may be away, or leaving. But readers must see the end soon, because clients wait for it before they call
+ * Delete. Nothing tells of a FIFO that has become empty, so we look: after a millisecond, then ever less often.
  */
 static void keep_unread(struct flow *f) {
   int unread = 0;
@@ -131,8 +134,8 @@ static void keep_unread(struct flow *f) {
   if (fd < 0) return;
   watch_close(&f->to);
   f->left = fd;
-  f->look_ms = LOOK_MIN_MS / 2;
-  look_due(&f->again);
+  f->look_ms = 1;
+  timer_start(&f->again, f->look_ms, look_due);
 }
 
 static void flow_stop(struct flow *f, bool ended) {

@@ -144,7 +144,7 @@ describe.concurrent("hostile bytes", () => {
   it(
     "on the pod's socket neither end the keeper nor reach anything but their own connection",
     async () => {
-      await using pod = await Pod.start({ CEDANA_KEEPER_PATIENCE_MS: "20" });
+      await using pod = await Pod.start({ CEDANA_KEEPER_PATIENCE_MS: "400" });
       const random = new Random(seed);
       const end = Date.now() + seconds * 1_000;
       for (let round = 0; Date.now() < end; round++) {
