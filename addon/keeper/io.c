@@ -31,8 +31,8 @@
 
 #define PIPE_SIZE (256 * 1024)
 #define ROUNDS 64
-#define COPY_SIZE (32 * 1024)  /* a piece as large as this is the first of a loud stream */
-#define SPLICE_MIN 4096        /* a smaller piece is copied the next time */
+#define COPY_SIZE (32 * 1024)
+#define SPLICE_MIN 8192 /* after a piece as large as this the next is spliced, after a smaller one copied: slots are two thirds full */
 #define WRITE_AGAIN_MS 500
 #define LOOK_MS 100
 #define LOOK_ALONE_MS 1000
@@ -183,6 +183,7 @@ static int move_some(struct flow *f) {
     n = splice(f->from.fd, NULL, f->to.fd, NULL, PIPE_SIZE, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
     if (n < 0) return -errno;
     f->splicing = n >= SPLICE_MIN;
+    if (n >= COPY_SIZE) flow_grow(f);
     return n > 0 ? 1 : 0;
   }
   n = read(f->from.fd, scratch, COPY_SIZE);
@@ -192,10 +193,7 @@ static int move_some(struct flow *f) {
   int error = written < 0 ? errno : 0;
   if (written < n) buffer_append(&f->pending, scratch + (error ? 0 : written), (size_t)(n - (error ? 0 : written)));
   if (error) return -error;
-  if (n == COPY_SIZE && f->may_splice) {
-    f->splicing = true;
-    flow_grow(f);
-  }
+  f->splicing = f->may_splice && n >= SPLICE_MIN;
   return 1;
 }
 

@@ -168,6 +168,8 @@ export class FakeCedanad {
   readonly runDir: string;
   readonly socketPath: string;
   readonly links: Link[] = [];
+  /** pids of all that have said HELLO */
+  readonly keepers = new Set<number>();
   readonly startAnswer: FieldValues;
   #server: Server | undefined;
   #lock: number;
@@ -221,6 +223,7 @@ export class FakeCedanad {
         if (this.alive) link.send(messageType.START_ANSWER, this.startAnswer);
         return;
       case messageType.HELLO:
+        this.keepers.add(message.int("pid"));
         if (this.welcome) link.send(messageType.WELCOME, this.welcome);
         return;
       case messageType.PING:
@@ -361,9 +364,10 @@ export class Ground {
   async [Symbol.asyncDispose](): Promise<void> {
     for (const client of this.#clients) client.close();
     for (const child of this.#launchers) if (child.exitCode === null) child.kill("SIGKILL");
-    for (const pid of this.pids) kill(pid);
+    const pids = [...this.pids, ...this.cedanad.keepers];
+    for (const pid of pids) kill(pid);
     await this.cedanad.end();
-    await until(() => this.pids.every((pid) => !isAlive(pid)), { what: () => `the end of ${this.pids}` });
+    await until(() => pids.every((pid) => !isAlive(pid)), { what: () => `the end of ${pids}` });
     const findings = this.findings();
     fs.rmSync(this.dir, { recursive: true, force: true, maxRetries: 3 });
     if (findings) throw new Error(`the sanitizers report:\n${findings}`);
