@@ -426,7 +426,9 @@ static int info(void) {
 
 int launcher_main(int argc, char **argv) {
   /* With one of the three closed, a socket of ours would get its number, and lose it to /dev/null in the keeper. */
-  for (int fd = open("/dev/null", O_RDWR); fd >= 0 && fd <= 2;) fd = open("/dev/null", O_RDWR);
+  int fd = open("/dev/null", O_RDWR);
+  while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
+  close_fd(&fd);
   parse(argc, argv);
   if (flags.version) {
     printf("%s:\n  Version:  %s\n  Revision: %s\n  Protocol: %d to %d\n\n", argv[0], BUILD_VERSION, BUILD_REVISION, PROTOCOL_MIN, KEEPER_VERSION_MAX);
