@@ -229,13 +229,11 @@ static void leave_begin(void) {
 
 static void operate(const struct message *m) {
   if (requests_repeated(tag_of(m), m->type)) return;
-  char *why = NULL;
-  int result;
   switch (m->type) {
     case MESSAGE_SPAWN: children_spawn(m); return;
     case MESSAGE_SIGNAL: children_signal(m); return;
-    case MESSAGE_MOUNT: result = mount_make(m, &why); break;
-    case MESSAGE_UNMOUNT: result = unmount_below(message_string(m, FIELD_TARGET), &why); break;
+    case MESSAGE_MOUNT:
+    case MESSAGE_UNMOUNT: mount_operate(m); return;
     case MESSAGE_IO_OPEN: io_open(m); return;
     case MESSAGE_IO_RESIZE: io_resize(m); return;
     case MESSAGE_IO_CLOSE_STDIN: io_close_stdin(m); return;
@@ -243,8 +241,6 @@ static void operate(const struct message *m) {
     case MESSAGE_IO_FREE: io_free(m); return;
     default: oom_watch(m); return;
   }
-  result_send(tag_of(m), -result, why ? why : result ? strerror(-result) : NULL);
-  free(why);
 }
 
 static void tell_everything(void) {

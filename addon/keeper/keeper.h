@@ -122,7 +122,8 @@ bool logger_is_drained(const struct logger *l);
 bool logger_end(struct logger *l, struct tag tag);
 
 /* ---- mount.c ---- */
-int mount_make(const struct message *m, char **why);
+/* MOUNT and UNMOUNT. */
+void mount_operate(const struct message *m);
 int unmount_below(const char *target, char **why);
 
 /* ---- events.c ---- */

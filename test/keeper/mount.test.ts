@@ -3,6 +3,8 @@
 import { execFileSync } from "node:child_process";
 import fs from "node:fs";
 import { beforeAll, describe, expect, it } from "vitest";
+import { encodeMessage, type FieldValues } from "../../src/shim/keeper-protocol.ts";
+import { until } from "../live/harness/until.ts";
 import { BUILD_TIMEOUT_MS, buildKeeper, isRoot, Pod, type } from "./harness.ts";
 
 beforeAll(buildKeeper, BUILD_TIMEOUT_MS);
@@ -113,6 +115,46 @@ describe.skipIf(!isRoot)("mounts", () => {
     }
     expect((await p.link.operate(type.UNMOUNT, { target: base })).int("errno")).toBe(0);
   });
+
+  it.skipIf(!fs.existsSync("/dev/loop-control") || !fs.existsSync("/sbin/mkfs.ext4"))(
+    "of a disk keep nobody waiting: an image by a loop device, which goes with its mount",
+    async () => {
+      await using p = await pod();
+      const [image, target] = [p.path("image"), p.path("target")];
+      fs.writeFileSync(image, "");
+      fs.truncateSync(image, 8 << 20);
+      execFileSync("/sbin/mkfs.ext4", ["-q", image]);
+      const behind = async (kind: typeof type.MOUNT | typeof type.UNMOUNT, values: FieldValues) => {
+        const step = `disk-${p.link.log.length}`;
+        // Both in one piece: the second is answered first, because the first is left to a helper.
+        p.link.socket.write(
+          Buffer.concat([
+            encodeMessage(kind, { request: 0, step, ...values }),
+            encodeMessage(type.IO_FREE, { request: 0, step: `${step}-behind`, io: "none" }),
+          ]),
+        );
+        const result = await p.link.result(0, step);
+        expect(p.link.log.slice(-2).map((message) => message.string("step"))).toEqual([
+          `${step}-behind`,
+          step,
+        ]);
+        return result.string("message");
+      };
+      expect(await behind(type.MOUNT, { mountType: "ext4", source: image, target, loop: 1 })).toBe("");
+      const device = mountsBelow(p.dir)[0]!.split(" - ")[1]!.split(" ")[1]!;
+      expect(device).toMatch(/^\/dev\/loop\d+$/);
+      fs.writeFileSync(`${target}/file`, "x");
+      expect(await behind(type.UNMOUNT, { target })).toBe("");
+      expect(mountsBelow(p.dir)).toEqual([]);
+      await until(() => !fs.existsSync(`/sys/block/${device.slice(5)}/loop/backing_file`), {
+        what: () => `the end of ${device}`,
+      });
+      expect(await behind(type.MOUNT, { mountType: "ext4", source: "/dev/null", target })).toMatch(
+        /mount \/dev\/null \(ext4\) at .*: Block device required/,
+      );
+      expect(p.link.count(type.EXIT)).toBe(0);
+    },
+  );
 
   it("bind a directory", async () => {
     await using p = await pod();

@@ -142,7 +142,10 @@ describe.concurrent("FIFOs", () => {
     await ended();
     expect(await drain(pod, "a")).toBe(0);
     const wanted = digits(100_000);
-    await until(() => first.bytes + second.bytes >= wanted.length, { what: () => `the rest: ${first.bytes} and ${second.bytes} of ${wanted.length} bytes; ${JSON.stringify([first.text.slice(-30), second.text.slice(0, 30), second.text.slice(-30)])}` });
+    await until(() => first.bytes + second.bytes >= wanted.length, {
+      what: () =>
+        `the rest: ${first.bytes} and ${second.bytes} of ${wanted.length} bytes; ${JSON.stringify([first.text.slice(-30), second.text.slice(0, 30), second.text.slice(-30)])}`,
+    });
     expect(first.text + second.text === wanted).toBe(true);
     await second.leave();
   });
