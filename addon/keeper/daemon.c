@@ -94,6 +94,11 @@ int daemon_lock_holder(pid_t *pid) {
   return result;
 }
 
+void daemon_kill(int pidfd, pid_t pid, uint64_t waited_ms) {
+  daemon_log_line("cedanad (pid %d) has not answered for %llu ms: killed", (int)pid, (unsigned long long)waited_ms);
+  syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
+}
+
 /* Bound and listening, with mode 0600 from its first moment. */
 static int make_listener(const char *path) {
   struct sockaddr_un address;
@@ -219,7 +224,7 @@ int daemon_start(pid_t *pid) {
 }
 
 int daemon_connect_blocking(bool start, uint64_t deadline) {
-  uint64_t pause = 2;
+  uint64_t pause = 2, longest = 50;
   for (;;) {
     int result = daemon_connect();
     if (result >= 0) return result;
@@ -227,8 +232,11 @@ int daemon_connect_blocking(bool start, uint64_t deadline) {
       pid_t pid;
       result = daemon_start(&pid);
       if (result >= 0) return result;
-      if (pid > 0) continue; /* it listens already: its socket is ours */
-      if (result != -EBUSY) return result;
+      if (pid > 0 && longest == 50) { /* it listens already: its socket is ours */
+        longest = 500;
+        continue;
+      }
+      if (pid <= 0 && result != -EBUSY) return result; /* and one that ends at once is started again ever more slowly */
     } else if (result != -EAGAIN && result != -EBUSY) {
       return result;
     }
@@ -236,6 +244,6 @@ int daemon_connect_blocking(bool start, uint64_t deadline) {
     if (now >= deadline) return -ETIMEDOUT;
     struct timespec wait = {.tv_nsec = (long)pause * 1000000};
     nanosleep(&wait, NULL);
-    pause = pause * 2 > 50 ? 50 : pause * 2;
+    pause = pause * 2 > longest ? longest : pause * 2;
   }
 }

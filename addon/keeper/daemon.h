@@ -28,6 +28,8 @@ int daemon_start(pid_t *pid);
  * holds it, or it is not the process that the lock file names.
  */
 int daemon_lock_holder(pid_t *pid);
+/* Ends a cedanad that hangs, and says so in its log. */
+void daemon_kill(int pidfd, pid_t pid, uint64_t waited_ms);
 /* A line for people in cedanad's log. */
 void daemon_log_line(const char *text, ...) __attribute__((format(printf, 1, 2)));
 

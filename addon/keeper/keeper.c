@@ -316,10 +316,7 @@ static void pong_due(struct timer *timer) {
     timer_start(&pong, pong_ms(), pong_due);
     return;
   }
-  if (pidfd >= 0 && n < 0 && errno == EAGAIN) {
-    daemon_log_line("cedanad (pid %d) has not answered for %d ms: killed", (int)pid, (int)(now_ms() - pong_since_ms));
-    syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
-  }
+  if (pidfd >= 0 && n < 0 && errno == EAGAIN) daemon_kill(pidfd, pid, now_ms() - pong_since_ms);
   link_lost();
 }
 

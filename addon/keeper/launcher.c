@@ -148,6 +148,11 @@ static int ask_daemon(void (*fill)(struct buffer *), int answer_type, struct buf
     if (result == 0) return fd;
     close(fd);
     buffer_free(in);
+    if (result == -ETIMEDOUT) { /* no keeper may be there to end one that hangs; the next call finds another */
+      pid_t pid;
+      autofd pidfd = daemon_lock_holder(&pid);
+      if (pidfd >= 0) daemon_kill(pidfd, pid, daemon_patience_ms());
+    }
     if (result == -ETIMEDOUT || now_ms() >= deadline)
       die("UNAVAILABLE: cedanad at %s gave no answer: %s; its log is %s", daemon_socket(), strerror(-result), daemon_log());
     struct timespec pause = {.tv_nsec = (long)pause_ms * 1000000};

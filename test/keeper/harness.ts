@@ -346,6 +346,16 @@ export class Ground {
     return this.path(name);
   }
 
+  /** A process that has the lock file open and is named in it, as a cedanad that has been started is. */
+  async lockHolder(): Promise<number> {
+    const lock = `${this.cedanad.socketPath}.lock`;
+    const { pid } = spawn("sh", ["-c", `exec 4<"$0"; exec sleep 1000`, lock], { stdio: "ignore" });
+    this.pids.push(pid!);
+    await until(() => fs.readdirSync(`/proc/${pid}/fd`).includes("4"), { what: () => "its fd" });
+    fs.writeFileSync(lock, `${pid}\n`);
+    return pid!;
+  }
+
   async client(): Promise<Client> {
     const client = await Client.connect(this.socketPath);
     this.#clients.push(client);

@@ -154,11 +154,13 @@ describe.concurrent("start", () => {
     const refused = await ground.launch([...ground.flags(), "start"]);
     expect([refused.code, refused.stderr]).toEqual([1, "containerd-shim-cedana-v2: bundle is broken\n"]);
     ground.cedanad.alive = false;
+    const holder = await ground.lockHolder();
     const hung = await ground.launch([...ground.flags(), "start"]);
     expect([hung.code, hung.stderr]).toEqual([
       1,
       expect.stringMatching(/UNAVAILABLE: cedanad at .* gave no answer: .*its log is/),
     ]);
+    await until(() => !isAlive(holder), { what: () => "the end of the cedanad that hangs" });
     Object.assign(ground.cedanad.startAnswer, { errno: 0 });
     await ground.cedanad.die();
     await ground.cedanad.listen();
@@ -176,22 +178,28 @@ describe.concurrent("start", () => {
     ground.cedanad.releaseLock();
     const program = ground.script(
       "cedanad",
-      `echo started >> ${ground.path("starts")}; env > ${ground.path("env")}; ls -l /proc/$$/fd > ${ground.path("fds")}; exec sleep 1000`,
+      `echo $$ >> ${ground.path("starts")}; env > ${ground.path("env")}.$$; ls -l /proc/$$/fd > ${ground.path("fds")}.$$; exec sleep 1000`,
     );
-    const env = { CEDANA_DAEMON: program, CEDANA_KEEPER_PATIENCE_MS: "500", SECRET: "no" };
-    const results = await Promise.all(
-      [1, 2, 3].map(() => ground.launch([...ground.flags(), "start"], { env })),
-    );
-    const pid = Number(fs.readFileSync(`${ground.cedanad.socketPath}.lock`, "utf8"));
-    ground.pids.push(pid);
-    for (const { code, stderr } of results)
+    const env = { CEDANA_DAEMON: program, CEDANA_KEEPER_PATIENCE_MS: "1500", SECRET: "no" };
+    const launched = [1, 2, 3].map(() => ground.launch([...ground.flags(), "start"], { env }));
+    const starts = () => {
+      const file = ground.path("starts");
+      return fs.existsSync(file) ? fs.readFileSync(file, "utf8").trim().split("\n").map(Number) : [];
+    };
+    const pid = await until(() => starts()[0], { what: () => "a cedanad" });
+    await new Promise((resolve) => setTimeout(resolve, 200)); // a second one would come meanwhile
+    expect(starts()).toEqual([pid]);
+    expect(fs.readFileSync(`${ground.cedanad.socketPath}.lock`, "utf8")).toBe(`${pid}\n`);
+    // It never answers: whoever gives up ends it.
+    for (const { code, stderr } of await Promise.all(launched))
       expect([code, stderr]).toEqual([1, expect.stringContaining("UNAVAILABLE")]);
-    expect(fs.readFileSync(ground.path("starts"), "utf8")).toBe("started\n");
-    const environment = fs.readFileSync(ground.path("env"), "utf8");
+    ground.pids.push(...starts());
+    expect(isAlive(pid)).toBe(false);
+    const environment = fs.readFileSync(ground.path(`env.${pid}`), "utf8");
     expect(environment).toContain("LISTEN_FDS=1\n");
     expect(environment).toContain(`LISTEN_PID=${pid}\n`);
     expect(environment).not.toContain("SECRET");
-    expect(fs.readFileSync(ground.path("fds"), "utf8")).toMatch(/ 3 -> socket:[\s\S]* 4 -> .*\.lock/);
+    expect(fs.readFileSync(ground.path(`fds.${pid}`), "utf8")).toMatch(/ 3 -> socket:[\s\S]* 4 -> .*\.lock/);
   });
 
   it("doesn't start one after another when they end at once", async () => {

@@ -156,11 +156,8 @@ describe.concurrent("a cedanad that hangs", () => {
     await first.ended();
     expect(isAlive(innocent)).toBe(true);
     // Ours is held by this process; one that has the lock file open and is named there stands for a cedanad.
-    const holder = spawn("sh", ["-c", `exec 4<"$0"; exec sleep 1000`, `${pod.cedanad.socketPath}.lock`]);
-    pod.pids.push(holder.pid!);
-    await until(() => fs.readdirSync(`/proc/${holder.pid}/fd`).includes("4"), { what: () => "its fd" });
-    fs.writeFileSync(`${pod.cedanad.socketPath}.lock`, `${holder.pid}\n`);
-    await until(() => !isAlive(holder.pid!), { what: () => "its end" });
+    const holder = await pod.lockHolder();
+    await until(() => !isAlive(holder), { what: () => "its end" });
     pod.cedanad.welcome = { version: 2, pid: 0 };
     await pod.cedanad.die();
     await pod.returnCedanad();
@@ -208,15 +205,15 @@ describe.concurrent("leaving", () => {
   });
 
   it("is done alone when no task comes, but not while there is one or a request waits", async () => {
-    await using pod = await Pod.start({ CEDANA_KEEPER_LONELY_MS: "250" });
+    await using pod = await Pod.start({ CEDANA_KEEPER_LONELY_MS: "1000" });
     pod.link.send(type.TASK, { id: "c1", bundle: pod.bundle, pid: 42 });
-    await new Promise((resolve) => setTimeout(resolve, 600));
+    await new Promise((resolve) => setTimeout(resolve, 1_300));
     expect(isAlive(pod.pid)).toBe(true);
     const client = await pod.client();
     client.call("s", "M", empty).catch(() => {});
     const request = await pod.link.take(type.REQUEST);
     pod.link.send(type.TASK_GONE, { id: "c1" });
-    await new Promise((resolve) => setTimeout(resolve, 600));
+    await new Promise((resolve) => setTimeout(resolve, 1_300));
     expect(isAlive(pod.pid)).toBe(true);
     pod.link.respond(request);
     await pod.gone();
@@ -224,7 +221,7 @@ describe.concurrent("leaving", () => {
   });
 
   it("is done alone after a Create that has failed, of which only an out-of-memory watch is known", async () => {
-    await using pod = await Pod.start({ CEDANA_KEEPER_LONELY_MS: "250" });
+    await using pod = await Pod.start({ CEDANA_KEEPER_LONELY_MS: "1000" });
     fs.writeFileSync(pod.path("memory.events"), "oom_kill 0\n");
     await pod.link.operate(type.WATCH_OOM, { id: "c1", path: pod.dir, flags: 2 });
     await pod.gone();
