@@ -156,8 +156,9 @@ describe("the keeper's protocol", () => {
   });
 
   it("has the same limit and the same versions on both sides", () => {
-    expect(header).toMatch(/#define FRAME_MAX \(4 \* MIB \+ 64 \* KIB\)/);
-    expect(keeper.MAX_PAYLOAD_BYTES).toBe(4 * 1024 * 1024 + 64 * 1024);
+    expect(header).toMatch(/#define OPTIONS_MAX \(10 \* MIB\)/);
+    expect(header).toMatch(/#define FRAME_MAX \(OPTIONS_MAX \+ 64 \* KIB\)/);
+    expect(keeper.MAX_PAYLOAD_BYTES).toBe(10 * 1024 * 1024 + 64 * 1024);
     expect(header).toMatch(new RegExp(`#define PROTOCOL_MIN ${keeper.PROTOCOL_VERSION_MIN}\\b`));
     const versions = table("Versions").map(([version]) => Number(version));
     expect(Math.max(...versions)).toBe(keeper.PROTOCOL_VERSION_MAX);

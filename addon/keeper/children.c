@@ -1,8 +1,9 @@
 /*
- * Processes. SPAWN's children are reported by RESULT, with their tag; everything else that ends as our child was adopted (we
- * are a subreaper): reported by EXIT with a sequence number and kept until ACK.
+ * Processes. SPAWN's children are reported by RESULT, with their tag; log programs and helpers by their owner's callback.
+ * Everything else that ends as our child was adopted (we are a subreaper): reported by EXIT with a sequence number and kept until ACK.
  */
 #include "keeper.h"
+#include "daemon.h"
 #include "spawn.h"
 #include <fcntl.h>
 #include <signal.h>
@@ -13,33 +14,40 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+/* Exits of processes that no task has, kept while no cedanad takes them. A container in the host's pid namespace can make thousands. */
+#define ORPHANS_MAX 4096
+
 extern char **environ;
 
-struct child {
-  pid_t pid;
+struct tool {
+  struct child child;
   struct tag tag;
   char *io; /* to close its console listener at the end */
   bool console, timed_out;
   struct timer timer;
-  struct child *next;
 };
 
 struct exited {
   int64_t sequence;
   pid_t pid;
   int status;
-  uint64_t at_ns;
+  uint64_t at_ns, at_ms;
   struct rusage usage;
   struct exited *next;
 };
 
 static struct child *children;
-static struct exited *exits;
+static struct exited *exits, **exits_end = &exits;
+static unsigned exit_count;
 static int64_t last_sequence;
 static struct watch signals;
-static pid_t loggers[8]; /* log programs: their end is nobody's business */
 
 static int64_t us(struct timeval t) { return (int64_t)t.tv_sec * 1000000 + t.tv_usec; }
+
+void child_watch(struct child *child, pid_t pid, void (*ended)(struct child *child, int status)) {
+  *child = (struct child){pid, ended, children};
+  children = child;
+}
 
 static void exit_send(const struct exited *e) {
   if (!cedanad_ready()) return;
@@ -56,41 +64,41 @@ static void exit_send(const struct exited *e) {
   expect_pong();
 }
 
-static void child_free(struct child *c) {
-  for (struct child **at = &children; *at; at = &(*at)->next)
-    if (*at == c) {
-      *at = c->next;
-      break;
-    }
-  timer_stop(&c->timer);
-  tag_free(&c->tag);
-  free(c->io);
-  free(c);
+static void exit_free(struct exited **at) {
+  struct exited *e = *at;
+  *at = e->next;
+  if (exits_end == &e->next) exits_end = at;
+  exit_count--;
+  free(e);
+}
+
+/* The oldest orphan's, unless a call is under way that may yet learn that it was the pid of its process. */
+static void forget_an_orphan(void) {
+  uint64_t working_since = requests_oldest_working_ms();
+  for (struct exited **at = &exits; *at; at = &(*at)->next) {
+    if ((*at)->at_ms >= working_since) return;
+    if (keeper_has_pid((*at)->pid)) continue;
+    static bool said;
+    if (!said) daemon_log_line("%s/%s: ends of more than %d orphans wait for cedanad: the oldest are forgotten", keeper.namespace, keeper.id, ORPHANS_MAX);
+    said = true;
+    exit_free(at);
+    return;
+  }
 }
 
 static void reaped(pid_t pid, int status, const struct rusage *usage) {
-  for (unsigned i = 0; i < countof(loggers); i++)
-    if (loggers[i] == pid) {
-      loggers[i] = 0;
-      return;
-    }
-  for (struct child *c = children; c; c = c->next) {
-    if (c->pid != pid) continue;
-    struct io *io = c->console ? io_find(c->io) : NULL;
-    if (io) io_console_done(io);
-    struct buffer out = {0};
-    size_t begin = result_begin(&out, c->tag, c->timed_out ? ETIMEDOUT : 0, c->timed_out ? "killed: it took too long" : NULL);
-    put_int(&out, FIELD_PID, pid);
-    put_int(&out, FIELD_WAIT_STATUS, status);
-    put_int(&out, FIELD_AT_NS, (int64_t)now_ns_real());
-    result_end(c->tag, &out, begin);
-    child_free(c);
+  for (struct child **at = &children; *at; at = &(*at)->next) {
+    struct child *child = *at;
+    if (child->pid != pid) continue;
+    *at = child->next;
+    child->ended(child, status);
     return;
   }
-  struct exited *e = allocate(sizeof *e), **at = &exits;
-  *e = (struct exited){++last_sequence, pid, status, now_ns_real(), *usage, NULL};
-  while (*at) at = &(*at)->next;
-  *at = e;
+  struct exited *e = allocate(sizeof *e);
+  *e = (struct exited){++last_sequence, pid, status, now_ns_real(), now_ms(), *usage, NULL};
+  *exits_end = e;
+  exits_end = &e->next;
+  if (++exit_count > ORPHANS_MAX) forget_an_orphan();
   exit_send(e);
 }
 
@@ -107,13 +115,14 @@ static void signals_ready(struct watch *watch, uint32_t events) {
   }
 }
 
-void children_init(void) {
+int children_init(void) {
   sigset_t set;
+  signal(SIGCHLD, SIG_DFL); /* ignored by whoever started us, the kernel would reap in our place */
   sigemptyset(&set);
   sigaddset(&set, SIGCHLD);
   sigprocmask(SIG_SETMASK, &set, NULL);
   signals = (struct watch){.fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK), .ready = signals_ready};
-  watch_events(&signals, EPOLLIN);
+  return signals.fd < 0 ? -errno : watch_events(&signals, EPOLLIN);
 }
 
 void children_resend_exits(void) {
@@ -123,9 +132,7 @@ void children_resend_exits(void) {
 void children_ack(int64_t sequence) {
   for (struct exited **at = &exits; *at; at = &(*at)->next)
     if ((*at)->sequence == sequence) {
-      struct exited *e = *at;
-      *at = e->next;
-      free(e);
+      exit_free(at);
       return;
     }
 }
@@ -150,10 +157,26 @@ static char **environment(char **added) {
   return env;
 }
 
+static void tool_ended(struct child *child, int status) {
+  struct tool *t = container_of(child, struct tool, child);
+  struct io *io = t->console ? io_find(t->io) : NULL;
+  if (io) io_console_done(io);
+  struct buffer out = {0};
+  size_t begin = result_begin(&out, t->tag, t->timed_out ? ETIMEDOUT : 0, t->timed_out ? "killed: it took too long" : NULL);
+  put_int(&out, FIELD_PID, child->pid);
+  put_int(&out, FIELD_WAIT_STATUS, status);
+  put_int(&out, FIELD_AT_NS, (int64_t)now_ns_real());
+  result_end(t->tag, &out, begin);
+  timer_stop(&t->timer);
+  tag_free(&t->tag);
+  free(t->io);
+  free(t);
+}
+
 static void timeout_due(struct timer *timer) {
-  struct child *c = container_of(timer, struct child, timer);
-  c->timed_out = true; /* reported when it has been reaped */
-  kill(c->pid, SIGKILL);
+  struct tool *t = container_of(timer, struct tool, timer);
+  t->timed_out = true; /* reported when it has been reaped */
+  kill(-t->child.pid, SIGKILL); /* with what it has started: the group is its own */
 }
 
 void children_spawn(const struct message *m) {
@@ -171,12 +194,14 @@ void children_spawn(const struct message *m) {
   autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);
   int fds[3] = {-1, -1, -1};
   if (output) {
-    out = open(output, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    out = open(output, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NONBLOCK, 0600); /* a FIFO must not make us wait */
     if (out < 0) {
-      autofree char *why = format("open %s: %s", output, strerror(errno));
-      result_send(tag, errno, why);
+      int error = errno;
+      autofree char *why = format("open %s: %s", output, strerror(error));
+      result_send(tag, error, why);
       return;
     }
+    fcntl(out, F_SETFL, fcntl(out, F_GETFL) & ~O_NONBLOCK);
     fds[1] = fds[2] = out;
   } else if (io_key) {
     io = io_find(io_key);
@@ -208,15 +233,13 @@ void children_spawn(const struct message *m) {
     return;
   }
   if (io && !console) io_spawned(io);
-  struct child *c = allocate(sizeof *c);
-  c->pid = pid;
-  c->tag = tag_copy(tag);
-  c->io = io_key ? copy_string(io_key) : NULL;
-  c->console = console != NULL;
-  c->next = children;
-  children = c;
+  struct tool *t = allocate(sizeof *t);
+  child_watch(&t->child, pid, tool_ended);
+  t->tag = tag_copy(tag);
+  t->io = io_key ? copy_string(io_key) : NULL;
+  t->console = console != NULL;
   int64_t limit = message_int(m, FIELD_TIMEOUT_MS);
-  if (limit > 0) timer_start(&c->timer, (uint64_t)limit, timeout_due);
+  if (limit > 0) timer_start(&t->timer, (uint64_t)limit, timeout_due);
   struct buffer *to = to_cedanad();
   size_t begin = frame_begin(to, MESSAGE_SPAWNED);
   put_int(to, FIELD_REQUEST, tag.request);
@@ -230,13 +253,7 @@ pid_t children_start_logger(char **argv, char **added, int out, int err, int rea
   autofree char *program = find_program(argv[0], getenv("PATH"));
   autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);
   struct spawn s = {.path = program, .argv = argv, .env = env, .fds = {null, null, null, out, err, ready}, .fd_count = 6};
-  pid_t pid = program ? spawn_program(&s) : -ENOENT;
-  for (unsigned i = 0; pid > 0 && i < countof(loggers); i++)
-    if (!loggers[i]) {
-      loggers[i] = pid;
-      break;
-    }
-  return pid;
+  return program ? spawn_program(&s) : -ENOENT;
 }
 
 void children_signal(const struct message *m) {

@@ -1,11 +1,13 @@
 #include "daemon.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -34,6 +36,8 @@ const char *daemon_log(void) {
   return path;
 }
 
+uint64_t daemon_patience_ms(void) { return environment_number("CEDANA_KEEPER_PATIENCE_MS", 10000); }
+
 int daemon_connect(void) { return connect_unix(daemon_socket()); }
 
 void daemon_log_line(const char *text, ...) {
@@ -61,14 +65,38 @@ static int open_lock(void) {
   return fd < 0 ? -errno : fd;
 }
 
-pid_t daemon_lock_holder(void) {
+/* Whether the process has the lock file open. Its pid alone may be that of another process by now. */
+static bool has_lock_open(pid_t pid, int lock) {
+  struct stat wanted, st;
+  autofree char *path = format("/proc/%d/fd", (int)pid);
+  DIR *directory = fstat(lock, &wanted) == 0 ? opendir(path) : NULL;
+  bool found = false;
+  for (struct dirent *entry; directory && !found && (entry = readdir(directory));)
+    found = fstatat(dirfd(directory), entry->d_name, &st, 0) == 0 && st.st_ino == wanted.st_ino && st.st_dev == wanted.st_dev;
+  if (directory) closedir(directory);
+  return found;
+}
+
+int daemon_lock_holder(pid_t *pid) {
   autofd lock = open_lock();
   if (lock < 0) return lock;
   if (flock(lock, LOCK_SH | LOCK_NB) == 0) return -ENOENT;
   char text[32] = {0};
   if (pread(lock, text, sizeof text - 1, 0) <= 0) return -ENOENT;
-  int64_t pid = parse_number(text);
-  return pid > 1 ? (pid_t)pid : -ENOENT;
+  int64_t number = parse_number(text);
+  if (number <= 1 || number > INT32_MAX) return -ENOENT;
+  *pid = (pid_t)number;
+  autofd pidfd = (int)syscall(SYS_pidfd_open, *pid, 0);
+  if (pidfd < 0) return -errno;
+  if (!has_lock_open(*pid, lock)) return -ENOENT;
+  int result = pidfd;
+  pidfd = -1;
+  return result;
+}
+
+void daemon_kill(int pidfd, pid_t pid, uint64_t waited_ms) {
+  daemon_log_line("cedanad (pid %d) has not answered for %llu ms: killed", (int)pid, (unsigned long long)waited_ms);
+  syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
 }
 
 /* Bound and listening, with mode 0600 from its first moment. */
@@ -132,6 +160,8 @@ int daemon_start(pid_t *pid) {
   if (lock < 0) return lock;
   if (flock(lock, LOCK_EX | LOCK_NB) < 0) return errno == EWOULDBLOCK ? -EBUSY : -errno;
 
+  /* Whose pid stands there held the lock before us. Said by nobody, or the wrong process could be taken for a hung cedanad. */
+  if (ftruncate(lock, 0) < 0) return -errno;
   int connection = daemon_connect();
   if (connection >= 0) return connection;
   if (connection == -EAGAIN) return -EBUSY;
@@ -188,13 +218,13 @@ int daemon_start(pid_t *pid) {
   *pid = started;
   char text[24];
   int length = snprintf(text, sizeof text, "%d\n", (int)started);
-  if (ftruncate(lock, 0) == 0 && pwrite(lock, text, (size_t)length, 0) < 0) { /* then nobody can kill it early */
+  if (pwrite(lock, text, (size_t)length, 0) < 0) { /* then nobody can kill it early */
   }
   return -EAGAIN;
 }
 
 int daemon_connect_blocking(bool start, uint64_t deadline) {
-  uint64_t pause = 2;
+  uint64_t pause = 2, longest = 50;
   for (;;) {
     int result = daemon_connect();
     if (result >= 0) return result;
@@ -202,8 +232,11 @@ int daemon_connect_blocking(bool start, uint64_t deadline) {
       pid_t pid;
       result = daemon_start(&pid);
       if (result >= 0) return result;
-      if (pid > 0) continue; /* it listens already: its socket is ours */
-      if (result != -EBUSY) return result;
+      if (pid > 0 && longest == 50) { /* it listens already: its socket is ours */
+        longest = 500;
+        continue;
+      }
+      if (pid <= 0 && result != -EBUSY) return result; /* and one that ends at once is started again ever more slowly */
     } else if (result != -EAGAIN && result != -EBUSY) {
       return result;
     }
@@ -211,6 +244,6 @@ int daemon_connect_blocking(bool start, uint64_t deadline) {
     if (now >= deadline) return -ETIMEDOUT;
     struct timespec wait = {.tv_nsec = (long)pause * 1000000};
     nanosleep(&wait, NULL);
-    pause = pause * 2 > 50 ? 50 : pause * 2;
+    pause = pause * 2 > longest ? longest : pause * 2;
   }
 }

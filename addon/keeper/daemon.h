@@ -14,6 +14,8 @@ extern bool daemon_as_sibling;
 /* The socket's path, in static memory. */
 const char *daemon_socket(void);
 const char *daemon_log(void);
+/* How long callers wait for a cedanad: 10 s, or CEDANA_KEEPER_PATIENCE_MS. */
+uint64_t daemon_patience_ms(void);
 /* An fd (NONBLOCK, CLOEXEC); -ECONNREFUSED or -ENOENT: nobody listens; -EAGAIN: too many wait. */
 int daemon_connect(void);
 /*
@@ -21,8 +23,13 @@ int daemon_connect(void);
  * *pid: the process started, else 0.
  */
 int daemon_start(pid_t *pid);
-/* The pid that holds the lock, from the lock file; -ENOENT when nobody holds it. */
-pid_t daemon_lock_holder(void);
+/*
+ * A pidfd of the process that holds the lock, for whoever must kill a cedanad that has never said its pid. -ENOENT: nobody
+ * holds it, or it is not the process that the lock file names.
+ */
+int daemon_lock_holder(pid_t *pid);
+/* Ends a cedanad that hangs, and says so in its log. */
+void daemon_kill(int pidfd, pid_t pid, uint64_t waited_ms);
 /* A line for people in cedanad's log. */
 void daemon_log_line(const char *text, ...) __attribute__((format(printf, 1, 2)));
 

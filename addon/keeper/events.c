@@ -1,16 +1,23 @@
 /*
  * Events for containerd: TTRPC requests, made by cedanad, sent in order, one at a time, kept while containerd is away. A key
  * that was taken once for a container is not taken again: so an event is neither lost nor doubled when cedanad dies.
+ *
+ * A key comes again only while its request is unanswered or its exit unacknowledged, so the last KEYS_MAX of a container are
+ * enough: a container may live for years and have a health check every second. Of a key its hash is kept (64 bits).
  */
 #include "keeper.h"
+#include "daemon.h"
+#include "protobuf.h"
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define QUEUE_MAX (1 * MIB)
+#define QUEUE_MAX (8 * MIB) /* some ten thousand events */
+#define KEYS_MAX 2048
 #define RETRY_MIN_MS 100
 #define RETRY_MAX_MS 2000
 #define IDLE_MS 5000
 #define ANSWER_MS 10000
+#define HEADER 10
 
 struct event {
   char *id, *key;
@@ -18,14 +25,18 @@ struct event {
   size_t length;
   struct event *next;
 };
-struct key {
-  char *id, *key;
-  struct key *next;
+
+struct container_keys {
+  char *id;
+  uint64_t *hashes; /* a ring once there are KEYS_MAX */
+  unsigned count, capacity, oldest;
+  struct container_keys *next;
 };
 
-static struct event *queue;
-static struct key *keys;
+static struct event *queue, **queue_end = &queue;
+static struct container_keys *containers;
 static size_t queued;
+static bool overflowing;
 static struct watch connection = {.fd = -1};
 static struct buffer in, out;
 static uint32_t stream;
@@ -60,11 +71,26 @@ static void retry_due(struct timer *timer) {
 static void drop_first(void) {
   struct event *e = queue;
   queue = e->next;
+  if (!queue) queue_end = &queue;
   queued -= e->length;
   free(e->id);
   free(e->key);
   free(e->frame);
   free(e);
+}
+
+/* An event that containerd will not get is never dropped without a word. */
+static void refused(const char *id, const char *key, const char *why) {
+  if (!cedanad_ready()) {
+    daemon_log_line("event %s of %s is lost: %s", key, id, why);
+    return;
+  }
+  struct buffer *to = to_cedanad();
+  size_t begin = frame_begin(to, MESSAGE_EVENT_REFUSED);
+  put_string(to, FIELD_ID, id);
+  put_string(to, FIELD_EVENT_KEY, key);
+  put_string(to, FIELD_MESSAGE, why);
+  frame_end(to, begin);
 }
 
 static bool flush(void) {
@@ -81,10 +107,19 @@ static bool flush(void) {
   return true;
 }
 
-/* Status code of an encoded Response: field 1 (Status), field 1 in it. */
-static unsigned status_code(const uint8_t *p, size_t length) {
-  if (length < 3 || p[0] != 0x0a || p[1] < 2 || p[2] != 0x08) return 0;
-  return p[3];
+/* An encoded Response (1: Status {1: code, 2: message}) to the first event of the queue. */
+static void answered(struct slice response) {
+  struct slice status = {0}, text = {0};
+  uint64_t code = 0;
+  waiting = false;
+  retry_ms = RETRY_MIN_MS;
+  if (proto_field(response, 1, &status, NULL) && proto_field(status, 1, NULL, &code) && code != 0) {
+    proto_field(status, 2, &text, NULL);
+    int length = text.length > 500 ? 500 : (int)text.length;
+    autofree char *why = format("status %llu: %.*s", (unsigned long long)code, length, text.data ? (const char *)text.data : "");
+    refused(queue->id, queue->key, why);
+  }
+  drop_first();
 }
 
 static void ready(struct watch *watch, uint32_t events) {
@@ -92,9 +127,9 @@ static void ready(struct watch *watch, uint32_t events) {
     again_later();
     return;
   }
-  if (events & EPOLLOUT) watch_events(watch, EPOLLIN);
+  if ((events & EPOLLOUT) && !buffer_length(&out)) watch_events(watch, EPOLLIN);
   if (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR))) return;
-  buffer_reserve(&in, 1024);
+  if (buffer_reserve(&in, 1024) < 0) return;
   ssize_t n = recv(watch->fd, in.data + in.end, in.capacity - in.end, MSG_DONTWAIT);
   if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
   if (n <= 0) {
@@ -103,33 +138,19 @@ static void ready(struct watch *watch, uint32_t events) {
     return;
   }
   in.end += (size_t)n;
-  while (buffer_length(&in) >= 10) {
+  while (connection.fd >= 0 && buffer_length(&in) >= HEADER) {
     uint8_t *p = in.data + in.start;
     size_t length = (size_t)p[0] << 24 | (size_t)p[1] << 16 | (size_t)p[2] << 8 | p[3];
     if (length > 4 * MIB) {
       again_later();
       return;
     }
-    if (buffer_length(&in) < 10 + length) return;
+    if (buffer_length(&in) < HEADER + length) return;
     uint32_t of = (uint32_t)p[4] << 24 | (uint32_t)p[5] << 16 | (uint32_t)p[6] << 8 | p[7];
-    unsigned code = status_code(p + 10, length);
-    bool ours = of == stream && p[8] == 2;
-    buffer_consume(&in, 10 + length);
-    if (!ours || !waiting) continue;
-    waiting = false;
-    retry_ms = RETRY_MIN_MS;
-    if (code && cedanad_ready()) {
-      struct buffer *to = to_cedanad();
-      size_t begin = frame_begin(to, MESSAGE_EVENT_REFUSED);
-      put_string(to, FIELD_ID, queue->id);
-      put_string(to, FIELD_EVENT_KEY, queue->key);
-      autofree char *text = format("status %u", code);
-      put_string(to, FIELD_MESSAGE, text);
-      frame_end(to, begin);
-    }
-    drop_first();
-    send_next();
-    return;
+    bool ours = waiting && of == stream && p[8] == 2;
+    if (ours) answered((struct slice){p + HEADER, length});
+    buffer_consume(&in, HEADER + length);
+    if (ours) send_next();
   }
 }
 
@@ -140,7 +161,7 @@ static void send_next(void) {
     return;
   }
   if (connection.fd < 0) {
-    const char *path = keeper.ttrpc_address ? keeper.ttrpc_address : "";
+    const char *path = keeper.ttrpc_address;
     if (starts_with(path, "unix://")) path += 7;
     int fd = connect_unix(path);
     if (fd < 0) {
@@ -160,35 +181,69 @@ static void send_next(void) {
   if (!flush()) again_later();
 }
 
+/* Whether the key is new; it is taken then. */
+static bool take_key(const char *id, const char *key) {
+  struct container_keys *c = containers;
+  while (c && strcmp(c->id, id)) c = c->next;
+  if (!c) {
+    c = allocate(sizeof *c);
+    *c = (struct container_keys){.id = copy_string(id), .next = containers};
+    containers = c;
+  }
+  uint64_t hash = fnv1a(key, strlen(key));
+  for (unsigned i = 0; i < c->count; i++)
+    if (c->hashes[i] == hash) return false;
+  if (c->count == KEYS_MAX) {
+    c->hashes[c->oldest] = hash;
+    c->oldest = (c->oldest + 1) % KEYS_MAX;
+    return true;
+  }
+  if (c->count == c->capacity) {
+    c->capacity = c->capacity ? c->capacity * 2 : 8;
+    c->hashes = reallocate(c->hashes, c->capacity * sizeof *c->hashes);
+  }
+  c->hashes[c->count++] = hash;
+  return true;
+}
+
 void events_queue(const struct message *m) {
   const char *id = message_string(m, FIELD_ID), *key = message_string(m, FIELD_EVENT_KEY);
   const struct field *frame = message_field(m, FIELD_FRAME);
-  if (!id || !key || !frame || frame->length < 10 || !keeper.ttrpc_address) return;
-  for (struct key *k = keys; k; k = k->next)
-    if (!strcmp(k->key, key) && !strcmp(k->id, id)) return;
-  if (queued + frame->length > QUEUE_MAX) return; /* containerd has been away for thousands of events */
-  struct key *k = allocate(sizeof *k);
-  *k = (struct key){copy_string(id), copy_string(key), keys};
-  keys = k;
-  struct event *e = allocate(sizeof *e), **at = &queue;
+  if (!id || !key || !frame || frame->length < HEADER) {
+    refused(id ? id : "", key ? key : "", "an event needs an id, a key and a frame");
+    return;
+  }
+  if (!keeper.ttrpc_address || !*keeper.ttrpc_address) {
+    refused(id, key, "containerd has given no address for events (TTRPC_ADDRESS)");
+    return;
+  }
+  bool full = queued + frame->length > QUEUE_MAX;
+  if (full != overflowing)
+    daemon_log_line("events of %s/%s: %s", keeper.namespace, keeper.id,
+                    full ? "containerd has not taken any for too long, further ones are dropped" : "containerd takes them again");
+  overflowing = full;
+  if (full) {
+    refused(id, key, "too many events wait for containerd");
+    return;
+  }
+  if (!take_key(id, key)) return;
+  struct event *e = allocate(sizeof *e);
   *e = (struct event){copy_string(id), copy_string(key), memcpy(allocate(frame->length), frame->value, frame->length), frame->length, NULL};
-  while (*at) at = &(*at)->next;
-  *at = e;
+  *queue_end = e;
+  queue_end = &e->next;
   queued += e->length;
   if (!waiting && (connection.fd >= 0 || retry_ms == RETRY_MIN_MS)) send_next();
 }
 
 void events_forget(const char *id) {
-  for (struct key **at = &keys; *at;) {
-    struct key *k = *at;
-    if (strcmp(k->id, id)) {
-      at = &k->next;
-      continue;
-    }
-    *at = k->next;
-    free(k->id);
-    free(k->key);
-    free(k);
+  for (struct container_keys **at = &containers; *at; at = &(*at)->next) {
+    struct container_keys *c = *at;
+    if (strcmp(c->id, id)) continue;
+    *at = c->next;
+    free(c->id);
+    free(c->hashes);
+    free(c);
+    return;
   }
 }
 

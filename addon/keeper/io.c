@@ -5,14 +5,21 @@
  *   stdout   pipe from the container, or its pty ──▶ client's FIFO, a log file, a log program
  *   stderr   as stdout, never with a pty
  *
- * Pipe to pipe goes by splice(2); into files (opened O_APPEND, which splice refuses) and from ptys by copying. A flow asks for
- * exactly the side that isn't ready, one event at a time (EPOLLONESHOT), and makes at most ROUNDS moves for an event, so
- * that a loud container doesn't keep the frames waiting.
+ * Pipe to pipe, large pieces go by splice(2) and small ones by copying: a spliced piece keeps a slot of the pipe to itself, so a
+ * FIFO without a reader would be full after 16 lines, where a copy fills its pages. The size of the last piece decides. Pipes
+ * grow when a flow first splices or first waits for its reader: they count against a limit per user (fs.pipe-user-pages-soft), which
+ * a hundred quiet containers would reach with large ones, and past which their own pipes get two pages.
+ * Into files (opened O_APPEND, which splice refuses) and from and to ptys everything is copied.
+ *
+ * A flow asks for exactly the side that isn't ready, one event at a time (EPOLLONESHOT), and makes at most ROUNDS moves for an
+ * event, so that a loud container doesn't keep the frames waiting.
  *
  * Output FIFOs are opened O_RDWR: a reader that leaves gives neither EPIPE nor end of file, and one that returns goes on where
- * the other stopped. The stdin FIFO is held open for writing by ourselves until IO_CLOSE_STDIN.
+ * the other stopped. A file that can't be written (ENOSPC) is tried again: the container waits. The stdin FIFO is held open for
+ * writing by ourselves until IO_CLOSE_STDIN.
  */
 #include "keeper.h"
+#include "daemon.h"
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
@@ -24,15 +31,22 @@
 
 #define PIPE_SIZE (256 * 1024)
 #define ROUNDS 64
-#define COPY_SIZE 16384
+#define COPY_SIZE (32 * 1024)
+#define SPLICE_MIN 8192 /* after a piece as large as this the next is spliced, after a smaller one copied: slots are two thirds full */
+#define WRITE_AGAIN_MS 500
+#define LOOK_MS 100
+#define LOOK_ALONE_MS 1000
 
 enum { KIND_NONE, KIND_FIFO, KIND_FILE, KIND_LOGGER };
 
 struct flow {
   struct io *io;
   struct watch from, to;
-  bool open, copying, to_pollable;
-  struct buffer pending; /* read, not yet written: copying only */
+  bool open, may_splice, splicing, grown, to_file, to_pollable, failing;
+  struct buffer pending; /* read, not yet written */
+  struct timer again;    /* writing to a file failed; or: look whether the rest has been read */
+  int left;              /* write end of a FIFO that has unread bytes, after the end; 0: none */
+  uint64_t look_ms;
 };
 
 struct drain {
@@ -50,13 +64,17 @@ struct io {
   int stdin_fifo, target[2]; /* of a terminal, until the master comes */
   struct flow in, out, err;
   int master;
-  struct watch console;
+  struct watch console, console_peer;
   char *console_path;
+  struct logger *logger;
+  struct tag opening; /* IO_OPEN to be answered when the log program is ready */
   struct drain *drains;
   struct io *next;
 };
 
 static struct io *ios;
+/* Between a read and a write of one flow; what couldn't be written goes into its `pending`. */
+static uint8_t scratch[COPY_SIZE];
 
 struct io *io_find(const char *key) {
   for (struct io *io = ios; key && io; io = io->next)
@@ -64,7 +82,9 @@ struct io *io_find(const char *key) {
   return NULL;
 }
 
-static bool is_drained(const struct io *io) { return !io->out.open && !io->err.open; }
+static bool is_drained(const struct io *io) {
+  return !io->out.open && !io->err.open && (!io->logger || logger_is_drained(io->logger));
+}
 
 static void drain_end(struct drain *d, int error) {
   for (struct drain **at = &d->io->drains; *at; at = &(*at)->next)
@@ -78,14 +98,63 @@ static void drain_end(struct drain *d, int error) {
   free(d);
 }
 
-static void flow_close(struct flow *f) {
+static void drained(struct io *io) {
+  if (is_drained(io))
+    while (io->drains) drain_end(io->drains, 0);
+}
+
+void io_logger_drained(struct io *io) { drained(io); }
+
+static void look_due(struct timer *timer) {
+  struct flow *f = container_of(timer, struct flow, again);
+  struct pollfd p = {.fd = f->left};
+  int unread = 0;
+  if (ioctl(f->left, FIONREAD, &unread) < 0 || unread == 0) {
+    close(f->left);
+    f->left = 0;
+    return;
+  }
+  /* Our fd can only write, so POLLERR says that there is no reader. */
+  uint64_t longest = poll(&p, 1, 0) > 0 && p.revents & POLLERR ? LOOK_ALONE_MS : LOOK_MS;
+  f->look_ms = f->look_ms * 2 > longest ? longest : f->look_ms * 2;
+  timer_start(timer, f->look_ms, look_due);
+}
+
+/*
+ * The process has ended. A FIFO loses its bytes with its last fd, so one that has unread bytes is kept until they are read, or
+ * IO_FREE: its reader may be away, or leaving. But readers must see the end soon, because clients wait for it before they call
+ * Delete. Nothing tells of a FIFO that has become empty, so we look: after a millisecond, then ever less often.
+ */
+static void keep_unread(struct flow *f) {
+  int unread = 0;
+  struct stat st;
+  if (f == &f->io->in || fstat(f->to.fd, &st) < 0 || !S_ISFIFO(st.st_mode) || ioctl(f->to.fd, FIONREAD, &unread) < 0 || unread == 0) return;
+  autofree char *path = format("/proc/self/fd/%d", f->to.fd);
+  int fd = open(path, O_WRONLY | O_NONBLOCK | O_CLOEXEC);
+  if (fd < 0) return;
+  watch_close(&f->to);
+  f->left = fd;
+  f->look_ms = 1;
+  timer_start(&f->again, f->look_ms, look_due);
+}
+
+static void flow_stop(struct flow *f, bool ended) {
   if (!f->open) return;
   f->open = false;
+  timer_stop(&f->again);
   watch_close(&f->from);
+  if (ended) keep_unread(f);
   watch_close(&f->to);
   buffer_free(&f->pending);
-  if (is_drained(f->io))
-    while (f->io->drains) drain_end(f->io->drains, 0);
+  drained(f->io);
+}
+
+static void flow_close(struct flow *f) {
+  flow_stop(f, false);
+  if (!f->left) return;
+  timer_stop(&f->again);
+  close(f->left);
+  f->left = 0;
 }
 
 static bool is_ready(int fd, short events) {
@@ -93,40 +162,84 @@ static bool is_ready(int fd, short events) {
   return poll(&p, 1, 0) > 0;
 }
 
-/* Moves some; 1: moved, 0: end, -EAGAIN: one side isn't ready, other -errno. */
+/* Once: for a stream that is loud, or whose reader is away. */
+static void flow_grow(struct flow *f) {
+  if (f->grown || !f->may_splice) return;
+  f->grown = true; /* EPERM: over the user's limit; they stay as they are */
+  fcntl(f->from.fd, F_SETPIPE_SZ, PIPE_SIZE);
+  fcntl(f->to.fd, F_SETPIPE_SZ, PIPE_SIZE);
+}
+
+/* Moves some; 1: moved, 0: end, -EAGAIN: one side isn't ready, other -errno: the target takes nothing. */
 static int move_some(struct flow *f) {
-  if (!f->copying) {
-    ssize_t n = splice(f->from.fd, NULL, f->to.fd, NULL, PIPE_SIZE, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
-    return n > 0 ? 1 : n == 0 ? 0 : -errno;
+  ssize_t n;
+  if (buffer_length(&f->pending)) {
+    n = write(f->to.fd, f->pending.data + f->pending.start, buffer_length(&f->pending));
+    if (n < 0) return -errno;
+    buffer_consume(&f->pending, (size_t)n);
+    return 1;
   }
-  if (!buffer_length(&f->pending)) {
-    if (buffer_reserve(&f->pending, COPY_SIZE) < 0) return -ENOMEM;
-    ssize_t n = read(f->from.fd, f->pending.data + f->pending.end, COPY_SIZE);
-    if (n < 0) return errno == EIO ? 0 : -errno; /* EIO: the last slave of a pty was closed */
-    if (n == 0) return 0;
-    f->pending.end += (size_t)n;
+  if (f->splicing) {
+    n = splice(f->from.fd, NULL, f->to.fd, NULL, PIPE_SIZE, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
+    if (n < 0) return -errno;
+    f->splicing = n >= SPLICE_MIN;
+    if (n >= COPY_SIZE) flow_grow(f);
+    return n > 0 ? 1 : 0;
   }
-  ssize_t n = write(f->to.fd, f->pending.data + f->pending.start, buffer_length(&f->pending));
-  if (n < 0) return -errno;
-  buffer_consume(&f->pending, (size_t)n);
+  n = read(f->from.fd, scratch, COPY_SIZE);
+  if (n < 0) return errno == EIO ? 0 : -errno; /* EIO: the last slave of a pty was closed */
+  if (n == 0) return 0;
+  ssize_t written = write(f->to.fd, scratch, (size_t)n);
+  int error = written < 0 ? errno : 0;
+  if (written < n) buffer_append(&f->pending, scratch + (error ? 0 : written), (size_t)(n - (error ? 0 : written)));
+  if (error) return -error;
+  f->splicing = f->may_splice && n >= SPLICE_MIN;
   return 1;
+}
+
+static void flow_run(struct flow *f);
+
+static void write_again_due(struct timer *timer) { flow_run(container_of(timer, struct flow, again)); }
+
+/* The target takes nothing: end of the flow, but for a file, whose disk may have room again. */
+static void flow_failed(struct flow *f, int error) {
+  if (!f->to_file || !buffer_length(&f->pending)) {
+    if (error != EPIPE && error != EIO) /* these two: the process, or its terminal, has ended */
+      daemon_log_line("%s/%s: stdio of %s: %s", keeper.namespace, keeper.id, f->io->key, strerror(error));
+    flow_close(f);
+    return;
+  }
+  if (!f->failing)
+    daemon_log_line("%s/%s: write the log file of %s: %s; its output waits", keeper.namespace, keeper.id, f->io->key, strerror(error));
+  f->failing = true;
+  timer_start(&f->again, WRITE_AGAIN_MS, write_again_due);
 }
 
 static void flow_run(struct flow *f) {
   for (unsigned round = 0; round < ROUNDS; round++) {
     int moved = move_some(f);
+    if (moved == 1) f->failing = false;
     if (moved == 1 || moved == -EINTR) continue;
+    if (moved == 0) {
+      flow_stop(f, true);
+      return;
+    }
     if (moved != -EAGAIN) {
-      flow_close(f); /* end of file, or nobody takes it any more (EPIPE, ENOSPC) */
+      flow_failed(f, -moved);
       return;
     }
     bool from_ready = buffer_length(&f->pending) || is_ready(f->from.fd, POLLIN);
-    if (from_ready && f->to_pollable) watch_events(&f->to, EPOLLOUT | EPOLLONESHOT);
-    else watch_events(&f->from, EPOLLIN | EPOLLONESHOT);
+    if (from_ready && f->to_pollable) {
+      flow_grow(f);
+      watch_events(&f->to, EPOLLOUT | EPOLLONESHOT);
+    } else {
+      watch_events(&f->from, EPOLLIN | EPOLLONESHOT);
+    }
     return;
   }
-  watch_events(&f->from, EPOLLIN | EPOLLONESHOT); /* enough for now: the others' turn */
+  /* Enough for now: the others' turn. */
   if (buffer_length(&f->pending) && f->to_pollable) watch_events(&f->to, EPOLLOUT | EPOLLONESHOT);
+  else watch_events(&f->from, EPOLLIN | EPOLLONESHOT);
 }
 
 static void from_ready(struct watch *watch, uint32_t events) {
@@ -140,12 +253,13 @@ static void to_ready(struct watch *watch, uint32_t events) {
 }
 
 /* Takes over both fds. */
-static void flow_open(struct flow *f, struct io *io, int from, int to, bool copying) {
+static void flow_open(struct flow *f, struct io *io, int from, int to, bool may_splice) {
   struct stat st;
   fcntl(from, F_SETFL, fcntl(from, F_GETFL) | O_NONBLOCK);
   fcntl(to, F_SETFL, fcntl(to, F_GETFL) | O_NONBLOCK);
-  *f = (struct flow){.io = io, .from = {.fd = from, .ready = from_ready}, .to = {.fd = to, .ready = to_ready}, .open = true, .copying = copying};
-  f->to_pollable = fstat(to, &st) == 0 && !S_ISREG(st.st_mode) && !(S_ISCHR(st.st_mode) && !isatty(to));
+  *f = (struct flow){.io = io, .from = {.fd = from, .ready = from_ready}, .to = {.fd = to, .ready = to_ready}, .open = true, .may_splice = may_splice};
+  f->to_file = fstat(to, &st) == 0 && S_ISREG(st.st_mode);
+  f->to_pollable = !f->to_file && !(S_ISCHR(st.st_mode) && !isatty(to));
   watch_events(&f->from, EPOLLIN | EPOLLONESHOT);
 }
 
@@ -158,23 +272,34 @@ static void close_all(struct io *io) {
   close_fd(&io->master);
 }
 
+/* Without O_NONBLOCK an open would wait for the other side, and everything of the pod with it. */
+static int open_fifo(const char *path, int mode, char **why) {
+  autofd fd = open(path, mode | O_NONBLOCK | O_CLOEXEC);
+  struct stat st;
+  if (fd < 0 || fstat(fd, &st) < 0) {
+    int error = errno;
+    *why = format("open %s: %s", path, strerror(error));
+    return -error;
+  }
+  if (!S_ISFIFO(st.st_mode)) {
+    *why = format("%s is not a FIFO", path);
+    return -EINVAL;
+  }
+  int result = fd;
+  fd = -1;
+  return result;
+}
+
 /* An output's target; *why says what failed. */
 static int open_target(int kind, const char *path, char **why) {
-  int fd = -1;
-  if (kind == KIND_FIFO) {
-    fd = open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
-    struct stat st;
-    if (fd >= 0 && fstat(fd, &st) == 0 && !S_ISFIFO(st.st_mode)) {
-      close(fd);
-      *why = format("%s is not a FIFO", path);
-      return -EINVAL;
-    }
-    if (fd >= 0) fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE);
-  } else if (kind == KIND_FILE) {
+  if (kind == KIND_FIFO) return open_fifo(path, O_RDWR, why);
+  int fd;
+  if (kind == KIND_FILE) {
     make_parents(path, 0755);
-    fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK, 0644);
   } else {
-    fd = open("/dev/null", O_WRONLY | O_CLOEXEC);
+    path = "/dev/null";
+    fd = open(path, O_WRONLY | O_CLOEXEC);
   }
   if (fd >= 0) return fd;
   int error = errno;
@@ -182,44 +307,42 @@ static int open_target(int kind, const char *path, char **why) {
   return -error;
 }
 
-static int make_pipe(int ends[2], const struct message *m) {
+int io_make_pipe(int ends[2], const struct message *m) {
   if (pipe2(ends, O_CLOEXEC) < 0) return -errno;
-  fcntl(ends[0], F_SETPIPE_SZ, PIPE_SIZE);
   int64_t uid = message_int(m, FIELD_UID), gid = message_int(m, FIELD_GID);
-  if ((uid || gid) && fchown(ends[0], (uid_t)uid, (gid_t)gid) < 0) return -errno;
-  return 0;
+  if ((uid == 0 && gid == 0) || fchown(ends[0], (uid_t)uid, (gid_t)gid) == 0) return 0;
+  int error = errno;
+  close(ends[0]);
+  close(ends[1]);
+  return -error;
 }
 
-/* One program for both streams. On success the container's (or the pty's) write ends are in targets. */
-static int start_logger(const struct message *m, int targets[2], bool both, char **why) {
-  int out[2] = {-1, -1}, err[2] = {-1, -1}, ready[2] = {-1, -1};
-  autofree char **argv = message_list(m, FIELD_DRIVER_ARGV);
-  autofree char **env = message_list(m, FIELD_DRIVER_ENV);
-  int result = argv ? 0 : -EINVAL;
-  if (result == 0) result = make_pipe(out, m);
-  if (result == 0) result = make_pipe(err, m);
-  if (result == 0 && pipe2(ready, O_CLOEXEC) < 0) result = -errno;
-  pid_t pid = result < 0 ? result : children_start_logger(argv, env, out[0], err[0], ready[1]);
-  close_fd(&out[0]);
-  close_fd(&err[0]);
-  close_fd(&ready[1]);
-  if (pid > 0) {
-    int64_t limit = message_int(m, FIELD_TIMEOUT_MS);
-    result = wait_fd(ready[0], POLLIN, now_ms() + (uint64_t)(limit > 0 ? limit : 10000));
-    if (result < 0) {
-      kill(pid, SIGKILL);
-      *why = format("log program %s is not ready in time", argv[0]);
+/* Everything of an io object but the memory, which the loop frees. A log program that must be waited for goes on by itself: false. */
+static bool io_destroy(struct io *io, struct tag tag) {
+  for (struct io **at = &ios; *at; at = &(*at)->next)
+    if (*at == io) {
+      *at = io->next;
+      break;
     }
-  } else {
-    result = pid;
-    *why = format("start log program %s: %s", argv ? argv[0] : "(none)", strerror(-result));
-  }
-  close_fd(&ready[0]);
-  if (result < 0 || !both) close_fd(&err[1]);
-  if (result < 0) close_fd(&out[1]);
-  targets[0] = out[1];
-  targets[1] = err[1];
-  return result;
+  io_console_done(io);
+  flow_close(&io->in);
+  flow_close(&io->out);
+  flow_close(&io->err);
+  while (io->drains) drain_end(io->drains, 0);
+  close_all(io);
+  bool gone = !io->logger || logger_end(io->logger, tag);
+  tag_free(&io->opening);
+  free(io->key);
+  loop_free_later(io);
+  return gone;
+}
+
+void io_logger_started(struct io *io, int error, const char *why) {
+  struct tag tag = io->opening;
+  io->opening = (struct tag){0};
+  result_send(tag, error, why);
+  tag_free(&tag);
+  if (error) io_destroy(io, (struct tag){0});
 }
 
 void io_open(const struct message *m) {
@@ -233,21 +356,19 @@ void io_open(const struct message *m) {
   io->key = copy_string(key);
   io->terminal = message_int(m, FIELD_TERMINAL);
   io->child[0] = io->child[1] = io->child[2] = io->stdin_keep = io->stdin_fifo = io->master = -1;
-  io->target[0] = io->target[1] = io->console.fd = -1;
+  io->target[0] = io->target[1] = io->console.fd = io->console_peer.fd = -1;
   int kinds[2] = {(int)message_int(m, FIELD_STDOUT_KIND), (int)message_int(m, FIELD_STDERR_KIND)};
   const char *paths[2] = {message_string(m, FIELD_STDOUT), message_string(m, FIELD_STDERR)};
   autofree char *why = NULL;
   int result = 0;
   if (in) {
-    io->stdin_fifo = open(in, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (io->stdin_fifo >= 0) io->stdin_keep = open(in, O_WRONLY | O_NONBLOCK | O_CLOEXEC);
-    if (io->stdin_keep < 0) {
-      result = -errno;
-      why = format("open %s: %s", in, strerror(errno));
-    }
+    io->stdin_fifo = result = open_fifo(in, O_RDONLY, &why);
+    if (result >= 0) io->stdin_keep = result = open_fifo(in, O_WRONLY, &why);
+    if (result > 0) result = 0;
   }
   if (result == 0 && kinds[0] == KIND_LOGGER) {
-    result = start_logger(m, io->target, !io->terminal, &why);
+    result = logger_start(m, io, io->target, &io->logger, &why);
+    if (result == 0 && io->terminal) close_fd(&io->target[1]);
   } else {
     for (int i = 0; i < 2 && result == 0; i++) {
       if (kinds[i] == KIND_NONE && !(io->terminal && i == 0)) continue;
@@ -257,35 +378,34 @@ void io_open(const struct message *m) {
   }
   if (result == 0 && !io->terminal) {
     int ends[2];
-    if (io->stdin_fifo >= 0 && (result = make_pipe(ends, m)) == 0) {
+    if (io->stdin_fifo >= 0 && (result = io_make_pipe(ends, m)) == 0) {
       io->child[0] = ends[0];
-      flow_open(&io->in, io, io->stdin_fifo, ends[1], false);
+      flow_open(&io->in, io, io->stdin_fifo, ends[1], true);
       io->stdin_fifo = -1;
     }
     for (int i = 0; i < 2 && result == 0; i++) {
       if (io->target[i] < 0) continue;
       if (kinds[0] == KIND_LOGGER) {
         io->child[1 + i] = io->target[i]; /* the program reads the container's pipe itself */
-      } else if ((result = make_pipe(ends, m)) == 0) {
+      } else if ((result = io_make_pipe(ends, m)) == 0) {
         io->child[1 + i] = ends[1];
-        flow_open(i == 0 ? &io->out : &io->err, io, ends[0], io->target[i], kinds[i] == KIND_FILE);
+        flow_open(i == 0 ? &io->out : &io->err, io, ends[0], io->target[i], kinds[i] == KIND_FIFO);
+      } else {
+        break;
       }
       io->target[i] = -1;
     }
   }
-  if (result < 0) {
-    flow_close(&io->in);
-    flow_close(&io->out);
-    flow_close(&io->err);
-    close_all(io);
-    free(io->key);
-    free(io);
-    result_send(tag, -result, why ? why : strerror(-result));
-    return;
-  }
   io->next = ios;
   ios = io;
-  result_send(tag, 0, NULL);
+  if (result < 0) {
+    result_send(tag, -result, why ? why : strerror(-result));
+    io_destroy(io, (struct tag){0});
+  } else if (io->logger) {
+    io->opening = tag_copy(tag);
+  } else {
+    result_send(tag, 0, NULL);
+  }
 }
 
 void io_child_fds(struct io *io, int fds[3]) {
@@ -305,33 +425,52 @@ static void master_arrived(struct io *io, int master) {
   }
   io->master = master;
   fcntl(master, F_SETFD, FD_CLOEXEC);
-  if (io->target[0] >= 0) flow_open(&io->out, io, fcntl(master, F_DUPFD_CLOEXEC, 3), io->target[0], true);
-  if (io->stdin_fifo >= 0) flow_open(&io->in, io, io->stdin_fifo, fcntl(master, F_DUPFD_CLOEXEC, 3), true);
+  if (io->target[0] >= 0) flow_open(&io->out, io, fcntl(master, F_DUPFD_CLOEXEC, 3), io->target[0], false);
+  if (io->stdin_fifo >= 0) flow_open(&io->in, io, io->stdin_fifo, fcntl(master, F_DUPFD_CLOEXEC, 3), false);
   io->target[0] = io->stdin_fifo = -1;
 }
 
+/* The message with the pty master, if it has come. Whatever it is, the connection has served. */
 static void console_receive(struct io *io) {
-  autofd peer = accept4(io->console.fd, NULL, NULL, SOCK_CLOEXEC);
-  if (peer < 0) return;
   char data[64];
   union {
     struct cmsghdr header;
     char space[CMSG_SPACE(sizeof(int))];
   } control;
   struct iovec part = {data, sizeof data};
-  struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
-  if (wait_fd(peer, POLLIN, now_ms() + 1000) < 0 || recvmsg(peer, &message, MSG_CMSG_CLOEXEC) < 0) return;
-  struct cmsghdr *c = CMSG_FIRSTHDR(&message);
+  /* CMSG_LEN, not CMSG_SPACE: its padding has room for a second fd. */
+  struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = CMSG_LEN(sizeof(int))};
+  if (io->console_peer.fd < 0) return;
+  ssize_t n = recvmsg(io->console_peer.fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+  if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
+  struct cmsghdr *c = n < 0 ? NULL : CMSG_FIRSTHDR(&message);
   if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS && c->cmsg_len == CMSG_LEN(sizeof(int))) {
     int fd;
     memcpy(&fd, CMSG_DATA(c), sizeof fd);
-    master_arrived(io, fd);
+    if (isatty(fd) && !(message.msg_flags & MSG_CTRUNC)) master_arrived(io, fd);
+    else close(fd);
   }
+  watch_close(&io->console_peer);
+}
+
+static void console_peer_ready(struct watch *watch, uint32_t events) {
+  (void)events;
+  console_receive(container_of(watch, struct io, console_peer));
+}
+
+/* One connection at a time: one that says nothing makes way for the next. */
+static bool console_accept(struct io *io) {
+  int fd = accept4(io->console.fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+  if (fd < 0) return false;
+  watch_close(&io->console_peer);
+  io->console_peer = (struct watch){.fd = fd, .ready = console_peer_ready};
+  watch_events(&io->console_peer, EPOLLIN);
+  return true;
 }
 
 static void console_ready(struct watch *watch, uint32_t events) {
   (void)events;
-  console_receive(container_of(watch, struct io, console));
+  console_accept(container_of(watch, struct io, console));
 }
 
 int io_console_listen(struct io *io, const char *path) {
@@ -359,7 +498,9 @@ int io_console_listen(struct io *io, const char *path) {
 
 void io_console_done(struct io *io) {
   if (io->console.fd < 0) return;
-  if (io->master < 0) console_receive(io); /* sent, but not yet seen */
+  do console_receive(io); /* sent by one that has ended meanwhile, but not yet seen */
+  while (io->master < 0 && console_accept(io));
+  watch_close(&io->console_peer);
   watch_close(&io->console);
   unlink(io->console_path);
   free(io->console_path);
@@ -387,6 +528,7 @@ static void drain_due(struct timer *timer) { drain_end(container_of(timer, struc
 void io_drain(const struct message *m) {
   struct tag tag = tag_of(m);
   struct io *io = io_find(message_string(m, FIELD_IO));
+  if (io) io_spawned(io); /* of one that never started, our own ends would keep the flows open */
   if (!io || is_drained(io)) {
     result_send(tag, 0, NULL);
     return;
@@ -394,25 +536,18 @@ void io_drain(const struct message *m) {
   struct drain *d = allocate(sizeof *d);
   *d = (struct drain){.tag = tag_copy(tag), .io = io, .next = io->drains};
   io->drains = d;
+  if (io->logger) logger_drain(io->logger);
   timer_start(&d->timer, (uint64_t)message_int(m, FIELD_TIMEOUT_MS), drain_due);
 }
 
 void io_free(const struct message *m) {
+  struct tag tag = tag_of(m);
   struct io *io = io_find(message_string(m, FIELD_IO));
-  if (io) {
-    for (struct io **at = &ios; *at; at = &(*at)->next)
-      if (*at == io) {
-        *at = io->next;
-        break;
-      }
-    io_console_done(io);
-    flow_close(&io->in);
-    flow_close(&io->out);
-    flow_close(&io->err);
-    while (io->drains) drain_end(io->drains, 0);
-    close_all(io);
-    free(io->key);
-    loop_free_later(io);
-  }
-  result_send(tag_of(m), 0, NULL);
+  if (io && io->opening.step) result_send(io->opening, ECANCELED, "the io object was freed before its log program was ready");
+  if (!io || io_destroy(io, tag)) result_send(tag, 0, NULL);
+}
+
+void io_leave(void) {
+  for (struct io *io = ios; io; io = io->next)
+    if (io->console_path) unlink(io->console_path);
 }

@@ -2,8 +2,7 @@
  * The keeper of a pod: what must never be lost. Mechanism; every decision is cedanad's.
  *
  * Inherited: the listening TTRPC socket and a connection to cedanad, everything else has been closed. Signals: SIGCHLD by
- * signalfd, SIGPIPE ignored, SIGTERM and SIGINT only heard without a task. Exit codes: 0 when it leaves, 71 out of memory. When
- * cedanad dies: everything is kept, and the next one is told (PROTOCOL.md); when the keeper dies, containerd calls `delete`.
+ * signalfd; SIGPIPE, SIGXFSZ, SIGTERM and SIGINT are ignored. Exit codes: 0 when it leaves, 71 out of memory. When cedanad dies: everything is kept, and the next one is told (PROTOCOL.md); when the keeper dies, containerd calls `delete`.
  */
 #include "keeper.h"
 #include "daemon.h"
@@ -17,22 +16,23 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define PONG_MS 1000           /* containerd gives State 2 s */
-#define WELCOME_MS 10000
+#define PONG_MS 1000           /* containerd gives State 2 s; CEDANA_KEEPER_PONG_MS for tests */
 #define LONELY_MS 60000        /* no task, no request: nobody needs us */
 #define LEAVE_MS 2000
-#define EARLY_MS 5000          /* a cedanad that ends sooner wasn't well */
-#define BACKOFF_MAX_MS 5000
+#define EARLY_MS 5000          /* a cedanad that ends sooner, without a welcome, wasn't well */
+#define QUICK_MS 1000          /* one that ends so soon after it, maybe because of what we told it */
+#define BACKOFF_MIN_MS 100
+#define BACKOFF_MAX_MS 5000    /* without a welcome */
+#define BACKOFF_QUICK_MAX_MS 1000 /* with one: others may need it, and so may our callers (State: 2 s) */
 
 struct keeper keeper;
 
 static struct watch link_ = {.fd = -1};
 static struct buffer in, out, nothing;
 static bool welcomed, leaving;
-static int version;
 static pid_t daemon_pid;
 static int64_t nonce, awaited;
-static uint64_t daemon_since_ms, backoff_ms;
+static uint64_t link_since_ms, pong_since_ms, backoff_ms;
 static struct task *tasks;
 static struct timer reconnect, pong, lonely, leave;
 
@@ -81,36 +81,59 @@ struct task *task_find(const char *id) {
   return NULL;
 }
 
-bool keeper_has_task(void) { return tasks; }
+/* One whose Create has failed has no bundle here: it doesn't keep us. */
+static bool has_task(void) {
+  for (struct task *t = tasks; t; t = t->next)
+    if (t->bundle[0]) return true;
+  return false;
+}
+
+bool keeper_has_pid(pid_t pid) {
+  for (struct task *t = tasks; t; t = t->next) {
+    if (t->pid == pid) return true;
+    for (unsigned i = 0; i < t->exec_count; i++)
+      if (t->exec_pids[i] == pid) return true;
+  }
+  return false;
+}
+
+static struct task *task_make(const char *id) {
+  struct task *t = allocate(sizeof *t);
+  *t = (struct task){.id = copy_string(id), .bundle = copy_string(""), .oom = {.fd = -1}, .event_fd = -1, .next = tasks};
+  tasks = t;
+  return t;
+}
 
 static void task_set(const struct message *m) {
   const char *id = message_string(m, FIELD_ID), *bundle = message_string(m, FIELD_BUNDLE);
   if (!id) return;
   struct task *t = task_find(id);
-  if (!t) {
-    t = allocate(sizeof *t);
-    t->id = copy_string(id);
-    t->oom.fd = -1;
-    t->next = tasks;
-    tasks = t;
-  }
+  if (!t) t = task_make(id);
   free(t->bundle);
   t->bundle = copy_string(bundle ? bundle : "");
   t->pid = message_int(m, FIELD_PID);
+  unsigned count = 0;
+  for (unsigned i = 0; i < m->count; i++) count += m->fields[i].key == FIELD_EXEC_PID;
+  t->exec_pids = reallocate(t->exec_pids, count * sizeof *t->exec_pids);
   t->exec_count = 0;
-  for (unsigned i = 0; i < m->count; i++) t->exec_count += m->fields[i].key == FIELD_EXEC_PID;
-  free(t->exec_pids);
-  t->exec_pids = allocate(t->exec_count * sizeof *t->exec_pids);
-  for (unsigned i = 0, n = 0; i < m->count; i++)
-    if (m->fields[i].key == FIELD_EXEC_PID && m->fields[i].length == 8) memcpy(&t->exec_pids[n++], m->fields[i].value, 8);
+  for (unsigned i = 0; i < m->count; i++)
+    if (m->fields[i].key == FIELD_EXEC_PID) t->exec_pids[t->exec_count++] = field_int(&m->fields[i]);
+}
+
+static uint64_t lonely_ms(void) { return environment_number("CEDANA_KEEPER_LONELY_MS", LONELY_MS); }
+
+static _Noreturn void leave_now(void) {
+  io_leave();
+  exit(0);
 }
 
 static void lonely_due(struct timer *timer) {
-  if (!tasks && requests_open() == 0 && now_ms() - requests_last_ms() >= LONELY_MS) {
-    unlink(keeper.socket_path);
-    _exit(0);
+  uint64_t idle = now_ms() - requests_last_ms(), limit = lonely_ms();
+  if (!has_task() && requests_open() == 0 && idle >= limit) {
+    requests_unlisten();
+    leave_now();
   }
-  timer_start(timer, LONELY_MS, lonely_due);
+  timer_start(timer, idle < limit ? limit - idle : limit, lonely_due);
 }
 
 static void task_gone(const char *id) {
@@ -119,7 +142,7 @@ static void task_gone(const char *id) {
     if (strcmp(t->id, id)) continue;
     *at = t->next;
     watch_close(&t->oom);
-    if (t->event_fd > 0) close(t->event_fd);
+    close_fd(&t->event_fd);
     free(t->id);
     free(t->bundle);
     free(t->exec_pids);
@@ -152,40 +175,33 @@ void oom_watch(const struct message *m) {
     result_send(tag, EINVAL, "watch without id or path");
     return;
   }
-  if (!t) { /* cedanad tells of the task when Create is done */
-    t = allocate(sizeof *t);
-    t->id = copy_string(id);
-    t->bundle = copy_string("");
-    t->oom.fd = -1;
-    t->next = tasks;
-    tasks = t;
-  }
+  if (!t) t = task_make(id); /* cedanad tells of the task when Create is done */
   watch_close(&t->oom);
-  int fd = -1, error = 0;
-  if (message_int(m, FIELD_FLAGS) == 2) {
+  close_fd(&t->event_fd);
+  bool version2 = message_int(m, FIELD_FLAGS) == 2;
+  int error = 0;
+  autofd fd = version2 ? inotify_init1(IN_CLOEXEC | IN_NONBLOCK) : eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (fd < 0) {
+    error = errno;
+  } else if (version2) {
     autofree char *file = format("%s/memory.events", path);
-    fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
-    if (fd >= 0 && inotify_add_watch(fd, file, IN_MODIFY) < 0) error = errno;
+    if (inotify_add_watch(fd, file, IN_MODIFY) < 0) error = errno;
   } else {
     autofree char *control = format("%s/memory.oom_control", path);
     autofree char *registry = format("%s/cgroup.event_control", path);
-    fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    int oom = open(control, O_RDONLY | O_CLOEXEC);
-    if (oom < 0) error = errno;
-    autofree char *line = format("%d %d", fd, oom);
-    int result = error ? 0 : write_existing(registry, line);
-    if (result < 0) error = -result;
-    if (t->event_fd > 0) close(t->event_fd);
-    t->event_fd = oom;
+    t->event_fd = open(control, O_RDONLY | O_CLOEXEC);
+    if (t->event_fd < 0) error = errno;
+    autofree char *line = format("%d %d", fd, t->event_fd);
+    if (!error) error = -write_existing(registry, line);
   }
-  if (fd < 0) error = errno;
   if (error) {
-    if (fd >= 0) close(fd);
+    close_fd(&t->event_fd);
     autofree char *why = format("watch %s: %s", path, strerror(error));
     result_send(tag, error, why);
     return;
   }
   t->oom = (struct watch){.fd = fd, .ready = oom_ready};
+  fd = -1;
   watch_events(&t->oom, EPOLLIN);
   result_send(tag, 0, NULL);
 }
@@ -194,25 +210,30 @@ void oom_watch(const struct message *m) {
 
 static void leave_due(struct timer *timer) {
   (void)timer;
-  unlink(keeper.socket_path);
-  _exit(0);
+  leave_now();
 }
 
 static void leave_if_done(void) {
-  if (leaving && events_idle() && requests_open() == 0) leave_due(NULL);
+  if (leaving && events_idle() && requests_open() == 0 && requests_flushed()) leave_now();
+}
+
+/* The socket goes at once: who connected from now on would be lost when we are gone. A keeper that comes after us binds it anew. */
+static void leave_begin(void) {
+  if (leaving) return;
+  leaving = true;
+  requests_unlisten();
+  timer_start(&leave, LEAVE_MS, leave_due);
 }
 
 /* ---- what cedanad says ---- */
 
 static void operate(const struct message *m) {
   if (requests_repeated(tag_of(m), m->type)) return;
-  char *why = NULL;
-  int result;
   switch (m->type) {
     case MESSAGE_SPAWN: children_spawn(m); return;
     case MESSAGE_SIGNAL: children_signal(m); return;
-    case MESSAGE_MOUNT: result = mount_make(m, &why); break;
-    case MESSAGE_UNMOUNT: result = unmount_below(message_string(m, FIELD_TARGET), &why); break;
+    case MESSAGE_MOUNT:
+    case MESSAGE_UNMOUNT: mount_operate(m); return;
     case MESSAGE_IO_OPEN: io_open(m); return;
     case MESSAGE_IO_RESIZE: io_resize(m); return;
     case MESSAGE_IO_CLOSE_STDIN: io_close_stdin(m); return;
@@ -220,8 +241,6 @@ static void operate(const struct message *m) {
     case MESSAGE_IO_FREE: io_free(m); return;
     default: oom_watch(m); return;
   }
-  result_send(tag_of(m), -result, why ? why : result ? strerror(-result) : NULL);
-  free(why);
 }
 
 static void tell_everything(void) {
@@ -245,7 +264,7 @@ static void welcome(const struct message *m) {
     link_lost();
     return;
   }
-  version = (int)message_int(m, FIELD_VERSION);
+  if (welcomed) return;
   daemon_pid = (pid_t)message_int(m, FIELD_PID);
   welcomed = true;
   awaited = 0;
@@ -267,10 +286,7 @@ static void handle(const struct message *m) {
       return;
     case MESSAGE_ACK: children_ack(message_int(m, FIELD_SEQUENCE)); return;
     case MESSAGE_EVENT: events_queue(m); return;
-    case MESSAGE_LEAVE:
-      leaving = true;
-      timer_start(&leave, LEAVE_MS, leave_due);
-      return;
+    case MESSAGE_LEAVE: leave_begin(); return;
     case MESSAGE_SPAWN ... MESSAGE_IO_FREE: operate(m); return;
     case MESSAGE_WATCH_OOM:
       if (KEEPER_VERSION_MAX >= 2) operate(m);
@@ -281,23 +297,26 @@ static void handle(const struct message *m) {
 
 /* ---- the lifeline ---- */
 
-/* A cedanad that hangs is worse than a dead one: containerd gives up after 2 s. */
+static uint64_t pong_ms(void) { return environment_number("CEDANA_KEEPER_PONG_MS", PONG_MS); }
+
+/*
+ * A cedanad that hangs is worse than a dead one: containerd gives up after 2 s. It must be certain whom the pid means:
+ *  - it has welcomed us: the pid is its own, and our connection ends with it. So, with a pidfd open, a connection that hasn't
+ *    ended says that the pidfd is cedanad's. (SO_PEERCRED would name whoever called listen(2), a launcher.)
+ *  - it hasn't: the lock file names it, and it must have that file open.
+ */
 static void pong_due(struct timer *timer) {
   (void)timer;
   if (link_.fd < 0) return;
   char byte;
-  if (welcomed && recv(link_.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0) { /* it has answered; we were slow */
-    timer_start(&pong, PONG_MS, pong_due);
+  pid_t pid = daemon_pid;
+  autofd pidfd = pid > 1 ? (int)syscall(SYS_pidfd_open, pid, 0) : daemon_lock_holder(&pid);
+  ssize_t n = recv(link_.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+  if (n > 0) { /* it has answered; we were slow */
+    timer_start(&pong, pong_ms(), pong_due);
     return;
   }
-  pid_t pid = daemon_pid ? daemon_pid : daemon_lock_holder();
-  int pidfd = pid > 1 ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
-  /* The pid is that of whoever holds the lock still: opened first, so that it can't be another's by now. */
-  if (pidfd >= 0 && daemon_lock_holder() == pid) {
-    daemon_log_line("cedanad (pid %d) has not answered for %d ms: killed", (int)pid, welcomed ? PONG_MS : WELCOME_MS);
-    syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
-  }
-  if (pidfd >= 0) close(pidfd);
+  if (pidfd >= 0 && n < 0 && errno == EAGAIN) daemon_kill(pidfd, pid, now_ms() - pong_since_ms);
   link_lost();
 }
 
@@ -307,7 +326,8 @@ void expect_pong(void) {
   size_t begin = frame_begin(&out, MESSAGE_PING);
   put_int(&out, FIELD_NONCE, awaited);
   frame_end(&out, begin);
-  timer_start(&pong, PONG_MS, pong_due);
+  pong_since_ms = now_ms();
+  timer_start(&pong, pong_ms(), pong_due);
 }
 
 void keeper_flush(void) {
@@ -346,14 +366,14 @@ static void link_ready(struct watch *watch, uint32_t events) {
       return;
     }
     handle(&m);
-    if (link_.fd >= 0) message_free(&in, &m);
+    message_free(&in, &m);
   }
 }
 
 static void link_up(int fd) {
   link_ = (struct watch){.fd = fd, .ready = link_ready};
   watch_events(&link_, EPOLLIN);
-  daemon_since_ms = now_ms();
+  link_since_ms = pong_since_ms = now_ms();
   daemon_pid = 0;
   size_t begin = frame_begin(&out, MESSAGE_HELLO);
   put_int(&out, FIELD_VERSION_MIN, PROTOCOL_MIN);
@@ -369,43 +389,58 @@ static void link_up(int fd) {
   put_string(&out, FIELD_SOCKET_PATH, keeper.socket_path);
   put_string(&out, FIELD_BUILD, BUILD_VERSION);
   frame_end(&out, begin);
-  timer_start(&pong, WELCOME_MS, pong_due);
+  timer_start(&pong, daemon_patience_ms(), pong_due);
+}
+
+/* The next pause: twice as long each time, none at first when cedanad had been well. */
+static uint64_t longer(uint64_t pause_ms, uint64_t max_ms) {
+  return pause_ms == 0 ? BACKOFF_MIN_MS : pause_ms * 2 > max_ms ? max_ms : pause_ms * 2;
 }
 
 static void link_lost(void) {
+  static bool quick;
   if (link_.fd < 0) return;
+  uint64_t lived_ms = now_ms() - link_since_ms;
   watch_close(&link_);
-  buffer_free(&in);
   buffer_free(&out);
-  bool early = now_ms() - daemon_since_ms < EARLY_MS && !welcomed;
+  if (!welcomed) {
+    backoff_ms = lived_ms < EARLY_MS ? longer(backoff_ms, BACKOFF_MAX_MS) : 0;
+  } else {
+    backoff_ms = lived_ms < QUICK_MS && quick ? longer(backoff_ms, BACKOFF_QUICK_MAX_MS) : 0;
+    quick = lived_ms < QUICK_MS;
+  }
   welcomed = false;
   awaited = 0;
   timer_stop(&pong);
-  if (leaving) leave_due(NULL); /* nobody is left to tell us more */
-  backoff_ms = !early ? 0 : backoff_ms == 0 ? 100 : backoff_ms * 2 > BACKOFF_MAX_MS ? BACKOFF_MAX_MS : backoff_ms * 2;
+  if (leaving) leave_now(); /* nobody is left to tell us more */
   requests_cedanad_gone();
   timer_start(&reconnect, backoff_ms, link_try);
 }
 
 static void link_try(struct timer *timer) {
-  static uint64_t pause_ms;
+  static uint64_t pause_ms, failed_ms;
+  bool cannot_start = false;
   int fd = daemon_connect();
   if (fd == -ENOENT || fd == -ECONNREFUSED) {
     pid_t pid;
     fd = daemon_start(&pid);
     if (pid > 0) fd = daemon_connect();
+    else cannot_start = fd < 0 && fd != -EBUSY;
   }
   if (fd >= 0) {
-    pause_ms = 0;
+    pause_ms = failed_ms = 0;
+    buffer_free(&in);
     link_up(fd);
     return;
   }
-  bool soon = fd == -EBUSY || fd == -EAGAIN || fd == -ECONNREFUSED || fd == -ENOENT;
-  pause_ms = !soon ? 1000 : pause_ms == 0 ? 2 : pause_ms * 2 > 50 ? 50 : pause_ms * 2;
+  bool soon = !cannot_start && (fd == -EBUSY || fd == -EAGAIN || fd == -ECONNREFUSED || fd == -ENOENT);
+  if (soon) pause_ms = pause_ms == 0 ? 2 : pause_ms * 2 > 50 ? 50 : pause_ms * 2;
+  else pause_ms = failed_ms = longer(failed_ms, BACKOFF_MAX_MS); /* nothing to start, or it can't be: each try is a line in the log */
   timer_start(timer, pause_ms, link_try);
 }
 
 static void before_round(void) {
+  requests_resume();
   keeper_flush();
   leave_if_done();
 }
@@ -413,13 +448,13 @@ static void before_round(void) {
 _Noreturn void keeper_run(int cedanad) {
   prctl(PR_SET_CHILD_SUBREAPER, 1);
   signal(SIGPIPE, SIG_IGN);
+  signal(SIGXFSZ, SIG_IGN); /* a log file may be limited: write(2) says so */
   signal(SIGTERM, SIG_IGN);
   signal(SIGINT, SIG_IGN);
   daemon_as_sibling = true;
-  if (loop_open() < 0) _exit(71);
-  children_init();
+  if (loop_open() < 0 || children_init() < 0) _exit(71);
   requests_listen(keeper.listening);
-  timer_start(&lonely, LONELY_MS, lonely_due);
+  timer_start(&lonely, lonely_ms(), lonely_due);
   link_up(cedanad);
   for (;;) loop_round(before_round);
 }

@@ -4,6 +4,7 @@
  *   requests.c  the TTRPC socket, its connections, requests and the results of their operations
  *   children.c  spawned and adopted processes
  *   io.c        stdio
+ *   logger.c    log programs
  *   mount.c     mounts
  *   events.c    events for containerd
  */
@@ -35,13 +36,13 @@ bool cedanad_ready(void);
 void keeper_flush(void);
 /* A request or exit is on its way: cedanad must show that it lives. */
 void expect_pong(void);
-bool keeper_has_task(void);
+bool keeper_has_pid(pid_t pid);
 struct task {
   char *id, *bundle;
   int64_t pid;
   unsigned exec_count;
   int64_t *exec_pids;
-  int event_fd; /* memory.oom_control of cgroups version 1; 0: none */
+  int event_fd; /* memory.oom_control of cgroups version 1; -1: none */
   struct watch oom;
   struct task *next;
 };
@@ -57,7 +58,15 @@ void requests_listen(int fd);
 void requests_resend(void);
 void requests_response(const struct message *m);
 void requests_parked(const struct message *m);
+/* A stopped connection may go on: its buffer is read before the next events. */
+void requests_resume(void);
 unsigned requests_open(void);
+/* Whether every response has gone out. */
+bool requests_flushed(void);
+/* now_ms of the arrival of the oldest request that doesn't only wait; UINT64_MAX: none. */
+uint64_t requests_oldest_working_ms(void);
+/* The pod's socket goes; its connections stay. */
+void requests_unlisten(void);
 uint64_t requests_last_ms(void);
 /* Whether the operation needn't be done: it was done (its result is sent again) or is under way. */
 bool requests_repeated(struct tag tag, int type);
@@ -65,7 +74,14 @@ void requests_remember(struct tag tag, const void *frame, size_t length);
 void requests_cedanad_gone(void);
 
 /* ---- children.c ---- */
-void children_init(void);
+/* A process that we have started. Its owner is called once, when it has been reaped, and has the memory again from then on. */
+struct child {
+  pid_t pid;
+  void (*ended)(struct child *child, int status);
+  struct child *next;
+};
+void child_watch(struct child *child, pid_t pid, void (*ended)(struct child *child, int status));
+int children_init(void);
 void children_spawn(const struct message *m);
 void children_signal(const struct message *m);
 void children_resend_exits(void);
@@ -88,9 +104,26 @@ void io_resize(const struct message *m);
 void io_close_stdin(const struct message *m);
 void io_drain(const struct message *m);
 void io_free(const struct message *m);
+/* What would be left of us in the file system. */
+void io_leave(void);
+/* A pipe, its owner as the message says. */
+int io_make_pipe(int ends[2], const struct message *m);
+void io_logger_started(struct io *io, int error, const char *why);
+void io_logger_drained(struct io *io);
+
+/* ---- logger.c ---- */
+struct logger;
+/* Starts the program; io_logger_started tells the rest. The caller has the pipes' write ends. */
+int logger_start(const struct message *m, struct io *io, int write_ends[2], struct logger **out, char **why);
+/* Looks for its having read everything; io_logger_drained tells. */
+void logger_drain(struct logger *l);
+bool logger_is_drained(const struct logger *l);
+/* Its streams are closed by now. False: it must be waited for; `tag` is answered when it is gone. */
+bool logger_end(struct logger *l, struct tag tag);
 
 /* ---- mount.c ---- */
-int mount_make(const struct message *m, char **why);
+/* MOUNT and UNMOUNT. */
+void mount_operate(const struct message *m);
 int unmount_below(const char *target, char **why);
 
 /* ---- events.c ---- */

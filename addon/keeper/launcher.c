@@ -12,6 +12,7 @@
 #include "daemon.h"
 #include "keeper.h"
 #include "launcher.h"
+#include "protobuf.h"
 #include "spawn.h"
 
 #include <fcntl.h>
@@ -27,12 +28,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#define STDIN_MAX (10 * MIB)
 #define STDIN_MS 2000
-#define DAEMON_MS 10000
-#define START_MS 10000
+/* containerd gives `delete` 5 s: together with the rest these stay below 4. */
 #define DELETE_ASK_MS 1500
-#define ENGINE_MS 2000
+#define ENGINE_MS 1800
+#define ASK_AGAIN_MIN_MS 20
+#define ASK_AGAIN_MAX_MS 500
 
 extern char **environ;
 
@@ -60,14 +61,17 @@ static void parse(int argc, char **argv) {
       continue;
     }
     name += 1 + (name[1] == '-');
-    if (!strcmp(name, "debug")) flags.debug = true;
-    else if (!strcmp(name, "info")) flags.info = true;
-    else if (!strcmp(name, "v") || !strcmp(name, "version")) flags.version = true;
-    else {
-      char *value = strchr(name, '=');
-      if (value) *value++ = 0;
-      else if (++i < argc) value = argv[i];
-      else die("flag -%s needs a value", name);
+    char *value = strchr(name, '=');
+    if (value) *value++ = 0;
+    bool *yes_no = !strcmp(name, "debug")                              ? &flags.debug
+                   : !strcmp(name, "info")                             ? &flags.info
+                   : !strcmp(name, "v") || !strcmp(name, "version") ? &flags.version
+                                                                       : NULL;
+    if (yes_no) {
+      *yes_no = !value || !strcmp(value, "true") || !strcmp(value, "1");
+    } else {
+      if (!value && ++i < argc) value = argv[i];
+      if (!value) die("flag -%s needs a value", name);
       if (!strcmp(name, "namespace")) flags.namespace = value;
       else if (!strcmp(name, "id")) flags.id = value;
       else if (!strcmp(name, "address")) flags.address = value;
@@ -123,16 +127,17 @@ static void put_common(struct buffer *out) {
   put_int(out, FIELD_MOUNT_NS, (int64_t)mount_namespace("/proc/self/ns/mnt"));
 }
 
+/* Who doesn't close stdin (containerd does) makes us wait, but not for ever. */
 static void read_stdin(struct buffer *in) {
   if (isatty(0)) return;
-  int result = read_to_end(0, STDIN_MAX, now_ms() + STDIN_MS, in);
+  int result = read_to_end(0, OPTIONS_MAX, STDIN_MS, in);
   if (result == -EFBIG) die("options on stdin are longer than 10 MiB");
 }
 
 /* Asks, again when cedanad goes away meanwhile. Returns the connection. */
 static int ask_daemon(void (*fill)(struct buffer *), int answer_type, struct buffer *in, struct message *m) {
-  uint64_t deadline = now_ms() + environment_number("CEDANA_KEEPER_PATIENCE_MS", DAEMON_MS);
-  for (;;) {
+  uint64_t deadline = now_ms() + daemon_patience_ms();
+  for (unsigned pause_ms = ASK_AGAIN_MIN_MS;; pause_ms = pause_ms * 2 > ASK_AGAIN_MAX_MS ? ASK_AGAIN_MAX_MS : pause_ms * 2) {
     int fd = daemon_connect_blocking(true, deadline);
     if (fd < 0) die("UNAVAILABLE: cedanad could not be reached at %s: %s; its log is %s", daemon_socket(), strerror(-fd), daemon_log());
     struct buffer question = {0};
@@ -142,9 +147,14 @@ static int ask_daemon(void (*fill)(struct buffer *), int answer_type, struct buf
     if (result == 0) return fd;
     close(fd);
     buffer_free(in);
+    if (result == -ETIMEDOUT) { /* no keeper may be there to end one that hangs; the next call finds another */
+      pid_t pid;
+      autofd pidfd = daemon_lock_holder(&pid);
+      if (pidfd >= 0) daemon_kill(pidfd, pid, daemon_patience_ms());
+    }
     if (result == -ETIMEDOUT || now_ms() >= deadline)
       die("UNAVAILABLE: cedanad at %s gave no answer: %s; its log is %s", daemon_socket(), strerror(-result), daemon_log());
-    struct timespec pause = {.tv_nsec = 20000000};
+    struct timespec pause = {.tv_nsec = (long)pause_ms * 1000000};
     nanosleep(&pause, NULL);
   }
 }
@@ -152,6 +162,7 @@ static int ask_daemon(void (*fill)(struct buffer *), int answer_type, struct buf
 /* ---- start ---- */
 
 static struct buffer options;
+static struct buffer received; /* cedanad's answer, as long as it is used */
 
 static void fill_start(struct buffer *out) {
   size_t begin = frame_begin(out, MESSAGE_START);
@@ -242,11 +253,13 @@ static _Noreturn void become_keeper(int listening, int cedanad, const char *sock
   cedanad = fcntl(cedanad, F_DUPFD_CLOEXEC, 10);
   dup3(listening, 3, O_CLOEXEC);
   dup3(cedanad, 4, O_CLOEXEC);
-  syscall(SYS_close_range, 5, ~0U, 0);
+  if (syscall(SYS_close_range, 5, ~0U, 0) < 0) /* Linux before 5.9 */
+    for (int fd = 5; fd < (int)sysconf(_SC_OPEN_MAX); fd++) close(fd);
   if (chdir("/") < 0) _exit(71);
   umask(022);
   show_as_keeper(argv);
   buffer_free(&options);
+  buffer_free(&received);
   keeper.listening = 3;
   keeper_run(4);
 }
@@ -259,9 +272,8 @@ static int start(char **argv) {
   }
   pid_t containerd = getppid();
   read_stdin(&options);
-  struct buffer in = {0};
   struct message m;
-  int cedanad = ask_daemon(fill_start, MESSAGE_START_ANSWER, &in, &m);
+  int cedanad = ask_daemon(fill_start, MESSAGE_START_ANSWER, &received, &m);
   if (message_int(&m, FIELD_ERRNO)) die("%s", message_string(&m, FIELD_MESSAGE));
   const char *path = message_string(&m, FIELD_SOCKET_PATH), *cgroup = message_string(&m, FIELD_SHIM_CGROUP);
   const struct field *answer = message_field(&m, FIELD_ANSWER);
@@ -273,10 +285,11 @@ static int start(char **argv) {
     if (listening >= 0) unlink(path);
     die("write %s/address: %s", flags.bundle, strerror(error));
   }
+  pid_t pid = 0;
   if (listening >= 0) {
     int ready[2];
     if (pipe2(ready, O_CLOEXEC) < 0) die("pipe: %s", strerror(errno));
-    pid_t pid = fork();
+    pid = fork();
     if (pid < 0) die("fork: %s", strerror(errno));
     if (pid == 0) {
       int result = cgroup ? cgroup_join(cgroup) : 0;
@@ -294,8 +307,13 @@ static int start(char **argv) {
       die("prepare the keeper%s%s: %s", cgroup ? " in cgroup " : "", cgroup ? cgroup : "", strerror(-result));
     }
   }
-  if (write_all(1, answer->value, answer->length) < 0) die("write the answer: %s", strerror(errno));
-  return 0;
+  if (write_all(1, answer->value, answer->length) == 0) return 0;
+  int error = errno;
+  if (pid > 0) {
+    kill(pid, SIGKILL); /* nobody has learned of it */
+    unlink(path);
+  }
+  die("write the answer: %s", strerror(error));
 }
 
 /* ---- delete ---- */
@@ -320,11 +338,18 @@ static void engine_delete(void) {
   autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);
   char *argv[] = {engine, "--root", root, "delete", "--force", id, NULL};
   struct spawn spawn = {.path = program, .argv = argv, .env = environ, .fds = {null, null, null}, .fd_count = 3};
-  pid_t pid = program ? spawn_program(&spawn) : -1;
-  if (pid < 0) return;
+  pid_t pid = program ? spawn_program(&spawn) : -ENOENT;
+  if (pid < 0) {
+    fprintf(stderr, "containerd-shim-cedana-v2: execute %s to delete %s: %s\n", engine, id, strerror(-pid));
+    return;
+  }
   uint64_t deadline = now_ms() + ENGINE_MS;
   while (waitpid(pid, NULL, WNOHANG) == 0) {
-    if (now_ms() > deadline) return; /* it goes on without us: containerd waits no longer, and killed it would leave its state */
+    if (now_ms() > deadline) {
+      /* It goes on without us: containerd waits no longer, and killed it would leave its container's state. */
+      fprintf(stderr, "containerd-shim-cedana-v2: %s delete --force %s takes longer than %d ms: left to itself\n", engine, id, ENGINE_MS);
+      return;
+    }
     struct timespec pause = {.tv_nsec = 2000000};
     nanosleep(&pause, NULL);
   }
@@ -339,24 +364,17 @@ static void remove_dead_socket(void) {
   else if (fd == -ECONNREFUSED) unlink(text + 7);
 }
 
-static size_t put_varint(uint8_t *out, uint64_t value) {
-  size_t n = 0;
-  do out[n++] = (uint8_t)((value & 0x7f) | (value > 0x7f ? 0x80 : 0));
-  while (value >>= 7);
-  return n;
-}
-
-/* DeleteResponse{pid = 1, exit_status = 2, exited_at = 3 Timestamp{seconds = 1, nanos = 2}}. */
+/* containerd.task.v2.DeleteResponse: pid = 1, exit_status = 2, exited_at = 3 {seconds = 1, nanos = 2}. */
 static void print_delete_response(uint64_t pid, uint64_t status, uint64_t at_ns) {
-  uint8_t out[64], stamp[32];
-  size_t n = 0, s = 0;
-  if (pid) out[n++] = 1 << 3, n += put_varint(out + n, pid);
-  if (status) out[n++] = 2 << 3, n += put_varint(out + n, status);
-  stamp[s++] = 1 << 3, s += put_varint(stamp + s, at_ns / 1000000000);
-  stamp[s++] = 2 << 3, s += put_varint(stamp + s, at_ns % 1000000000);
-  out[n++] = 3 << 3 | 2, n += put_varint(out + n, s);
-  memcpy(out + n, stamp, s);
-  if (write_all(1, out, n + s) < 0) exit(1);
+  struct buffer out = {0}, stamp = {0};
+  if (pid) put_proto_int(&out, 1, pid);
+  if (status) put_proto_int(&out, 2, status);
+  put_proto_int(&stamp, 1, at_ns / 1000000000);
+  put_proto_int(&stamp, 2, at_ns % 1000000000);
+  put_proto_bytes(&out, 3, stamp.data, buffer_length(&stamp));
+  if (write_all(1, out.data, buffer_length(&out)) < 0) exit(1);
+  buffer_free(&out);
+  buffer_free(&stamp);
 }
 
 static int delete(void) {
@@ -369,16 +387,17 @@ static int delete(void) {
   uint64_t deadline = now_ms() + DELETE_ASK_MS;
   int fd = daemon_connect();
   if (fd >= 0) {
-    struct buffer in = {0}, question = {0};
+    struct buffer question = {0};
     struct message m;
     fill_delete(&question);
-    if (ask(fd, &question, MESSAGE_DELETE_ANSWER, deadline, &in, &m) == 0 && !message_int(&m, FIELD_ERRNO) &&
+    if (ask(fd, &question, MESSAGE_DELETE_ANSWER, deadline, &received, &m) == 0 && !message_int(&m, FIELD_ERRNO) &&
         message_int(&m, FIELD_FLAGS) == 1) {
       ended = true;
       pid = (uint64_t)message_int(&m, FIELD_PID);
       status = (uint64_t)message_int(&m, FIELD_STATUS);
       at_ns = (uint64_t)message_int(&m, FIELD_AT_NS);
     }
+    buffer_free(&question);
     close(fd);
   }
   if (!ended && flags.bundle) {
@@ -402,9 +421,8 @@ static void fill_info(struct buffer *out) {
 
 static int info(void) {
   read_stdin(&options);
-  struct buffer in = {0};
   struct message m;
-  int fd = ask_daemon(fill_info, MESSAGE_INFO_ANSWER, &in, &m);
+  int fd = ask_daemon(fill_info, MESSAGE_INFO_ANSWER, &received, &m);
   if (message_int(&m, FIELD_ERRNO)) die("%s", message_string(&m, FIELD_MESSAGE));
   const struct field *answer = message_field(&m, FIELD_ANSWER);
   if (answer && write_all(1, answer->value, answer->length) < 0) die("write the answer: %s", strerror(errno));
@@ -413,6 +431,10 @@ static int info(void) {
 }
 
 int launcher_main(int argc, char **argv) {
+  /* With one of the three closed, a socket of ours would get its number, and lose it to /dev/null in the keeper. */
+  int fd = open("/dev/null", O_RDWR);
+  while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
+  close_fd(&fd);
   parse(argc, argv);
   if (flags.version) {
     printf("%s:\n  Version:  %s\n  Revision: %s\n  Protocol: %d to %d\n\n", argv[0], BUILD_VERSION, BUILD_REVISION, PROTOCOL_MIN, KEEPER_VERSION_MAX);

@@ -13,9 +13,11 @@ int loop_open(void) {
 }
 
 int watch_events(struct watch *watch, uint32_t events) {
+  if (watch->added && watch->events == events && !(events & EPOLLONESHOT)) return 0;
   struct epoll_event event = {.events = events, .data.ptr = watch};
   if (epoll_ctl(epoll_fd, watch->added ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, watch->fd, &event) < 0) return -errno;
   watch->added = true;
+  watch->events = events;
   return 0;
 }
 

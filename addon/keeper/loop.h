@@ -13,6 +13,7 @@
 struct watch {
   int fd; /* -1: closed */
   bool added;
+  uint32_t events; /* asked for */
   void (*ready)(struct watch *watch, uint32_t events);
 };
 

@@ -1,6 +1,10 @@
 /*
  * Mounts, made here because the keeper is in containerd's mount namespace. Each MOUNT is one call of mount(2), by the plan that
  * cedanad has made; an option string of a page or more goes by fsconfig(2), each lower layer as an option of its own.
+ *
+ * File systems of a disk or of the network may take seconds to come and to go (a journal, dirty pages, a server). These are left
+ * to a forked helper, which tells its result through a pipe; nothing of the pod waits for it. The usual ones (overlay, bind,
+ * tmpfs) are done in 0.1 ms, less than a fork.
  */
 #include "keeper.h"
 #include <fcntl.h>
@@ -8,9 +12,11 @@
 #include <sys/mount.h>
 #include <sys/syscall.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define PAGE 4096
+#define WHY_MAX 1024
 
 /* musl has no kernel headers. Layout and numbers: linux/loop.h. */
 #define LOOP_CTL_GET_FREE 0x4C82
@@ -99,7 +105,7 @@ static int attach_loop(const char *file, bool read_only, char **path) {
   return -EBUSY;
 }
 
-int mount_make(const struct message *m, char **why) {
+static int mount_make(const struct message *m, char **why) {
   const char *type = message_string(m, FIELD_MOUNT_TYPE), *source = message_string(m, FIELD_SOURCE);
   const char *target = message_string(m, FIELD_TARGET), *data = message_string(m, FIELD_MOUNT_DATA);
   const char *cwd = message_string(m, FIELD_CWD);
@@ -107,7 +113,10 @@ int mount_make(const struct message *m, char **why) {
   autofree char *loop_path = NULL;
   autofd loop = -1;
   int result = 0;
-  if (!target) return -EINVAL;
+  if (!target || target[0] != '/') {
+    *why = format("mount at %s: not an absolute path", target ? target : "nothing");
+    return -EINVAL;
+  }
   struct stat st;
   if (stat(target, &st) < 0 && (result = make_directories(target, 0711)) < 0) {
     *why = format("make mount target %s: %s", target, strerror(-result));
@@ -116,14 +125,15 @@ int mount_make(const struct message *m, char **why) {
   if (message_int(m, FIELD_LOOP)) {
     loop = attach_loop(source ? source : "", flags & MS_RDONLY, &loop_path);
     if (loop < 0) {
-      *why = format("attach %s to a loop device: %s", source, strerror(-loop));
+      *why = format("attach %s to a loop device: %s", source ? source : "nothing", strerror(-loop));
       return loop;
     }
     source = loop_path;
   }
   if (cwd && chdir(cwd) < 0) {
-    *why = format("chdir %s: %s", cwd, strerror(errno));
-    return -errno;
+    result = -errno;
+    *why = format("chdir %s: %s", cwd, strerror(-result));
+    return result;
   }
   if (data && strlen(data) >= PAGE) {
     autofree char *copy = copy_string(data);
@@ -131,7 +141,7 @@ int mount_make(const struct message *m, char **why) {
   } else if (mount(source ? source : "none", target, type, flags, data) < 0) {
     result = -errno;
   }
-  if (cwd && chdir("/") < 0) result = -errno;
+  if (cwd && chdir("/") < 0 && result == 0) result = -errno;
   if (result < 0 && !*why)
     *why = format("mount %s (%s) at %s, options %.200s: %s", source ? source : "", type ? type : "", target, data ? data : "", strerror(-result));
   return result;
@@ -149,17 +159,31 @@ static void unescape(char *text) {
   *to = 0;
 }
 
-/* The last mount point that is `target` or below it: later lines were mounted later, so they go first. */
-static char *last_below(const char *target) {
+static bool is_quick(const char *type) {
+  static const char *const quick[] = {"", "none", "bind", "overlay", "tmpfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2"};
+  for (size_t i = 0; i < countof(quick); i++)
+    if (!strcmp(type, quick[i])) return true;
+  return false;
+}
+
+/*
+ * The last mount point that is `target` or below it: later lines were mounted later, so they go first. NULL with *error 0: none.
+ * *slow, where asked for: whether one of them may take its time.
+ */
+static char *last_below(const char *target, int *error, bool *slow) {
   char *text = NULL, *found = NULL;
   size_t length = strlen(target);
-  if (read_file("/proc/self/mountinfo", 64 * MIB, &text, NULL) < 0) return NULL;
+  *error = read_file("/proc/self/mountinfo", 64 * MIB, &text, NULL);
+  if (*error < 0) return NULL;
   for (char *save, *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
-    char *inner, *word = strtok_r(line, " ", &inner);
+    char *type = strstr(line, " - "), *inner;
+    if (type) type[3 + strcspn(type + 3, " ")] = 0;
+    char *word = strtok_r(line, " ", &inner);
     for (int i = 0; i < 4 && word; i++) word = strtok_r(NULL, " ", &inner);
-    if (!word) continue;
+    if (!word || !type) continue;
     unescape(word);
     if (strncmp(word, target, length) || (word[length] && word[length] != '/')) continue;
+    if (slow && !is_quick(type + 3)) *slow = true;
     free(found);
     found = copy_string(word);
   }
@@ -167,14 +191,115 @@ static char *last_below(const char *target) {
   return found;
 }
 
+/* As mountinfo has it: no symbolic link on the way (/var/run), but the last part as it is, which umount2 doesn't follow either. */
+static char *resolve_target(const char *target) {
+  char *copy = copy_string(target);
+  size_t length = strlen(copy);
+  while (length > 1 && copy[length - 1] == '/') copy[--length] = 0;
+  char *slash = strrchr(copy, '/');
+  if (!slash || slash == copy) return copy;
+  *slash = 0;
+  autofree char *parent = realpath(copy, NULL);
+  *slash = '/';
+  if (!parent) return copy; /* it isn't there, so nothing is mounted */
+  char *resolved = format("%s%s", strcmp(parent, "/") ? parent : "", slash);
+  free(copy);
+  return resolved;
+}
+
 int unmount_below(const char *target, char **why) {
+  int error;
+  if (!target || target[0] != '/' || !target[1 + strspn(target + 1, "/")]) { /* "/" would be everything */
+    *why = format("unmount %s: not an absolute path below /", target ? target : "nothing");
+    return -EINVAL;
+  }
+  autofree char *resolved = resolve_target(target);
   for (int i = 0; i < UNMOUNTS_MAX; i++) {
-    autofree char *path = last_below(target);
-    if (!path) return 0;
+    autofree char *path = last_below(resolved, &error, NULL);
+    if (!path && error < 0) *why = format("read /proc/self/mountinfo: %s", strerror(-error));
+    if (!path) return error;
     if (umount2(path, UMOUNT_NOFOLLOW) == 0 || umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW) == 0) continue;
-    int error = errno;
+    error = errno;
     *why = format("unmount %s: %s", path, strerror(error));
     return -error;
   }
   return -ELOOP;
+}
+
+/* ---- helpers ---- */
+
+struct helper {
+  struct child child;
+  int result_fd;
+  struct tag tag;
+};
+
+static int operation(const struct message *m, char **why) {
+  return m->type == MESSAGE_MOUNT ? mount_make(m, why) : unmount_below(message_string(m, FIELD_TARGET), why);
+}
+
+static bool is_slow(const struct message *m) {
+  if (m->type == MESSAGE_MOUNT) {
+    const char *type = message_string(m, FIELD_MOUNT_TYPE);
+    bool changes = message_int(m, FIELD_MOUNT_FLAGS) & (MS_BIND | MS_MOVE | MS_REMOUNT | MS_SHARED | MS_PRIVATE | MS_SLAVE | MS_UNBINDABLE);
+    return !changes && type && !is_quick(type);
+  }
+  const char *target = message_string(m, FIELD_TARGET);
+  if (!target || target[0] != '/') return false;
+  bool slow = false;
+  int error;
+  autofree char *resolved = resolve_target(target);
+  autofree char *any = last_below(resolved, &error, &slow);
+  return slow;
+}
+
+static void finish(struct tag tag, int result, const char *why) {
+  result_send(tag, -result, why && *why ? why : result ? strerror(-result) : NULL);
+}
+
+static void helper_ended(struct child *child, int status) {
+  struct helper *h = container_of(child, struct helper, child);
+  struct {
+    int result;
+    char why[WHY_MAX];
+  } told = {0};
+  /* All of it is in the pipe by now, or never will be. */
+  if (!WIFEXITED(status) || read(h->result_fd, &told, sizeof told) != sizeof told) {
+    told.result = -EIO;
+    snprintf(told.why, sizeof told.why, "the helper that mounts or unmounts has ended early (wait status %d)", status);
+  }
+  finish(h->tag, told.result, told.why);
+  close(h->result_fd);
+  tag_free(&h->tag);
+  free(h);
+}
+
+void mount_operate(const struct message *m) {
+  int ends[2] = {-1, -1};
+  bool slow = is_slow(m) && pipe2(ends, O_CLOEXEC) == 0;
+  pid_t pid = slow ? fork() : -1;
+  if (pid == 0) {
+    struct {
+      int result;
+      char why[WHY_MAX];
+    } told = {0};
+    char *why = NULL;
+    told.result = operation(m, &why);
+    snprintf(told.why, sizeof told.why, "%s", why ? why : "");
+    _exit(write(ends[1], &told, sizeof told) == sizeof told ? 0 : 1);
+  }
+  if (pid > 0) {
+    close(ends[1]);
+    struct helper *h = allocate(sizeof *h);
+    h->result_fd = ends[0];
+    h->tag = tag_copy(tag_of(m));
+    child_watch(&h->child, pid, helper_ended);
+    return;
+  }
+  close_fd(&ends[0]);
+  close_fd(&ends[1]);
+  char *why = NULL;
+  int result = operation(m, &why);
+  finish(tag_of(m), result, why);
+  free(why);
 }

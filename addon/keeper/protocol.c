@@ -89,9 +89,11 @@ const struct field *message_field(const struct message *m, enum field_key key) {
   return NULL;
 }
 
+int64_t field_int(const struct field *field) { return field->length == 8 ? (int64_t)get_le(field->value, 8) : 0; }
+
 int64_t message_int(const struct message *m, enum field_key key) {
   const struct field *field = message_field(m, key);
-  return field && field->length == 8 ? (int64_t)get_le(field->value, 8) : 0;
+  return field ? field_int(field) : 0;
 }
 
 static bool is_string(const struct field *field) { return strlen((char *)field->value) == field->length; }

@@ -13,7 +13,8 @@
 #include "util.h"
 
 #define FRAME_HEADER 8
-#define FRAME_MAX (4 * MIB + 64 * KIB)
+#define OPTIONS_MAX (10 * MIB) /* what a launcher takes on stdin, the longest of all values; a TTRPC message has 4 MiB */
+#define FRAME_MAX (OPTIONS_MAX + 64 * KIB)
 #define PROTOCOL_MIN 1
 
 enum field_key {
@@ -155,6 +156,7 @@ int message_decode(struct buffer *in, struct message *m);
 void message_free(struct buffer *in, struct message *m);
 
 const struct field *message_field(const struct message *m, enum field_key key);
+int64_t field_int(const struct field *field); /* 0 when it is no integer */
 int64_t message_int(const struct message *m, enum field_key key); /* 0 when absent */
 /* NULL when absent, empty, or not a string. */
 const char *message_string(const struct message *m, enum field_key key);

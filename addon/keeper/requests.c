@@ -3,6 +3,8 @@
  * response has gone out. Nothing is decoded here but frame lengths, and what is needed to answer alone.
  */
 #include "keeper.h"
+#include "daemon.h"
+#include "protobuf.h"
 #include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -12,7 +14,11 @@
 #define CONNECTIONS_MAX 1024
 #define UNANSWERED_MAX (8 * MIB)      /* per connection; then it isn't read any more */
 #define UNANSWERED_ALL_MAX (32 * MIB) /* all together */
-#define OUT_MAX (16 * MIB)            /* a client that doesn't read its responses is cut off */
+#define UNREAD_MAX (1 * MIB)          /* responses that a client hasn't read; then it isn't read either */
+#define OUT_MAX (16 * MIB)            /* one that still doesn't read them is cut off */
+#define PARTIAL_ALL_MAX (64 * MIB)    /* of frames that haven't come whole */
+#define ACCEPT_AGAIN_MS 100           /* after the kernel had no fd or memory for a connection */
+#define UNDER_WAY_PATIENCE 6          /* times the usual one, for a request whose operations have begun */
 
 struct memory { /* what is known of one operation of a request */
   char *step;
@@ -34,7 +40,6 @@ struct request {
   uint8_t *frame;
   size_t length;
   struct memory *memories;
-  struct request *next;
 };
 
 struct connection {
@@ -46,35 +51,62 @@ struct connection {
   struct connection *next;
 };
 
-static struct watch listener;
+static struct watch listener = {.fd = -1};
 static struct connection *connections;
 static unsigned connection_count, last_connection;
-static struct request *requests;
+/* By their numbers, which is the order of arrival. Waits can be thousands. */
+static struct request **open_requests;
+static size_t open_count, open_capacity;
 static int64_t last_request;
 static size_t unanswered_all;
+static bool resumable; /* a connection that was stopped may be read again */
 static uint64_t last_ms, alone_since_ms;
-static struct timer give_up;
+static struct timer give_up, accept_again;
 
 static void answer_alone(struct request *r);
 static void give_up_due(struct timer *timer);
 static uint64_t patience_end(const struct request *r);
 
-unsigned requests_open(void) {
-  unsigned count = 0;
-  for (struct request *r = requests; r; r = r->next) count++;
-  return count;
+unsigned requests_open(void) { return (unsigned)open_count; }
+
+bool requests_flushed(void) {
+  for (struct connection *c = connections; c; c = c->next)
+    if (buffer_length(&c->out)) return false;
+  return true;
 }
 
 uint64_t requests_last_ms(void) { return last_ms; }
 
+/* Where the request of this number is, or would be. */
+static size_t place_of(int64_t id) {
+  size_t low = 0, high = open_count;
+  while (low < high) {
+    size_t middle = low + (high - low) / 2;
+    if (open_requests[middle]->id < id) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
 static struct request *find(int64_t id) {
-  for (struct request *r = requests; r; r = r->next)
-    if (r->id == id) return r;
-  return NULL;
+  size_t at = place_of(id);
+  return at < open_count && open_requests[at]->id == id ? open_requests[at] : NULL;
+}
+
+uint64_t requests_oldest_working_ms(void) {
+  for (size_t i = 0; i < open_count; i++)
+    if (!open_requests[i]->parked) return open_requests[i]->at_ms;
+  return UINT64_MAX;
+}
+
+static bool must_stop(const struct connection *c) {
+  return c->unanswered > UNANSWERED_MAX || unanswered_all > UNANSWERED_ALL_MAX || buffer_length(&c->out) > UNREAD_MAX;
 }
 
 static void update_interest(struct connection *c) {
-  c->stopped = c->unanswered > UNANSWERED_MAX || unanswered_all > UNANSWERED_ALL_MAX;
+  bool was_stopped = c->stopped;
+  c->stopped = must_stop(c);
+  if (was_stopped && !c->stopped) resumable = true; /* whole frames may lie in its buffer: requests_resume */
   watch_events(&c->watch, (c->stopped ? 0 : EPOLLIN) | (buffer_length(&c->out) ? EPOLLOUT : 0));
 }
 
@@ -84,8 +116,8 @@ static void connection_close(struct connection *c) {
       *at = c->next;
       break;
     }
-  for (struct request *r = requests; r; r = r->next)
-    if (r->connection == c) r->connection = NULL; /* finished all the same: half a Create helps nobody */
+  for (size_t i = 0; i < open_count; i++) /* finished all the same: half a Create helps nobody */
+    if (open_requests[i]->connection == c) open_requests[i]->connection = NULL;
   connection_count--;
   watch_close(&c->watch);
   if (cedanad_ready()) {
@@ -128,83 +160,20 @@ static void deliver(struct request *r) {
   expect_pong();
 }
 
-/* ---- protobuf, as much as is needed to answer alone ---- */
-
-static bool varint(const uint8_t **at, const uint8_t *end, uint64_t *value) {
-  *value = 0;
-  for (unsigned shift = 0; shift < 64 && *at < end; shift += 7) {
-    uint8_t byte = *(*at)++;
-    *value |= (uint64_t)(byte & 0x7f) << shift;
-    if (byte < 0x80) return true;
-  }
-  return false;
-}
-
-struct slice {
-  const uint8_t *data;
-  size_t length;
-};
-
-/* Field `number` of a message: a length-delimited one into *slice, or a varint into *value. */
-static bool proto_field(struct slice message, unsigned number, struct slice *slice, uint64_t *value) {
-  const uint8_t *at = message.data, *end = at + message.length;
-  bool found = false;
-  while (at < end) {
-    uint64_t key, n;
-    if (!varint(&at, end, &key)) return false;
-    switch (key & 7) {
-      case 0:
-        if (!varint(&at, end, &n)) return false;
-        if (key >> 3 == number && value) *value = n, found = true;
-        break;
-      case 2:
-        if (!varint(&at, end, &n) || n > (uint64_t)(end - at)) return false;
-        if (key >> 3 == number && slice) *slice = (struct slice){at, n}, found = true;
-        at += n;
-        break;
-      case 1: at += end - at < 8 ? end - at : 8; break;
-      case 5: at += end - at < 4 ? end - at : 4; break;
-      default: return false;
-    }
-  }
-  return found;
-}
-
-static bool slice_is(struct slice s, const char *text) { return s.length == strlen(text) && !memcmp(s.data, text, s.length); }
-
-static void put_varint(struct buffer *b, uint64_t value) {
-  uint8_t bytes[10];
-  unsigned n = 0;
-  do bytes[n++] = (uint8_t)((value & 0x7f) | (value > 0x7f ? 0x80 : 0));
-  while (value >>= 7);
-  buffer_append(b, bytes, n);
-}
-
-static void put_proto_int(struct buffer *b, unsigned field, uint64_t value) {
-  put_varint(b, field << 3);
-  put_varint(b, value);
-}
-
-static void put_proto_bytes(struct buffer *b, unsigned field, const void *data, size_t length) {
-  put_varint(b, field << 3 | 2);
-  put_varint(b, length);
-  buffer_append(b, data, length);
-}
-
 /* ---- responses ---- */
 
 static void request_free(struct request *r) {
-  for (struct request **at = &requests; *at; at = &(*at)->next)
-    if (*at == r) {
-      *at = r->next;
-      break;
-    }
+  size_t at = place_of(r->id);
+  memmove(open_requests + at, open_requests + at + 1, (--open_count - at) * sizeof *open_requests);
+  bool all_stopped = unanswered_all > UNANSWERED_ALL_MAX;
   unanswered_all -= r->length;
   if (r->connection) {
-    bool was_stopped = r->connection->stopped;
     r->connection->unanswered -= r->length;
-    if (was_stopped) update_interest(r->connection);
+    if (r->connection->stopped) update_interest(r->connection);
   }
+  if (all_stopped && unanswered_all <= UNANSWERED_ALL_MAX)
+    for (struct connection *c = connections; c; c = c->next)
+      if (c->stopped) update_interest(c);
   for (struct memory *m = r->memories, *next; m; m = next) {
     next = m->next;
     free(m->step);
@@ -219,10 +188,9 @@ static void respond(struct request *r, const void *frame, size_t length) {
   struct connection *c = r->connection;
   request_free(r);
   if (!c || length == 0) return;
-  bool idle = buffer_length(&c->out) == 0;
   buffer_append(&c->out, frame, length);
   if (!connection_flush(c)) connection_close(c);
-  else if (!idle || buffer_length(&c->out)) update_interest(c);
+  else update_interest(c);
 }
 
 static void respond_message(struct request *r, int code, const char *text, const struct buffer *payload) {
@@ -246,8 +214,6 @@ static void respond_message(struct request *r, int code, const char *text, const
   buffer_free(&body);
   buffer_free(&frame);
 }
-
-static uint64_t patience_ms(void) { return environment_number("CEDANA_KEEPER_PATIENCE_MS", 10000); }
 
 /* While no cedanad is there: Connect and Pids at once, which decide whether containerd believes that we live. */
 static void answer_alone(struct request *r) {
@@ -282,28 +248,35 @@ static void answer_alone(struct request *r) {
     buffer_free(&answer);
     return;
   }
-  uint64_t now = now_ms();
-  if (!r->parked && !give_up.armed) timer_start(&give_up, patience_end(r) > now ? patience_end(r) - now : 0, give_up_due);
+  if (r->parked) return;
+  uint64_t now = now_ms(), end = patience_end(r);
+  if (!give_up.armed || end < give_up.at_ms) timer_start(&give_up, end > now ? end - now : 0, give_up_due);
 }
 
-/* When a request that cedanad must answer has waited long enough for one: counted from when there was none, or it came. */
+/*
+ * When a request has waited long enough for a cedanad: counted from when there was none, or it came. One whose operations have
+ * begun waits longer, because half a Create helps nobody; but not for ever, or its caller would.
+ */
 static uint64_t patience_end(const struct request *r) {
-  return (r->at_ms > alone_since_ms ? r->at_ms : alone_since_ms) + patience_ms();
+  return (r->at_ms > alone_since_ms ? r->at_ms : alone_since_ms) + daemon_patience_ms() * (r->memories ? UNDER_WAY_PATIENCE : 1);
 }
 
 static void give_up_due(struct timer *timer) {
   if (cedanad_ready()) return;
-  uint64_t now = now_ms(), next = 0;
-  autofree char *text = format("cedanad could not be reached within %llu ms: see %s/cedanad.log",
-                               (unsigned long long)patience_ms(), run_directory());
-  for (struct request *r = requests, *following; r; r = following) {
-    following = r->next;
-    /* A Wait goes on waiting: its container runs on. What has begun is finished by the next cedanad: half a Create helps nobody. */
-    if (r->parked || r->memories) continue;
-    if (patience_end(r) <= now) respond_message(r, 14, text, NULL);
-    else if (!next || patience_end(r) < next) next = patience_end(r);
+  uint64_t now = now_ms(), next = UINT64_MAX;
+  for (size_t i = 0; i < open_count;) {
+    struct request *r = open_requests[i];
+    uint64_t end = patience_end(r);
+    if (!r->parked && end <= now) { /* a Wait goes on waiting: its container runs on */
+      autofree char *text = format("cedanad could not be reached within %llu ms: see %s",
+                                   (unsigned long long)(now - (r->at_ms > alone_since_ms ? r->at_ms : alone_since_ms)), daemon_log());
+      respond_message(r, 14, text, NULL);
+      continue;
+    }
+    if (!r->parked && end < next) next = end;
+    i++;
   }
-  if (next) timer_start(timer, next - now, give_up_due);
+  if (next != UINT64_MAX) timer_start(timer, next - now, give_up_due);
 }
 
 /* ---- reading ---- */
@@ -321,24 +294,25 @@ static void frame_arrived(struct connection *c, const uint8_t *frame, size_t len
   uint64_t timeout_ns = 0;
   if (length > HEADER && proto_field((struct slice){frame + HEADER, length - HEADER}, 4, NULL, &timeout_ns))
     r->timeout_ms = (int64_t)(timeout_ns / 1000000);
-  struct request **at = &requests; /* in the order of arrival */
-  while (*at) at = &(*at)->next;
-  *at = r;
+  if (open_count == open_capacity)
+    open_requests = reallocate(open_requests, (open_capacity = open_capacity * 2 + 8) * sizeof *open_requests);
+  open_requests[open_count++] = r;
   c->unanswered += length;
   unanswered_all += length;
   deliver(r);
 }
 
-static bool parse(struct connection *c) {
-  while (buffer_length(&c->in) && !c->stopped) {
+/* The whole frames of what has come, until there are too many. */
+static void parse(struct connection *c) {
+  while (c->watch.fd >= 0 && !c->stopped) { /* answering may close the connection */
     size_t have = buffer_length(&c->in);
-    if (c->skip) {
+    if (c->skip && have) {
       size_t n = c->skip < have ? c->skip : have;
       c->skip -= n;
       buffer_consume(&c->in, n);
       continue;
     }
-    if (have < HEADER) return true;
+    if (have < HEADER) return;
     const uint8_t *p = c->in.data + c->in.start;
     size_t length = (size_t)p[0] << 24 | (size_t)p[1] << 16 | (size_t)p[2] << 8 | p[3];
     size_t whole = HEADER + length;
@@ -346,20 +320,31 @@ static bool parse(struct connection *c) {
       c->skip = length;
       whole = HEADER; /* cedanad gets the header, and refuses it */
     } else if (have < whole) {
-      return true;
+      return;
     }
-    unsigned id = c->id;
-    autofree uint8_t *frame = allocate(whole);
-    memcpy(frame, p, whole);
+    frame_arrived(c, p, whole);
+    if (c->watch.fd < 0) return;
     buffer_consume(&c->in, whole);
-    frame_arrived(c, frame, whole);
-    /* Answering may have closed the connection. */
-    struct connection *known = connections;
-    while (known && known->id != id) known = known->next;
-    if (!known) return false;
-    if (c->unanswered > UNANSWERED_MAX || unanswered_all > UNANSWERED_ALL_MAX) update_interest(c);
+    if (must_stop(c)) update_interest(c);
   }
-  return true;
+}
+
+void requests_resume(void) {
+  while (resumable) {
+    resumable = false;
+    for (struct connection *c = connections, *next; c; c = next) {
+      next = c->next; /* parsing closes no other connection than its own */
+      if (!c->stopped) parse(c);
+    }
+  }
+}
+
+/* Half frames of many connections: whoever makes it too much goes. */
+static bool too_much_partial(const struct connection *own) {
+  size_t all = 0;
+  if (buffer_length(&own->in) < 64 * KIB) return false;
+  for (struct connection *c = connections; c; c = c->next) all += buffer_length(&c->in);
+  return all > PARTIAL_ALL_MAX;
 }
 
 static void connection_ready(struct watch *watch, uint32_t events) {
@@ -381,12 +366,26 @@ static void connection_ready(struct watch *watch, uint32_t events) {
   }
   c->in.end += (size_t)n;
   parse(c);
+  if (c->watch.fd >= 0 && too_much_partial(c)) {
+    daemon_log_line("%s: too many unfinished requests: a connection is closed", keeper.socket_path);
+    connection_close(c);
+  }
+}
+
+static void accept_again_due(struct timer *timer) {
+  (void)timer;
+  if (listener.fd >= 0) watch_events(&listener, EPOLLIN);
 }
 
 static void accept_ready(struct watch *watch, uint32_t events) {
   (void)events;
   int fd = accept4(watch->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-  if (fd < 0) return;
+  if (fd < 0) {
+    if (errno != EMFILE && errno != ENFILE && errno != ENOMEM && errno != ENOBUFS) return;
+    watch_events(watch, 0); /* it stays ready: without a pause we would spin */
+    timer_start(&accept_again, ACCEPT_AGAIN_MS, accept_again_due);
+    return;
+  }
   struct ucred peer;
   socklen_t size = sizeof peer;
   if (connection_count >= CONNECTIONS_MAX || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0 ||
@@ -409,15 +408,25 @@ void requests_listen(int fd) {
   watch_events(&listener, EPOLLIN);
 }
 
+void requests_unlisten(void) {
+  timer_stop(&accept_again);
+  watch_close(&listener);
+  unlink(keeper.socket_path);
+}
+
 /* ---- cedanad's side ---- */
 
 void requests_resend(void) {
   uint64_t now = now_ms();
   timer_stop(&give_up);
-  for (struct request *r = requests, *next; r; r = next) {
-    next = r->next;
-    if (r->timeout_ms > 0 && r->at_ms + (uint64_t)r->timeout_ms < now) request_free(r);
-    else deliver(r);
+  for (size_t i = 0; i < open_count;) {
+    struct request *r = open_requests[i];
+    if (r->timeout_ms > 0 && r->at_ms + (uint64_t)r->timeout_ms < now) {
+      request_free(r); /* its caller has given up */
+      continue;
+    }
+    deliver(r);
+    i++;
   }
 }
 
@@ -436,9 +445,10 @@ void requests_parked(const struct message *m) {
 
 void requests_cedanad_gone(void) {
   alone_since_ms = now_ms();
-  for (struct request *r = requests, *next; r; r = next) {
-    next = r->next;
-    answer_alone(r);
+  for (size_t i = 0; i < open_count;) {
+    int64_t id = open_requests[i]->id;
+    answer_alone(open_requests[i]);
+    if (i < open_count && open_requests[i]->id == id) i++;
   }
 }
 
@@ -462,8 +472,7 @@ void requests_remember(struct tag tag, const void *frame, size_t length) {
   struct request *r = find(tag.request);
   if (!r || !tag.step) return;
   for (struct memory *m = r->memories; m; m = m->next)
-    if (strcmp(m->step, tag.step) == 0) {
-      free(m->frame);
+    if (!m->frame && strcmp(m->step, tag.step) == 0) {
       m->frame = memcpy(allocate(length), frame, length);
       m->length = length;
       return;

@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #ifndef PR_SCHED_CORE
@@ -82,6 +83,7 @@ pid_t spawn_program(struct spawn *spawn) {
   int flags = CLONE_VM | CLONE_VFORK | SIGCHLD | (spawn->sibling ? CLONE_PARENT : 0);
   pid_t pid = clone(child_main, child_stack + sizeof child_stack, flags, spawn);
   int error = pid < 0 ? errno : spawn->error;
+  if (pid > 0 && error && !spawn->sibling) waitpid(pid, NULL, 0); /* it has ended; nobody knows its pid, so nobody else would wait */
   sigprocmask(SIG_SETMASK, &before, NULL);
   return error ? -error : pid;
 }

@@ -56,14 +56,15 @@ int buffer_reserve(struct buffer *b, size_t more) {
   if (b->start == b->end) b->start = b->end = 0;
   if (b->capacity - b->end >= more) return 0;
   size_t used = buffer_length(b);
-  if (b->start > 0) {
+  if (b->start > 0 && (b->start >= used || used < 64 * KIB)) {
+    /* Only when it is cheap, or a long queue from which little goes at a time would be moved again and again. */
     memmove(b->data, b->data + b->start, used);
     b->start = 0;
     b->end = used;
     if (b->capacity - b->end >= more) return 0;
   }
   size_t capacity = b->capacity ? b->capacity : 512;
-  while (capacity - used < more) capacity *= 2;
+  while (capacity - b->end < more) capacity *= 2;
   uint8_t *data = realloc(b->data, capacity);
   if (!data) return -ENOMEM;
   b->data = data;
@@ -187,12 +188,12 @@ int write_all(int fd, const void *data, size_t length) {
   return 0;
 }
 
-int read_to_end(int fd, size_t limit, uint64_t deadline, struct buffer *out) {
+int read_to_end(int fd, size_t limit, uint64_t idle_ms, struct buffer *out) {
   for (;;) {
-    int result = wait_fd(fd, POLLIN, deadline);
+    int result = wait_fd(fd, POLLIN, now_ms() + idle_ms);
     if (result < 0) return result;
     if (buffer_reserve(out, 4096) < 0) return -ENOMEM;
-    ssize_t n = read(fd, out->data + out->end, 4096);
+    ssize_t n = read(fd, out->data + out->end, out->capacity - out->end);
     if (n < 0 && (errno == EINTR || errno == EAGAIN)) continue;
     if (n < 0) return -errno;
     if (n == 0) return 0;

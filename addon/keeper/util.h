@@ -72,8 +72,8 @@ int read_file(const char *path, size_t limit, char **text, size_t *length);
 /* One write(2) into an existing file such as those of /proc and cgroups. */
 int write_existing(const char *path, const char *text);
 int write_all(int fd, const void *data, size_t length);
-/* Reads until end of file or `deadline` (now_ms); at most `limit` bytes, more is -EFBIG. */
-int read_to_end(int fd, size_t limit, uint64_t deadline, struct buffer *out);
+/* Reads until end of file, or until nothing has come for `idle_ms`: -ETIMEDOUT; at most `limit` bytes, more is -EFBIG. */
+int read_to_end(int fd, size_t limit, uint64_t idle_ms, struct buffer *out);
 
 /* A socket address for a path, or for an abstract name that begins with '@'; *length for bind and connect. */
 struct sockaddr_un;

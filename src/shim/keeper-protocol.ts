@@ -16,8 +16,8 @@
 export const PROTOCOL_VERSION_MIN = 1;
 export const PROTOCOL_VERSION_MAX = 2;
 
-/** TTRPC's 4 MiB message and room for the fields around it. */
-export const MAX_PAYLOAD_BYTES = 4 * 1024 * 1024 + 64 * 1024;
+/** The longest value, 10 MiB of runtime options, and room for the fields around it. */
+export const MAX_PAYLOAD_BYTES = 10 * 1024 * 1024 + 64 * 1024;
 
 const FRAME_HEADER_BYTES = 8;
 const FIELD_HEADER_BYTES = 8;
@@ -228,16 +228,27 @@ export class Message {
 /** Cuts a byte stream into messages. Throws on a frame that is too long or malformed; the connection is then useless. */
 export class MessageReader {
   #pending: Buffer = Buffer.alloc(0);
+  /** after `pending`: put together once, when the frame is whole */
+  readonly #more: Buffer[] = [];
+  #bytes = 0;
+  #needed = FRAME_HEADER_BYTES;
 
   *push(chunk: Buffer): Generator<Message> {
-    this.#pending = this.#pending.length === 0 ? chunk : Buffer.concat([this.#pending, chunk]);
-    while (this.#pending.length >= FRAME_HEADER_BYTES) {
+    this.#more.push(chunk);
+    this.#bytes += chunk.length;
+    if (this.#bytes < this.#needed) return;
+    this.#pending = Buffer.concat([this.#pending, ...this.#more.splice(0)]);
+    for (;;) {
+      this.#needed = FRAME_HEADER_BYTES;
+      if (this.#bytes < this.#needed) return;
       const length = this.#pending.readUInt32LE(0);
       if (length > MAX_PAYLOAD_BYTES) throw new Error(`a frame of ${length} bytes is longer than allowed`);
-      if (this.#pending.length < FRAME_HEADER_BYTES + length) return;
+      this.#needed += length;
+      if (this.#bytes < this.#needed) return;
       const type = this.#pending.readUInt16LE(4);
-      const payload = this.#pending.subarray(FRAME_HEADER_BYTES, FRAME_HEADER_BYTES + length);
-      this.#pending = this.#pending.subarray(FRAME_HEADER_BYTES + length);
+      const payload = this.#pending.subarray(FRAME_HEADER_BYTES, this.#needed);
+      this.#pending = this.#pending.subarray(this.#needed);
+      this.#bytes -= this.#needed;
       yield new Message(type, payload);
     }
   }
