@@ -767,6 +767,7 @@ export class Task {
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
     await rm(join(this.bundle, "cedana-engine"), { force: true });
     this.#pod.keeper.taskGone(this.id); // it may watch for out-of-memory kills
+    if (this.init.heldExit) this.#pod.keeper.acknowledge(this.init.heldExit.sequence); // told to nobody
   }
 
   /** The engine's `delete`. A container that it doesn't know is deleted. */
