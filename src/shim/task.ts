@@ -643,6 +643,7 @@ export class Task {
     this.#rootfsMounted = false;
     await this.#removeCgroup();
     init.move("delete");
+    if (init.pid === 0) init.neverRan();
     const exit = init.exit ?? { status: 0, atNs: nowNs() };
     this.publish(`delete:${work.request}`, events.taskDelete(this.id, init.pid, exit.status, exit.atNs));
     return { pid: init.pid, exit };
@@ -657,6 +658,7 @@ export class Task {
     if (process.exit) await this.#drain(work, process);
     await this.#pod.keeper.ioFree(work.tag("io-free"), process.io);
     process.move("delete");
+    if (process.pid === 0) process.neverRan();
     this.execs.delete(process.execId);
     const { serial } = this.#execSpecs.get(process.execId)!;
     await Promise.all(
