@@ -1,4 +1,4 @@
-import { WrongState } from "../errors/index.ts";
+import { NotFound, WrongState } from "../errors/index.ts";
 
 /** States of a container's init, and what leads from one to the next. An exit is possible wherever a pid exists. */
 export const initTransitions = {
@@ -96,8 +96,15 @@ export class Process {
     this.#exited.resolve(exit);
   }
 
+  /** @throws NotFound when it is deleted without ever having run */
   waitForExit(): Promise<Exit> {
     return this.#exited.promise;
+  }
+
+  /** Deleted before it ran: there is no exit to wait for. */
+  neverRan(): void {
+    this.#exited.promise.catch(() => undefined); // nobody need be waiting
+    this.#exited.reject(new NotFound(`process does not exist: ${this.name} was deleted before it ran`));
   }
 
   /** One call that changes this process at a time, in the order of arrival. */

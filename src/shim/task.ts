@@ -720,6 +720,7 @@ export class Task {
     ]);
     this.#rootfsMounted = false;
     init.move("delete");
+    if (init.pid === 0) init.neverRan();
     const exit = init.exit ?? { status: 0, atNs: nowNs() };
     this.publish(`delete:${work.request}`, events.taskDelete(this.id, init.pid, exit.status, exit.atNs));
     return { pid: init.pid, exit };
@@ -735,6 +736,7 @@ export class Task {
     // Not waited for: it can't fail, and the keeper takes it up before our answer.
     this.#pod.keeper.ioFree(work.tag("io-free"), process.io).catch(() => {}); // Unavailable: the keeper took all along
     process.move("delete");
+    if (process.pid === 0) process.neverRan();
     this.execs.delete(process.execId);
     const { serial } = this.#execSpecs.get(process.execId)!;
     this.#pod.afterResponse(work.request, () => {
@@ -855,6 +857,7 @@ export class Task {
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
     await rm(join(this.bundle, "cedana-engine"), { force: true });
     this.#pod.keeper.taskGone(this.id); // it may watch for out-of-memory kills
+    if (this.init.heldExit) this.#pod.keeper.acknowledge(this.init.heldExit.sequence); // told to nobody
   }
 
   /** The engine's `delete`. A container that it doesn't know is deleted. */

@@ -195,6 +195,15 @@ for (const combination of bothEngines) {
       });
     });
 
+    it("answers a Wait for an exec that is deleted without having run", async (context) => {
+      oursOnly(context, "lets it wait for ever");
+      await using task = await live.run(["sleeper"], { stdio: false });
+      await using exec = await task.addExec({ args: ["true"], stdio: false });
+      const waiting = expect(exec.wait()).rejects.toMatchObject({ status: "NOT_FOUND" });
+      await exec.delete();
+      await waiting;
+    });
+
     it("kills a task that is paused", async () => {
       await using task = await live.run(["sleeper"], { stdio: false });
       await using exec = await task.exec(["sleeper"], { stdio: false });

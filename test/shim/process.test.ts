@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { WrongState } from "../../src/errors/index.ts";
+import { NotFound, WrongState } from "../../src/errors/index.ts";
 import {
   execTransitions,
   initTransitions,
@@ -39,6 +39,14 @@ describe("the states of a process", () => {
       Array(3).fill({ status: 7, atNs: 1n }),
     );
     expect(process.state).toBe("stopped");
+  });
+
+  it("that is deleted before it ran lets nobody wait", async () => {
+    const process = new Process("e", "io", stdio, "created");
+    const before = process.waitForExit();
+    process.neverRan();
+    await expect(before).rejects.toThrow(NotFound);
+    await expect(process.waitForExit()).rejects.toThrow(NotFound);
   });
 
   it("does calls in the order of their arrival, and goes on after one that fails", async () => {
