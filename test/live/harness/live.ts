@@ -44,6 +44,8 @@ export interface LiveOptions {
   /** runtime name; default CEDANA_TEST_RUNTIME, else ours */
   runtime?: string;
   env?: Record<string, string>;
+  /** containerd's, and its shims': `debug` makes them say more than they do in normal service */
+  logLevel?: "debug" | "info";
 }
 
 export const OURS = "io.containerd.cedana.v2";
@@ -67,6 +69,8 @@ export function containerdBinaries(version: ContainerdVersion): string | undefin
 
 export interface RunOptions extends Omit<SpecOptions, "args">, StdioOptions {
   id?: string;
+  /** instead of the instance's */
+  runtime?: string;
   /** options of the runtime instead of those that name the engine */
   runtimeOptions?: Any;
   /** checkpoint in the content store that the task is created from */
@@ -112,6 +116,7 @@ export class Live {
         (engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers") ? "v2" : "host"),
       runtime: options.runtime ?? runtimeUnderTest,
       env: options.env ?? {},
+      logLevel: options.logLevel ?? "debug",
     };
     this.binaries = binaries;
     this.programs = programsDir;
@@ -184,7 +189,7 @@ export class Live {
         "[ttrpc]",
         `  address = "${this.address}.ttrpc"`,
         "[debug]",
-        `  level = "debug"`,
+        `  level = "${this.options.logLevel}"`,
         "",
       ].join("\n"),
     );
@@ -322,10 +327,10 @@ export class Live {
   }
 
   /** `ctr run` flags that choose the runtime and the engine. */
-  ctrRuntimeFlags(): string[] {
-    const flags = ["--runtime", this.options.runtime];
+  ctrRuntimeFlags(runtime = this.options.runtime): string[] {
+    const flags = ["--runtime", runtime];
     if (this.options.engine === "runc") return flags;
-    if (this.options.runtime === GO_SHIM) return [...flags, "--runc-binary", this.options.engine];
+    if (runtime === GO_SHIM) return [...flags, "--runc-binary", this.options.engine];
     // ctr passes runc's options only to io.containerd.runc.v2; others get a file.
     const path = join(this.dir, "options.toml");
     writeFileSync(path, `BinaryName = "${this.options.engine}"\n`);
@@ -361,7 +366,10 @@ export class Live {
       await this.client.containers.create({
         id: options.id,
         image: IMAGE,
-        runtime: { name: this.options.runtime, options: options.runtimeOptions ?? this.engineOptions() },
+        runtime: {
+          name: options.runtime ?? this.options.runtime,
+          options: options.runtimeOptions ?? this.engineOptions(),
+        },
         spec: anyJson("types.containerd.io/opencontainers/runtime-spec/1/Spec", spec),
         snapshotter: "overlayfs",
         snapshotKey: options.id,
