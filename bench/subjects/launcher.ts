@@ -1,6 +1,7 @@
 // The calls by which containerd executes a shim: `start`, and `delete` with nothing left to delete.
 
-import { existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { execFileSync } from "node:child_process";
+import { closeSync, constants, existsSync, mkdirSync, openSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { encode } from "../../test/live/harness/proto.ts";
 import { containerSpec } from "../../test/live/harness/spec.ts";
@@ -22,6 +23,10 @@ export const launcher: Subject = {
     const bundle = join(live.dir, id); // the Go shim takes it for granted that it is named after the container
     mkdirSync(bundle, { mode: 0o700 });
     writeFileSync(join(bundle, "runtime"), bench.engine); // the Go shim's Create would have written it
+    // containerd's end of the shim's log; a Go shim without it ends at once.
+    const log = join(bundle, "log");
+    execFileSync("mkfifo", [log]);
+    const logFd = openSync(log, constants.O_RDWR | constants.O_NONBLOCK);
     const spec = containerSpec({ args: ["true"], cgroupsPath: `/${live.namespace}/${id}`, programs: "/" });
     writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
     const options = join(bundle, "options");
@@ -63,6 +68,7 @@ export const launcher: Subject = {
     const { ms: deleteMs } = await call("-bundle", bundle, "delete");
     if (side === "ours" && existsSync(socket)) throw new Error(`delete left the socket ${socket}`);
     rmSync(socket, { force: true }); // the Go shim's stays behind
+    closeSync(logFd);
     rmSync(bundle, { recursive: true });
     return { [START]: startMs, [DELETE]: deleteMs };
   },

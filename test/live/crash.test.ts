@@ -2,11 +2,12 @@
 
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { Live } from "./harness/live.ts";
+import { generator } from "./harness/random.ts";
 import { isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
-/** Rounds of the scripted life; CEDANA_SOAK=1 makes many of them. */
-const ROUNDS = process.env.CEDANA_SOAK ? 1000 : 50;
+/** `npm run soak` makes many more. */
+const ROUNDS = 50;
 
 describe("cedanad", () => {
   let live: Live;
@@ -99,12 +100,3 @@ describe("a keeper", () => {
     await live.removeContainer(task.id).catch(() => undefined);
   });
 });
-
-/** A small generator of numbers from 0 to 1, so that a failing round can be had again. */
-function generator(seed: number): () => number {
-  let state = seed;
-  return () => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return state / 2 ** 32;
-  };
-}
