@@ -7,12 +7,13 @@ import { join } from "node:path";
 import { repository } from "../test/live/harness/programs.ts";
 import type { Bench } from "./bench.ts";
 
-/** The first line of what a program says of itself; undefined when it isn't there. */
+/** The line with the version in what a program says of itself; undefined when it isn't there. */
 function says(command: string, ...args: string[]): string | undefined {
   try {
     return execFileSync(command, args, { encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] })
-      .trim()
-      .split("\n")[0];
+      .split("\n")
+      .find((line) => /\d/.test(line))
+      ?.trim();
   } catch {
     return undefined; // not installed, or no repository: a fact that is missing
   }
