@@ -1,4 +1,5 @@
-// `npm run bench`: our shim and containerd's own, side by side on one private containerd, in turn within each round. Prints
+// `npm run bench`: our shim and containerd's own, side by side on one private containerd, in turn within each
+// round. Prints
 // medians and ratios as a table, and writes them with all samples as JSON into bench/results/.
 //
 //   --engine runc|crun   the engine below both shims (runc)
@@ -40,28 +41,37 @@ const chosen = subjects.filter((subject) => subject.rows.some((row) => pattern.t
 if (chosen.length === 0) throw new Error(`--only ${options.only}: no row matches`);
 
 const keepAlive = setInterval(() => {}, 60_000); // the harness waits on things that Node does not count as work
-const bench = await Bench.start(engine);
 const results: Result[] = [];
-const machine = machineFacts(bench);
-try {
-  for (const subject of chosen) results.push(...(await measure(subject)));
-} finally {
-  await bench.live.stop();
-  clearInterval(keepAlive);
+const failures: string[] = [];
+let machine: ReturnType<typeof machineFacts> | undefined;
+for (const subject of chosen) {
+  // A containerd of its own for each: none measures what another has left warm, or broken.
+  const bench = await Bench.start(engine);
+  try {
+    machine ??= machineFacts(bench);
+    results.push(...(await measure(bench, subject)));
+  } catch (error) {
+    failures.push(`${subject.rows[0]!.name}: ${(error as Error).message}`); // the others' figures are worth having all the same
+  } finally {
+    await bench.live.stop();
+  }
 }
+clearInterval(keepAlive);
 
 console.log(
-  `\n${Object.entries(machine)
+  `\n${Object.entries(machine ?? {})
     .map(([name, value]) => `${name}: ${value}`)
     .join("\n")}\n\n${table(results)}`,
 );
 const out = options.out ?? join(import.meta.dirname, "results", `${engine}.json`);
 mkdirSync(dirname(out), { recursive: true });
-writeFileSync(out, `${JSON.stringify({ machine, engine, rounds, results }, undefined, 2)}\n`);
+writeFileSync(out, `${JSON.stringify({ machine, engine, rounds, results, failures }, undefined, 2)}\n`);
+for (const failure of failures) console.error(`FAILED ${failure}`);
+if (failures.length > 0) process.exitCode = 1;
 if (options.strict && results.some((result) => result.reached === false)) process.exitCode = 1;
 
 /** All rounds of a subject; which side begins changes from round to round. */
-async function measure(subject: Subject): Promise<Result[]> {
+async function measure(bench: Bench, subject: Subject): Promise<Result[]> {
   const warmUps = subject.warmUps ?? 2;
   const count = Math.min(rounds, subject.maxRounds ?? Infinity);
   const samples = new Map<string, { ours: number[]; theirs: number[] }>(
