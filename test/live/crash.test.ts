@@ -6,8 +6,9 @@ import { generator } from "./harness/random.ts";
 import { isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
-/** `npm run soak` makes many more. */
-const ROUNDS = 50;
+/** `npm run soak` makes many more of the short ones. */
+const LONG_LIVES = 50;
+const SHORT_LIVES = 15;
 
 describe("cedanad", () => {
   let live: Live;
@@ -47,12 +48,16 @@ describe("cedanad", () => {
     expect(live.cedanad()!.pid).not.toBe(pid);
   });
 
-  it(`may be killed at a random moment of a scripted life, ${ROUNDS} times: outputs, codes and events are right`, async () => {
+  /** Kills cedanad once within the next `ms`, and waits until that has happened. */
+  const killWithin = async (ms: number, random: () => number) => {
+    await new Promise((resolve) => setTimeout(resolve, 1 + random() * ms));
+    await live.killCedanad();
+  };
+
+  it(`may be killed at a random moment of a short life, ${SHORT_LIVES} times: outputs, codes and events are right`, async () => {
     const random = generator(20_240_601);
-    for (let round = 0; round < ROUNDS; round++) {
-      const killer = new Promise((resolve) => setTimeout(resolve, 1 + random() * 80)).then(() =>
-        live.killCedanad(),
-      );
+    for (let round = 0; round < SHORT_LIVES; round++) {
+      const killer = killWithin(80, random);
       const expected = round % 200;
       const { id, status, stdout } = await live.runToEnd([
         "sh",
@@ -67,6 +72,43 @@ describe("cedanad", () => {
         "create",
         "start",
         `exit ${expected}`,
+        "delete",
+      ]);
+    }
+  }, 600_000);
+
+  it(`may be killed at a random moment of a long life, ${LONG_LIVES} times: each call is answered, and happens once`, async () => {
+    const random = generator(20_240_602);
+    for (let round = 0; round < LONG_LIVES; round++) {
+      const at = `round ${round}`;
+      const killer = killWithin(300, random);
+      await using task = await live.run(["signals"]);
+      expect(await task.stdout.line(), at).toBe("ready");
+      const exec = await task.execToEnd(["sh", "-c", `echo exec ${round}; exit ${round}`]);
+      expect(exec, at).toEqual({ status: round, stdout: `exec ${round}\n`, stderr: "" });
+      await task.kill(10);
+      expect(await task.stdout.line(), at).toBe("signal 10");
+      await task.pause();
+      await task.resume();
+      await task.kill(12);
+      expect(await task.stdout.line(), at).toBe("signal 12");
+      const exited = task.wait();
+      await task.kill(9);
+      expect(await exited, at).toBe(137);
+      expect(await task.delete(), at).toBe(137);
+      await killer;
+      await task.stdout.end();
+      expect(task.stdout.text, at).toBe("ready\nsignal 10\nsignal 12\n"); // and no signal twice
+      await live.events.waitFor(task.id, "delete");
+      expect(live.events.summary(task.id), at).toEqual([
+        "create",
+        "start",
+        "exec-added e1",
+        "exec-started e1",
+        `exit e1 ${round}`,
+        "paused",
+        "resumed",
+        "exit 137",
         "delete",
       ]);
     }
