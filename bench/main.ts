@@ -1,6 +1,5 @@
-// `npm run bench`: our shim and containerd's own, side by side on one private containerd, in turn within each
-// round. Prints
-// medians and ratios as a table, and writes them with all samples as JSON into bench/results/.
+// `npm run bench`: our shim and containerd's own, side by side on one private containerd, in turn within each round.
+// Prints medians and ratios as a table, and writes them with all samples as JSON into bench/results/.
 //
 //   --engine runc|crun   the engine below both shims (runc)
 //   --rounds N           rounds (20); what takes long makes fewer
@@ -9,6 +8,7 @@
 //   --strict             ends with status 1 when an aim is missed
 
 import { mkdirSync, writeFileSync } from "node:fs";
+import { cpus, loadavg } from "node:os";
 import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
 import { Bench, type Side, type Subject } from "./bench.ts";
@@ -43,6 +43,7 @@ if (chosen.length === 0) throw new Error(`--only ${options.only}: no row matches
 const keepAlive = setInterval(() => {}, 60_000); // the harness waits on things that Node does not count as work
 const results: Result[] = [];
 const failures: string[] = [];
+const loads: number[] = [];
 let machine: ReturnType<typeof machineFacts> | undefined;
 for (const subject of chosen) {
   // A containerd of its own for each: none measures what another has left warm, or broken.
@@ -53,6 +54,7 @@ for (const subject of chosen) {
   } catch (error) {
     failures.push(`${subject.rows[0]!.name}: ${(error as Error).message}`); // the others' figures are worth having all the same
   } finally {
+    loads.push(loadavg()[0]!);
     await bench.live.stop();
   }
 }
@@ -65,7 +67,16 @@ console.log(
 );
 const out = options.out ?? join(import.meta.dirname, "results", `${engine}.json`);
 mkdirSync(dirname(out), { recursive: true });
-writeFileSync(out, `${JSON.stringify({ machine, engine, rounds, results, failures }, undefined, 2)}\n`);
+writeFileSync(
+  out,
+  `${JSON.stringify({ machine, engine, rounds, loads, results, failures }, undefined, 2)}\n`,
+);
+const busiest = Math.max(...loads);
+// A measurement itself keeps about one CPU busy, and the parallel one both.
+if (busiest > cpus().length + 1)
+  console.log(
+    `\nThe load average reached ${busiest.toFixed(1)} on ${cpus().length} CPUs: others were computing, times and their ratios say little.`,
+  );
 for (const failure of failures) console.error(`FAILED ${failure}`);
 if (failures.length > 0) process.exitCode = 1;
 if (options.strict && results.some((result) => result.reached === false)) process.exitCode = 1;
