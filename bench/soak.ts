@@ -8,7 +8,7 @@
 //
 // Ends with status 1 when something was wrong, and prints what.
 
-import { readdirSync } from "node:fs";
+import { mkdirSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { Live } from "../test/live/harness/live.ts";
@@ -132,7 +132,8 @@ async function expectInventory(live: Live, before: Record<string, number>): Prom
   expectEqual("what is there afterwards", inventory(live), before);
 }
 
-async function onMachine(work: (live: Live) => Promise<void>): Promise<void> {
+async function onMachine(part: string, work: (live: Live) => Promise<void>): Promise<void> {
+  const before = faults.length;
   const live = await Live.start({
     containerd: "1.7",
     engine: engine as "runc" | "crun",
@@ -144,7 +145,22 @@ async function onMachine(work: (live: Live) => Promise<void>): Promise<void> {
     await work(live);
     await live.expectNoLeftovers().catch((error: Error) => expectEqual(error.message, "left", "nothing"));
   } finally {
+    if (faults.length > before) keepLogs(live, part);
     await live.stop();
+  }
+}
+
+/** The logs of a part in which something was wrong. */
+function keepLogs(live: Live, part: string): void {
+  const directory = join(import.meta.dirname, "results");
+  mkdirSync(directory, { recursive: true });
+  for (const [name, text] of [
+    ["cedanad", live.cedanadLog()],
+    ["containerd", live.containerdLog()],
+  ] as const) {
+    const path = join(directory, `soak-${part}-${name}.log`);
+    writeFileSync(path, text);
+    console.error(`see ${path}`);
   }
 }
 
@@ -231,7 +247,7 @@ for (const name of names) if (!parts[name]) throw new Error(`there is no part ${
 
 const keepAlive = setInterval(() => {}, 60_000); // the harness waits on things that Node does not count as work
 try {
-  for (const name of names) await onMachine(parts[name]);
+  for (const name of names) await onMachine(name, parts[name]);
 } finally {
   clearInterval(keepAlive);
 }
