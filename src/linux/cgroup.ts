@@ -1,5 +1,5 @@
-import { closeSync, constants, existsSync, openSync, readSync, write as writeToFd } from "node:fs";
-import { readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
+import { closeSync, constants, openSync, readSync, write as writeToFd } from "node:fs";
+import { readdir, readFile, stat, writeFile } from "node:fs/promises";
 import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
 import { NotFound, SyscallFailed, TimedOut, Unsupported, WrongState } from "../errors/index.ts";
 import { type MountInfo, readMountInfo } from "./mount-options.ts";
@@ -51,8 +51,6 @@ const freezeTimeoutMs = 10_000;
 // v1: a process that forks while its cgroup freezes can be missed; writing FROZEN again catches the child. A short thaw
 // lets processes get out of a place where they can't freeze. Source: runc, libcontainer/cgroups/fs/freezer.go.
 const thawEveryLooks = 100;
-/** Between two attempts to remove a cgroup that is busy. */
-const removePauseMs = 10;
 
 export class Cgroup {
   readonly version: 1 | 2;
@@ -104,27 +102,6 @@ export class Cgroup {
     const first = this.paths.values().next();
     if (first.done) throw new NotFound("cgroup without a directory");
     return first.value;
-  }
-
-  /**
-   * Removes what an engine's `delete` has left of it, where there is something left.
-   *
-   * An ended and reaped process belongs to its cgroup until the kernel has switched away from it for the last time, which
-   * takes some hundred milliseconds on a busy host; until then rmdir(2) says EBUSY, though nobody is listed. runc gives up
-   * after 150 ms, and reports success.
-   * @returns false when somebody is in it, or it stayed busy for `timeoutMs`
-   */
-  async removeLeft(timeoutMs: number): Promise<boolean> {
-    const deadline = Date.now() + timeoutMs;
-    let left = [...new Set(this.paths.values())];
-    for (;;) {
-      left = left.filter((path) => existsSync(path)); // no lock, no thread: usually that is all there is to it
-      if (left.length === 0) return true;
-      for (const path of left) await removeTree(path);
-      if (!left.some((path) => existsSync(path))) return true;
-      if (Date.now() > deadline || (await this.pids()).length > 0) return false;
-      await sleep(removePauseMs);
-    }
   }
 
   /** Whether it is still there. */
@@ -526,15 +503,6 @@ export function resolve(
 // ENOENT: no such file. ENODEV, ESRCH: the cgroup went between open and read.
 function removed(err: unknown): boolean {
   return ["ENOENT", "ENODEV", "ESRCH"].includes((err as NodeJS.ErrnoException).code ?? "");
-}
-
-/** Removes a cgroup and those below it, as far as nobody is in them. */
-async function removeTree(directory: string): Promise<void> {
-  const entries = await readdir(directory, { withFileTypes: true }).catch(ignoreGone);
-  for (const entry of entries ?? []) if (entry.isDirectory()) await removeTree(`${directory}/${entry.name}`);
-  await rmdir(directory).catch((err) => {
-    if (!removed(err) && (err as NodeJS.ErrnoException).code !== "EBUSY") throw SyscallFailed.from(err);
-  });
 }
 
 function ignoreGone(err: unknown): undefined {

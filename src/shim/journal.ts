@@ -1,7 +1,6 @@
 import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { BrokenImage } from "../errors/index.ts";
-import type { CgroupPaths } from "../linux/cgroup.ts";
 
 /**
  * A task's state as the next cedanad will find it: one small JSON file in the bundle, replaced at each transition.
@@ -29,8 +28,6 @@ export interface TaskRecord {
   restoreFrom?: string;
   parentCheckpoint?: string;
   oomKills: number;
-  /** of the container; unknown before its first process */
-  cgroup?: CgroupPaths;
   exit?: ExitRecord;
   execs: ExecRecord[];
   /** Answers given to calls with effects, so that a repeated call gets the same one; the newest last. */

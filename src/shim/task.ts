@@ -36,8 +36,6 @@ const DRAIN_LIMIT_MS = 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
 const OOM_COUNTER_ATTEMPTS = 10;
 const OOM_COUNTER_INTERVAL_MS = 20;
-/** How long Delete waits for the container's cgroup to become empty, when the engine didn't. */
-const CGROUP_REMOVE_LIMIT_MS = 2_000;
 
 /** The call on whose behalf something is done: gives its operations tags that a repetition derives again. */
 export interface Work {
@@ -189,7 +187,6 @@ export class Task {
     task.#rootfsMounted = record.rootfsMounted;
     task.#parentCheckpoint = record.parentCheckpoint;
     task.#oomKills = record.oomKills;
-    if (record.cgroup) task.#cgroup = Cgroup.fromPaths(record.cgroup);
     task.#answers = record.answers;
     for (const exec of record.execs) {
       const process = new Process(
@@ -211,7 +208,7 @@ export class Task {
     if (this.init.pid === 0 || this.init.exit) return;
     try {
       this.#spec = await readSpec(this.bundle);
-      this.#cgroup ??= await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
+      this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
     } catch (error) {
       this.#log.warn({ err: error }, "revive the task: its exit is expected");
     }
@@ -258,7 +255,6 @@ export class Task {
       ...(this.#restoreFrom && { restoreFrom: this.#restoreFrom }),
       ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
       oomKills: this.#oomKills,
-      ...(this.#cgroup && { cgroup: this.#cgroup.toJSON() }),
       ...exitRecord(this.init.exit),
       execs: [...this.execs.values()].map((process): ExecRecord => {
         const { serial, spec } = this.#execSpecs.get(process.execId)!;
@@ -724,12 +720,6 @@ export class Task {
       );
     } catch (error) {
       if (!(error instanceof NotFound)) throw error;
-    }
-    try {
-      if (await (this.#cgroup?.removeLeft(CGROUP_REMOVE_LIMIT_MS) ?? true)) return;
-      this.#log.warn({ cgroup: this.#cgroup }, "the container's cgroup stays: somebody is in it");
-    } catch (error) {
-      this.#log.warn({ err: error, cgroup: this.#cgroup }, "remove what the engine has left of the cgroup");
     }
   }
 

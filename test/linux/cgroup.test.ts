@@ -273,20 +273,6 @@ describe.each([
     expect(await exit).toEqual([null, "SIGTERM"]);
   });
 
-  test("goes with those below it once nobody is in it, and stays with whom is in it", async () => {
-    const cgroup = makeCgroup(version);
-    for (const path of cgroup.paths.values()) mkdirSync(`${path}/below/further`, { recursive: true });
-    await start(cgroup);
-    expect(await cgroup.removeLeft(5_000)).toBe(false);
-    expect(await cgroup.exists()).toBe(true);
-    const exit = once(children[0]!, "exit");
-    await cgroup.kill();
-    await exit;
-    expect(await cgroup.removeLeft(5_000)).toBe(true);
-    for (const path of cgroup.paths.values()) expect(existsSync(path)).toBe(false);
-    expect(await cgroup.removeLeft(5_000)).toBe(true);
-  });
-
   test("survives being written down", async () => {
     const cgroup = makeCgroup(version);
     const pid = await start(cgroup);
