@@ -1,130 +1,109 @@
-// `npm run bench`: our shim and containerd's own side by side, on one private containerd, in turn within each round. Prints
-// medians and the ratio, and writes them as JSON into bench/results/.
-//   --rounds N (20)   --containers N (20), for memory
-import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
-import { Live } from "../test/live/harness/live.ts";
+// `npm run bench`: our shim and containerd's own, side by side on one private containerd, in turn within each round.
+// Prints medians and ratios as a table, and writes them with all samples as JSON into bench/results/.
+//
+//   --engine runc|crun   the engine below both shims (runc)
+//   --rounds N           rounds (20); what takes long makes fewer
+//   --only PATTERN       only rows whose name matches, and what is measured together with them
+//   --out FILE           the JSON (bench/results/ENGINE.json)
+//   --strict             ends with status 1 when an aim is missed
 
-const OURS = "io.containerd.cedana.v2";
-const THEIRS = "io.containerd.runc.v2";
-const IMAGE = "cedana.local/busybox:latest";
+import { mkdirSync, writeFileSync } from "node:fs";
+import { cpus, loadavg } from "node:os";
+import { dirname, join } from "node:path";
+import { parseArgs } from "node:util";
+import { Bench, type Side, type Subject } from "./bench.ts";
+import { machineFacts } from "./machine.ts";
+import { type Result, resultOf, table } from "./report.ts";
+import { checkpoint } from "./subjects/checkpoint.ts";
+import { launcher } from "./subjects/launcher.ts";
+import { lifecycle, parallel } from "./subjects/lifecycle.ts";
+import { memory } from "./subjects/memory.ts";
+import { firstCall, gap } from "./subjects/recovery.ts";
+import { stdout } from "./subjects/stdout.ts";
 
-const argument = (name: string, otherwise: number) => {
-  const at = process.argv.indexOf(`--${name}`);
-  return at < 0 ? otherwise : Number(process.argv[at + 1]);
-};
-const rounds = argument("rounds", 20);
-const containers = argument("containers", 20);
+const subjects: Subject[] = [launcher, lifecycle, parallel, stdout, checkpoint, firstCall, memory, gap];
 
-const median = (values: number[]) => values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)]!;
-const timeMs = async (work: () => Promise<unknown>) => {
-  const start = process.hrtime.bigint();
-  await work();
-  return Number(process.hrtime.bigint() - start) / 1e6;
-};
-
-interface Row {
-  what: string;
-  unit: string;
-  ours: number;
-  theirs: number;
-  ratio: number;
-}
-const rows: Row[] = [];
-const add = (what: string, unit: string, ours: number, theirs: number) =>
-  rows.push({ what, unit, ours, theirs, ratio: ours / theirs });
+const { values: options } = parseArgs({
+  options: {
+    engine: { type: "string", default: "runc" },
+    rounds: { type: "string", default: "20" },
+    only: { type: "string", default: "" },
+    out: { type: "string" },
+    strict: { type: "boolean", default: false },
+  },
+});
+const { engine } = options;
+if (engine !== "runc" && engine !== "crun") throw new Error(`--engine ${engine}: it is runc or crun`);
+const rounds = Number(options.rounds);
+if (!Number.isSafeInteger(rounds) || rounds < 1) throw new Error(`--rounds ${options.rounds}: not a number`);
+const pattern = new RegExp(options.only, "i");
+const chosen = subjects.filter((subject) => subject.rows.some((row) => pattern.test(row.name)));
+if (chosen.length === 0) throw new Error(`--only ${options.only}: no row matches`);
 
 const keepAlive = setInterval(() => {}, 60_000); // the harness waits on things that Node does not count as work
-const live = await Live.start({ containerd: "1.7", engine: "runc" });
-try {
-  const times = new Map<string, Record<string, number[]>>();
-  const measure = async (what: string, runtime: string, work: () => Promise<unknown>) => {
-    const entry = times.get(what) ?? { [OURS]: [], [THEIRS]: [] };
-    times.set(what, entry);
-    entry[runtime]!.push(await timeMs(work));
-  };
-  for (let round = -2; round < rounds; round++) {
-    if (round === 0) times.clear(); // two rounds to warm up
-    for (const runtime of round % 2 === 0 ? [OURS, THEIRS] : [THEIRS, OURS]) {
-      const id = live.newId("bench");
-      const flags = ["--runtime", runtime];
-      await measure("run -d", runtime, () =>
-        live.ctr("run", "-d", "--null-io", ...flags, IMAGE, id, "sh", "-c", "while :; do sleep 60; done"),
-      );
-      await measure("task exec true", runtime, () => live.ctr("task", "exec", "--exec-id", "x", id, "true"));
-      await measure("task delete -f", runtime, () =>
-        live.ctr("task", "delete", "-f", id).catch(() => undefined),
-      );
-      await live.ctr("container", "delete", id);
-      await measure("run --rm true", runtime, () =>
-        live.ctr("run", "--rm", ...flags, IMAGE, live.newId("bench"), "true"),
-      );
-    }
+const results: Result[] = [];
+const failures: string[] = [];
+const loads: number[] = [];
+let machine: ReturnType<typeof machineFacts> | undefined;
+for (const subject of chosen) {
+  // A containerd of its own for each: none measures what another has left warm, or broken.
+  const bench = await Bench.start(engine);
+  try {
+    machine ??= machineFacts(bench);
+    results.push(...(await measure(bench, subject)));
+  } catch (error) {
+    failures.push(`${subject.rows[0]!.name}: ${(error as Error).message}`); // the others' figures are worth having all the same
+  } finally {
+    loads.push(loadavg()[0]!);
+    await bench.live.stop();
   }
-  for (const [what, entry] of times) add(what, "ms", median(entry[OURS]!), median(entry[THEIRS]!));
+}
+clearInterval(keepAlive);
 
-  for (const count of [1, containers]) {
-    const pss: Record<string, number> = {};
-    for (const runtime of [OURS, THEIRS]) {
-      const ids = Array.from({ length: count }, () => live.newId("bench"));
-      for (const id of ids)
-        await live.ctr(
-          "run",
-          "-d",
-          "--null-io",
-          "--runtime",
-          runtime,
-          IMAGE,
-          id,
-          "sh",
-          "-c",
-          "while :; do sleep 60; done",
-        );
-      const owners = live
-        .processes()
-        .filter((info) => info.kind === "shim" || (runtime === OURS && info.kind === "cedanad"));
-      pss[runtime] = owners.reduce((sum, info) => sum + pssKb(info.pid), 0);
-      if (runtime === OURS && count > 1) {
-        const keepers = owners.filter((info) => info.kind === "shim").map((info) => privateKb(info.pid));
-        console.log(`private memory of a keeper: ${median(keepers)} kB`);
-      }
-      for (const id of ids) {
-        await live.ctr("task", "delete", "-f", id).catch(() => undefined);
-        await live.ctr("container", "delete", id);
-      }
-    }
-    add(`memory of ${count} containers (PSS)`, "kB", pss[OURS]!, pss[THEIRS]!);
-  }
-} finally {
-  await live.stop();
-  clearInterval(keepAlive);
-}
-
-function rollup(pid: number): string {
-  return readFileSync(`/proc/${pid}/smaps_rollup`, "utf8");
-}
-function pssKb(pid: number): number {
-  return Number(/^Pss:\s+(\d+)/m.exec(rollup(pid))![1]);
-}
-function privateKb(pid: number): number {
-  return [...rollup(pid).matchAll(/^Private_\w+:\s+(\d+)/gm)].reduce(
-    (sum, match) => sum + Number(match[1]),
-    0,
-  );
-}
-
-console.table(
-  rows.map(({ what, unit, ours, theirs, ratio }) => ({
-    what,
-    unit,
-    ours: ours.toFixed(1),
-    "runc's shim": theirs.toFixed(1),
-    ratio: ratio.toFixed(2),
-  })),
+console.log(
+  `\n${Object.entries(machine ?? {})
+    .map(([name, value]) => `${name}: ${value}`)
+    .join("\n")}\n\n${table(results)}`,
 );
-const results = join(import.meta.dirname, "results");
-mkdirSync(results, { recursive: true });
+const out = options.out ?? join(import.meta.dirname, "results", `${engine}.json`);
+mkdirSync(dirname(out), { recursive: true });
 writeFileSync(
-  join(results, "latest.json"),
-  `${JSON.stringify({ rounds, containers, rows }, undefined, 2)}\n`,
+  out,
+  `${JSON.stringify({ machine, engine, rounds, loads, results, failures }, undefined, 2)}\n`,
 );
+const busiest = Math.max(...loads);
+// A measurement itself keeps about one CPU busy, and the parallel one both.
+if (busiest > cpus().length + 1)
+  console.log(
+    `\nThe load average reached ${busiest.toFixed(1)} on ${cpus().length} CPUs: others were computing, times and their ratios say little.`,
+  );
+for (const failure of failures) console.error(`FAILED ${failure}`);
+if (failures.length > 0) process.exitCode = 1;
+if (options.strict && results.some((result) => result.reached === false)) process.exitCode = 1;
+
+/** All rounds of a subject; which side begins changes from round to round. */
+async function measure(bench: Bench, subject: Subject): Promise<Result[]> {
+  const warmUps = subject.warmUps ?? 2;
+  const count = Math.min(rounds, subject.maxRounds ?? Infinity);
+  const samples = new Map<string, { ours: number[]; theirs: number[] }>(
+    subject.rows.map((row) => [row.name, { ours: [], theirs: [] }]),
+  );
+  const sides: Side[] = subject.oursOnly ? ["ours"] : ["ours", "theirs"];
+  for (let round = -warmUps; round < count; round++) {
+    progress(`${subject.rows[0]!.name}: round ${round + 1} of ${count}`);
+    for (const side of round % 2 === 0 ? sides : sides.toReversed()) {
+      const values = await subject.measure(bench, side);
+      await bench.live.expectNoLeftovers();
+      if (round >= 0)
+        for (const [name, value] of Object.entries(values)) samples.get(name)![side].push(...[value].flat());
+    }
+  }
+  progress("");
+  return subject.rows
+    .filter((row) => pattern.test(row.name))
+    .map((row) => resultOf(row, engine as "runc" | "crun", samples.get(row.name)!));
+}
+
+function progress(text: string): void {
+  if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${text}`);
+}

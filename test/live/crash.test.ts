@@ -2,11 +2,13 @@
 
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { Live } from "./harness/live.ts";
+import { generator } from "./harness/random.ts";
 import { isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
-/** Rounds of the scripted life; CEDANA_SOAK=1 makes many of them. */
-const ROUNDS = process.env.CEDANA_SOAK ? 1000 : 50;
+/** `npm run soak` makes many more of the short ones. */
+const LONG_LIVES = 50;
+const SHORT_LIVES = 15;
 
 describe("cedanad", () => {
   let live: Live;
@@ -46,12 +48,16 @@ describe("cedanad", () => {
     expect(live.cedanad()!.pid).not.toBe(pid);
   });
 
-  it(`may be killed at a random moment of a scripted life, ${ROUNDS} times: outputs, codes and events are right`, async () => {
+  /** Kills cedanad once within the next `ms`, and waits until that has happened. */
+  const killWithin = async (ms: number, random: () => number) => {
+    await new Promise((resolve) => setTimeout(resolve, 1 + random() * ms));
+    await live.killCedanad();
+  };
+
+  it(`may be killed at a random moment of a short life, ${SHORT_LIVES} times: outputs, codes and events are right`, async () => {
     const random = generator(20_240_601);
-    for (let round = 0; round < ROUNDS; round++) {
-      const killer = new Promise((resolve) => setTimeout(resolve, 1 + random() * 80)).then(() =>
-        live.killCedanad(),
-      );
+    for (let round = 0; round < SHORT_LIVES; round++) {
+      const killer = killWithin(80, random);
       const expected = round % 200;
       const { id, status, stdout } = await live.runToEnd([
         "sh",
@@ -125,6 +131,43 @@ describe("cedanad", () => {
     }
   });
 
+  it(`may be killed at a random moment of a long life, ${LONG_LIVES} times: each call is answered, and happens once`, async () => {
+    const random = generator(20_240_602);
+    for (let round = 0; round < LONG_LIVES; round++) {
+      const at = `round ${round}`;
+      const killer = killWithin(300, random);
+      await using task = await live.run(["signals"]);
+      expect(await task.stdout.line(), at).toBe("ready");
+      const exec = await task.execToEnd(["sh", "-c", `echo exec ${round}; exit ${round}`]);
+      expect(exec, at).toEqual({ status: round, stdout: `exec ${round}\n`, stderr: "" });
+      await task.kill(10);
+      expect(await task.stdout.line(), at).toBe("signal 10");
+      await task.pause();
+      await task.resume();
+      await task.kill(12);
+      expect(await task.stdout.line(), at).toBe("signal 12");
+      const exited = task.wait();
+      await task.kill(9);
+      expect(await exited, at).toBe(137);
+      expect(await task.delete(), at).toBe(137);
+      await killer;
+      await task.stdout.end();
+      expect(task.stdout.text, at).toBe("ready\nsignal 10\nsignal 12\n"); // and no signal twice
+      await live.events.waitFor(task.id, "delete");
+      expect(live.events.summary(task.id), at).toEqual([
+        "create",
+        "start",
+        "exec-added e1",
+        "exec-started e1",
+        `exit e1 ${round}`,
+        "paused",
+        "resumed",
+        "exit 137",
+        "delete",
+      ]);
+    }
+  }, 600_000);
+
   it("survives containerd: a restarted containerd finds the container running, and its exit code", async () => {
     await using task = await live.run(["counter", "20", "5"], { stdio: false });
     await live.stopContainerd("SIGKILL");
@@ -153,12 +196,3 @@ describe("a keeper", () => {
     await live.removeContainer(task.id).catch(() => undefined);
   });
 });
-
-/** A small generator of numbers from 0 to 1, so that a failing round can be had again. */
-function generator(seed: number): () => number {
-  let state = seed;
-  return () => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return state / 2 ** 32;
-  };
-}

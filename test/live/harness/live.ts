@@ -46,6 +46,8 @@ export interface LiveOptions {
   /** Kubernetes' interface, with our shim as runtime handler: by its runtime type, or by its path under the type of the Go shim */
   cri?: false | "type" | "path";
   env?: Record<string, string>;
+  /** containerd's, and its shims': `debug` makes them say more than they do in normal service */
+  logLevel?: "debug" | "info";
 }
 
 export const OURS = "io.containerd.cedana.v2";
@@ -73,6 +75,8 @@ export function containerdBinaries(version: ContainerdVersion): string | undefin
 
 export interface RunOptions extends Omit<SpecOptions, "args">, StdioOptions {
   id?: string;
+  /** instead of the instance's */
+  runtime?: string;
   /** options of the runtime instead of those that name the engine */
   runtimeOptions?: Any;
   /** checkpoint in the content store that the task is created from */
@@ -126,6 +130,7 @@ export class Live {
       runtime: options.runtime ?? runtimeUnderTest,
       cri: options.cri ?? false,
       env: options.env ?? {},
+      logLevel: options.logLevel ?? "debug",
     };
     this.binaries = binaries;
     this.programs = programsDir;
@@ -203,7 +208,7 @@ export class Live {
         "[ttrpc]",
         `  address = "${this.address}.ttrpc"`,
         "[debug]",
-        `  level = "debug"`,
+        `  level = "${this.options.logLevel}"`,
         ...(this.options.cri ? this.#criConfig() : []),
         "",
       ].join("\n"),
@@ -385,10 +390,10 @@ export class Live {
   }
 
   /** `ctr run` flags that choose the runtime and the engine. */
-  ctrRuntimeFlags(): string[] {
-    const flags = ["--runtime", this.options.runtime];
+  ctrRuntimeFlags(runtime = this.options.runtime): string[] {
+    const flags = ["--runtime", runtime];
     if (this.options.engine === "runc") return flags;
-    if (this.options.runtime === GO_SHIM) return [...flags, "--runc-binary", this.options.engine];
+    if (runtime === GO_SHIM) return [...flags, "--runc-binary", this.options.engine];
     // ctr passes runc's options only to io.containerd.runc.v2; others get a file.
     const path = join(this.dir, "options.toml");
     writeFileSync(path, `BinaryName = "${this.options.engine}"\n`);

@@ -45,10 +45,15 @@ async function hasCommand(name: string): Promise<boolean> {
 }
 
 /** Directory with the static test programs; the containers see it as /programs. */
-export async function programs(): Promise<string> {
+export function programs(): Promise<string> {
+  return compiled("programs", sources);
+}
+
+/** Directory with every C file of `sources` as a static program. */
+export async function compiled(name: string, sources: string): Promise<string> {
   const files = readdirSync(sources).filter((name) => /\.[ch]$/.test(name));
   return await cached(
-    "programs",
+    name,
     files.map((name) => join(sources, name)),
     async (directory) => {
       const compiler = (await hasCommand("musl-gcc")) ? "musl-gcc" : "gcc";
