@@ -75,8 +75,6 @@ export function containerdBinaries(version: ContainerdVersion): string | undefin
 
 export interface RunOptions extends Omit<SpecOptions, "args">, StdioOptions {
   id?: string;
-  /** instead of the instance's */
-  runtime?: string;
   /** options of the runtime instead of those that name the engine */
   runtimeOptions?: Any;
   /** checkpoint in the content store that the task is created from */
