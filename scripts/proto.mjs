@@ -99,7 +99,12 @@ function schema(root) {
     }
   };
   walk(root);
-  lines.push("export const messages: Readonly<Record<string, readonly Field[]>> = {", ...tables.messages, "};", "");
+  lines.push(
+    "export const messages: Readonly<Record<string, readonly Field[]>> = {",
+    ...tables.messages,
+    "};",
+    "",
+  );
   lines.push("export const enums: Readonly<Record<string, Readonly<Record<string, number>>>> = {");
   return `${[...lines, ...tables.enums].join("\n")}\n};\n`;
 }

@@ -309,7 +309,11 @@ export class Writer {
   }
 
   bytes(value: Uint8Array): this {
-    this.uint32(value.length);
+    return this.uint32(value.length).raw(value);
+  }
+
+  /** Bytes that are already keys and values. */
+  raw(value: Uint8Array): this {
     this.#reserve(value.length);
     this.#buffer.set(value, this.#length);
     this.#length += value.length;
