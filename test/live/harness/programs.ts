@@ -14,7 +14,7 @@ const sources = join(import.meta.dirname, "../programs");
 export const IMAGE = "cedana.local/busybox:latest";
 
 /** Makes `<cache>/<name>-<hash>` by `make` in a directory beside it, renamed when it is whole. */
-async function cached(
+export async function cached(
   name: string,
   inputs: string[],
   make: (directory: string) => Promise<unknown>,
