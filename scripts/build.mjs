@@ -88,6 +88,7 @@ async function buildTypeScript() {
   const entries = [
     { cedanad: "src/daemon/main.ts" },
     { cedana: "src/cli/main.ts", commands: "src/cli/commands.ts" },
+    { "image-worker": "src/criu/image/worker.ts" },
   ];
   const written = new Set();
   let news = 0;

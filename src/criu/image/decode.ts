@@ -9,6 +9,7 @@ import { BASE64_LINE_BYTES, base64Lines } from "./text.ts";
 
 /** Of base64 in one go: whole lines, so that pieces can be joined. */
 const BLOB_CHUNK_BYTES = BASE64_LINE_BYTES * 8192;
+const BATCH_CHARS = 64 * 1024;
 /** What follows a message is one JSON string. V8, jq and crit all stop somewhere; a file this big isn't read as JSON. */
 const MAX_BLOB_BYTES = 256 * 1024 * 1024;
 
@@ -45,23 +46,24 @@ export async function* decodeImage(path: string, options: DecodeOptions = {}): A
   const version = image.version === "1.0" ? `, "__version": "1.0"` : "";
   yield `{"magic": ${JSON.stringify(image.format.name)}${version}, "entries": [`;
   let separator = "\n";
+  let text = ""; // of entries without data, many at once
   for await (const entry of image.entries()) {
-    yield separator;
-    yield* decodeEntry(image, entry, options.payload ?? true);
+    text += separator + stringify(entry.value);
     separator = ",\n";
+    if (entry.extra) {
+      yield Object.keys(entry.value).length === 0
+        ? `${text.slice(0, -1)}"extra": `
+        : `${text.slice(0, -1)}, "extra": `;
+      text = "}";
+      yield* (options.payload ?? true)
+        ? decodeExtra(image, entry)
+        : [JSON.stringify(`... <${sizeOfExtra(entry)}>`)];
+    } else if (text.length >= BATCH_CHARS) {
+      yield text;
+      text = "";
+    }
   }
-  yield "\n]}\n";
-}
-
-async function* decodeEntry(image: ImageReader, entry: ImageEntry, payload: boolean): AsyncGenerator<string> {
-  const text = stringify(entry.value);
-  if (!entry.extra) {
-    yield text;
-    return;
-  }
-  yield text === "{}" ? `{"extra": ` : `${text.slice(0, -1)}, "extra": `;
-  yield* payload ? decodeExtra(image, entry) : [JSON.stringify(`... <${sizeOfExtra(entry)}>`)];
-  yield "}";
+  yield `${text}\n]}\n`;
 }
 
 async function* decodeExtra(image: ImageReader, { extra, offset }: ImageEntry): AsyncGenerator<string> {

@@ -2,24 +2,31 @@ import { InvalidRequest } from "../../errors/index.ts";
 
 // JSON with integers of 64 bits, and lists that are too long for memory. Node's own JSON does the work, one piece at a time.
 
-/** ES2025; TypeScript's library doesn't have them yet. */
+/** ES2025; TypeScript's library doesn't have it yet. */
 const json = JSON as unknown as {
-  rawJSON(text: string): unknown;
   parse(
     text: string,
     reviver: (key: string, value: unknown, context: { source?: string }) => unknown,
   ): unknown;
 };
 
-/** `bigint` as a number with all its digits. */
+/**
+ * `bigint` as a number with all its digits; members that are undefined are left out. By hand, because with a replacer JSON.stringify is
+ * four times slower.
+ */
 export function stringify(value: unknown): string {
-  return JSON.stringify(value, (_, member) =>
-    typeof member === "bigint" ? json.rawJSON(`${member}`) : member,
-  );
+  if (typeof value === "bigint") return `${value}`;
+  if (typeof value !== "object" || value === null) return JSON.stringify(value);
+  if (Array.isArray(value)) return `[${value.map(stringify).join(",")}]`;
+  let text = "";
+  for (const [key, member] of Object.entries(value))
+    if (member !== undefined) text += `${text ? "," : ""}${JSON.stringify(key)}:${stringify(member)}`;
+  return `{${text}}`;
 }
 
 /** Integers beyond 2^53 become `bigint`. @throws SyntaxError */
 export function parse(text: string): unknown {
+  if (!/\d{16}/.test(text)) return JSON.parse(text); // a reviver makes it five times slower
   return json.parse(text, (_, value, { source }) =>
     typeof value === "number" && !Number.isSafeInteger(value) && /^-?\d+$/.test(source ?? "")
       ? BigInt(source!)

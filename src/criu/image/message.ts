@@ -29,6 +29,7 @@ const BYTES = "__bytes";
 interface Known {
   readonly fields: ReadonlyMap<number, Field>;
   readonly ordered: readonly Field[];
+  readonly names: ReadonlySet<string>;
 }
 const known = new Map<string, Known>();
 
@@ -37,7 +38,11 @@ function tableOf(name: string): Known {
   if (!table) {
     const ordered = messages[name];
     if (!ordered) throw new Error(`no message ${name} in proto/criu/images.proto`);
-    table = { ordered, fields: new Map(ordered.map((field) => [field[0], field])) };
+    table = {
+      ordered,
+      fields: new Map(ordered.map((field) => [field[0], field])),
+      names: new Set(ordered.map((field) => field[1])),
+    };
     known.set(name, table);
   }
   return table;
@@ -197,8 +202,7 @@ function writeFields(name: string, message: Message, writer: Writer, path: strin
   if (depth > MAX_DEPTH) throw new TypeError(`${path} is nested deeper than ${MAX_DEPTH}`);
   if (typeof message !== "object" || message === null || Array.isArray(message))
     throw new TypeError(`${path} is not an object`);
-  const { ordered } = tableOf(name);
-  const names = new Set(ordered.map((field) => field[1]));
+  const { ordered, names } = tableOf(name);
   for (const key of Object.keys(message))
     if (!names.has(key) && key !== UNKNOWN && key !== RAW) throw new TypeError(`${path} has no field ${key}`);
   const unknown = unknownOf(message, path);
@@ -245,13 +249,13 @@ function writeValue(field: Field, value: Value, writer: Writer, path: string, de
   writer.uint32(tag);
   switch (type) {
     case "uint32":
-      writer.uint32(Number(integer(value, path, 0n, 0xffff_ffffn)));
+      writer.uint32(Number(integer(value, path, 0, 0xffff_ffff)));
       return;
     case "int32":
-      writer.int32(Number(integer(value, path, -0x8000_0000n, 0x7fff_ffffn)));
+      writer.int32(Number(integer(value, path, -0x8000_0000, 0x7fff_ffff)));
       return;
     case "sint32":
-      writer.sint32(Number(integer(value, path, -0x8000_0000n, 0x7fff_ffffn)));
+      writer.sint32(Number(integer(value, path, -0x8000_0000, 0x7fff_ffff)));
       return;
     case "uint64":
       writer.uint64(integer(value, path, 0n, 0xffff_ffff_ffff_ffffn));
@@ -281,10 +285,9 @@ function writeValue(field: Field, value: Value, writer: Writer, path: string, de
 }
 
 /** Hexadecimal text too: `crit decode --pretty` writes it. */
-function integer(value: Value, path: string, least: bigint, most: bigint): bigint {
-  let number: bigint;
-  if (typeof value === "bigint") number = value;
-  else if (typeof value === "number" && Number.isSafeInteger(value)) number = BigInt(value);
+function integer(value: Value, path: string, least: number | bigint, most: number | bigint): number | bigint {
+  let number: number | bigint;
+  if (typeof value === "bigint" || (typeof value === "number" && Number.isSafeInteger(value))) number = value;
   else if (typeof value === "string" && /^(0x[0-9a-f]+|-?\d+)$/i.test(value)) number = BigInt(value);
   else throw new TypeError(`${path} is not an integer`);
   if (number < least || number > most)
@@ -293,7 +296,7 @@ function integer(value: Value, path: string, least: bigint, most: bigint): bigin
 }
 
 function enumNumber(type: string, value: Value, path: string): number {
-  if (typeof value === "number") return Number(integer(value, path, -0x8000_0000n, 0x7fff_ffffn));
+  if (typeof value === "number") return Number(integer(value, path, -0x8000_0000, 0x7fff_ffff));
   const number =
     typeof value === "string" && Object.hasOwn(enums[type]!, value) ? enums[type]![value] : undefined;
   if (number === undefined)

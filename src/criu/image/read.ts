@@ -124,8 +124,7 @@ export class ImageReader implements AsyncDisposable {
     const { format } = this;
     let message = format.head ?? format.message;
     while (this.#position < this.size) {
-      const entry = await this.#entry(message, format.extra);
-      yield entry;
+      yield this.#entryInBuffer(message) ?? (await this.#entry(message, format.extra));
       message = format.message;
       if (format.extra?.kind !== "ghost") continue;
       message = "ghost_chunk_entry";
@@ -144,6 +143,23 @@ export class ImageReader implements AsyncDisposable {
     return bytes.some((byte) => byte !== 0) ? Buffer.from(bytes) : undefined;
   }
 
+  /** The quick way, for an entry without data behind it that has been read already. A pagemap has a million of these. */
+  #entryInBuffer(message: string): ImageEntry | undefined {
+    if (this.format.extra) return undefined;
+    const offset = this.#position;
+    const head = this.#inBuffer(offset, 4);
+    const payload = head && this.#inBuffer(offset + 4, head.readUInt32LE(0));
+    if (!payload) return undefined;
+    this.#position = offset + 4 + payload.length;
+    return { offset, message, value: this.#decoded(message, payload, offset), extra: undefined };
+  }
+
+  #inBuffer(position: number, length: number): Buffer | undefined {
+    const start = position - this.#bufferStart;
+    if (start < 0 || start + length > this.#buffer.length) return undefined;
+    return this.#buffer.subarray(start, start + length);
+  }
+
   async #entry(message: string, extra: ExtraKind | undefined): Promise<ImageEntry> {
     const offset = this.#position;
     const value = await this.#message(message);
@@ -159,7 +175,10 @@ export class ImageReader implements AsyncDisposable {
         offset,
         `a ${message} of ${size} bytes, where the file has ${this.size - this.#position} left`,
       );
-    const payload = await this.#take(size, message);
+    return this.#decoded(message, await this.#take(size, message), offset);
+  }
+
+  #decoded(message: string, payload: Buffer, offset: number): Message {
     try {
       return this.#decode(message, payload);
     } catch (error) {
@@ -233,21 +252,19 @@ export class ImageReader implements AsyncDisposable {
         position,
         `ends inside of the ${what}: ${length} bytes wanted, ${this.size - position} there`,
       );
-    const isBuffered =
-      position >= this.#bufferStart && position + length <= this.#bufferStart + this.#buffer.length;
-    if (!isBuffered) {
-      const wanted = Math.min(Math.max(length, BUFFER_BYTES), this.size - position);
-      const buffer = Buffer.allocUnsafe(wanted);
-      let filled = 0;
-      while (filled < wanted) {
-        const { bytesRead } = await this.#file.read(buffer, filled, wanted - filled, position + filled);
-        if (bytesRead === 0) throw new ImageFault(this.name, position + filled, "was cut while we read it");
-        filled += bytesRead;
-      }
-      this.#buffer = buffer;
-      this.#bufferStart = position;
+    const buffered = this.#inBuffer(position, length);
+    if (buffered) return buffered;
+    const wanted = Math.min(Math.max(length, BUFFER_BYTES), this.size - position);
+    const buffer = Buffer.allocUnsafe(wanted);
+    let filled = 0;
+    while (filled < wanted) {
+      const { bytesRead } = await this.#file.read(buffer, filled, wanted - filled, position + filled);
+      if (bytesRead === 0) throw new ImageFault(this.name, position + filled, "was cut while we read it");
+      filled += bytesRead;
     }
-    return this.#buffer.subarray(position - this.#bufferStart, position - this.#bufferStart + length);
+    this.#buffer = buffer;
+    this.#bufferStart = position;
+    return buffer.subarray(0, length);
   }
 }
 
