@@ -2,7 +2,8 @@
 
 export { type DecodeOptions, decodeImage } from "./decode.ts";
 export { encodeImage } from "./encode.ts";
-export { rawKindOf } from "./format.ts";
+export { formatOfFile, rawKindOf } from "./format.ts";
+export { stringify } from "./json.ts";
 export type { Message, Value } from "./message.ts";
 export { ImageFault, ImageReader, readImage, readOne } from "./read.ts";
 export { type FaultKind, type ImageFinding, type ImageReport, verifyImages } from "./verify.ts";
