@@ -311,8 +311,7 @@ class Check {
     switch (format) {
       case "INVENTORY":
         this.#inventory = value;
-        if (value.root_cg_set !== undefined)
-          this.#cgroupReferences.push({ ...place, id: number("root_cg_set") });
+        // Its root_cg_set is CRIU's own, which cgroup.img doesn't have.
         return;
       case "PSTREE":
         this.#tasks.push({
