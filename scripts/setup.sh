@@ -86,7 +86,7 @@ base_packages() {
   have ps || echo procps                             # the engines' `ps` command runs it
   have mkfs.ext4 || echo e2fsprogs                   # disks of virtual machines
   have mkfs.erofs || echo erofs-utils
-  [ -x /usr/bin/python3 ] || echo python3-minimal    # crit, which our decoding of images is compared with
+  /usr/bin/python3 -c 'import json' 2>/dev/null || echo python3   # crit, which our decoding of images is compared with
   [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
   # Without a log of this call in ~/.npm.
   if [ "$with_npm" = yes ] && ! npm_config_logs_max=0 npm --version >/dev/null 2>&1; then
