@@ -235,6 +235,23 @@ export function encodeOptions(
   };
 }
 
+/** The names that CRIU's RPC has for the options that are given: "tcp_established". */
+export function rpcNames(options: AnyOptions): string[] {
+  return namesOf(options, (value) => value !== undefined);
+}
+
+/** The names of all that `encodeOptions` may use. */
+export function allRpcNames(): string[] {
+  return namesOf({}, () => true);
+}
+
+function namesOf(options: AnyOptions, isWanted: (value: unknown) => boolean): string[] {
+  const encoded = encodeOptions(options, { images: 0, work: undefined }, (fd) => fd);
+  return Object.entries(encoded)
+    .filter(([, value]) => isWanted(value))
+    .map(([name]) => name.replaceAll(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`));
+}
+
 function refuse(options: AnyOptions): void {
   const { pid, logFile, parentImages, ghostLimitBytes: ghost, leaveRunning, leaveStopped } = options;
   if (pid !== undefined && !(Number.isInteger(pid) && pid > 0))

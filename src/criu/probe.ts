@@ -1,8 +1,9 @@
 import { execFile } from "node:child_process";
-import { access, constants, realpath, stat } from "node:fs/promises";
+import { access, constants, readFile, realpath, stat } from "node:fs/promises";
 import { delimiter, join } from "node:path";
 import { promisify } from "node:util";
 import { CriuFailed, messageOf, Unavailable } from "../errors/index.ts";
+import { type AnyOptions, allRpcNames, rpcNames } from "./options.ts";
 import { CriuWorker } from "./worker.ts";
 
 /*
@@ -21,6 +22,8 @@ export interface CriuProbe {
   readonly memoryTracking: boolean;
   readonly lazyPages: boolean;
   readonly pidfdStore: boolean;
+  /** see unsupportedOptions */
+  readonly knowsOption: (rpcName: string) => boolean;
 }
 
 export interface CriuVersion {
@@ -110,6 +113,16 @@ export async function probeCriu(criu = "criu"): Promise<CriuProbe> {
   return await entry.probe;
 }
 
+/**
+ * Options that this CRIU has never heard of, by their names in its RPC. It would ignore them without a word, as protobuf wants it.
+ *
+ * Not by version: distributions backport. The names of all fields that a CRIU knows are strings in its binary (protobuf-c's
+ * descriptors). Of a program that isn't an ELF binary (a script around CRIU) nothing is known, and nothing said.
+ */
+export function unsupportedOptions(probe: CriuProbe, options: AnyOptions): string[] {
+  return rpcNames(options).filter((name) => !probe.knowsOption(name));
+}
+
 /** `criu check`: is all there that CRIU ever needs? @throws Unavailable */
 export async function checkCriu(criu = "criu"): Promise<CriuCheck> {
   const { path, entry } = await find(criu);
@@ -178,7 +191,9 @@ async function ask(path: string): Promise<CriuProbe> {
   await using worker = await CriuWorker.start({ criu: path });
   const { majorNumber: major, minorNumber: minor, sublevel = 0, gitid } = await worker.version();
   const features = await worker.features();
+  const names = await knownNames(path);
   return {
+    knowsOption: (name) => names === undefined || names.has(name),
     path,
     version: {
       major,
@@ -192,6 +207,18 @@ async function ask(path: string): Promise<CriuProbe> {
     lazyPages: features.lazyPages ?? false,
     pidfdStore: features.pidfdStore ?? false,
   };
+}
+
+/** Which of our options' names are in the binary. 2 MB to look through: some milliseconds, once. */
+async function knownNames(path: string): Promise<ReadonlySet<string> | undefined> {
+  const binary = await readFile(path, "latin1");
+  if (!binary.startsWith("\x7fELF")) return undefined;
+  const known = new Set<string>();
+  const ours = new Set(allRpcNames());
+  // The linker keeps one copy of "established" at the end of "tcp_established": both are there.
+  for (const [text] of binary.matchAll(/[a-z][a-z0-9_]{1,60}(?=\0)/g))
+    for (let at = 0; at < text.length; at++) if (ours.has(text.slice(at))) known.add(text.slice(at));
+  return known;
 }
 
 /** 0: all there. 1: something is missing; the text tells whether it is essential. */
