@@ -1,5 +1,6 @@
 import { execFile } from "node:child_process";
-import { access, constants, readFile, realpath, stat } from "node:fs/promises";
+import { createReadStream } from "node:fs";
+import { access, constants, realpath, stat } from "node:fs/promises";
 import { delimiter, join } from "node:path";
 import { promisify } from "node:util";
 import { CriuFailed, messageOf, Unavailable } from "../errors/index.ts";
@@ -13,6 +14,8 @@ import { CriuWorker } from "./worker.ts";
  */
 
 const run = promisify(execFile);
+/** Longer than any option's. */
+const MAX_NAME_CHARS = 64;
 
 export interface CriuProbe {
   /** with links followed */
@@ -209,15 +212,19 @@ async function ask(path: string): Promise<CriuProbe> {
   };
 }
 
-/** Which of our options' names are in the binary. 2 MB to look through: some milliseconds, once. */
+/** Which of our options' names are in the binary: read in pieces, so that the event loop goes on between two. */
 async function knownNames(path: string): Promise<ReadonlySet<string> | undefined> {
-  const binary = await readFile(path, "latin1");
-  if (!binary.startsWith("\x7fELF")) return undefined;
   const known = new Set<string>();
   const ours = new Set(allRpcNames());
-  // The linker keeps one copy of "established" at the end of "tcp_established": both are there.
-  for (const [text] of binary.matchAll(/[a-z][a-z0-9_]{1,60}(?=\0)/g))
-    for (let at = 0; at < text.length; at++) if (ours.has(text.slice(at))) known.add(text.slice(at));
+  let rest = "";
+  for await (const chunk of createReadStream(path, { encoding: "latin1", highWaterMark: 256 * 1024 })) {
+    if (known.size === 0 && rest === "" && !chunk.startsWith("\x7fELF")) return undefined;
+    const text = rest + chunk;
+    // The linker keeps one copy of "established" at the end of "tcp_established": both are there.
+    for (const [name] of text.matchAll(/[a-z][a-z0-9_]{1,60}(?=\0)/g))
+      for (let at = 0; at < name.length; at++) if (ours.has(name.slice(at))) known.add(name.slice(at));
+    rest = text.slice(-MAX_NAME_CHARS); // a name may lie across two pieces
+  }
   return known;
 }
 
