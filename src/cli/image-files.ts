@@ -3,12 +3,22 @@ import { mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
-import { decodeImage, encodeImage, formatOfFile, rawKindOf } from "../criu/image/index.ts";
+import {
+  type DecodeOptions,
+  decodeImage,
+  encodeImage,
+  formatOfFile,
+  rawKindOf,
+} from "../criu/image/index.ts";
 import { InvalidRequest } from "../errors/index.ts";
 
 /** One image to a file or stdout. */
-export async function decodeFile(image: string, output: string | undefined, payload: boolean): Promise<void> {
-  await write(decodeImage(image, { payload }), output);
+export async function decodeFile(
+  image: string,
+  output: string | undefined,
+  options: DecodeOptions,
+): Promise<void> {
+  await write(decodeImage(image, options), output);
 }
 
 /**
@@ -18,7 +28,7 @@ export async function decodeFile(image: string, output: string | undefined, payl
 export async function decodeDirectory(
   directory: string,
   output: string | undefined,
-  payload: boolean,
+  options: DecodeOptions,
 ): Promise<number | undefined> {
   if (!(await stat(directory)).isDirectory()) return undefined;
   if (output === undefined)
@@ -27,7 +37,7 @@ export async function decodeDirectory(
   const names = (await readdir(directory)).filter(
     (name) => formatOfFile(name) ?? rawKindOf(name) === "opaque",
   );
-  for (const name of names) await decodeFile(join(directory, name), join(output, `${name}.json`), payload);
+  for (const name of names) await decodeFile(join(directory, name), join(output, `${name}.json`), options);
   return names.length;
 }
 

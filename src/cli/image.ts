@@ -28,6 +28,7 @@ export class ImageDecode extends ImageCommand {
   };
   static override flags = {
     output: Flags.string({ char: "o", description: "file, or directory, to write to instead of stdout" }),
+    pretty: Flags.boolean({ description: "addresses in hexadecimal, flags by name, devices as major:minor" }),
     payload: Flags.boolean({
       default: true,
       allowNo: true,
@@ -38,8 +39,9 @@ export class ImageDecode extends ImageCommand {
   async run(): Promise<void> {
     const { args, flags } = await this.parse(ImageDecode);
     const { decodeDirectory, decodeFile } = await import("./image-files.ts");
-    const count = await decodeDirectory(args.image, flags.output, flags.payload);
-    if (count === undefined) await decodeFile(args.image, flags.output, flags.payload);
+    const { output, payload, pretty } = flags;
+    const count = await decodeDirectory(args.image, output, { payload, pretty });
+    if (count === undefined) await decodeFile(args.image, output, { payload, pretty });
     else this.log(`${count} images decoded to ${flags.output}`);
   }
 }

@@ -1,5 +1,5 @@
 # crit of many images at once (each start of Python takes a quarter of a second). Reads lines of JSON from stdin:
-#   {"decode": path}                 answers {"json": …} or {"error": …}
+#   {"decode": path, "pretty": bool}                 answers {"json": …} or {"error": …}
 #   {"encode": json text, "to": path}   answers {} or {"error": …}
 import json
 import sys
@@ -11,7 +11,7 @@ for line in sys.stdin:
     try:
         if "decode" in ask:
             with open(ask["decode"], "rb") as image:
-                answer = {"json": pycriu.images.load(image)}
+                answer = {"json": pycriu.images.load(image, ask.get("pretty", False))}
         else:
             with open(ask["to"], "wb") as image:
                 pycriu.images.dump(json.loads(ask["encode"]), image)

@@ -4,6 +4,7 @@ import { basename } from "node:path";
 import { InvalidRequest, Unsupported } from "../../errors/index.ts";
 import { rawKindOf } from "./format.ts";
 import { stringify } from "./json.ts";
+import { prettify } from "./pretty.ts";
 import { type Blob, type ImageEntry, ImageReader } from "./read.ts";
 import { BASE64_LINE_BYTES, base64Lines } from "./text.ts";
 
@@ -16,6 +17,8 @@ const MAX_BLOB_BYTES = 256 * 1024 * 1024;
 export interface DecodeOptions {
   /** what lies behind messages (pipe contents, deleted files …); false: only its size, as `crit decode --nopl`. Default true */
   payload?: boolean;
+  /** numbers as people read them: addresses in hexadecimal, flags by name … as `crit decode --pretty`. Default false */
+  pretty?: boolean;
   /** the file's name, which tells what a raw image is; default: that of the path */
   name?: string;
 }
@@ -48,7 +51,7 @@ export async function* decodeImage(path: string, options: DecodeOptions = {}): A
   let separator = "\n";
   let text = ""; // of entries without data, many at once
   for await (const entry of image.entries()) {
-    text += separator + stringify(entry.value);
+    text += separator + stringify(options.pretty ? prettify(entry.message, entry.value) : entry.value);
     separator = ",\n";
     if (entry.extra) {
       yield Object.keys(entry.value).length === 0

@@ -1,5 +1,6 @@
 import { enums, type Field, messages } from "../../proto/generated/criu_images.ts";
 import { Reader, WireError, Writer, wireType } from "../../proto/wire.ts";
+import { numberOf, wordsOfAddress } from "./pretty.ts";
 import { base64Lines, fromBase64, fromQuotedPrintable, quotedPrintable } from "./text.ts";
 
 /*
@@ -216,10 +217,19 @@ function writeFields(name: string, message: Message, writer: Writer, path: strin
     if (field[3] !== "repeated") writeValue(field, value, writer, `${path}.${field[1]}`, depth);
     else if (!Array.isArray(value)) throw new TypeError(`${path}.${field[1]} is not a list`);
     else
-      for (const [at, item] of value.entries())
+      for (const [at, item] of plainList(field, value, path).entries())
         writeValue(field, item, writer, `${path}.${field[1]}[${at}]`, depth);
   }
   for (const { bytes } of unknown) writer.raw(bytes);
+}
+
+/** An address may stand as text for its words. */
+function plainList([, name, , , text]: Field, list: Value[], path: string): Value[] {
+  try {
+    return (text === "address" && wordsOfAddress(list)) || list;
+  } catch (error) {
+    throw new TypeError(`${path}.${name} ${(error as Error).message}`);
+  }
 }
 
 function unknownOf(message: Message, path: string): { field: number; bytes: Buffer }[] {
@@ -249,25 +259,25 @@ function writeValue(field: Field, value: Value, writer: Writer, path: string, de
   writer.uint32(tag);
   switch (type) {
     case "uint32":
-      writer.uint32(Number(integer(value, path, 0, 0xffff_ffff)));
+      writer.uint32(Number(integer(value, path, 0, 0xffff_ffff, text)));
       return;
     case "int32":
-      writer.int32(Number(integer(value, path, -0x8000_0000, 0x7fff_ffff)));
+      writer.int32(Number(integer(value, path, -0x8000_0000, 0x7fff_ffff, text)));
       return;
     case "sint32":
-      writer.sint32(Number(integer(value, path, -0x8000_0000, 0x7fff_ffff)));
+      writer.sint32(Number(integer(value, path, -0x8000_0000, 0x7fff_ffff, text)));
       return;
     case "uint64":
-      writer.uint64(integer(value, path, 0n, 0xffff_ffff_ffff_ffffn));
+      writer.uint64(integer(value, path, 0n, 0xffff_ffff_ffff_ffffn, text));
       return;
     case "int64":
-      writer.int64(integer(value, path, -(1n << 63n), (1n << 63n) - 1n));
+      writer.int64(integer(value, path, -(1n << 63n), (1n << 63n) - 1n, text));
       return;
     case "sint64":
-      writer.sint64(integer(value, path, -(1n << 63n), (1n << 63n) - 1n));
+      writer.sint64(integer(value, path, -(1n << 63n), (1n << 63n) - 1n, text));
       return;
     case "fixed64":
-      writer.fixed64(integer(value, path, 0n, 0xffff_ffff_ffff_ffffn));
+      writer.fixed64(integer(value, path, 0n, 0xffff_ffff_ffff_ffffn, text));
       return;
     case "bool":
       if (typeof value !== "boolean") throw new TypeError(`${path} is not true or false`);
@@ -284,12 +294,18 @@ function writeValue(field: Field, value: Value, writer: Writer, path: string, de
   }
 }
 
-/** Hexadecimal text too: `crit decode --pretty` writes it. */
-function integer(value: Value, path: string, least: number | bigint, most: number | bigint): number | bigint {
-  let number: number | bigint;
+/** Text too, as prettify makes it. */
+function integer(
+  value: Value,
+  path: string,
+  least: number | bigint,
+  most: number | bigint,
+  text?: string,
+): number | bigint {
+  let number: number | bigint | undefined;
   if (typeof value === "bigint" || (typeof value === "number" && Number.isSafeInteger(value))) number = value;
-  else if (typeof value === "string" && /^(0x[0-9a-f]+|-?\d+)$/i.test(value)) number = BigInt(value);
-  else throw new TypeError(`${path} is not an integer`);
+  else if (typeof value === "string") number = numberOf(value, text);
+  if (number === undefined) throw new TypeError(`${path} is not an integer`);
   if (number < least || number > most)
     throw new TypeError(`${path} is ${number}, not within ${least} to ${most}`);
   return number;
