@@ -42,9 +42,12 @@ export class ImageFault extends BrokenImage {
   readonly file: string;
   readonly offset: number;
   readonly what: string;
+  /** its words, a size or the file's end, or a message */
+  readonly kind: "magic" | "length" | "message";
 
-  constructor(file: string, offset: number, what: string, options?: ErrorOptions) {
+  constructor(kind: ImageFault["kind"], file: string, offset: number, what: string, options?: ErrorOptions) {
     super(`${file} at ${offset}: ${what}`, options);
+    this.kind = kind;
     this.file = file;
     this.offset = offset;
     this.what = what;
@@ -171,6 +174,7 @@ export class ImageReader implements AsyncDisposable {
     const size = (await this.#take(4, `size of a ${message}`)).readUInt32LE(0);
     if (size > this.size - this.#position || size > MAX_MESSAGE_BYTES)
       throw new ImageFault(
+        "length",
         this.name,
         offset,
         `a ${message} of ${size} bytes, where the file has ${this.size - this.#position} left`,
@@ -183,7 +187,9 @@ export class ImageReader implements AsyncDisposable {
       return this.#decode(message, payload);
     } catch (error) {
       if (!(error instanceof WireError)) throw error;
-      throw new ImageFault(this.name, offset, `not a ${message}: ${error.message}`, { cause: error });
+      throw new ImageFault("message", this.name, offset, `not a ${message}: ${error.message}`, {
+        cause: error,
+      });
     }
   }
 
@@ -229,6 +235,7 @@ export class ImageReader implements AsyncDisposable {
     const padding = (multiple - (length % multiple)) % multiple;
     if (length + padding > this.size - this.#position)
       throw new ImageFault(
+        "length",
         this.name,
         offset,
         `${length + padding} bytes of data belong to this ${message}, where the file has ${this.size - this.#position} left`,
@@ -248,6 +255,7 @@ export class ImageReader implements AsyncDisposable {
   async #read(position: number, length: number, what: string): Promise<Buffer> {
     if (length > this.size - position)
       throw new ImageFault(
+        "length",
         this.name,
         position,
         `ends inside of the ${what}: ${length} bytes wanted, ${this.size - position} there`,
@@ -259,7 +267,8 @@ export class ImageReader implements AsyncDisposable {
     let filled = 0;
     while (filled < wanted) {
       const { bytesRead } = await this.#file.read(buffer, filled, wanted - filled, position + filled);
-      if (bytesRead === 0) throw new ImageFault(this.name, position + filled, "was cut while we read it");
+      if (bytesRead === 0)
+        throw new ImageFault("length", this.name, position + filled, "was cut while we read it");
       filled += bytesRead;
     }
     this.#buffer = buffer;
@@ -270,27 +279,33 @@ export class ImageReader implements AsyncDisposable {
 
 function readWords(name: string, words: Buffer) {
   if (words.length < 4)
-    throw new ImageFault(name, 0, `${words.length} bytes are no image: its words are missing`);
+    throw new ImageFault("magic", name, 0, `${words.length} bytes are no image: its words are missing`);
   const first = words.readUInt32LE(0);
   const hex = (word: number) => `0x${word.toString(16)}`;
   if (first !== IMG_COMMON && first !== IMG_SERVICE) {
     const format = formatOfMagic(first);
     if (!format)
       throw new ImageFault(
+        "magic",
         name,
         0,
         `begins with ${hex(first)}, which no image does; raw images have no words`,
       );
     return { format, version: format.name === "INVENTORY" ? "1.1" : "1.0", length: 4 } as const;
   }
-  if (words.length < 8) throw new ImageFault(name, 4, "ends before its type word");
+  if (words.length < 8) throw new ImageFault("magic", name, 4, "ends before its type word");
   const type = words.readUInt32LE(4);
   const format = formatOfMagic(type);
-  if (!format) throw new ImageFault(name, 4, `the type word ${hex(type)} is unknown`);
+  if (!format) throw new ImageFault("magic", name, 4, `the type word ${hex(type)} is unknown`);
   const wanted = isService(format) ? IMG_SERVICE : IMG_COMMON;
   if (first !== wanted)
-    throw new ImageFault(name, 0, `begins with ${hex(first)}, where ${format.name} has ${hex(wanted)}`);
-  if (format.name === "INVENTORY") throw new ImageFault(name, 0, "an inventory has one word only");
+    throw new ImageFault(
+      "magic",
+      name,
+      0,
+      `begins with ${hex(first)}, where ${format.name} has ${hex(wanted)}`,
+    );
+  if (format.name === "INVENTORY") throw new ImageFault("magic", name, 0, "an inventory has one word only");
   return { format, version: "1.1", length: 8 } as const;
 }
 
@@ -308,5 +323,5 @@ export async function readOne(path: string, formatName: string): Promise<Message
   if (image.format.name !== formatName)
     throw new InvalidRequest(`${path} is a ${image.format.name} image, not ${formatName}`);
   for await (const { value } of image.entries()) return value;
-  throw new ImageFault(image.name, image.size, "has no entry");
+  throw new ImageFault("length", image.name, image.size, "has no entry");
 }
