@@ -1,11 +1,12 @@
 // Processes to dump, and what the tests need to know of the machine.
 
-import { type ChildProcess, execFile, execFileSync, spawn } from "node:child_process";
+import { type ChildProcess, execFile, execFileSync, spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
+import { parse } from "../../src/criu/image/json.ts";
 import { findAddon } from "../../src/linux/addon.ts";
 import { cached, programs } from "../live/harness/programs.ts";
 
@@ -40,6 +41,27 @@ export function critPath(): string | undefined {
   const cache = process.env.CEDANA_CACHE_DIR ?? "/var/cache/cedana";
   const path = join(cache, `crit-${version}/usr/lib/python3/dist-packages`);
   return existsSync(path) ? path : undefined;
+}
+
+export interface CritAnswer {
+  readonly json?: unknown;
+  readonly error?: string;
+  readonly unknown?: number;
+}
+
+/** Asks crit.py, all in one go. */
+export function askCrit(questions: object[]): CritAnswer[] {
+  const { stdout, stderr, status } = spawnSync("/usr/bin/python3", [join(import.meta.dirname, "crit.py")], {
+    env: { PYTHONPATH: critPath() },
+    input: questions.map((question) => JSON.stringify(question)).join("\n"),
+    encoding: "utf8",
+    maxBuffer: 1 << 30,
+  });
+  if (status !== 0) throw new Error(`crit: ${stderr}`);
+  return stdout
+    .trim()
+    .split("\n")
+    .map((line) => parse(line) as CritAnswer);
 }
 
 export class Workplace implements Disposable {

@@ -1,4 +1,3 @@
-import { spawnSync } from "node:child_process";
 import {
   closeSync,
   ftruncateSync,
@@ -22,7 +21,7 @@ import { base64Lines, fromQuotedPrintable, quotedPrintable } from "../../src/cri
 import { CriuWorker } from "../../src/criu/worker.ts";
 import { InvalidRequest } from "../../src/errors/index.ts";
 import { WireError, Writer } from "../../src/proto/wire.ts";
-import { critPath, Victim, Workplace, whyNoDump } from "./harness.ts";
+import { askCrit, critPath, Victim, Workplace, whyNoDump } from "./harness.ts";
 import { imageWords, randomBytes, randomImage, randomMessage, randomSource, sized } from "./synthetic.ts";
 
 let place: Workplace;
@@ -445,20 +444,6 @@ describe("big images", () => {
 
 const crit = critPath();
 describe.skipIf(!crit)(`crit${crit ? "" : " (not there: scripts/setup.sh)"}`, () => {
-  function askCrit(questions: object[]): { json?: unknown; error?: string }[] {
-    const { stdout, stderr, status } = spawnSync("/usr/bin/python3", [join(import.meta.dirname, "crit.py")], {
-      env: { PYTHONPATH: crit! },
-      input: questions.map((question) => JSON.stringify(question)).join("\n"),
-      encoding: "utf8",
-      maxBuffer: 1 << 30,
-    });
-    if (status !== 0) throw new Error(`crit: ${stderr}`);
-    return stdout
-      .trim()
-      .split("\n")
-      .map((line) => parse(line) as { json?: unknown; error?: string });
-  }
-
   /** Decodes all as crit does, and has crit encode our JSON: the bytes are the image's. */
   async function compare(
     paths: string[],

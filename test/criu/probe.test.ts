@@ -3,7 +3,7 @@ import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { type CpuDescription, checkCpu, missingFromCpu, readCpu, thisCpu } from "../../src/criu/cpu.ts";
 import { encodeMessage } from "../../src/criu/image/message.ts";
-import { type DumpOptions, type RestoreOptions, rpcNames } from "../../src/criu/options.ts";
+import { rpcNames } from "../../src/criu/options.ts";
 import {
   checkCriu,
   criuFeatures,
@@ -14,6 +14,7 @@ import {
 import { readDumpStats, readRestoreStats } from "../../src/criu/stats.ts";
 import { CriuWorker } from "../../src/criu/worker.ts";
 import { BrokenImage, Unavailable } from "../../src/errors/index.ts";
+import { allOptions } from "./all-options.ts";
 import { Victim, Workplace, whyNoDump } from "./harness.ts";
 
 const reason = whyNoDump();
@@ -56,71 +57,15 @@ describe.skipIf(reason)(`this machine's CRIU${reason ? ` (${reason})` : ""}`, ()
   });
 
   it("knows all our options, or says which it doesn't", async () => {
-    const all: Required<Omit<DumpOptions & RestoreOptions, "imagesDir" | "workDir">> = {
-      pid: 1,
-      logFile: "x.log",
-      logLevel: 4,
-      configFile: "/etc/x",
-      external: ["a"],
-      autoExternalMounts: true,
-      externalSharing: true,
-      externalMasters: true,
-      skipMounts: ["a"],
-      enableFilesystems: ["a"],
-      mountNamespaceCompat: true,
-      tcpEstablished: true,
-      tcpClose: true,
-      tcpSkipInFlight: true,
-      networkLock: "nftables",
-      emptyNetworkNamespace: true,
-      externalUnixSockets: true,
-      shellJob: true,
-      fileLocks: true,
-      linkRemap: true,
-      evasiveDevices: true,
-      forceIrmap: true,
-      irmapScanPaths: ["a"],
-      unprivileged: true,
-      cgroups: "soft",
-      cgroupRoots: [{ path: "/a", controller: "cpu" }],
-      cgroupProps: "a",
-      cgroupPropsFile: "a",
-      cgroupDumpControllers: ["a"],
-      cgroupYard: "a",
-      pageServer: { address: "::1", port: 1, fd: 4 },
-      tls: { caCert: "a", caCrl: "b", cert: "c", key: "d", verifyName: false },
-      lazyPages: true,
-      autoDedup: true,
-      cpu: "fpu",
-      lsmProfile: "a",
-      lsmMountContext: "a",
-      displayStats: true,
-      leaveRunning: false,
-      leaveStopped: true,
-      parentImages: "../a",
-      trackMemory: true,
-      preDumpMode: "read",
-      ghostLimitBytes: 5,
-      freezeCgroup: "/a",
-      freezeTimeoutS: 5,
-      pidfdStoreFd: 5,
-      root: "/a",
-      sibling: true,
-      inheritFds: [{ key: "a", fd: 5 }],
-      joinNamespaces: [{ kind: "net", file: "/a", extra: "b" }],
-      orphanPtsMaster: true,
-      weakSysctls: true,
-      skipFileModeCheck: true,
-    };
     // None of ours is lost on the way to CRIU: five of TLS, one directory, and one for each other.
-    expect(rpcNames(all)).toHaveLength(Object.keys(all).length + 5 + 1);
+    expect(rpcNames(allOptions)).toHaveLength(Object.keys(allOptions).length + 5 + 1);
     const probe = await probeCriu();
-    if (probe.version.number >= 40_200) expect(unsupportedOptions(probe, all)).toEqual([]);
+    if (probe.version.number >= 40_200) expect(unsupportedOptions(probe, allOptions)).toEqual([]);
     const older = {
       ...probe,
       knowsOption: (name: string) => name !== "network_lock" && probe.knowsOption(name),
     };
-    expect(unsupportedOptions(older, all)).toEqual(["network_lock"]);
+    expect(unsupportedOptions(older, allOptions)).toEqual(["network_lock"]);
     expect(probe.knowsOption("tcp_teleport")).toBe(false);
   });
 

@@ -14,6 +14,7 @@ import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { CriuWorker } from "../../src/criu/worker.ts";
 import { CriuFailed, InvalidRequest, Unavailable } from "../../src/errors/index.ts";
+import { until } from "../live/harness/until.ts";
 import { Victim, Workplace, whyNoDump } from "./harness.ts";
 
 const reason = whyNoDump();
@@ -102,6 +103,25 @@ describe.skipIf(reason)(`a conversation with CRIU${reason ? ` (${reason})` : ""}
     } finally {
       process.kill(pid, "SIGKILL");
     }
+  });
+
+  it("restores as our own child when asked", async () => {
+    {
+      await using victim = await Victim.program("sleeper");
+      await using worker = await CriuWorker.start();
+      await worker.dump({ pid: victim.pid, imagesDir: images });
+    }
+    // In a process of its own, because nobody here would reap it.
+    const source = JSON.stringify(join(import.meta.dirname, "../../src/criu/worker.ts"));
+    const code = `import { readFileSync } from "node:fs";
+      const { CriuWorker } = await import(${source});
+      await using worker = await CriuWorker.start();
+      const pid = await worker.restore({ imagesDir: ${JSON.stringify(images)}, sibling: true });
+      const parent = Number(readFileSync(\`/proc/\${pid}/stat\`, "latin1").split(") ")[1].split(" ")[1]);
+      process.kill(pid, "SIGKILL");
+      console.log(parent === process.pid);`;
+    const output = execFileSync(process.execPath, ["--input-type=module", "-e", code], { encoding: "utf8" });
+    expect(output).toBe("true\n");
   });
 
   it("leaves the task running when a notification is refused, and says whose fault it was", async () => {
@@ -277,6 +297,17 @@ describe.skipIf(reason)(`a conversation with CRIU${reason ? ` (${reason})` : ""}
     }
     await using worker = await CriuWorker.start();
     await worker.checkCpu({ imagesDir: images });
+  });
+
+  it("ends a page server that nobody has used", async () => {
+    let pid: number;
+    {
+      await using worker = await CriuWorker.start();
+      ({ pid } = await worker.pageServer({ imagesDir: images, pageServer: { address: "127.0.0.1" } }));
+      expect("SR").toContain(stateOf(pid));
+    }
+    // Its parent is gone: whoever adopts orphans reaps it.
+    await until(() => !existsSync(`/proc/${pid}`) || stateOf(pid) === "Z");
   });
 
   it("receives pages from elsewhere", async () => {
