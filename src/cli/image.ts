@@ -68,12 +68,17 @@ export class ImageEncode extends ImageCommand {
 
 export class ImageVerify extends ImageCommand {
   static override description =
-    "Check that a directory of CRIU images is whole, without restoring it. Exit status 1: it isn't; 2: it could not be looked at";
+    "Check that a directory of CRIU images is whole, without restoring it. Exit status 1: it isn't (or not for this machine); 2: it could not be looked at";
   static override examples = ["<%= config.bin %> image verify /var/lib/cedana/checkpoints/web/checkpoint"];
   static override args = {
     directory: Args.string({ required: true, ignoreStdin: true, description: "directory of images" }),
   };
-  static override flags = { json: Flags.boolean({ description: "print JSON" }) };
+  static override flags = {
+    json: Flags.boolean({ description: "print JSON" }),
+    here: Flags.boolean({
+      description: "also check that this machine can restore it: architecture, CPU, CRIU's plugins",
+    }),
+  };
 
   async run(): Promise<void> {
     const { args, flags } = await this.parse(ImageVerify);
@@ -81,11 +86,13 @@ export class ImageVerify extends ImageCommand {
     const report = await verifyImages(args.directory).catch((error: Error) =>
       this.error(error.message, { exit: 2 }),
     );
-    if (flags.json) this.log(stringify(report));
+    const unsuitable = flags.here && report.ok ? await findUnsuitableHere(args.directory) : [];
+    if (flags.json) this.log(stringify(flags.here ? { ...report, unsuitable } : report));
     else {
       for (const { severity, kind, file, offset, what } of report.findings)
         this.log(`${severity}: ${file}${offset === undefined ? "" : ` at ${offset}`}: ${what} (${kind})`);
       if (report.truncated) this.log("… and more");
+      for (const problem of unsuitable) this.log(`not here: ${problem}`);
       const { images, tasks, threads, pages, parentPages, plugins } = report;
       this.log(
         `${report.ok ? "whole" : "broken"}: ${images} images, ${tasks} tasks, ${threads} threads, ${pages} pages${
@@ -93,6 +100,11 @@ export class ImageVerify extends ImageCommand {
         }${report.isPreDump ? ", a pre-dump" : ""}${plugins.length > 0 ? `, needs ${plugins.join(", ")}` : ""}`,
       );
     }
-    if (!report.ok) this.exit(1);
+    if (!report.ok || unsuitable.length > 0) this.exit(1);
   }
+}
+
+async function findUnsuitableHere(directory: string): Promise<string[]> {
+  const { findUnsuitable } = await import("../criu/suitability.ts");
+  return await findUnsuitable(directory);
 }

@@ -20,6 +20,57 @@ export interface CpuDescription {
   readonly xsaveBytes: number | undefined;
 }
 
+/**
+ * x86 feature bits by word, as CRIU and the kernel number them, under the names of /proc/cpuinfo: those that compilers and libraries
+ * choose code by. Sources: Linux cpufeatures.h, CRIU compel/arch/x86 cpu.h.
+ */
+const x86Features: Readonly<Record<number, Readonly<Record<number, string>>>> = {
+  0: { 0: "fpu", 4: "tsc", 8: "cx8", 15: "cmov", 23: "mmx", 24: "fxsr", 25: "sse", 26: "sse2" },
+  1: { 11: "syscall", 20: "nx", 26: "pdpe1gb", 27: "rdtscp", 29: "lm" },
+  4: {
+    ...{
+      0: "pni",
+      1: "pclmulqdq",
+      9: "ssse3",
+      12: "fma",
+      13: "cx16",
+      19: "sse4_1",
+      20: "sse4_2",
+      22: "movbe",
+    },
+    ...{ 23: "popcnt", 25: "aes", 26: "xsave", 28: "avx", 29: "f16c", 30: "rdrand" },
+  },
+  6: { 0: "lahf_lm", 5: "abm", 6: "sse4a", 7: "misalignsse" },
+  9: {
+    ...{
+      0: "fsgsbase",
+      3: "bmi1",
+      5: "avx2",
+      8: "bmi2",
+      9: "erms",
+      14: "mpx",
+      16: "avx512f",
+      17: "avx512dq",
+    },
+    ...{
+      18: "rdseed",
+      19: "adx",
+      21: "avx512ifma",
+      23: "clflushopt",
+      24: "clwb",
+      28: "avx512cd",
+      29: "sha_ni",
+    },
+    ...{ 30: "avx512bw", 31: "avx512vl" },
+  },
+  10: { 0: "xsaveopt", 1: "xsavec", 2: "xgetbv1", 3: "xsaves" },
+  11: {
+    ...{ 1: "avx512vbmi", 2: "umip", 3: "pku", 6: "avx512_vbmi2", 8: "gfni", 9: "vaes", 10: "vpclmulqdq" },
+    ...{ 11: "avx512_vnni", 12: "avx512_bitalg", 14: "avx512_vpopcntdq", 22: "rdpid" },
+  },
+  14: { 4: "fsrm" },
+};
+
 /** @throws ENOENT when the dump didn't look at the CPU; ImageFault */
 export async function readCpu(imagesDir: string): Promise<CpuDescription> {
   const path = join(imagesDir, "cpuinfo.img");
@@ -56,8 +107,8 @@ export async function thisCpu(criu?: string): Promise<CpuDescription> {
 }
 
 /**
- * What of a dump's CPU this one lacks, in words; empty: processes of the one run on the other. Feature bits are named by word and
- * bit, as CRIU numbers them.
+ * What of a dump's CPU this one lacks, in words; empty: processes of the one run on the other. Features without a name here are given by
+ * word and bit.
  */
 export function missingFromCpu(dumped: CpuDescription, here: CpuDescription): string[] {
   if (dumped.architecture !== here.architecture)
@@ -68,13 +119,19 @@ export function missingFromCpu(dumped: CpuDescription, here: CpuDescription): st
   for (const [word, bits] of dumped.capabilities.entries()) {
     const lost = bits & ~(here.capabilities[word] ?? 0n);
     for (let bit = 0; bit < 64; bit++)
-      if ((lost >> BigInt(bit)) & 1n) missing.push(`CPU feature ${word}:${bit} is missing here`);
+      if ((lost >> BigInt(bit)) & 1n)
+        missing.push(`CPU feature ${nameOf(dumped, word, bit)} is missing here`);
   }
   const lost = (dumped.xfeatures ?? 0n) & ~(here.xfeatures ?? 0n);
   if (lost !== 0n) missing.push(`register state 0x${lost.toString(16)} (XSAVE) is missing here`);
   if ((dumped.xsaveBytes ?? 0) > (here.xsaveBytes ?? 0))
     missing.push(`the dump's register state has ${dumped.xsaveBytes} bytes, this CPU's ${here.xsaveBytes}`);
   return missing;
+}
+
+function nameOf({ architecture }: CpuDescription, word: number, bit: number): string {
+  const name = architecture === "x86" ? x86Features[word]?.[bit] : undefined;
+  return name ?? `${word}:${bit}`;
 }
 
 /**
