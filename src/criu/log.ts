@@ -308,8 +308,9 @@ export const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   },
   {
     id: "own-cgroup",
-    pattern: /All tasks in criu's cgroups/,
-    advice: "CRIU runs in the very cgroup that is to be frozen: start it from another one",
+    pattern: /All tasks in criu's cgroups|criu itself is within dumped tree/,
+    advice:
+      "CRIU runs in the very cgroup or process tree that is to be dumped: start it from outside of that",
   },
   {
     id: "restore-root",

@@ -256,6 +256,7 @@ function refuse(options: AnyOptions): void {
   const { pid, logFile, parentImages, ghostLimitBytes: ghost, leaveRunning, leaveStopped } = options;
   if (pid !== undefined && !(Number.isInteger(pid) && pid > 0))
     throw new InvalidRequest(`pid ${pid} is of no process`);
+  if (pid === process.pid) throw new InvalidRequest("we can't have ourselves dumped: CRIU is our child");
   if (logFile !== undefined && (logFile === "" || logFile.includes("/")))
     throw new InvalidRequest(`CRIU's log file ${JSON.stringify(logFile)} must be a name without a directory`);
   if (parentImages?.startsWith("/"))

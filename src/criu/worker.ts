@@ -2,7 +2,7 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { randomUUID } from "node:crypto";
 import { once } from "node:events";
 import { closeSync, constants } from "node:fs";
-import { type FileHandle, open, unlink } from "node:fs/promises";
+import { type FileHandle, open, stat, unlink } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Cancelled, CriuFailed, InvalidRequest, messageOf, TimedOut, Unavailable } from "../errors/index.ts";
@@ -102,6 +102,8 @@ const GRACE_MS = 2_000;
 const EXIT_MS = 10_000;
 /** What is kept of stderr. */
 const STDERR_BYTES = 64 * 1024;
+/** File systems take the time of the last timer interrupt. */
+const CLOCK_SLACK_MS = 20;
 const FIRST_FD = 4; // 3 is the socket
 
 export class CriuWorker implements AsyncDisposable {
@@ -311,7 +313,13 @@ export class CriuWorker implements AsyncDisposable {
       ...encodeOptions({ ...options, logFile: log }, { images: images.fd, work: work?.fd }, this.#childFd),
       notifyScripts: call.notifications && Object.keys(call.notifications).length > 0 ? true : undefined,
     };
-    const explain = () => explainCriuLog(join(`/proc/self/fd/${work?.fd ?? images.fd}`, log));
+    const startedAt = Date.now();
+    const explain = async () => {
+      const path = join(`/proc/self/fd/${work?.fd ?? images.fd}`, log);
+      // An earlier call's log, which this one has not come to open, would explain the wrong thing.
+      if ((await stat(path)).mtimeMs < startedAt - CLOCK_SLACK_MS) return undefined;
+      return await explainCriuLog(path);
+    };
     return await this.#call({ type, opts, keepOpen }, what, call, explain);
   }
 
@@ -325,7 +333,7 @@ export class CriuWorker implements AsyncDisposable {
     request: RequestInit,
     what: string,
     { notifications, timeoutMs }: CallOptions,
-    explain?: () => Promise<CriuLogSummary>,
+    explain?: () => Promise<CriuLogSummary | undefined>,
   ): Promise<Response> {
     if (this.#busy) throw new InvalidRequest(`CRIU is asked for ${what} in the middle of another call`);
     this.#busy = true;
@@ -401,20 +409,28 @@ export class CriuWorker implements AsyncDisposable {
   }
 
   /** After the last response: the exit status, which must agree. */
-  async #end(what: string, explain?: () => Promise<CriuLogSummary>): Promise<void> {
-    const timer = setTimeout(() => this.#kill(), EXIT_MS);
-    const { code, signal } = await this.#exited;
-    clearTimeout(timer);
+  async #end(what: string, explain?: () => Promise<CriuLogSummary | undefined>): Promise<void> {
+    const { code, signal } = await this.#exit();
     if (code === 0) return;
     const end = signal ? `was killed by ${signal}` : `ended with exit status ${code}`;
     throw await this.#error(`CRIU's ${what} reported success and ${end}`, code ?? undefined, {}, explain);
+  }
+
+  /** It has said its last word: its end comes at once, or is helped along. */
+  async #exit(): Promise<{ code: number | null; signal: NodeJS.Signals | null }> {
+    const timer = setTimeout(() => this.#kill(), EXIT_MS);
+    try {
+      return await this.#exited;
+    } finally {
+      clearTimeout(timer);
+    }
   }
 
   async #failed(
     what: string,
     { crErrno, crErrmsg }: Response,
     failure: { cause?: unknown },
-    explain?: () => Promise<CriuLogSummary>,
+    explain?: () => Promise<CriuLogSummary | undefined>,
   ): Promise<CriuFailed> {
     const errno = crErrno ? ` (errno ${crErrno})` : "";
     const why = failure.cause === undefined ? "" : `: ${messageOf(failure.cause)}`;
@@ -425,7 +441,7 @@ export class CriuWorker implements AsyncDisposable {
     message: string,
     exitStatus: number | undefined,
     options: ErrorOptions,
-    explain?: () => Promise<CriuLogSummary>,
+    explain?: () => Promise<CriuLogSummary | undefined>,
     said?: string,
   ): Promise<CriuFailed> {
     const fromStderr = summarizeCriuLog(await this.#readStderr());
@@ -441,7 +457,7 @@ export class CriuWorker implements AsyncDisposable {
     });
   }
 
-  async #next(what: string, explain?: () => Promise<CriuLogSummary>): Promise<Packet> {
+  async #next(what: string, explain?: () => Promise<CriuLogSummary | undefined>): Promise<Packet> {
     while (this.#packets.length === 0)
       await new Promise<void>((resolve) => {
         this.#wake = resolve;
@@ -449,7 +465,7 @@ export class CriuWorker implements AsyncDisposable {
     const packet = this.#packets[0]!;
     if (packet.data.length > 0) return this.#packets.shift()!;
     // The end of file stays in the queue: there is nothing behind it.
-    const { code, signal } = await this.#exited;
+    const { code, signal } = await this.#exit();
     if (this.#givenUp) throw this.#givenUp;
     const end = signal ? `was killed by ${signal}` : `ended with exit status ${code}`;
     throw await this.#error(`CRIU ${end} in the middle of its ${what}`, code ?? undefined, {}, explain);
@@ -458,7 +474,13 @@ export class CriuWorker implements AsyncDisposable {
   #receive(): void {
     if (this.#packets.at(-1)?.data.length === 0) return;
     for (;;) {
-      const packet = this.#socket.receive();
+      let packet: Packet | undefined;
+      try {
+        packet = this.#socket.receive();
+      } catch (error) {
+        this.#giveUp(new CriuFailed(`receive from CRIU: ${messageOf(error)}`, { cause: error }));
+        packet = { data: Buffer.alloc(0), fds: [] };
+      }
       if (!packet) break;
       this.#packets.push(packet);
       if (packet.data.length === 0) {

@@ -158,6 +158,7 @@ describe("known causes", () => {
     ["cg: Can't move 1 into cpuset//docker/1/cgroup.procs (-1/6): No space left on device", "cpuset"],
     ["cg: Can't move 1 into unified//libpod/container/cgroup.procs (-1/-1): Bad file descriptor", "cgroup"],
     ["cg: All tasks in criu's cgroups. Nothing to dump.", "own-cgroup"],
+    ["The criu itself is within dumped tree.", "own-cgroup"],
     ["mnt: The root task has another root than mntns: /srv", "restore-root"],
     ["Task 7 with SysVIPC shmem map @7f00 doesn't live in IPC ns", "nested-namespace"],
     ["Can't dump a pid namespace without the process init", "pid-namespace-init"],

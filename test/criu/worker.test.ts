@@ -8,6 +8,7 @@ import {
   readFileSync,
   readlinkSync,
   readSync,
+  utimesSync,
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
@@ -155,10 +156,27 @@ describe.skipIf(reason)(`a conversation with CRIU${reason ? ` (${reason})` : ""}
     expect(existsSync(join(images, "my.log"))).toBe(true);
   });
 
+  it("doesn't blame an earlier call's log", async () => {
+    const old =
+      "(00.01) Error (criu/x.c:1): inet: Connected TCP socket, consider using --tcp-established option.\n";
+    writeFileSync(join(images, "restore.log"), old);
+    utimesSync(join(images, "restore.log"), 1, 1);
+    await using worker = await CriuWorker.start();
+    // CRIU refuses this before it opens its log.
+    const failed = worker.restore({
+      imagesDir: images,
+      joinNamespaces: [{ kind: "flux", file: "/nowhere" }],
+    });
+    await expect(failed).rejects.toThrow(/restore failed \(errno \d+\)/);
+    await expect(failed).rejects.not.toThrow(/tcp/);
+    expect(readFileSync(join(images, "restore.log"), "utf8")).toBe(old);
+  });
+
   it("refuses options that CRIU would not explain", async () => {
     await using worker = await CriuWorker.start();
     for (const [options, why] of [
       [{ pid: 0 }, /no process/],
+      [{ pid: process.pid }, /ourselves/],
       [{ pid: 1, logFile: "../x" }, /without a directory/],
       [{ pid: 1, parentImages: "/abs" }, /relative/],
       [{ pid: 1, ghostLimitBytes: 2 ** 32 }, /4 GiB/],
