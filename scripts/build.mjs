@@ -48,11 +48,12 @@ async function main(args) {
 }
 
 async function buildProto() {
-  const inputs = [...list(at("proto"), /\.proto$/), at("scripts/proto.mjs")];
+  const schemas = list(at("proto/criu"), /\.proto$/);
+  const inputs = [...list(at("proto"), /\.proto$/), ...schemas, at("scripts/proto.mjs")];
   const generated = at("src/proto/generated");
-  const outputs = list(at("proto"), /\.proto$/).map((file) =>
-    path.join(generated, `${path.basename(file, ".proto")}.ts`),
-  );
+  const codecs = list(at("proto"), /\.proto$/).map((file) => path.basename(file, ".proto"));
+  const tables = schemas.map((file) => `criu_${path.basename(file, ".proto")}`);
+  const outputs = [...codecs, ...tables].map((name) => path.join(generated, `${name}.ts`));
   if (!changed("proto", inputs, outputs)) return;
   const { generate } = await import("./proto.mjs");
   const modules = generate(at("proto"), generated);
@@ -87,6 +88,7 @@ async function buildTypeScript() {
   const entries = [
     { cedanad: "src/daemon/main.ts" },
     { cedana: "src/cli/main.ts", commands: "src/cli/commands.ts" },
+    { "image-worker": "src/criu/image/worker.ts" },
   ];
   const written = new Set();
   let news = 0;

@@ -124,7 +124,7 @@ async function readAt(file: FileHandle, position: number, length: number): Promi
 }
 
 /** Messages as CRIU 3.17 to 4.2 have them; in the words of CRIU's options, whoever shows them knows its own. */
-const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
+export const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   {
     id: "tcp-established",
     pattern: /Connected TCP socket/,
@@ -133,7 +133,7 @@ const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   },
   {
     id: "tcp-in-flight",
-    pattern: /inet: In-flight connection/,
+    pattern: /inet: In-flight connections?\b/,
     advice:
       "a listening socket holds connections that nobody has accepted yet: skip them (skip-in-flight) or try again",
   },
@@ -190,7 +190,7 @@ const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   {
     id: "external-mounts",
     pattern:
-      /has unreachable sharing|mnt: .*unsupported id|A few mount points can't be mounted|mnt: No mapping for/,
+      /has unreachable sharing|mnt: .*unsupported id|A few mount points can't be mounted|mnt: No mapping for|is autodetected external mount|is a fuse mount but not external/,
     advice:
       "a mount comes from outside and is not known as such, or the restore lacks it: the new container needs the same mounts",
   },
@@ -213,7 +213,7 @@ const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   },
   {
     id: "pid-taken",
-    pattern: /Can't fork for \d+: File exists|Pid \d+ do not match expected/,
+    pattern: /Can't fork for \d+: File exists|Pid \d+ do not match expected|Setting PID failed/,
     advice: "a pid of the checkpoint is in use: restore into a pid namespace of its own",
   },
   {
@@ -231,7 +231,7 @@ const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   {
     id: "cpu",
     pattern:
-      /cpu: (?:FPU feature required|CPU xfeatures has unsupported|CPU xsave (?:max )?size mismatch|Unsupported CPU vendor)/,
+      /cpu: (?:FPU feature required|CPU xfeatures has unsupported|CPU xsave (?:max )?size mismatch|Unsupported CPU vendor|CPU (?:instruction )?capabilities do not match)|Core march mismatch/,
     advice:
       "this CPU lacks what the processes had where they were dumped: restore on one at least as capable",
   },
@@ -242,13 +242,236 @@ const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   },
   {
     id: "broken-image",
-    pattern: /[Mm]agic doesn't match|Not supported images version|image size mismatch|Can't open parent path/,
-    advice: "the images are damaged, incomplete (a parent is missing), or of a newer CRIU",
+    pattern:
+      /[Mm]agic doesn't match|Not supported images version|image size mismatch|Unexpected EOF|image corruption|Image corrupted|Corrupted (?:ghost )?image/,
+    advice:
+      "the images are damaged, incomplete, or of a newer CRIU: `cedana image verify` says which and where",
+  },
+  {
+    id: "parent-missing",
+    pattern:
+      /Can't open parent path|No parent for snapshot pagemap|Missing [0-9a-f]+ in parent pagemap|Invalid parent image directory|Can't link parent snapshot/,
+    advice:
+      "earlier images (of a pre-dump) that these build on are missing or are others: keep them beside these, under the same relative path",
+  },
+  {
+    id: "memory-tracking",
+    pattern: /Tracking memory is not available|Dirty tracking is OFF/,
+    advice:
+      "this kernel can't track which memory changes, so there are no pre-dumps: dump without them, or use a kernel with CONFIG_MEM_SOFT_DIRTY",
+  },
+  {
+    id: "pid-reused",
+    pattern: /Pid-reuse detection failed|Task pid reused|Can't detect pid reuse/,
+    advice:
+      "whether a pid is still the process of the pre-dump can't be told: dump again without the earlier images",
+  },
+  {
+    id: "multipath-tcp",
+    pattern: /multipathtcp=0|Unsupported proto 262 for socket/,
+    advice:
+      "a program uses MPTCP, which CRIU can't dump (Go does by default): run it with GODEBUG=multipathtcp=0",
+  },
+  {
+    id: "socket-kind",
+    pattern:
+      /inet: (?:Can't dump \d+ inet socket|Can't dump corked|Unsupported (?:proto|socket)|Unknown inet socket)|unix: Can't dump name-less external/,
+    advice:
+      "a process has a socket of a kind that CRIU can't dump (SCTP, ICMP, a packet half written): close it before",
+  },
+  {
+    id: "tcp-restore",
+    pattern:
+      /inet: Can't (?:connect inet socket back|listen on a socket)|TCP_REPAIR|tcp: Can't (?:set|restore)/,
+    advice:
+      "a TCP connection can't be taken up again: its addresses must exist here and nobody else may use the ports; or restore with tcp-close",
+  },
+  {
+    id: "inotify",
+    pattern:
+      /fsnotify: .*(?:Can't dump that handle|Can't find suitable path for handle|Unable to lookup a mount)|irmap: Failed to resolve/,
+    advice:
+      "a file that is watched (inotify) can't be found again by its handle, as on overlay file systems: allow a search (force-irmap, irmap-scan-path), or stop watching before",
+  },
+  {
+    id: "cpuset",
+    pattern: /Can't move (?:\d+ )?into cpuset.*No space left|Restoring special cpuset props failed/,
+    advice:
+      "the cgroup's cpuset has no CPUs or memory nodes yet: set cpuset.cpus and cpuset.mems of it and of those above",
+  },
+  {
+    id: "cgroup",
+    pattern:
+      /cg: (?:Cgroup dir .* doesn't exist|Can't (?:move|open cgyard|make cgroup dir)|controller .* not found|No (?:cg_controller_entry|set .*) found|Failed (?:opening|writing|accessing))|Abort restore of existing cgroups/,
+    advice:
+      "the cgroups of the dump can't be made or joined: leave them to the engine (manage-cgroups=ignore), or give another root (cgroup-root)",
+  },
+  {
+    id: "own-cgroup",
+    pattern: /All tasks in criu's cgroups|criu itself is within dumped tree/,
+    advice:
+      "CRIU runs in the very cgroup or process tree that is to be dumped: start it from outside of that",
+  },
+  {
+    id: "restore-root",
+    pattern: /The --root option is required|The root task has another root than mntns/,
+    advice:
+      "the mount namespace's root isn't the container's: dump the container's first process, and restore with its root file system",
+  },
+  {
+    id: "nested-namespace",
+    pattern:
+      /Nested mount namespaces are not supported|doesn't live in IPC ns|A session leader of .* is outside of its pid namespace/,
+    advice:
+      "a process shares what belongs to another namespace (host IPC, a mount namespace of its own, a session outside): dump the whole container, or run it with namespaces of its own",
+  },
+  {
+    id: "pid-namespace-init",
+    pattern: /Can't (?:dump|restore) a? ?pid namespace without the process init/,
+    advice: "the process isn't the first of its pid namespace: dump the container's first process",
+  },
+  {
+    id: "session-conflict",
+    pattern: /Current (?:sid|gid) \d+ intersects/,
+    advice:
+      "a session or group of the checkpoint has the number of the one CRIU runs in: restore from another session (setsid)",
+  },
+  {
+    id: "file-system",
+    pattern: /Unable to dump a file system|mnt: Unable to statfs/,
+    advice:
+      "the contents of a file system in memory could not be saved: tar must be installed, and there must be room for them",
+  },
+  {
+    id: "mount-failed",
+    pattern:
+      /mnt: (?:Can't (?:mount at|bind-mount|restore ext mount)|Unable to (?:mount|bind-mount|open|find suitable mount point))/,
+    advice:
+      "a mount of the checkpoint can't be made here: its source, its mount point in the root file system or a privilege is missing",
+  },
+  {
+    id: "leftover-file",
+    pattern: /Can't link .*: File exists|Can't create link remap.*File exists|\.cr\.\d+\.ghost/,
+    advice:
+      "a file of an earlier restore or dump is in the way (link_remap.*, *.ghost): remove it, or start from the root file system of the dump",
+  },
+  {
+    id: "epoll-escaped",
+    pattern: /epoll: Escaped\/closed fd/,
+    advice:
+      "an epoll watches a descriptor that has been closed or given away, which needs a kernel with KCMP_EPOLL_TFD",
+  },
+  {
+    id: "external-terminal",
+    pattern: /tty: Found slave peer index .* without correspond master|tty: Corrupted slave peer/,
+    advice: "a terminal's other end is outside of the dump: allow it (shell-job), or name it as external",
+  },
+  {
+    id: "stopped-threads",
+    pattern: /Individually stopped threads not supported|Zombies? (?:thread|with threads)/,
+    advice:
+      "a process is about to end or has threads that are stopped one by one: try again when that is over",
+  },
+  {
+    id: "pipe-packets",
+    pattern: /packetized mode for pipes/,
+    advice: "a pipe keeps packets apart (O_DIRECT), which CRIU can't dump",
+  },
+  {
+    id: "rseq",
+    pattern: /has rseq but kernel lacks get_rseq_conf/,
+    advice:
+      "this kernel is too old for what glibc uses since 2.35 (restartable sequences): Linux 5.13, or run with GLIBC_TUNABLES=glibc.pthread.rseq=0",
+  },
+  {
+    id: "seccomp",
+    pattern: /Dumping seccomp filters not supported|PTRACE_O_SUSPEND_SECCOMP/,
+    advice:
+      "this kernel or CRIU can't dump seccomp filters (CONFIG_CHECKPOINT_RESTORE): run the container without one",
+  },
+  {
+    id: "vdso",
+    pattern:
+      /fixup vdso|vdso: .*(?:Can't|Not all|Unexpected)|lack the support for mremapping|Compatible mode without vdso/,
+    advice:
+      "CRIU doesn't understand this kernel's vDSO: it is too old for it (Linux 6.12 and newer want CRIU 4.1)",
+  },
+  {
+    id: "uprobes",
+    pattern: /--allow-uprobes/,
+    advice:
+      "somebody traces the processes with uprobes (bpftrace, perf): stop that, or allow it at dump and restore alike",
+  },
+  {
+    id: "time-namespace",
+    pattern: /Time namespaces are not supported|Unable to set a (?:monotonic|boottime) clock offset/,
+    advice: "the dump has a time namespace, and this kernel has none (Linux 5.6)",
+  },
+  {
+    id: "security-module",
+    pattern:
+      /LSM specified but|mismatched lsm types|can't write lsm profile|can't render profile|unknown lsm|don't know how to suspend LSM/,
+    advice:
+      "the security label can't be set: the host must have the same module (AppArmor, SELinux) and the profile loaded, or choose another label (lsm-profile)",
+  },
+  {
+    id: "lazy-pages",
+    pattern:
+      /Lazy pages (?:are not available|transfer FAILED)|Non-cooperative UFFD is not supported|Unable to open an userfaultfd/,
+    advice:
+      "memory can't come later: the kernel must allow userfaultfd (vm.unprivileged_userfaultfd, or CAP_SYS_PTRACE) and the page daemon must run; or restore eagerly",
+  },
+  {
+    id: "page-server",
+    pattern:
+      /Can't connect to server|page-xfer: (?:Can't write to|Error reading data from|The page server doesn't answer)/,
+    advice: "the page server can't be reached or has ended: look whether it runs, and at its own log",
+  },
+  {
+    id: "parasite",
+    pattern: /Can't infect \(pid|Parasite (?:failed|exited)|mmap\(PROT_WRITE \| PROT_EXEC\) failed/,
+    advice:
+      "CRIU could not run its code in a process: a security policy forbids writable code (SELinux execmem), or a limit of memory is reached",
+  },
+  {
+    id: "network-device",
+    pattern:
+      /net: (?:IP tool failed|Can't add interface|Unable to (?:create a new netns|find an external netns))|IFLA_NEW_IFINDEX isn't supported/,
+    advice:
+      "the network can't be rebuilt: iproute2 must be installed and the names of interfaces free; or give the network namespace from outside (external)",
+  },
+  {
+    id: "killed",
+    pattern: /killed by signal 9/,
+    advice:
+      "a process was killed while it was restored, most likely for want of memory: look at the cgroup's memory.events and dmesg",
+  },
+  {
+    id: "crashed",
+    pattern: /killed by signal (?:4|7|11)\b/,
+    advice:
+      "a process crashed while it was restored: the CPU lacks an instruction, or CRIU and the kernel don't fit together (a newer CRIU may help)",
+  },
+  {
+    id: "no-such-process",
+    pattern: /Unable to open \/proc\/\d+|Can't find task with pid|No such process$/,
+    advice: "a process ended while it was looked at: try again",
+  },
+  {
+    id: "unprivileged",
+    pattern: /can't dump unprivileged task|Kernel reports more capabilities/,
+    advice:
+      "CRIU may not look at these processes, or is older than the kernel's capabilities: run it as root, and a newer one",
   },
   {
     id: "disk-full",
     pattern: /No space left on device/,
     advice: "the file system for the images is full",
+  },
+  {
+    id: "out-of-memory",
+    pattern: /Cannot allocate memory|Not enough memory/,
+    advice: "memory ran out, of the machine or of the cgroup",
   },
   {
     id: "capability",
@@ -258,10 +481,20 @@ const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   },
 ];
 
+/** What the kernel says of anything: where there is another error, that says more. */
+const vagueCauses = new Set([
+  "disk-full",
+  "out-of-memory",
+  "capability",
+  "no-such-process",
+  "killed",
+  "crashed",
+]);
+
 /** What the first error means that is known; words that say little alone (the last of the table) only where no other does. */
 function causeOf(errors: readonly (string | undefined)[]): KnownCause | undefined {
   const causes = errors.filter((error) => error !== undefined && !isHarmless(error)).map(knownCause);
-  const isVague = (cause: KnownCause) => cause.id === "disk-full" || cause.id === "capability";
+  const isVague = (cause: KnownCause) => vagueCauses.has(cause.id);
   return causes.find((cause) => cause && !isVague(cause)) ?? causes.find((cause) => cause !== undefined);
 }
 

@@ -23,6 +23,10 @@ interface Addon {
   pidfdPoll(fd: number): boolean;
   flock(fd: number, operation: number): boolean;
   openat2(directory: number, path: string, flags: number, mode: number, resolve: number): number;
+  seqpacketPair(): [ours: number, theirs: number];
+  seqpacketSend(fd: number, packet: Uint8Array): void;
+  seqpacketReceive(fd: number): Packet | undefined;
+  watchReadable(fd: number, callback: () => void): () => void;
 }
 
 let loaded: Addon | undefined;
@@ -131,4 +135,69 @@ export function openBeneath(directory: number, path: string, flags: number, mode
     mode,
     RESOLVE.BENEATH | RESOLVE.NO_SYMLINKS | RESOLVE.NO_MAGICLINKS,
   );
+}
+
+/** One packet, and the descriptors that came with it, which are the receiver's to close. */
+export interface Packet {
+  /** empty: the other side has closed */
+  readonly data: Buffer;
+  readonly fds: readonly number[];
+}
+
+/**
+ * One end of a pair of unix sockets that keep packets apart (SOCK_SEQPACKET, unix(7)). Neither end is inherited.
+ * While it is open, it keeps the process alive.
+ */
+export class Seqpacket implements Disposable {
+  readonly fd: number;
+  #stop: (() => void) | undefined;
+  #closed = false;
+
+  private constructor(fd: number) {
+    this.fd = fd;
+  }
+
+  /** @returns ours, and the other end as a descriptor that blocks, for a child; the caller closes it */
+  static pair(): { ours: Seqpacket; theirs: number } {
+    const [ours, theirs] = addon().seqpacketPair();
+    return { ours: new Seqpacket(ours), theirs };
+  }
+
+  /**
+   * Sends one packet, whole.
+   * @throws EMSGSIZE when it doesn't fit into the socket's buffer, EAGAIN when the other side lets packets lie, EPIPE when it has gone
+   */
+  send(packet: Uint8Array): void {
+    addon().seqpacketSend(this.fd, packet);
+  }
+
+  /** The next packet; undefined when none is there yet. */
+  receive(): Packet | undefined {
+    try {
+      return addon().seqpacketReceive(this.fd);
+    } catch (error) {
+      // It ended without reading all that we sent: an end like any other.
+      if ((error as NodeJS.ErrnoException).code === "ECONNRESET") return { data: Buffer.alloc(0), fds: [] };
+      throw error;
+    }
+  }
+
+  /** Calls back whenever `receive` has something to give, an end included, until the end of this socket. One at a time. */
+  onReadable(callback: () => void): void {
+    this.#stop?.();
+    this.#stop = addon().watchReadable(this.fd, callback);
+  }
+
+  /** The end has been received: it would be received for ever. */
+  ended(): void {
+    this.#stop?.();
+    this.#stop = undefined;
+  }
+
+  [Symbol.dispose](): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    this.#stop?.(); // before the number may become somebody else's
+    closeSync(this.fd);
+  }
 }

@@ -252,8 +252,17 @@ export class Writer {
   }
 
   uint64(value: bigint | number): this {
-    if (typeof value === "number" && value >= 0 && value <= 0xffff_ffff) return this.uint32(value);
     this.#reserve(10);
+    if (value >= 0 && value <= Number.MAX_SAFE_INTEGER) {
+      // Most values: several times quicker than by bigint.
+      let small = Number(value);
+      while (small > 0x7f) {
+        this.#buffer[this.#length++] = (small % 0x80) | 0x80;
+        small = Math.floor(small / 0x80);
+      }
+      this.#buffer[this.#length++] = small;
+      return this;
+    }
     let rest = BigInt.asUintN(64, BigInt(value));
     while (rest > 0x7fn) {
       this.#buffer[this.#length++] = Number(rest & 0x7fn) | 0x80;
@@ -309,7 +318,11 @@ export class Writer {
   }
 
   bytes(value: Uint8Array): this {
-    this.uint32(value.length);
+    return this.uint32(value.length).raw(value);
+  }
+
+  /** Bytes that are already keys and values. */
+  raw(value: Uint8Array): this {
     this.#reserve(value.length);
     this.#buffer.set(value, this.#length);
     this.#length += value.length;

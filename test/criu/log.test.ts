@@ -2,7 +2,7 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { explainCriuLog, knownCause, summarizeCriuLog } from "../../src/criu/log.ts";
+import { explainCriuLog, knownCause, knownCauses, summarizeCriuLog } from "../../src/criu/log.ts";
 
 let directory: string;
 let file: string;
@@ -143,8 +143,57 @@ describe("known causes", () => {
     ["Missing required plugin: cuda_plugin", "plugin-missing"],
     ["Magic doesn't match for inventory.img", "broken-image"],
     ["Can't write pages: No space left on device", "disk-full"],
+    [
+      'mnt: Mount 30:./data is autodetected external mount. Try "--ext-mount-map auto" to allow them.',
+      "external-mounts",
+    ],
+    ["Unexpected EOF on (empty-image)", "broken-image"],
+    ["Missing 7f0000 in parent pagemap", "parent-missing"],
+    ["Tracking memory is not available. Consider omitting --track-mem option.", "memory-tracking"],
+    ["Pid-reuse detection failed: no parent inventory, check warnings in get_parent_inventory", "pid-reused"],
+    ['inet: For Go programs, consider using "GODEBUG=multipathtcp=0" to disable MPTCP', "multipath-tcp"],
+    ["inet: Can't dump 7 inet socket 5. Only stream, dgram and raw are supported.", "socket-kind"],
+    ["inet: Can't connect inet socket back: Cannot assign requested address", "tcp-restore"],
+    ["fsnotify: \tCan't dump that handle", "inotify"],
+    ["cg: Can't move 1 into cpuset//docker/1/cgroup.procs (-1/6): No space left on device", "cpuset"],
+    ["cg: Can't move 1 into unified//libpod/container/cgroup.procs (-1/-1): Bad file descriptor", "cgroup"],
+    ["cg: All tasks in criu's cgroups. Nothing to dump.", "own-cgroup"],
+    ["The criu itself is within dumped tree.", "own-cgroup"],
+    ["mnt: The root task has another root than mntns: /srv", "restore-root"],
+    ["Task 7 with SysVIPC shmem map @7f00 doesn't live in IPC ns", "nested-namespace"],
+    ["Can't dump a pid namespace without the process init", "pid-namespace-init"],
+    ["Current sid 7 intersects with pid (7) in images", "session-conflict"],
+    ["mnt: Unable to dump a file system for 30:/tmp", "file-system"],
+    ["mnt: Can't mount at ./data: No such file or directory", "mount-failed"],
+    ["Can't link dev/null.cr.1.ghost -> dev/null: File exists", "leftover-file"],
+    ["epoll: Escaped/closed fd descriptor 5 on pid 7", "epoll-escaped"],
+    ["tty: Found slave peer index 3 without correspond master peer", "external-terminal"],
+    ["Zombies with threads are not supported", "stopped-threads"],
+    ["The packetized mode for pipes is not supported yet", "pipe-packets"],
+    ["7 has rseq but kernel lacks get_rseq_conf feature", "rseq"],
+    ["Dumping seccomp filters not supported: Invalid argument", "seccomp"],
+    ["Can't fixup vdso VMAs (pid: 7)", "vdso"],
+    ["PID 7 has uprobes vma. Consider using --allow-uprobes.", "uprobes"],
+    ["Time namespaces are not supported", "time-namespace"],
+    ["apparmor LSM specified but apparmor not supported by kernel", "security-module"],
+    ["Non-cooperative UFFD is not supported", "lazy-pages"],
+    ["Can't connect to server 10.0.0.1:27: Connection refused", "page-server"],
+    ["Can't infect (pid: 7) with parasite", "parasite"],
+    ["net: IP tool failed on addr save (null) (null)", "network-device"],
+    ["7 killed by signal 9: Killed", "killed"],
+    ["7 killed by signal 11: Segmentation fault", "crashed"],
+    ["Can't find task with pid 7", "no-such-process"],
+    ["can't dump unprivileged task whose /proc doesn't belong to it", "unprivileged"],
+    ["Can't mmap section: Cannot allocate memory", "out-of-memory"],
   ])("know %j", (text, id) => {
     expect(knownCause(error(text))?.id).toBe(id);
+  });
+
+  it("are at least 25, each with its own name and something to do", () => {
+    const ids = knownCauses.map((cause) => cause.id);
+    expect(new Set(ids).size).toBe(ids.length);
+    expect(ids.length).toBeGreaterThanOrEqual(50);
+    for (const { advice } of knownCauses) expect(advice.length).toBeGreaterThan(30);
   });
 
   it("are unknown otherwise", () => {

@@ -15,8 +15,18 @@ import {
 import { connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { Worker } from "node:worker_threads";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { findAddon, flock, openBeneath, Pidfd, peerCredentials, setCloexec } from "../../src/linux/addon.ts";
+import {
+  findAddon,
+  flock,
+  openBeneath,
+  Pidfd,
+  peerCredentials,
+  Seqpacket,
+  setCloexec,
+} from "../../src/linux/addon.ts";
+import { until } from "../live/harness/until.ts";
 
 let directory: string;
 beforeEach(() => {
@@ -119,12 +129,87 @@ describe.skipIf(!built)("the addon (needs `npm run build`)", () => {
     closeSync(inside);
   });
 
+  it("keeps packets apart, long ones too, and says when one is there", async () => {
+    const { ours, theirs } = Seqpacket.pair();
+    using socket = ours;
+    expect([isCloexec(socket.fd), isCloexec(theirs)]).toEqual([true, true]);
+    expect(socket.receive()).toBeUndefined();
+    const long = Buffer.alloc(100_000, "x");
+    // The other side: reads what comes, and sends two packets back, the last one with a descriptor.
+    const code = `import socket, array, os
+s = socket.socket(fileno=3)
+first = s.recv(200000)
+s.send(b"%d bytes" % len(first))
+s.sendmsg([b"z" * 50000], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [os.open("/etc/hostname", os.O_RDONLY)]))])`;
+    const child = spawn("/usr/bin/python3", ["-c", code], {
+      stdio: ["ignore", "inherit", "inherit", theirs],
+    });
+    closeSync(theirs);
+    socket.send(long);
+    const packets: { text: string; fds: number[] }[] = [];
+    await new Promise<void>((resolve) => {
+      socket.onReadable(() => {
+        for (let packet = socket.receive(); packet; packet = socket.receive()) {
+          packets.push({ text: packet.data.toString("latin1"), fds: [...packet.fds] });
+          if (packet.data.length > 0) continue;
+          socket.ended();
+          resolve();
+          return;
+        }
+      });
+    });
+    await once(child, "exit");
+    expect(packets.map(({ text }) => text)).toEqual(["100000 bytes", "z".repeat(50_000), ""]);
+    expect(packets.map(({ fds }) => fds.length)).toEqual([0, 1, 0]);
+    const [passed] = packets[1]!.fds;
+    expect(isCloexec(passed!)).toBe(true);
+    expect(fstatSync(passed!).isFile()).toBe(true);
+    closeSync(passed!);
+    expect(() => socket.send(long)).toThrow(expect.objectContaining({ code: "EPIPE", syscall: "send" }));
+  });
+
+  it("refuses a packet that doesn't fit, and takes an abrupt end for an end", () => {
+    const { ours, theirs } = Seqpacket.pair();
+    using socket = ours;
+    expect(() => socket.send(Buffer.alloc(1_000_000))).toThrow(expect.objectContaining({ code: "EMSGSIZE" }));
+    socket.send(Buffer.from("never read"));
+    closeSync(theirs);
+    expect(socket.receive()).toEqual({ data: Buffer.alloc(0), fds: [] });
+  });
+
+  it("watches no longer than it is told to, in a worker thread too", async () => {
+    const { ours, theirs } = Seqpacket.pair();
+    let calls = 0;
+    ours.onReadable(() => {
+      calls++;
+      ours[Symbol.dispose]();
+    });
+    closeSync(theirs);
+    await until(() => calls > 0);
+    await new Promise((resolve) => setImmediate(resolve));
+    expect(calls).toBe(1);
+    // A thread that ends with a socket watched must not take Node with it.
+    const module = JSON.stringify(join(import.meta.dirname, "../../src/linux/addon.ts"));
+    const code = `const { Seqpacket } = await import(${module});
+      const { ours } = Seqpacket.pair();
+      ours.onReadable(() => {});
+      (await import("node:worker_threads")).parentPort.postMessage("watching");`;
+    const worker = new Worker(code, { eval: true, execArgv: [] });
+    await once(worker, "message");
+    expect(await worker.terminate()).toBe(1);
+  });
+
   it("names a wrong argument instead of guessing", () => {
     expect(() => peerCredentials(-1)).toThrow(TypeError);
     expect(() => peerCredentials(1.5)).toThrow("fd must be an integer");
     expect(() => peerCredentials(undefined as unknown as number)).toThrow(TypeError);
     expect(() => Pidfd.open(0)).toThrow("pid must be an integer of at least 1");
     expect(() => openBeneath(0, "a\0b", 0)).toThrow("NUL");
+    const { ours, theirs } = Seqpacket.pair();
+    expect(() => ours.onReadable(undefined as never)).toThrow("callback must be a function");
+    expect(() => ours.send("text" as never)).toThrow("packet must be a Uint8Array");
+    ours[Symbol.dispose]();
+    closeSync(theirs);
   });
 });
 

@@ -3,6 +3,7 @@
 import { existsSync, mkdtempSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { verifyImages } from "../../src/criu/image/index.ts";
 import { Live } from "./harness/live.ts";
 import { type Combination, missingFor } from "./harness/matrix.ts";
 
@@ -42,6 +43,7 @@ for (const combination of combinations) {
         while (last < 3) last = await task.nextNumber();
         const image = await task.checkpoint({ exit: true });
         expect(await task.wait()).toBe(137);
+        expect((await verifyImages(image)).findings).toEqual([]);
         await task.stdout.end().catch(() => undefined);
         last = lastNumber(task.stdout.text, last);
         await task.destroy();

@@ -16,7 +16,7 @@ export const IMAGE = "cedana.local/busybox:latest";
 export const PAUSE_IMAGE = "cedana.local/pause:latest";
 
 /** Makes `<cache>/<name>-<hash>` by `make` in a directory beside it, renamed when it is whole. */
-async function cached(
+export async function cached(
   name: string,
   inputs: string[],
   make: (directory: string) => Promise<unknown>,

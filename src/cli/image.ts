@@ -1,0 +1,110 @@
+import { Args, Command, Flags } from "@oclif/core";
+import { CedanaError, toExitCode } from "../errors/index.ts";
+
+// `cedana image …`: CRIU's image files by themselves. Needs neither cedanad nor CRIU. The code behind it loads when it runs.
+
+/** Errors of ours are said without a stack; the exit status is `toExitCode`'s. */
+abstract class ImageCommand extends Command {
+  protected override async catch(error: Error): Promise<void> {
+    const isOurs = error instanceof CedanaError || (error as NodeJS.ErrnoException).syscall !== undefined;
+    if (isOurs) this.error(error.message, { exit: toExitCode(error) });
+    await super.catch(error);
+  }
+}
+
+export class ImageDecode extends ImageCommand {
+  static override description =
+    "Print a CRIU image as JSON, as `crit decode` does; of a directory, every image as a file in another one";
+  static override examples = [
+    "<%= config.bin %> image decode checkpoint/pstree.img | jq '.entries[].pid'",
+    "<%= config.bin %> image decode checkpoint --output json",
+  ];
+  static override args = {
+    image: Args.string({
+      required: true,
+      ignoreStdin: true,
+      description: "image file, or directory of images",
+    }),
+  };
+  static override flags = {
+    output: Flags.string({ char: "o", description: "file, or directory, to write to instead of stdout" }),
+    pretty: Flags.boolean({ description: "addresses in hexadecimal, flags by name, devices as major:minor" }),
+    payload: Flags.boolean({
+      default: true,
+      allowNo: true,
+      description: "what lies behind messages: contents of pipes, queues, deleted files",
+    }),
+  };
+
+  async run(): Promise<void> {
+    const { args, flags } = await this.parse(ImageDecode);
+    const { decodeDirectory, decodeFile } = await import("./image-files.ts");
+    const { output, payload, pretty } = flags;
+    const count = await decodeDirectory(args.image, output, { payload, pretty });
+    if (count === undefined) await decodeFile(args.image, output, { payload, pretty });
+    else this.log(`${count} images decoded to ${flags.output}`);
+  }
+}
+
+export class ImageEncode extends ImageCommand {
+  static override description = "Make a CRIU image from JSON that `image decode` or `crit decode` printed";
+  static override examples = ["<%= config.bin %> image encode pstree.json --output checkpoint/pstree.img"];
+  static override args = {
+    json: Args.string({ description: "JSON file; default: stdin", ignoreStdin: true }),
+  };
+  static override flags = {
+    output: Flags.string({
+      char: "o",
+      description: "image to write instead of stdout; it appears when it is whole",
+    }),
+  };
+
+  async run(): Promise<void> {
+    const { args, flags } = await this.parse(ImageEncode);
+    const { encodeFile } = await import("./image-files.ts");
+    await encodeFile(args.json, flags.output);
+  }
+}
+
+export class ImageVerify extends ImageCommand {
+  static override description =
+    "Check that a directory of CRIU images is whole, without restoring it. Exit status 1: it isn't (or not for this machine); 2: it could not be looked at";
+  static override examples = ["<%= config.bin %> image verify /var/lib/cedana/checkpoints/web/checkpoint"];
+  static override args = {
+    directory: Args.string({ required: true, ignoreStdin: true, description: "directory of images" }),
+  };
+  static override flags = {
+    json: Flags.boolean({ description: "print JSON" }),
+    here: Flags.boolean({
+      description: "also check that this machine can restore it: architecture, CPU, CRIU's plugins",
+    }),
+  };
+
+  async run(): Promise<void> {
+    const { args, flags } = await this.parse(ImageVerify);
+    const { stringify, verifyImages } = await import("../criu/image/index.ts");
+    const report = await verifyImages(args.directory).catch((error: Error) =>
+      this.error(error.message, { exit: 2 }),
+    );
+    const unsuitable = flags.here && report.ok ? await findUnsuitableHere(args.directory) : [];
+    if (flags.json) this.log(stringify(flags.here ? { ...report, unsuitable } : report));
+    else {
+      for (const { severity, kind, file, offset, what } of report.findings)
+        this.log(`${severity}: ${file}${offset === undefined ? "" : ` at ${offset}`}: ${what} (${kind})`);
+      if (report.truncated) this.log("… and more");
+      for (const problem of unsuitable) this.log(`not here: ${problem}`);
+      const { images, tasks, threads, pages, parentPages, plugins } = report;
+      this.log(
+        `${report.ok ? "whole" : "broken"}: ${images} images, ${tasks} tasks, ${threads} threads, ${pages} pages${
+          parentPages > 0n ? ` and ${parentPages} in earlier images` : ""
+        }${report.isPreDump ? ", a pre-dump" : ""}${plugins.length > 0 ? `, needs ${plugins.join(", ")}` : ""}`,
+      );
+    }
+    if (!report.ok || unsuitable.length > 0) this.exit(1);
+  }
+}
+
+async function findUnsuitableHere(directory: string): Promise<string[]> {
+  const { findUnsuitable } = await import("../criu/suitability.ts");
+  return await findUnsuitable(directory);
+}
