@@ -48,7 +48,7 @@ export class ByteSource {
 
   /** Exactly so many bytes; fewer only at the end. */
   async upTo(size: number): Promise<Buffer> {
-    const first = (await this.some(size)) ?? Buffer.alloc(0);
+    const first = (size > 0 && (await this.some(size))) || Buffer.alloc(0);
     if (first.length === size) return first; // the rule
     const parts = [first];
     let length = first.length;

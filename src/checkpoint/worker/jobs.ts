@@ -5,6 +5,8 @@
 export const jobs = {
   listFiles: async () => (await import("../digest.ts")).listFilesHere,
   hashFiles: async () => (await import("../digest.ts")).hashFilesHere,
+  packRootfsDiff: async () => (await import("../rootfs-diff/pack.ts")).packRootfsDiff,
+  applyRootfsDiff: async () => (await import("../rootfs-diff/apply.ts")).applyRootfsDiff,
   syncTree: async () => (await import("../digest.ts")).syncTreeHere,
 } as const satisfies Record<string, () => Promise<Job>>;
 

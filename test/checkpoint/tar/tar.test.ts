@@ -3,42 +3,15 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { encodeHeader, endOfTar, padding, type TarEntry } from "../../../src/checkpoint/tar/format.ts";
+import { encodeHeader, padding, type TarEntry } from "../../../src/checkpoint/tar/format.ts";
 import { ByteSource, readTar } from "../../../src/checkpoint/tar/reader.ts";
+import { tarEntry as entry, makeTar as tar } from "./make.ts";
 
 let directory: string;
 beforeEach(() => {
   directory = fs.mkdtempSync(path.join(os.tmpdir(), "tar-"));
 });
 afterEach(() => fs.rmSync(directory, { recursive: true }));
-
-function entry(some: Partial<TarEntry> & { name: string }): TarEntry {
-  const { type = "file" } = some;
-  return {
-    type,
-    mode: 0o644,
-    uid: 0,
-    gid: 0,
-    mtimeNs: 1_700_000_000_000_000_000n,
-    size: 0,
-    linkName: "",
-    major: 0,
-    minor: 0,
-    xattrs: new Map(),
-    extents: undefined,
-    ...some,
-  };
-}
-
-function tar(...members: [entry: TarEntry, data?: Buffer | string | undefined][]): Buffer {
-  return Buffer.concat([
-    ...members.flatMap(([header, data = ""]) => {
-      const bytes = Buffer.from(data);
-      return [encodeHeader(header), bytes, padding(bytes.length)];
-    }),
-    endOfTar(),
-  ]);
-}
 
 /** In pieces of an awkward size: no boundary may matter. */
 async function* pieces(bytes: Buffer, size = 1000) {
