@@ -118,6 +118,11 @@ export async function readManifest(imagePath: string): Promise<CheckpointManifes
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
     throw new BrokenImage(`manifest ${path} can't be read`, { cause: error });
   }
+  return parseManifest(text, path);
+}
+
+/** @param path  for messages. @throws BrokenImage, Unsupported */
+export function parseManifest(text: string, path: string): CheckpointManifest {
   let manifest: unknown;
   try {
     manifest = JSON.parse(text);
@@ -158,26 +163,48 @@ export async function verifyFiles(
   directory: string,
   signal?: AbortSignal,
 ): Promise<FileFault[]> {
-  const found = new Map((await listTree(directory, signal)).map((file) => [file.path, file]));
+  const found = await listTree(directory, signal);
+  const sizes = new Map(manifest.files.map(({ path, size, digest }) => [path, digest ? size : -1]));
+  // What has another size needs no digest to be wrong.
+  const toHash = found.filter(({ path, type, size }) => type === "file" && sizes.get(path) === size);
+  const digests = new Map(
+    (await hashFiles(directory, toHash, signal)).map(({ path, digest }) => [path, digest]),
+  );
+  return compareFiles(
+    manifest,
+    found
+      .filter(({ path, type }) => type !== "directory" && !(type === "symlink" && isParent(path)))
+      .map((file) => ({ ...file, digest: digests.get(file.path) })),
+  );
+}
+
+/**
+ * The faults of files that were found, against those of a manifest.
+ * @param found    digest: where it is known
+ * @param ignored  may be there without being named
+ */
+export function compareFiles(
+  manifest: CheckpointManifest,
+  found: readonly { path: string; size: number; type?: string; digest?: string | undefined }[],
+  ignored: readonly string[] = [],
+): FileFault[] {
+  const byPath = new Map(found.map((file) => [file.path, file]));
   const faults: FileFault[] = [];
   const fault = (kind: FileFault["kind"], path: string, what: string) =>
     faults.push({ path, kind, message: `${path} ${what}` });
-  const toHash: CheckpointManifest["files"] = [];
-  for (const file of manifest.files) {
-    const there = found.get(file.path);
-    if (!there) fault("missing", file.path, "is missing");
-    else if (there.type !== "file") fault("type", file.path, `is a ${there.type} instead of a file`);
-    else if (there.size !== file.size)
-      fault("size", file.path, `has ${there.size} bytes instead of ${file.size}`);
-    else if (file.digest !== undefined) toHash.push(file);
+  for (const { path, size, digest } of manifest.files) {
+    const there = byPath.get(path);
+    byPath.delete(path);
+    if (!there) fault("missing", path, "is missing");
+    else if (there.type !== undefined && there.type !== "file")
+      fault("type", path, `is a ${there.type} instead of a file`);
+    else if (there.size !== size) fault("size", path, `has ${there.size} bytes instead of ${size}`);
+    else if (digest !== undefined && there.digest !== undefined && digest !== there.digest)
+      fault("digest", path, `has the digest ${there.digest} instead of ${digest}`);
   }
-  const known = new Set(manifest.files.map(({ path }) => path));
-  for (const { path, type } of found.values())
-    if (type !== "directory" && !known.has(path) && !isOurs(path) && !(type === "symlink" && isParent(path)))
+  for (const { path, type = "file" } of byPath.values())
+    if (!isOurs(path) && !ignored.includes(path))
       fault("extra", path, `is a ${type} that the manifest doesn't name`);
-  for (const [index, { path, digest }] of (await hashFiles(directory, toHash, signal)).entries())
-    if (digest !== toHash[index]!.digest)
-      fault("digest", path, `has the digest ${digest} instead of ${toHash[index]!.digest}`);
   return faults.sort((a, b) => (a.path < b.path ? -1 : 1));
 }
 

@@ -4,14 +4,12 @@ import { NotFound } from "../../errors/index.ts";
 import { readMountInfo, unescapeOctal } from "../../linux/mount-options.ts";
 import { runJob } from "../worker/pool.ts";
 import type { ApplyOutput } from "./apply.ts";
+import { DELETED_FILES_NAME, ROOTFS_DIFF_NAME } from "./names.ts";
 import type { PackOutput } from "./pack.ts";
 
-/**
- * What a container has changed in its root file system, as a layer: `rootfs-diff.tar` and `deleted.files`, the names that Podman,
- * CRI-O and containerd's CRI have for them.
- */
-export const ROOTFS_DIFF_NAME = "rootfs-diff.tar";
-export const DELETED_FILES_NAME = "deleted.files";
+// What a container has changed in its root file system, as a layer: `rootfs-diff.tar` and `deleted.files`.
+
+export { DELETED_FILES_NAME, ROOTFS_DIFF_NAME };
 
 export interface Layers {
   upper: string;

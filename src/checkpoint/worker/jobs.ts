@@ -5,6 +5,8 @@
 export const jobs = {
   listFiles: async () => (await import("../digest.ts")).listFilesHere,
   hashFiles: async () => (await import("../digest.ts")).hashFilesHere,
+  createArchive: async () => (await import("../archive/create.ts")).createArchive,
+  extractArchive: async () => (await import("../archive/extract.ts")).extractArchive,
   packRootfsDiff: async () => (await import("../rootfs-diff/pack.ts")).packRootfsDiff,
   applyRootfsDiff: async () => (await import("../rootfs-diff/apply.ts")).applyRootfsDiff,
   syncTree: async () => (await import("../digest.ts")).syncTreeHere,
