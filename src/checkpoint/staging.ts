@@ -83,26 +83,32 @@ export class Staging implements AsyncDisposable {
 
   /**
    * Begins a checkpoint `store/name`, and removes what crashes have left in the store.
-   * @param store    an absolute directory of ours, made when missing; below a directory that others may write to it must exist
-   * @param replace  an older one of that name; else it is an error at once, and again at `commit`
+   * @param store    an absolute directory of ours, made when missing
+   * @param options.replace  an older one of that name; else it is an error at once, and again at `commit`
+   * @param options.shared   the store is somebody's directory and not a store: staging is `.cedana-UUID` in it, which leaves no `tmp`,
+   *                         and it may be one where everybody has only his own (sticky, as /tmp)
    * @throws InvalidRequest, AlreadyExists, PermissionDenied when others may write to the store
    */
-  static async beside(store: string, name: string, { replace = false } = {}): Promise<Staging> {
+  static async beside(
+    store: string,
+    name: string,
+    options: { replace?: boolean; shared?: boolean } = {},
+  ): Promise<Staging> {
+    const { replace = false, shared = false } = options;
     checkName(name);
     if (!isAbsolute(store)) throw new InvalidRequest(`store ${store} is not an absolute path`);
     mkdirSync(store, { recursive: true, mode: 0o700 });
-    await sweep(store);
-    const temporary = join(store, "tmp");
     using storeFd = new Directory(store);
-    storeFd.expectOurs(store);
+    storeFd.expectOurs(store, shared);
+    await sweep(store);
+    const temporary = shared ? store : join(store, "tmp");
     if (!replace && exists(storeFd.path(name)))
       throw new AlreadyExists(`checkpoint ${join(store, name)} exists`);
-    makeDirectory(storeFd.path("tmp"));
-    using temporaryFd = new Directory(
-      openBeneath(storeFd.fd, "tmp", constants.O_RDONLY | constants.O_DIRECTORY),
-    );
-    temporaryFd.expectOurs(temporary);
-    const { name: uuid, lock } = makeLocked(temporaryFd, "");
+    if (!shared) makeDirectory(storeFd.path("tmp"));
+    const flags = constants.O_RDONLY | constants.O_DIRECTORY;
+    using temporaryFd = new Directory(openBeneath(storeFd.fd, shared ? "." : "tmp", flags));
+    temporaryFd.expectOurs(temporary, shared);
+    const { name: uuid, lock } = makeLocked(temporaryFd, shared ? STAGING_PREFIX : "");
     return new Staging({
       root: join(temporary, uuid),
       path: join(temporary, uuid),
@@ -207,6 +213,9 @@ export async function sweep(directory: string): Promise<string[]> {
     const lock = tryLock(path);
     if (lock === undefined) continue;
     try {
+      // In a directory that others may write to, anybody may put something by such a name, with a plan of what we should move.
+      const { uid, mode } = fstatSync(lock);
+      if (!isOurs(uid, mode)) continue;
       if (basename(path).startsWith(STAGING_PREFIX)) undoMoves(directory, path);
       await rm(path, { recursive: true, force: true });
       removed.push(path);
@@ -245,10 +254,11 @@ class Directory implements Disposable {
     return `/proc/self/fd/${this.fd}/${name}`;
   }
 
-  /** Whoever may write to a directory may swap its entries while we work. */
-  expectOurs(shown: string): void {
+  /** Whoever may write to a directory may swap its entries while we work; not ours where it is sticky. */
+  expectOurs(shown: string, sticky = false): void {
     const { uid, mode } = fstatSync(this.fd);
-    if (uid !== process.geteuid?.() || (mode & 0o022) !== 0)
+    if (sticky && (mode & 0o1000) !== 0 && (uid === 0 || uid === process.geteuid?.())) return;
+    if (!isOurs(uid, mode))
       throw new PermissionDenied(
         `${shown} may be written to by others (owner ${uid}, mode ${(mode & 0o7777).toString(8)}): a store must be ours alone (chmod 0700)`,
       );
@@ -258,6 +268,8 @@ class Directory implements Disposable {
     closeSync(this.fd);
   }
 }
+
+const isOurs = (uid: number, mode: number) => uid === process.geteuid?.() && (mode & 0o022) === 0;
 
 function makeDirectory(path: string): void {
   try {

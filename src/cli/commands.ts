@@ -1,4 +1,5 @@
 import { Command, Flags } from "@oclif/core";
+import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./archive.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 
 class Status extends Command {
@@ -41,4 +42,11 @@ class DaemonStop extends Command {
 }
 
 /** By name, as oclif's explicit strategy wants them. */
-export const commands = { status: Status, "daemon:stop": DaemonStop };
+export const commands = {
+  status: Status,
+  "daemon:stop": DaemonStop,
+  "archive:create": ArchiveCreate,
+  "archive:extract": ArchiveExtract,
+  "archive:show": ArchiveShow,
+  "archive:verify": ArchiveVerify,
+};

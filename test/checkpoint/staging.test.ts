@@ -124,6 +124,19 @@ describe("a checkpoint in a store", () => {
     expect(fs.readdirSync(at("elsewhere"))).toEqual([]);
   });
 
+  it("in a directory of everybody's needs no store, and believes no plan of others", async () => {
+    fs.chmodSync(store, 0o1777);
+    const planted = at(".cedana-01234567-89ab-cdef-0123-456789abcdef");
+    fs.mkdirSync(path.join(planted, "new"), { recursive: true });
+    fs.writeFileSync(path.join(planted, "plan.json"), JSON.stringify({ incoming: ["victim"], outgoing: [] }));
+    fs.chmodSync(planted, 0o777);
+    fs.writeFileSync(at("victim"), "");
+    await using staging = await Staging.beside(store, "web", { shared: true });
+    fs.writeFileSync(path.join(staging.path, "a"), "1");
+    await staging.commit();
+    expect(fs.readdirSync(store).sort()).toEqual([path.basename(planted), "victim", "web"]);
+  });
+
   it("is not put in place of a link's target", async () => {
     fs.mkdirSync(at("target"));
     fs.symlinkSync("target", at("web"));

@@ -105,7 +105,7 @@ export async function extractContentStore(
   options: { limits?: Limits; signal?: AbortSignal } = {},
 ): Promise<{ files: number; bytes: number }> {
   if (!isAbsolute(directory)) throw new InvalidRequest(`directory ${directory} is not an absolute path`);
-  await using staging = await Staging.beside(dirname(directory), basename(directory));
+  await using staging = await Staging.beside(dirname(directory), basename(directory), { shared: true });
   const { signal, limits = {} } = options;
   const fetch = async (blob: Blob, name: string) => {
     if (blob.size > (limits.bytes ?? Number.POSITIVE_INFINITY))

@@ -176,6 +176,7 @@ export async function extractArchive(
   await expectFile(archive);
   await using staging = await Staging.beside(dirname(directory), basename(directory), {
     replace: options.replace ?? false,
+    shared: true,
   });
   const extracted = await read(archive, staging.path, options);
   await staging.commit(options.signal ? { signal: options.signal } : {});
@@ -322,6 +323,11 @@ async function expectDirectory(path: string): Promise<void> {
   const info = await lstat(path).catch(() => undefined);
   if (!info) throw new NotFound(`checkpoint ${path} does not exist`);
   if (!info.isDirectory()) throw new InvalidRequest(`checkpoint ${path} is not a directory`);
+}
+
+/** Whether it is one; false when it is something else, or not there. */
+export async function isDirectory(path: string): Promise<boolean> {
+  return (await stat(path).catch(() => undefined))?.isDirectory() ?? false;
 }
 
 const exists = (path: string) =>
