@@ -87,6 +87,8 @@ base_packages() {
   have mkfs.ext4 || echo e2fsprogs                   # disks of virtual machines
   have mkfs.erofs || echo erofs-utils
   /usr/bin/python3 -c 'import json' 2>/dev/null || echo python3   # crit, which our decoding of images is compared with
+  have lz4 || echo lz4                               # archives of checkpoints
+  have zstd || echo zstd                             # the tests read ours with it
   [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
   # Without a log of this call in ~/.npm.
   if [ "$with_npm" = yes ] && ! npm_config_logs_max=0 npm --version >/dev/null 2>&1; then
@@ -102,6 +104,7 @@ engine_packages() {
   { have ctr && at_least "$(version_of containerd --version)" 1.7; } || echo containerd
   at_least "$(version_of runc --version)" 1.1 || echo runc
   crun --version 2>/dev/null | grep -q +CRIU || echo crun
+  have checkpointctl || echo checkpointctl           # the tests let it read our archives
 }
 
 # --- CRIU ---
@@ -589,8 +592,8 @@ case $ID:$VERSION_ID in
   *)
     die "this is ${PRETTY_NAME:-not Debian}, and only Debian 12 and 13 are set up by themselves.
 Please install by hand what is missing: $missing.
-In all, cedana wants: gcc, g++, make, musl-gcc, a static busybox, iproute2, iptables, nftables, e2fsprogs, erofs-utils,
-containerd 1.7 with ctr, runc, crun with CRIU support (libcriu), and CRIU, on Linux 6.16 and newer at least 4.2.
+In all, cedana wants: gcc, g++, make, musl-gcc, a static busybox, iproute2, iptables, nftables, e2fsprogs, erofs-utils, lz4, zstd,
+checkpointctl, containerd 1.7 with ctr, runc, crun with CRIU support (libcriu), and CRIU, on Linux 6.16 and newer at least 4.2.
 containerd 1.6 and 2.x belong in $cache/containerd-<version>/usr/bin/, for the tests alone." ;;
 esac
 

@@ -13,9 +13,13 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/xattr.h>
 
 #include <string>
+#include <vector>
 
 #include "seqpacket.h"
 #include "support.h"
@@ -106,6 +110,108 @@ Napi::Value Openat2(const Napi::CallbackInfo& info) {
   return Napi::Number::New(env, fd.release());
 }
 
+// renameat2(2)
+Napi::Value Renameat2(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  int from = IntArgument(info, 0, "from directory");
+  std::string from_path = PathArgument(info, 1, "from path");
+  int to = IntArgument(info, 2, "to directory");
+  std::string to_path = PathArgument(info, 3, "to path");
+  unsigned flags = static_cast<unsigned>(IntArgument(info, 4, "flags"));
+  if (syscall(SYS_renameat2, from, from_path.c_str(), to, to_path.c_str(), flags) == -1)
+    throw SystemError(env, "renameat2", errno);
+  return env.Undefined();
+}
+
+// lseek(2) with SEEK_DATA or SEEK_HOLE; -1 when there is no data behind the offset (ENXIO)
+Napi::Value SeekTo(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  int fd = IntArgument(info, 0, "fd");
+  int64_t offset = Int64Argument(info, 1, "offset");
+  int whence = IntArgument(info, 2, "whence");
+  if (whence != SEEK_DATA && whence != SEEK_HOLE)
+    throw Napi::TypeError::New(env, "whence must be SEEK_DATA or SEEK_HOLE");
+  off_t found = lseek(fd, offset, whence);
+  if (found == -1 && errno != ENXIO) throw SystemError(env, "lseek", errno);
+  return Napi::Number::New(env, static_cast<double>(found));
+}
+
+// llistxattr(2): the names, each with its NUL. The list may grow between the two calls.
+Napi::Value ListXattr(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  std::string path = PathArgument(info, 0, "path");
+  for (;;) {
+    ssize_t size = llistxattr(path.c_str(), nullptr, 0);
+    if (size == -1) throw SystemError(env, "llistxattr", errno);
+    std::vector<char> names(static_cast<size_t>(size) + 1);
+    ssize_t filled = llistxattr(path.c_str(), names.data(), names.size());
+    if (filled == -1 && errno == ERANGE) continue;
+    if (filled == -1) throw SystemError(env, "llistxattr", errno);
+    return Napi::Buffer<char>::Copy(env, names.data(), static_cast<size_t>(filled));
+  }
+}
+
+// lgetxattr(2); undefined when there is none of that name
+Napi::Value GetXattr(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  std::string path = PathArgument(info, 0, "path");
+  std::string name = PathArgument(info, 1, "name");
+  for (;;) {
+    ssize_t size = lgetxattr(path.c_str(), name.c_str(), nullptr, 0);
+    if (size == -1 && errno == ENODATA) return env.Undefined();
+    if (size == -1) throw SystemError(env, "lgetxattr", errno);
+    std::vector<char> value(static_cast<size_t>(size) + 1);
+    ssize_t filled = lgetxattr(path.c_str(), name.c_str(), value.data(), value.size());
+    if (filled == -1 && errno == ERANGE) continue;
+    if (filled == -1) throw SystemError(env, "lgetxattr", errno);
+    return Napi::Buffer<char>::Copy(env, value.data(), static_cast<size_t>(filled));
+  }
+}
+
+// lsetxattr(2)
+Napi::Value SetXattr(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  std::string path = PathArgument(info, 0, "path");
+  std::string name = PathArgument(info, 1, "name");
+  if (info.Length() < 3 || !info[2].IsBuffer()) throw Napi::TypeError::New(env, "value must be a Buffer");
+  auto value = info[2].As<Napi::Buffer<char>>();
+  if (lsetxattr(path.c_str(), name.c_str(), value.Data(), value.Length(), 0) == -1)
+    throw SystemError(env, "lsetxattr", errno);
+  return env.Undefined();
+}
+
+// lremovexattr(2)
+Napi::Value RemoveXattr(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  std::string path = PathArgument(info, 0, "path");
+  std::string name = PathArgument(info, 1, "name");
+  if (lremovexattr(path.c_str(), name.c_str()) == -1) throw SystemError(env, "lremovexattr", errno);
+  return env.Undefined();
+}
+
+// mknod(2)
+Napi::Value Mknod(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  std::string path = PathArgument(info, 0, "path");
+  mode_t mode = static_cast<mode_t>(IntArgument(info, 1, "mode"));
+  dev_t device = makedev(static_cast<unsigned>(IntArgument(info, 2, "major")), static_cast<unsigned>(IntArgument(info, 3, "minor")));
+  if (mknod(path.c_str(), mode, device) == -1) throw SystemError(env, "mknod", errno);
+  return env.Undefined();
+}
+
+// utimensat(2) with AT_SYMLINK_NOFOLLOW: access and modification, to the nanosecond, which Node's doubles can't tell
+Napi::Value Utimens(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  std::string path = PathArgument(info, 0, "path");
+  struct timespec times[2] = {};
+  for (size_t i = 0; i < 2; i++) {
+    times[i].tv_sec = Int64Argument(info, 1 + 2 * i, "seconds");
+    times[i].tv_nsec = IntArgument(info, 2 + 2 * i, "nanoseconds");
+  }
+  if (utimensat(AT_FDCWD, path.c_str(), times, AT_SYMLINK_NOFOLLOW) == -1) throw SystemError(env, "utimensat", errno);
+  return env.Undefined();
+}
+
 Napi::Object Init(Napi::Env env, Napi::Object exports) {
   const struct {
     const char* name;
@@ -122,6 +228,14 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
       {"seqpacketSend", SeqpacketSend},
       {"seqpacketReceive", SeqpacketReceive},
       {"watchReadable", WatchReadable},
+      {"renameat2", Renameat2},
+      {"seekTo", SeekTo},
+      {"listXattr", ListXattr},
+      {"getXattr", GetXattr},
+      {"setXattr", SetXattr},
+      {"removeXattr", RemoveXattr},
+      {"mknod", Mknod},
+      {"utimens", Utimens},
   };
   for (const auto& binding : bindings)
     exports.Set(binding.name, Napi::Function::New(env, binding.function, binding.name));

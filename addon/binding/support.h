@@ -42,10 +42,25 @@ inline int IntArgument(const Napi::CallbackInfo& info, size_t at, const char* na
   return static_cast<int>(value);
 }
 
+// An offset or a time: any integer that a double holds exactly.
+inline int64_t Int64Argument(const Napi::CallbackInfo& info, size_t at, const char* name) {
+  double value = at < info.Length() && info[at].IsNumber() ? info[at].As<Napi::Number>().DoubleValue() : NAN;
+  if (!(std::fabs(value) <= 9007199254740991.0) || value != std::floor(value))
+    throw Napi::TypeError::New(info.Env(), std::string(name) + " must be a safe integer");
+  return static_cast<int64_t>(value);
+}
+
+// A Buffer where the name may be anything but UTF-8.
 inline std::string PathArgument(const Napi::CallbackInfo& info, size_t at, const char* name) {
-  if (at >= info.Length() || !info[at].IsString())
-    throw Napi::TypeError::New(info.Env(), std::string(name) + " must be a string");
-  std::string value = info[at].As<Napi::String>().Utf8Value();
+  if (at >= info.Length() || !(info[at].IsString() || info[at].IsBuffer()))
+    throw Napi::TypeError::New(info.Env(), std::string(name) + " must be a string or a Buffer");
+  std::string value;
+  if (info[at].IsString()) {
+    value = info[at].As<Napi::String>().Utf8Value();
+  } else {
+    auto bytes = info[at].As<Napi::Buffer<char>>();
+    value.assign(bytes.Data(), bytes.Length());
+  }
   if (value.find('\0') != std::string::npos)
     throw Napi::TypeError::New(info.Env(), std::string(name) + " must not contain a NUL");
   return value;

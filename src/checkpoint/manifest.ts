@@ -2,6 +2,8 @@ import { constants } from "node:fs";
 import { open, readdir, rename, rm, stat } from "node:fs/promises";
 import { join, relative } from "node:path";
 import { BrokenImage, Unsupported } from "../errors/index.ts";
+import type { CpuFacts } from "./cpu.ts";
+import { hashFiles, listTree } from "./digest.ts";
 import schema from "./manifest.schema.json" with { type: "json" };
 import { findFault, type Schema } from "./schema.ts";
 
@@ -25,6 +27,13 @@ export interface CheckpointManifest {
   kernel: string;
   criuVersion?: string;
   cedanaVersion?: string;
+  /** the container's image, as the engine above names it */
+  image?: { name?: string; digest?: string };
+  cpu?: CpuFacts;
+  /** the plugins that took part */
+  plugins?: { name: string; version: string }[];
+  /** of the container, as its spec names them; with a path: joined, not its own */
+  namespaces?: { type: string; path?: string }[];
   engine: { name: string; version: string; path: string };
   /** options as used; a restore uses them again */
   options: {
@@ -41,9 +50,12 @@ export interface CheckpointManifest {
   };
   /** SHA-256 of the container's config.json as parsed, hexadecimal */
   specDigest: string;
-  /** every regular file below the image path, sorted; the manifest itself is not among them */
-  files: { path: string; size: number }[];
-  /** milliseconds by step */
+  /**
+   * every regular file below the image path, sorted; the manifest itself is not among them. The digest is `sha256:` and hexadecimal;
+   * it may be absent, which makes `verifyFiles` look at sizes alone.
+   */
+  files: { path: string; size: number; digest?: string }[];
+  /** milliseconds by step, which are the adapters' names where a chain of them took the checkpoint */
   timings: { totalMs: number } & Record<string, number>;
 }
 
@@ -51,13 +63,17 @@ export interface CheckpointManifest {
  * Writes the manifest, which makes the images a checkpoint: last of all, to a temporary file that is synced and renamed. Fills
  * in `files` from what lies in the image path. Syncing the images is up to
  * whoever commits the checkpoint.
- * @param imagePath  directory of CRIU's images
+ * @param imagePath  directory of CRIU's images, or of the whole checkpoint
+ * @param options.digests  hash every file, in worker threads
  */
 export async function writeManifest(
   imagePath: string,
   manifest: Omit<CheckpointManifest, "version" | "files">,
+  options: { digests?: boolean; signal?: AbortSignal } = {},
 ): Promise<void> {
-  const whole: CheckpointManifest = { version: VERSION, ...manifest, files: await listFiles(imagePath) };
+  const listed = await listFiles(imagePath);
+  const files = options.digests ? await hashFiles(imagePath, listed, options.signal) : listed;
+  const whole: CheckpointManifest = { version: VERSION, ...manifest, files };
   const fault = findFault(JSON.parse(JSON.stringify(whole)), schema as Schema);
   if (fault !== undefined) throw new TypeError(`manifest of ${imagePath}: ${fault}`); // no later reader would take it
   const path = join(imagePath, MANIFEST_NAME);
@@ -84,7 +100,7 @@ async function listFiles(imagePath: string): Promise<CheckpointManifest["files"]
   const paths = entries
     .filter((entry) => entry.isFile())
     .map((entry) => relative(imagePath, join(entry.parentPath, entry.name)))
-    .filter((path) => path !== MANIFEST_NAME && path !== `${MANIFEST_NAME}.new`)
+    .filter((path) => !isOurs(path))
     .sort();
   return await Promise.all(
     paths.map(async (path) => ({ path, size: (await stat(join(imagePath, path))).size })),
@@ -104,6 +120,11 @@ export async function readManifest(imagePath: string): Promise<CheckpointManifes
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
     throw new BrokenImage(`manifest ${path} can't be read`, { cause: error });
   }
+  return parseManifest(text, path);
+}
+
+/** @param path  for messages. @throws BrokenImage, Unsupported */
+export function parseManifest(text: string, path: string): CheckpointManifest {
   let manifest: unknown;
   try {
     manifest = JSON.parse(text);
@@ -126,6 +147,71 @@ async function readBounded(path: string): Promise<string> {
   if (info.size > MAX_MANIFEST_BYTES) throw new Error(`its ${info.size} bytes are too many`);
   return await file.readFile("utf8");
 }
+
+export interface FileFault {
+  path: string;
+  kind: "missing" | "extra" | "type" | "size" | "digest";
+  /** for people; names the file */
+  message: string;
+}
+
+/**
+ * Compares a directory with what its manifest says, file by file, and hashes what has a digest there: nothing is changed, and
+ * every fault is found, not the first. CRIU's `parent`, a link to an earlier checkpoint, is no fault.
+ * @returns an empty list when all is as it was
+ */
+export async function verifyFiles(
+  manifest: CheckpointManifest,
+  directory: string,
+  signal?: AbortSignal,
+): Promise<FileFault[]> {
+  const found = await listTree(directory, signal);
+  const sizes = new Map(manifest.files.map(({ path, size, digest }) => [path, digest ? size : -1]));
+  // What has another size needs no digest to be wrong.
+  const toHash = found.filter(({ path, type, size }) => type === "file" && sizes.get(path) === size);
+  const digests = new Map(
+    (await hashFiles(directory, toHash, signal)).map(({ path, digest }) => [path, digest]),
+  );
+  return compareFiles(
+    manifest,
+    found
+      .filter(({ path, type }) => type !== "directory" && !(type === "symlink" && isParent(path)))
+      .map((file) => ({ ...file, digest: digests.get(file.path) })),
+  );
+}
+
+/**
+ * The faults of files that were found, against those of a manifest.
+ * @param found    digest: where it is known
+ * @param ignored  may be there without being named
+ */
+export function compareFiles(
+  manifest: CheckpointManifest,
+  found: readonly { path: string; size: number; type?: string; digest?: string | undefined }[],
+  ignored: readonly string[] = [],
+): FileFault[] {
+  const byPath = new Map(found.map((file) => [file.path, file]));
+  const faults: FileFault[] = [];
+  const fault = (kind: FileFault["kind"], path: string, what: string) =>
+    faults.push({ path, kind, message: `${path} ${what}` });
+  for (const { path, size, digest } of manifest.files) {
+    const there = byPath.get(path);
+    byPath.delete(path);
+    if (!there) fault("missing", path, "is missing");
+    else if (there.type !== undefined && there.type !== "file")
+      fault("type", path, `is a ${there.type} instead of a file`);
+    else if (there.size !== size) fault("size", path, `has ${there.size} bytes instead of ${size}`);
+    else if (digest !== undefined && there.digest !== undefined && digest !== there.digest)
+      fault("digest", path, `has the digest ${there.digest} instead of ${digest}`);
+  }
+  for (const { path, type = "file" } of byPath.values())
+    if (!isOurs(path) && !ignored.includes(path))
+      fault("extra", path, `is a ${type} that the manifest doesn't name`);
+  return faults.sort((a, b) => (a.path < b.path ? -1 : 1));
+}
+
+const isOurs = (path: string) => path === MANIFEST_NAME || path === `${MANIFEST_NAME}.new`;
+const isParent = (path: string) => path === "parent" || path.endsWith("/parent");
 
 /**
  * Whether the images are still what the manifest says. Logs and statistics don't count: whoever copies or archives images

@@ -1,4 +1,5 @@
 import { Command, Flags } from "@oclif/core";
+import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./archive.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
 
@@ -48,4 +49,8 @@ export const commands = {
   "image:decode": ImageDecode,
   "image:encode": ImageEncode,
   "image:verify": ImageVerify,
+  "archive:create": ArchiveCreate,
+  "archive:extract": ArchiveExtract,
+  "archive:show": ArchiveShow,
+  "archive:verify": ArchiveVerify,
 };

@@ -22,12 +22,23 @@ interface Addon {
   pidfdSendSignal(fd: number, signal: number): void;
   pidfdPoll(fd: number): boolean;
   flock(fd: number, operation: number): boolean;
-  openat2(directory: number, path: string, flags: number, mode: number, resolve: number): number;
   seqpacketPair(): [ours: number, theirs: number];
   seqpacketSend(fd: number, packet: Uint8Array): void;
   seqpacketReceive(fd: number): Packet | undefined;
   watchReadable(fd: number, callback: () => void): () => void;
+  openat2(directory: number, path: PathLike, flags: number, mode: number, resolve: number): number;
+  renameat2(from: number, fromPath: PathLike, to: number, toPath: PathLike, flags: number): void;
+  seekTo(fd: number, offset: number, whence: number): number;
+  listXattr(path: PathLike): Buffer;
+  getXattr(path: PathLike, name: string): Buffer | undefined;
+  setXattr(path: PathLike, name: string, value: Buffer): void;
+  removeXattr(path: PathLike, name: string): void;
+  mknod(path: PathLike, mode: number, major: number, minor: number): void;
+  utimens(path: PathLike, ...secondsAndNanoseconds: [number, number, number, number]): void;
 }
+
+/** A Buffer where a name may be anything but UTF-8. */
+type PathLike = string | Buffer;
 
 let loaded: Addon | undefined;
 
@@ -127,7 +138,7 @@ export const RESOLVE = { NO_XDEV: 1, NO_MAGICLINKS: 2, NO_SYMLINKS: 4, BENEATH: 
  * @param mode       of a file that is created
  * @throws EXDEV for a path that leads out, ELOOP for a symbolic link
  */
-export function openBeneath(directory: number, path: string, flags: number, mode = 0): number {
+export function openBeneath(directory: number, path: PathLike, flags: number, mode = 0): number {
   return addon().openat2(
     directory,
     path,
@@ -200,4 +211,70 @@ export class Seqpacket implements Disposable {
     this.#stop?.(); // before the number may become somebody else's
     closeSync(this.fd);
   }
+}
+
+/** renameat2(2)'s flags. Source: linux/fs.h. */
+const renameFlags = { noReplace: 1, exchange: 2 } as const;
+
+/**
+ * Renames in a way that rename(2) can't (renameat2(2)): `noReplace` fails with EEXIST where something is; `exchange` swaps
+ * two entries in one step, so that there is no moment with neither.
+ * @param from  an open directory, and the entry in it
+ * @throws EINVAL where the file system can't
+ */
+export function renameAt(
+  from: readonly [directory: number, name: string],
+  to: readonly [directory: number, name: string],
+  how: keyof typeof renameFlags,
+): void {
+  addon().renameat2(from[0], from[1], to[0], to[1], renameFlags[how]);
+}
+
+/** lseek(2)'s SEEK_DATA and SEEK_HOLE. */
+const SEEK = { data: 3, hole: 4 } as const;
+
+/**
+ * Where data, or the next hole, begins at or after an offset (lseek(2)). A file without holes has one at its end. It moves the
+ * position of the descriptor: read with positions.
+ * @returns undefined when there is no more data
+ */
+export function seek(fd: number, to: keyof typeof SEEK, offset: number): number | undefined {
+  const found = addon().seekTo(fd, offset, SEEK[to]);
+  return found < 0 ? undefined : found;
+}
+
+// Extended attributes (xattr(7)). A path's last component is not followed where it is a symbolic link:
+// `/proc/self/fd/DIRECTORY/NAME` is the entry itself, whatever it is.
+
+/** Names are ASCII in practice; latin1 keeps whatever there is. */
+export function listXattrs(path: PathLike): string[] {
+  return addon().listXattr(path).toString("latin1").split("\0").filter(Boolean);
+}
+
+/** @returns undefined when there is none of that name */
+export function getXattr(path: PathLike, name: string): Buffer | undefined {
+  return addon().getXattr(path, name);
+}
+
+export function setXattr(path: PathLike, name: string, value: Buffer): void {
+  addon().setXattr(path, name, value);
+}
+
+export function removeXattr(path: PathLike, name: string): void {
+  addon().removeXattr(path, name);
+}
+
+/** Makes a device node or a FIFO (mknod(2)). @param mode  S_IFCHR, S_IFBLK or S_IFIFO and the permissions; umask applies */
+export function makeNode(path: PathLike, mode: number, major = 0, minor = 0): void {
+  addon().mknod(path, mode, major, minor);
+}
+
+/** Sets modification and access time, in nanoseconds since 1970, of a link itself too (utimensat(2)). */
+export function setTimes(path: PathLike, modifiedNs: bigint, accessedNs = modifiedNs): void {
+  addon().utimens(path, ...secondsAndRest(accessedNs), ...secondsAndRest(modifiedNs));
+}
+
+function secondsAndRest(ns: bigint): [seconds: number, nanoseconds: number] {
+  const rest = ((ns % 1_000_000_000n) + 1_000_000_000n) % 1_000_000_000n; // before 1970 too
+  return [Number((ns - rest) / 1_000_000_000n), Number(rest)];
 }

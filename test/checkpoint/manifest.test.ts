@@ -1,16 +1,20 @@
 import { execFileSync } from "node:child_process";
+import { createHash } from "node:crypto";
 import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { cpuFacts, parseCpuInfo } from "../../src/checkpoint/cpu.ts";
+import schema from "../../src/checkpoint/manifest.schema.json" with { type: "json" };
 import {
   type CheckpointManifest,
   checkFiles,
   readManifest,
+  verifyFiles,
   writeManifest,
 } from "../../src/checkpoint/manifest.ts";
-import { findFault } from "../../src/checkpoint/schema.ts";
-import { BrokenImage, Unsupported } from "../../src/errors/index.ts";
+import { findFault, type Schema } from "../../src/checkpoint/schema.ts";
+import { BrokenImage, Cancelled, Unsupported } from "../../src/errors/index.ts";
 
 let images: string;
 const manifestPath = () => path.join(images, "cedana.json");
@@ -204,6 +208,134 @@ describe("checkFiles", () => {
     await expect(checkFiles(images, manifest)).rejects.toThrow(
       "core-1.img is missing, pages-1.img has 6 bytes instead of 5",
     );
+  });
+});
+
+describe("verifyFiles", () => {
+  const verify = async () => (await verifyFiles((await readManifest(images))!, images)).map((fault) => fault);
+
+  it("finds nothing in images that are as they were", async () => {
+    fs.mkdirSync(path.join(images, "sub"));
+    fs.writeFileSync(path.join(images, "sub/empty"), "");
+    fs.symlinkSync("../before", path.join(images, "parent"));
+    await writeManifest(images, written, { digests: true });
+    const digests = (await readManifest(images))!.files.map((file) => [file.path, file.digest]);
+    const sha256 = (text: string) => `sha256:${createHash("sha256").update(text).digest("hex")}`;
+    expect(digests).toEqual([
+      ["dump.log", sha256("log")],
+      ["pages-1.img", sha256("12345")],
+      ["sub/empty", sha256("")],
+    ]);
+    expect(await verify()).toEqual([]);
+  });
+
+  it("names each fault by its file and kind", async () => {
+    for (const name of ["changed", "gone", "grown", "linked", "same"])
+      fs.writeFileSync(path.join(images, `${name}.img`), name);
+    await writeManifest(images, written, { digests: true });
+    fs.writeFileSync(path.join(images, "changed.img"), "chamged");
+    fs.rmSync(path.join(images, "gone.img"));
+    fs.appendFileSync(path.join(images, "grown.img"), "!");
+    fs.rmSync(path.join(images, "linked.img"));
+    fs.symlinkSync("same.img", path.join(images, "linked.img"));
+    fs.writeFileSync(path.join(images, "new.img"), "");
+    fs.symlinkSync("/etc/passwd", path.join(images, "link"));
+    const faults = await verify();
+    expect(faults.map(({ path: name, kind }) => [name, kind])).toEqual([
+      ["changed.img", "digest"],
+      ["gone.img", "missing"],
+      ["grown.img", "size"],
+      ["link", "extra"],
+      ["linked.img", "type"],
+      ["new.img", "extra"],
+    ]);
+    for (const fault of faults) expect(fault.message).toContain(fault.path);
+  });
+
+  it("finds any single flipped bit", async () => {
+    const bytes = Buffer.from("some bytes of a page");
+    fs.writeFileSync(path.join(images, "pages-1.img"), bytes);
+    await writeManifest(images, written, { digests: true });
+    for (const bit of [0, 7, 80, bytes.length * 8 - 1]) {
+      const flipped = Buffer.from(bytes);
+      flipped[bit >> 3]! ^= 1 << (bit & 7);
+      fs.writeFileSync(path.join(images, "pages-1.img"), flipped);
+      expect(await verify()).toMatchObject([{ path: "pages-1.img", kind: "digest" }]);
+    }
+  });
+
+  it("gives up when it is told to, and does the next one", async () => {
+    await writeManifest(images, written, { digests: true });
+    const manifest = (await readManifest(images))!;
+    await expect(verifyFiles(manifest, images, AbortSignal.abort())).rejects.toThrow(Cancelled);
+    fs.truncateSync(path.join(images, "pages-1.img"), 2 ** 36); // takes minutes
+    manifest.files.find((file) => file.path === "pages-1.img")!.size = 2 ** 36;
+    const stop = new AbortController();
+    const verifying = verifyFiles(manifest, images, stop.signal);
+    setTimeout(() => stop.abort(), 50);
+    await expect(verifying).rejects.toThrow(Cancelled);
+    fs.writeFileSync(path.join(images, "pages-1.img"), "12345");
+    expect(await verify()).toEqual([]);
+  });
+
+  it("takes a manifest without digests by its sizes", async () => {
+    await writeManifest(images, written);
+    expect(await verify()).toEqual([]);
+    fs.appendFileSync(path.join(images, "pages-1.img"), "6");
+    expect(await verify()).toMatchObject([{ kind: "size" }]);
+  });
+});
+
+describe("the schema in the repository", () => {
+  type Whole<T> = T extends (infer I)[]
+    ? Whole<I>[]
+    : T extends object
+      ? { [K in keyof T]-?: Whole<T[K]> }
+      : T;
+  // The compiler wants every property here; the tests want every one of these in the schema, and no other there.
+  const whole: Whole<CheckpointManifest> = {
+    ...written,
+    version: 1,
+    criuVersion: "4.2.1",
+    cedanaVersion: "0.1.0",
+    image: { name: "docker.io/library/busybox:latest", digest: `sha256:${"0".repeat(64)}` },
+    cpu: { architecture: "x64", model: "some", features: ["avx", "sse"] },
+    plugins: [{ name: "runc", version: "0.1.0" }],
+    namespaces: [{ type: "network", path: "/run/netns/pod" }],
+    options: { ...(written.options as Whole<CheckpointManifest["options"]>) },
+    files: [{ path: "pages-1.img", size: 1, digest: `sha256:${"0".repeat(64)}` }],
+  };
+
+  /** `options.tcp`, `files[].path` … of a value, and of a schema. */
+  const pathsOfValue = (value: unknown, at = ""): string[] =>
+    Array.isArray(value)
+      ? value.flatMap((item) => pathsOfValue(item, `${at}[]`))
+      : typeof value === "object" && value !== null
+        ? Object.entries(value).flatMap(([key, member]) => pathsOfValue(member, `${at}.${key}`))
+        : [at];
+  const pathsOfSchema = (rule: Schema, at = ""): string[] =>
+    rule.items
+      ? pathsOfSchema(rule.items, `${at}[]`)
+      : rule.properties
+        ? Object.entries(rule.properties).flatMap(([key, member]) => pathsOfSchema(member, `${at}.${key}`))
+        : [at];
+
+  it("has exactly the properties that the manifest has", () => {
+    expect(findFault(whole, schema as Schema)).toBeUndefined();
+    const used = new Set(pathsOfValue({ ...whole, timings: { totalMs: 1 } }));
+    expect([...used].sort()).toEqual(pathsOfSchema(schema as Schema).sort());
+  });
+});
+
+describe("the facts of a CPU", () => {
+  it("are read as x86 and ARM tell them", async () => {
+    expect(parseCpuInfo("model name\t: Some CPU\nflags\t\t: fpu avx \n\nflags\t\t: other\n", "x64")).toEqual({
+      architecture: "x64",
+      model: "Some CPU",
+      features: ["avx", "fpu"],
+    });
+    expect(parseCpuInfo("Features\t: fp asimd\n", "arm64").features).toEqual(["asimd", "fp"]);
+    expect((await cpuFacts()).features.length).toBeGreaterThan(5);
   });
 });
 

@@ -4,13 +4,17 @@ import {
   closeSync,
   constants,
   fstatSync,
+  ftruncateSync,
+  lstatSync,
   mkdirSync,
   mkdtempSync,
   openSync,
+  readdirSync,
   readFileSync,
   rmSync,
   symlinkSync,
   writeFileSync,
+  writeSync,
 } from "node:fs";
 import { connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
@@ -20,11 +24,19 @@ import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import {
   findAddon,
   flock,
+  getXattr,
+  listXattrs,
+  makeNode,
   openBeneath,
   Pidfd,
   peerCredentials,
+  removeXattr,
+  renameAt,
   Seqpacket,
+  seek,
   setCloexec,
+  setTimes,
+  setXattr,
 } from "../../src/linux/addon.ts";
 import { until } from "../live/harness/until.ts";
 
@@ -211,6 +223,56 @@ s.sendmsg([b"z" * 50000], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i
     ours[Symbol.dispose]();
     closeSync(theirs);
   });
+
+  it("swaps two entries in one step, and replaces nothing that is there", () => {
+    const fd = openSync(directory, constants.O_RDONLY | constants.O_DIRECTORY);
+    writeFileSync(join(directory, "a"), "1");
+    writeFileSync(join(directory, "b"), "2");
+    renameAt([fd, "a"], [fd, "b"], "exchange");
+    expect(readFileSync(join(directory, "a"), "utf8")).toBe("2");
+    expect(() => renameAt([fd, "a"], [fd, "b"], "noReplace")).toThrow(
+      expect.objectContaining({ code: "EEXIST", syscall: "renameat2" }),
+    );
+    renameAt([fd, "a"], [fd, "c"], "noReplace");
+    expect(readFileSync(join(directory, "c"), "utf8")).toBe("2");
+    closeSync(fd);
+  });
+
+  it("finds the holes of a file", () => {
+    const fd = openSync(join(directory, "sparse"), "w+");
+    writeSync(fd, "x", 1 << 20);
+    ftruncateSync(fd, 3 << 20);
+    expect(seek(fd, "data", 0)).toBe(1 << 20);
+    expect(seek(fd, "hole", 1 << 20)).toBeLessThan(2 << 20);
+    expect(seek(fd, "data", 2 << 20)).toBeUndefined();
+    closeSync(fd);
+  });
+
+  it("reads and writes extended attributes with any bytes", () => {
+    const path = join(directory, "file");
+    writeFileSync(path, "");
+    setXattr(path, "user.some", Buffer.from([0, 255, 10]));
+    expect(listXattrs(path)).toContain("user.some");
+    expect(getXattr(path, "user.some")).toEqual(Buffer.from([0, 255, 10]));
+    removeXattr(path, "user.some");
+    expect(getXattr(path, "user.some")).toBeUndefined();
+  });
+
+  it("sets times to the nanosecond, of a link itself and before 1970 too", () => {
+    const path = join(directory, "link");
+    symlinkSync("nowhere", path);
+    for (const time of [1_700_000_000_123_456_789n, -1_500_000_001n]) {
+      setTimes(path, time);
+      expect(lstatSync(path, { bigint: true }).mtimeNs).toBe(time);
+    }
+  });
+
+  it("makes a FIFO with a name that is not UTF-8", () => {
+    const path = Buffer.from(join(directory, "fifo-\xff"), "latin1");
+    makeNode(path, constants.S_IFIFO | 0o600);
+    expect(lstatSync(path).isFIFO()).toBe(true);
+    expect(readFileNames(directory)).toContain("fifo-\xff");
+  });
 });
 
 it("says what to do when the addon is missing", () => {
@@ -222,3 +284,6 @@ it("says what to do when the addon is missing", () => {
   });
   expect(stdout).toContain("Unavailable load the native addon /nowhere/cedana.node");
 });
+
+const readFileNames = (path: string) =>
+  readdirSync(path, { encoding: "buffer" }).map((name) => name.toString("latin1"));

@@ -1,0 +1,207 @@
+import { readFile } from "node:fs/promises";
+import { resolve } from "node:path";
+import { text } from "node:stream/consumers";
+import { Args, Command, Flags } from "@oclif/core";
+import type { Extracted, ReadOptions } from "../checkpoint/archive/index.ts";
+import { InvalidRequest, messageOf, toExitCode } from "../errors/index.ts";
+
+// `cedana archive …`: checkpoints as files. No cedanad is asked: whoever may read the checkpoint may do this.
+
+const compressions = ["none", "gzip", "lz4", "zstd"] as const;
+const layouts = ["cedana", "podman", "crio", "containerd-cri"] as const;
+
+const jsonFlag = { json: Flags.boolean({ description: "print JSON" }) };
+const keyFlags = {
+  "key-file": Flags.string({
+    description: "file with the key, its bytes as they are",
+    exclusive: ["passphrase-file"],
+  }),
+  "passphrase-file": Flags.string({
+    description: 'file with the passphrase in its first line; "-" is stdin',
+  }),
+};
+const limitFlags = {
+  "max-bytes": Flags.integer({
+    description: "refuse an archive with more; default: what is free, less a twentieth",
+    min: 0,
+  }),
+  "max-ratio": Flags.integer({
+    description: "refuse one that grows to more than so many times its size (zeros don't count)",
+    min: 1,
+  }),
+};
+
+/** Errors as one line, and the exit code that their class has. */
+abstract class ArchiveCommand extends Command {
+  override async catch(error: Error & { exitCode?: number; oclif?: unknown }): Promise<never> {
+    if (error.oclif !== undefined) throw error; // oclif's own: flags that it doesn't know, and so on
+    return this.error(messageOf(error), { exit: toExitCode(error) });
+  }
+
+  protected async secret(flags: {
+    "key-file"?: string | undefined;
+    "passphrase-file"?: string | undefined;
+  }): Promise<{ secret?: Uint8Array }> {
+    const { "key-file": key, "passphrase-file": passphrase } = flags;
+    if (key !== undefined) return { secret: await readFile(key) };
+    if (passphrase === undefined) return {};
+    const [line] = (
+      passphrase === "-" ? await text(process.stdin) : await readFile(passphrase, "utf8")
+    ).split(/\r?\n/, 1);
+    if (!line) throw new InvalidRequest(`passphrase file ${passphrase} begins with an empty line`);
+    return { secret: Buffer.from(line) };
+  }
+
+  protected async readOptions(flags: {
+    "key-file"?: string | undefined;
+    "passphrase-file"?: string | undefined;
+    "max-bytes"?: number | undefined;
+    "max-ratio"?: number | undefined;
+  }): Promise<ReadOptions> {
+    return {
+      ...(await this.secret(flags)),
+      limits: { bytes: flags["max-bytes"], ratio: flags["max-ratio"] },
+    };
+  }
+
+  /** What was read, for people or as JSON. */
+  protected tell(what: string, found: Extracted, json: boolean): void {
+    if (json) {
+      this.log(JSON.stringify(found, undefined, 2));
+      return;
+    }
+    this.describe(what, found.description);
+    this.log(
+      `${found.files} files, ${mib(found.bytes)}; archive ${mib(found.archiveBytes)}, ${found.compression}${found.encrypted ? ", encrypted" : ""}`,
+    );
+    this.log(
+      found.verified > 0
+        ? `${found.verified} files are as the manifest says`
+        : "no digests to compare with: the archive is whole, more is not known",
+    );
+  }
+
+  protected describe(
+    what: string,
+    { container, layout, rootfsDiff, manifest }: Extracted["description"],
+  ): void {
+    this.log(`${what}: checkpoint of ${container.id || "an unnamed container"}, layout ${layout}`);
+    const facts = {
+      name: container.name,
+      image: container.image,
+      pod: [container.namespace, container.pod].filter(Boolean).join("/"),
+      taken: container.createdAt,
+      engine: [container.runtime, manifest?.engine.version].filter(Boolean).join(" "),
+      kernel: manifest?.kernel ?? "",
+      rootfs: rootfsDiff ? "changes included" : "",
+    };
+    for (const [name, value] of Object.entries(facts)) if (value) this.log(`  ${name.padEnd(7)} ${value}`);
+  }
+}
+
+const mib = (bytes: number) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
+const archiveArg = Args.string({ description: "the archive", required: true });
+
+export class ArchiveCreate extends ArchiveCommand {
+  static override description = "Write a checkpoint's directory as one file";
+  static override args = {
+    directory: Args.string({ description: "the checkpoint", required: true }),
+    archive: Args.string({ description: "the file to write", required: true }),
+  };
+  static override flags = {
+    ...jsonFlag,
+    ...keyFlags,
+    compression: Flags.string({ options: compressions, default: "zstd" }),
+    level: Flags.integer({ description: "1 is quickest; zstd up to 19, gzip and lz4 up to 9", default: 1 }),
+    layout: Flags.string({
+      description: "whose tools shall restore it",
+      options: layouts,
+      default: "cedana",
+    }),
+    replace: Flags.boolean({ description: "replace an older file of that name" }),
+    verify: Flags.boolean({ description: "compare every file with the manifest on the way" }),
+  };
+
+  async run(): Promise<void> {
+    const { args, flags } = await this.parse(ArchiveCreate);
+    const { createArchive } = await import("../checkpoint/archive/index.ts");
+    const { level, replace, verify } = flags;
+    const made = await createArchive(resolve(args.directory), resolve(args.archive), {
+      compression: flags.compression as (typeof compressions)[number],
+      layout: flags.layout as (typeof layouts)[number],
+      level,
+      replace,
+      verify,
+      ...(await this.secret(flags)),
+    });
+    this.log(
+      flags.json
+        ? JSON.stringify(made, undefined, 2)
+        : `${args.archive}: ${made.files} files, ${mib(made.tarBytes)} in ${mib(made.archiveBytes)}`,
+    );
+  }
+}
+
+export class ArchiveExtract extends ArchiveCommand {
+  static override description =
+    "Extract an archive of ours, of Podman, CRI-O or containerd; all of it is checked before it is there";
+  static override args = {
+    archive: archiveArg,
+    directory: Args.string({ description: "the directory to make", required: true }),
+  };
+  static override flags = {
+    ...jsonFlag,
+    ...keyFlags,
+    ...limitFlags,
+    replace: Flags.boolean({ description: "replace an older directory of that name" }),
+  };
+
+  async run(): Promise<void> {
+    const { args, flags } = await this.parse(ArchiveExtract);
+    const { extractArchive } = await import("../checkpoint/archive/index.ts");
+    const options = { ...(await this.readOptions(flags)), replace: flags.replace };
+    this.tell(
+      args.directory,
+      await extractArchive(resolve(args.archive), resolve(args.directory), options),
+      flags.json,
+    );
+  }
+}
+
+export class ArchiveShow extends ArchiveCommand {
+  static override description =
+    "Say what a checkpoint is: an archive, which is read to its end, or a directory";
+  static override args = { checkpoint: Args.string({ description: "archive or directory", required: true }) };
+  static override flags = { ...jsonFlag, ...keyFlags, ...limitFlags };
+
+  async run(): Promise<void> {
+    const { args, flags } = await this.parse(ArchiveShow);
+    const { describeDirectory, isDirectory, verifyArchive } = await import("../checkpoint/archive/index.ts");
+    const path = resolve(args.checkpoint);
+    if (!(await isDirectory(path))) {
+      this.tell(args.checkpoint, await verifyArchive(path, await this.readOptions(flags)), flags.json);
+      return;
+    }
+    const description = await describeDirectory(path);
+    if (flags.json) this.log(JSON.stringify({ description }, undefined, 2));
+    else this.describe(args.checkpoint, description);
+  }
+}
+
+export class ArchiveVerify extends ArchiveCommand {
+  static override description =
+    "Check a checkpoint, an archive or a directory, against its manifest; nothing is written";
+  static override args = { checkpoint: Args.string({ description: "archive or directory", required: true }) };
+  static override flags = { ...jsonFlag, ...keyFlags, ...limitFlags };
+
+  async run(): Promise<void> {
+    const { args, flags } = await this.parse(ArchiveVerify);
+    const { isDirectory, verifyArchive, verifyDirectory } = await import("../checkpoint/archive/index.ts");
+    const path = resolve(args.checkpoint);
+    const { verified } = (await isDirectory(path))
+      ? await verifyDirectory(path)
+      : await verifyArchive(path, await this.readOptions(flags));
+    if (flags.json) this.log(JSON.stringify({ verified }, undefined, 2));
+    else this.log(`${args.checkpoint} is whole; ${verified} files are as the manifest says`);
+  }
+}
