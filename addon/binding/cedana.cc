@@ -15,55 +15,13 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 
-#include <cmath>
 #include <string>
 
+#include "helpers.h"
+#include "sockets.h"
 #include "unique-fd.h"
 
 namespace {
-
-// Name of an errno as Node spells it. glibc 2.32 has strerrorname_np; musl has not.
-std::string ErrnoName(int error) {
-#if defined(__GLIBC__) && (__GLIBC__ > 2 || (__GLIBC__ == 2 && __GLIBC_MINOR__ >= 32))
-  if (const char* name = strerrorname_np(error)) return name;
-#endif
-  return "E" + std::to_string(error);
-}
-
-// As Node's errors from libuv: the number is negative.
-Napi::Error SystemError(Napi::Env env, const char* syscall, int error) {
-  std::string code = ErrnoName(error);
-  Napi::Error result = Napi::Error::New(env, code + ": " + strerror(error) + ", " + syscall);
-  result.Value().Set("errno", Napi::Number::New(env, -error));
-  result.Value().Set("code", Napi::String::New(env, code));
-  result.Value().Set("syscall", Napi::String::New(env, syscall));
-  return result;
-}
-
-template <typename Call>
-auto RetryOnEintr(Call call) {
-  decltype(call()) result;
-  do result = call();
-  while (result == -1 && errno == EINTR);
-  return result;
-}
-
-// An integer from `least` to INT_MAX; anything else is a mistake in our own code, so a TypeError names it.
-int IntArgument(const Napi::CallbackInfo& info, size_t at, const char* name, int least = 0) {
-  double value = at < info.Length() && info[at].IsNumber() ? info[at].As<Napi::Number>().DoubleValue() : NAN;
-  if (!(value >= least && value <= 2147483647.0) || value != std::floor(value))
-    throw Napi::TypeError::New(info.Env(), std::string(name) + " must be an integer of at least " + std::to_string(least));
-  return static_cast<int>(value);
-}
-
-std::string PathArgument(const Napi::CallbackInfo& info, size_t at, const char* name) {
-  if (at >= info.Length() || !info[at].IsString())
-    throw Napi::TypeError::New(info.Env(), std::string(name) + " must be a string");
-  std::string value = info[at].As<Napi::String>().Utf8Value();
-  if (value.find('\0') != std::string::npos)
-    throw Napi::TypeError::New(info.Env(), std::string(name) + " must not contain a NUL");
-  return value;
-}
 
 // getsockopt(2), SO_PEERCRED
 Napi::Value PeerCredentials(const Napi::CallbackInfo& info) {
@@ -160,6 +118,10 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
       {"pidfdPoll", PidfdPoll},
       {"flock", Flock},
       {"openat2", Openat2},
+      {"netlinkDump", NetlinkDump},
+      {"socketOf", SocketOf},
+      {"kcmp", Kcmp},
+      {"tryHandle", TryHandle},
   };
   for (const auto& binding : bindings)
     exports.Set(binding.name, Napi::Function::New(env, binding.function, binding.name));

@@ -19,6 +19,8 @@ export interface ProcessStat {
   readonly parentPid: number;
   readonly processGroup: number;
   readonly session: number;
+  /** Device number of the controlling terminal, 0 for none. */
+  readonly terminal: number;
   /** Clock ticks since boot (100 a second on every Linux that we know). */
   readonly startTime: number;
 }
@@ -58,6 +60,7 @@ export function parseStat(text: string): ProcessStat {
     parentPid: Number(rest[1]),
     processGroup: Number(rest[2]),
     session: Number(rest[3]),
+    terminal: Number(rest[4]),
     startTime: Number(rest[19]),
   };
 }
