@@ -1,0 +1,106 @@
+import { setTimeout as sleep } from "node:timers/promises";
+import { kcmp } from "../../linux/addon.ts";
+import type { AnyNamespaceKind, ProcessInventory } from "../../linux/inventory.ts";
+import { processStat } from "../../linux/proc.ts";
+import type { Context } from "./context.ts";
+
+export function checkTracers(context: Context): void {
+  for (const process of context.tree)
+    if (process.status.tracerPid !== 0)
+      context.report("process-traced", process, `traced by process ${process.status.tracerPid}`);
+}
+
+/** Looks between which a process in D state may get on: it does in a millisecond when it reads a disk. */
+const looks = 5;
+const lookEveryMs = 20;
+
+/** D state is reported only when it lasts. */
+export async function checkUninterruptible(context: Context): Promise<void> {
+  let stuck = context.tree.filter((process) => process.stat.state === "D");
+  for (let look = 0; look < looks && stuck.length > 0; look++) {
+    await sleep(lookEveryMs);
+    stuck = stuck.filter(({ pid, stat }) => {
+      const now = processStat(pid);
+      return now?.startTime === stat.startTime && now.state === "D";
+    });
+  }
+  for (const process of stuck)
+    context.report("process-uninterruptible", process, `in state D for ${looks * lookEveryMs} ms`);
+}
+
+/**
+ * Finds processes that share their memory (kcmp(2)). It orders processes, so that each is compared with log2(n) others only.
+ */
+export async function checkSharedMemory(context: Context): Promise<void> {
+  const sorted: ProcessInventory[] = [];
+  for (const process of context.tree) {
+    if (process.stat.state === "Z" || process.stat.state === "X") continue;
+    let [low, high] = [0, sorted.length];
+    let twin: ProcessInventory | undefined;
+    while (low < high && !twin) {
+      const middle = (low + high) >> 1;
+      const other = sorted[middle]!;
+      const order = compareMemory(process.pid, other.pid);
+      if (order === 0) twin = other;
+      else if (order === 1) high = middle;
+      else low = middle + 1;
+    }
+    if (twin) context.report("process-shares-memory", process, `shares its memory with process ${twin.pid}`);
+    else sorted.splice(low, 0, process);
+    const pause = context.breathe();
+    if (pause) await pause;
+  }
+}
+
+function compareMemory(pid: number, other: number): number {
+  try {
+    return kcmp(pid, other, "memory");
+  } catch (err) {
+    // ESRCH: one has ended meanwhile. ENOSYS: a kernel without kcmp, with which CRIU says no before all else.
+    if (["ESRCH", "ENOSYS"].includes((err as NodeJS.ErrnoException).code ?? "")) return 2;
+    throw err;
+  }
+}
+
+/** Each with the namespace that a process's children will be in, where there is such a thing. */
+const singleNamespaces: readonly (readonly [AnyNamespaceKind, AnyNamespaceKind])[] = [
+  ["pid", "pid"],
+  ["pid_for_children", "pid"],
+  ["user", "user"],
+  ["uts", "uts"],
+  ["ipc", "ipc"],
+  ["cgroup", "cgroup"],
+  ["time", "time"],
+  ["time_for_children", "time"],
+];
+
+export function checkNamespaces(context: Context): void {
+  const { root, input } = context;
+  if (!root) return;
+  // runc asks CRIU to leave the network namespace empty (--empty-ns), and then CRIU takes one only.
+  const kinds = input.engine === "runc" ? [...singleNamespaces, ["net", "net"] as const] : singleNamespaces;
+  for (const process of context.tree) {
+    const nested = new Set<AnyNamespaceKind>();
+    for (const [kind, rootKind] of kinds) {
+      const inode = process.namespaces[kind];
+      if (inode !== undefined && inode !== root.namespaces[rootKind]) nested.add(rootKind);
+    }
+    for (const kind of nested) context.report("nested-namespace", process, `${kind} namespace of its own`);
+  }
+}
+
+export function checkSession(context: Context): void {
+  const { root } = context;
+  if (root && root.stat.session !== root.pid)
+    context.require(
+      "no-session-leader",
+      root,
+      `session ${root.stat.session || "of another pid namespace"}`,
+      context.policy.shellJob === true,
+    );
+}
+
+export function checkOutside(context: Context): void {
+  for (const process of context.outside)
+    context.report("left-out", process, `child of process ${process.stat.parentPid}`, String(process.pid));
+}

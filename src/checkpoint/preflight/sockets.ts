@@ -1,0 +1,170 @@
+import type { SocketOfProcess } from "../../linux/addon.ts";
+import type { OpenFile, ProcessInventory } from "../../linux/inventory.ts";
+import { AF, type DiagnosedSocket, type UnixSocket } from "../../linux/sock-diag.ts";
+import { type Context, nameOf, socketInode } from "./context.ts";
+
+// CRIU's side of it: criu/sk-inet.c, sk-unix.c, sk-netlink.c, sk-packet.c, sockets.c.
+
+const IPPROTO_MPTCP = 262;
+const supportedProtocols = new Set([0, 1, 6, 17, 58, 136]); // ICMP, TCP, UDP, ICMPv6, UDP-Lite
+const SOCK_RAW = 3;
+/** The state of an unconnected socket; CRIU takes one that its diagnostics don't list for unbound when it has this. */
+const CLOSE = 7;
+
+export async function checkSockets(context: Context): Promise<void> {
+  const pending = pendingConnections(context);
+  const told = new Set<number>();
+  for (const process of context.tree) {
+    for (const file of process.files) {
+      const inode = socketInode(file);
+      if (inode === undefined || told.has(inode)) continue;
+      told.add(inode);
+      const socket = context.socket(inode);
+      if (socket) checkKnown(context, process, file, socket, pending);
+      else if (file.socket) checkUnknown(context, process, file, file.socket);
+      const pause = context.breathe();
+      if (pause) await pause;
+    }
+  }
+}
+
+/** Listener by the far end of each connection that waits to be accepted from it. */
+function pendingConnections(context: Context): ReadonlyMap<number, number> {
+  const pending = new Map<number, number>();
+  for (const table of context.inventory.sockets.values())
+    for (const socket of table.byInode.values())
+      if (socket.family === "unix")
+        for (const inode of socket.pendingInodes) if (inode !== 0) pending.set(inode, socket.inode);
+  return pending;
+}
+
+function checkKnown(
+  context: Context,
+  process: ProcessInventory,
+  file: OpenFile,
+  socket: DiagnosedSocket,
+  pending: ReadonlyMap<number, number>,
+): void {
+  const name = nameOf(file);
+  switch (socket.family) {
+    case "inet":
+    case "inet6": {
+      if (socket.protocol !== "tcp") return;
+      const { tcp } = context.policy;
+      if (socket.state === "LISTEN") {
+        if (socket.receiveQueue > 0)
+          context.require(
+            "tcp-in-flight",
+            process,
+            `${name} (${socket.receiveQueue} at the listener ${socket.local})`,
+            tcp === "skip-in-flight",
+          );
+      } else if (socket.state !== "CLOSE") {
+        const what = `${name} (${socket.local} to ${socket.remote}, ${socket.state})`;
+        context.require("tcp-established", process, what, tcp !== undefined);
+        if (socket.upperProtocol === "tls") context.report("kernel-tls", process, what);
+      }
+      return;
+    }
+    case "unix":
+      checkUnix(context, process, name, socket, pending);
+      return;
+    case "netlink":
+      if (socket.receiveQueue > 0) context.report("netlink-unread", process, name);
+      return;
+    case "packet":
+      return;
+  }
+}
+
+function checkUnix(
+  context: Context,
+  process: ProcessInventory,
+  name: string,
+  socket: UnixSocket,
+  pending: ReadonlyMap<number, number>,
+): void {
+  const outside = outsidePeer(context, socket, pending);
+  if (!outside) return;
+  const what = `${name} (${socket.type}, ${outside})`;
+  if (socket.type === "dgram")
+    context.require("unix-outside", process, what, context.policy.extUnix === true);
+  else context.report("unix-connection-outside", process, what);
+}
+
+/** Who is at the other end of a unix socket of the tree, when that is not in the tree; undefined when it is, or nobody is. */
+function outsidePeer(
+  context: Context,
+  socket: UnixSocket,
+  pending: ReadonlyMap<number, number>,
+): string | undefined {
+  const { peerInode } = socket;
+  if (peerInode !== undefined && peerInode !== 0) {
+    if (context.treeSockets.has(peerInode)) return undefined;
+    return `to ${describePeer(context, peerInode)}`;
+  }
+  // The far end is in a listener's queue: nobody has accepted it yet.
+  const listener = socket.state === "ESTABLISHED" ? pending.get(socket.inode) : undefined;
+  if (listener === undefined || context.treeSockets.has(listener)) return undefined;
+  return `to ${describePeer(context, listener)}, which has not accepted it yet`;
+}
+
+function describePeer(context: Context, inode: number): string {
+  const peer = context.socket(inode);
+  const name = peer?.family === "unix" ? peer.name : undefined;
+  return name ? `${name}` : `socket ${inode} outside`;
+}
+
+function checkUnknown(
+  context: Context,
+  process: ProcessInventory,
+  file: OpenFile,
+  socket: SocketOfProcess,
+): void {
+  const name = nameOf(file);
+  const { family, protocol, type } = socket;
+  const known: readonly number[] = [AF.UNIX, AF.INET, AF.INET6, AF.NETLINK, AF.PACKET];
+  if (!known.includes(family)) {
+    context.report("unsupported-socket", process, `${name} (address family ${familyName(family)})`);
+    return;
+  }
+  if (family === AF.INET || family === AF.INET6) {
+    if (protocol === IPPROTO_MPTCP) {
+      context.report("mptcp", process, name);
+      return;
+    }
+    if (type !== SOCK_RAW && !supportedProtocols.has(protocol)) {
+      context.report("unsupported-socket", process, `${name} (IP protocol ${protocol})`);
+      return;
+    }
+  }
+  const namespace = socket.networkNamespace;
+  const foreign =
+    namespace !== undefined && !context.tree.some((member) => member.namespaces.net === namespace);
+  if (!foreign) return; // unbound: there is nothing to know of it
+  const what = `${name} (${familyName(family)}, network namespace ${namespace})`;
+  const harmless =
+    family === AF.NETLINK || ((family === AF.INET || family === AF.INET6) && socket.state === CLOSE);
+  context.report(harmless ? "foreign-socket-unbound" : "foreign-socket", process, what);
+}
+
+const familyNames: Readonly<Record<number, string>> = {
+  1: "unix",
+  2: "inet",
+  10: "inet6",
+  15: "key",
+  16: "netlink",
+  17: "packet",
+  21: "rds",
+  29: "can",
+  30: "tipc",
+  31: "bluetooth",
+  38: "alg",
+  40: "vsock",
+  43: "smc",
+  44: "xdp",
+};
+
+function familyName(family: number): string {
+  return familyNames[family] ?? String(family);
+}
