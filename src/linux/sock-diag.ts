@@ -115,10 +115,12 @@ function request(bytes: number, fill: (body: Buffer) => void): Buffer {
   return message;
 }
 
+/** Of TCP with INET_DIAG_INFO, without which the kernel doesn't say what runs above it (INET_DIAG_ULP_INFO). */
 export function inetRequest(family: number, protocol: number): Buffer {
   return request(56, (body) => {
     body[0] = family;
     body[1] = protocol;
+    if (protocol === IPPROTO.TCP) body[2] = 1 << 1;
     body.writeUInt32LE(everyState, 4);
   });
 }

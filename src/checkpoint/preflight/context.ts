@@ -104,8 +104,11 @@ export class Context {
     return inode !== undefined && inode !== this.inventory.own[kind];
   }
 
-  hasNamespace(inode: number): boolean {
-    return this.tree.some((process) => Object.values(process.namespaces).includes(inode));
+  /** Whether CRIU knows a namespace: one of the tree's, or its own, which is ours. */
+  knowsNamespace(inode: number): boolean {
+    const includes = (namespaces: ProcessInventory["namespaces"]) =>
+      Object.values(namespaces).includes(inode);
+    return includes(this.inventory.own) || this.tree.some((process) => includes(process.namespaces));
   }
 
   socket(inode: number): DiagnosedSocket | undefined {

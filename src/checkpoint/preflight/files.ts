@@ -49,7 +49,7 @@ function checkFile(context: Context, process: ProcessInventory, file: OpenFile):
   }
   if (/^\w+:\[\d+\]$/.test(link)) {
     const inode = inodeInBrackets(link)!;
-    if (!context.hasNamespace(inode)) context.report("foreign-namespace-file", process, name, link);
+    if (!context.knowsNamespace(inode)) context.report("foreign-namespace-file", process, name, link);
     return;
   }
   if (link.startsWith("/memfd:")) return;

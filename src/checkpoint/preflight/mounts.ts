@@ -90,6 +90,5 @@ async function findFault(
     );
     tried.set(key, errno);
   }
-  // ESTALE (116): the file has been deleted, and CRIU drops the watch or finds it among the open ones.
-  return errno === 0 || errno === 116 ? undefined : `a file of ${mount.mountPoint} (${mount.type})`;
+  return errno === 0 ? undefined : `a file of ${mount.mountPoint} (${mount.type})`;
 }

@@ -24,6 +24,8 @@ import {
 import { checkCriu, checkSpace } from "./resources.ts";
 import { checkSockets } from "./sockets.ts";
 
+export type { CriuFacts, PreflightInput, PreflightPolicy } from "./context.ts";
+
 /**
  * What will a dump of these processes trip over, and which options will it need? Asked before anything is frozen, of
  * processes that run: what they do meanwhile may be missed, so CRIU's own refusals must still be handled.

@@ -12,7 +12,6 @@ const SOCK_RAW = 3;
 const CLOSE = 7;
 
 export async function checkSockets(context: Context): Promise<void> {
-  const pending = pendingConnections(context);
   const told = new Set<number>();
   for (const process of context.tree) {
     for (const file of process.files) {
@@ -20,7 +19,7 @@ export async function checkSockets(context: Context): Promise<void> {
       if (inode === undefined || told.has(inode)) continue;
       told.add(inode);
       const socket = context.socket(inode);
-      if (socket) checkKnown(context, process, file, socket, pending);
+      if (socket) checkKnown(context, process, file, socket);
       else if (file.socket) checkUnknown(context, process, file, file.socket);
       const pause = context.breathe();
       if (pause) await pause;
@@ -28,28 +27,22 @@ export async function checkSockets(context: Context): Promise<void> {
   }
 }
 
-/** Listener by the far end of each connection that waits to be accepted from it. */
-function pendingConnections(context: Context): ReadonlyMap<number, number> {
-  const pending = new Map<number, number>();
-  for (const table of context.inventory.sockets.values())
-    for (const socket of table.byInode.values())
-      if (socket.family === "unix")
-        for (const inode of socket.pendingInodes) if (inode !== 0) pending.set(inode, socket.inode);
-  return pending;
-}
-
 function checkKnown(
   context: Context,
   process: ProcessInventory,
   file: OpenFile,
   socket: DiagnosedSocket,
-  pending: ReadonlyMap<number, number>,
 ): void {
   const name = nameOf(file);
   switch (socket.family) {
     case "inet":
     case "inet6": {
       if (socket.protocol !== "tcp") return;
+      // What the diagnostics show is the TCP socket below; the program's own is of another protocol.
+      if (socket.upperProtocol === "mptcp") {
+        context.report("mptcp", process, name);
+        return;
+      }
       const { tcp } = context.policy;
       if (socket.state === "LISTEN") {
         if (socket.receiveQueue > 0)
@@ -67,7 +60,7 @@ function checkKnown(
       return;
     }
     case "unix":
-      checkUnix(context, process, name, socket, pending);
+      checkUnix(context, process, name, socket);
       return;
     case "netlink":
       if (socket.receiveQueue > 0) context.report("netlink-unread", process, name);
@@ -77,14 +70,8 @@ function checkKnown(
   }
 }
 
-function checkUnix(
-  context: Context,
-  process: ProcessInventory,
-  name: string,
-  socket: UnixSocket,
-  pending: ReadonlyMap<number, number>,
-): void {
-  const outside = outsidePeer(context, socket, pending);
+function checkUnix(context: Context, process: ProcessInventory, name: string, socket: UnixSocket): void {
+  const outside = outsidePeer(context, socket);
   if (!outside) return;
   const what = `${name} (${socket.type}, ${outside})`;
   if (socket.type === "dgram")
@@ -92,21 +79,14 @@ function checkUnix(
   else context.report("unix-connection-outside", process, what);
 }
 
-/** Who is at the other end of a unix socket of the tree, when that is not in the tree; undefined when it is, or nobody is. */
-function outsidePeer(
-  context: Context,
-  socket: UnixSocket,
-  pending: ReadonlyMap<number, number>,
-): string | undefined {
+/**
+ * Who is at the other end of a unix socket of the tree, when that is not in the tree; undefined when it is, or nobody is. A
+ * connection that the other side has not accepted yet has no other end, and CRIU dumps it as one that is closed.
+ */
+function outsidePeer(context: Context, socket: UnixSocket): string | undefined {
   const { peerInode } = socket;
-  if (peerInode !== undefined && peerInode !== 0) {
-    if (context.treeSockets.has(peerInode)) return undefined;
-    return `to ${describePeer(context, peerInode)}`;
-  }
-  // The far end is in a listener's queue: nobody has accepted it yet.
-  const listener = socket.state === "ESTABLISHED" ? pending.get(socket.inode) : undefined;
-  if (listener === undefined || context.treeSockets.has(listener)) return undefined;
-  return `to ${describePeer(context, listener)}, which has not accepted it yet`;
+  if (peerInode === undefined || peerInode === 0 || context.treeSockets.has(peerInode)) return undefined;
+  return `to ${describePeer(context, peerInode)}`;
 }
 
 function describePeer(context: Context, inode: number): string {

@@ -1,4 +1,5 @@
-// hold CASE: makes one thing that a checkpoint may trip over, says "ready PID" on stdout, and sleeps until it is killed.
+// hold CASE: makes one thing that a checkpoint may trip over, says "ready PID" on stdout (or in the file $HOLD_REPORT, for a
+// stdout that is no trouble itself), and sleeps until it is killed.
 // PID is the root of the tree to be dumped: the program itself, or a child when the case needs a process outside of
 // that tree. "skip WHY" instead: this kernel or these privileges don't let us make the thing.
 #define _GNU_SOURCE
@@ -55,6 +56,7 @@
 #define MIB (1024 * 1024)
 
 static char **arguments;
+static const char *directory = "/tmp"; // or $HOLD_DIR: where files are made
 static pid_t root; // of the tree to be dumped
 
 static void say(const char *format, ...) {
@@ -63,7 +65,15 @@ static void say(const char *format, ...) {
   va_start(values, format);
   int length = vsnprintf(line, sizeof line, format, values);
   va_end(values);
-  if (write(1, line, length) != length) _exit(101);
+  const char *report = getenv("HOLD_REPORT");
+  if (!report) {
+    if (write(1, line, length) != length) _exit(101);
+    return;
+  }
+  char unfinished[256];
+  snprintf(unfinished, sizeof unfinished, "%s.new", report);
+  int fd = open(unfinished, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+  if (fd < 0 || write(fd, line, length) != length || close(fd) || rename(unfinished, report)) _exit(101);
 }
 
 static void skip(const char *what) {
@@ -74,6 +84,14 @@ static void skip(const char *what) {
 static long must(long result, const char *what) {
   if (result < 0) skip(what);
   return result;
+}
+
+static const char *in_directory(const char *name) {
+  static char paths[4][256];
+  static int next;
+  char *path = paths[next++ % 4];
+  snprintf(path, sizeof paths[0], "%s/%s", directory, name);
+  return path;
 }
 
 static void sleep_for_ever(void) {
@@ -99,8 +117,8 @@ static pid_t sleeper(void) {
 }
 
 static int scratch_file(const char *name, size_t bytes) {
-  char path[64];
-  snprintf(path, sizeof path, "/tmp/hold-%d-%s", getpid(), name);
+  char path[256];
+  snprintf(path, sizeof path, "%s/hold-%d-%s", directory, getpid(), name);
   int fd = must(open(path, O_RDWR | O_CREAT | O_TRUNC, 0600), "open a scratch file");
   static char block[4096];
   memset(block, 'x', sizeof block);
@@ -111,19 +129,23 @@ static int scratch_file(const char *name, size_t bytes) {
 }
 
 static int linked_file(void) {
-  char path[64];
-  snprintf(path, sizeof path, "/tmp/hold-%d", getpid());
+  char path[256];
+  snprintf(path, sizeof path, "%s/hold-%d", directory, getpid());
   return must(open(path, O_RDWR | O_CREAT, 0600), "open a file");
 }
 
 // A mount namespace of its own, and the program executed again in it: its own file would stay on the old one's mount,
 // as would the /dev/null of its stdin and stderr.
+static void open_null_again(void) {
+  int null = must(open("/dev/null", O_RDWR), "open /dev/null");
+  for (int fd = 0; fd < 3; fd++)
+    if (fd != 1 || getenv("HOLD_REPORT")) must(dup2(null, fd), "dup2");
+  close(null);
+}
+
 static void private_mounts(void) {
   if (getenv("HOLD_PRIVATE")) {
-    int null = must(open("/dev/null", O_RDWR), "open /dev/null");
-    must(dup2(null, 0), "dup2");
-    must(dup2(null, 2), "dup2");
-    close(null);
+    open_null_again();
     return;
   }
   must(unshare(CLONE_NEWNS), "unshare mounts");
@@ -278,16 +300,16 @@ static void bpf_ringbuf(void) {
 }
 static void lazy_umount(void) {
   private_mounts();
-  tmpfs_at("/tmp/hold-lazy");
-  must(open("/tmp/hold-lazy/file", O_RDWR | O_CREAT, 0600), "open");
-  must(umount2("/tmp/hold-lazy", MNT_DETACH), "umount");
-  rmdir("/tmp/hold-lazy");
+  tmpfs_at(in_directory("hold-lazy"));
+  must(open(in_directory("hold-lazy/file"), O_RDWR | O_CREAT, 0600), "open");
+  must(umount2(in_directory("hold-lazy"), MNT_DETACH), "umount");
+  rmdir(in_directory("hold-lazy"));
 }
 static void overmounted(void) {
   private_mounts();
-  tmpfs_at("/tmp/hold-over");
-  must(open("/tmp/hold-over/file", O_RDWR | O_CREAT, 0600), "open");
-  tmpfs_at("/tmp/hold-over");
+  tmpfs_at(in_directory("hold-over"));
+  must(open(in_directory("hold-over/file"), O_RDWR | O_CREAT, 0600), "open");
+  tmpfs_at(in_directory("hold-over"));
 }
 static void foreign_mount(void) { // the file's mount stays in the namespace that we leave
   if (!getenv("HOLD_PRIVATE")) linked_file();
@@ -295,19 +317,26 @@ static void foreign_mount(void) { // the file's mount stays in the namespace tha
 }
 static void foreign_program(void) { must(unshare(CLONE_NEWNS), "unshare mounts"); }
 static void inotify_deleted(void) {
-  char path[64];
-  snprintf(path, sizeof path, "/tmp/hold-%d-watched", getpid());
+  char path[256];
+  snprintf(path, sizeof path, "%s/hold-%d-watched", directory, getpid());
   int fd = must(open(path, O_RDWR | O_CREAT, 0600), "open");
   must(inotify_add_watch(must(inotify_init(), "inotify"), path, IN_MODIFY), "watch");
   (void)fd;
   must(unlink(path), "unlink");
 }
-static void inotify_foreign(void) {
+static void inotify_foreign(void) { // the watched file is on a mount of the namespace that the parent stays in
+  if (getenv("HOLD_SECOND")) {
+    open_null_again();
+    return;
+  }
   private_mounts();
-  int notify = must(inotify_init(), "inotify");
-  tmpfs_at("/tmp/hold-watched");
-  must(inotify_add_watch(notify, "/tmp/hold-watched", IN_CREATE), "watch");
-  must(umount2("/tmp/hold-watched", MNT_DETACH), "umount");
+  tmpfs_at(in_directory("hold-watched"));
+  must(inotify_add_watch(must(inotify_init(), "inotify"), in_directory("hold-watched"), IN_CREATE), "watch");
+  leave_parent_outside();
+  must(unshare(CLONE_NEWNS), "unshare mounts");
+  must(umount2(in_directory("hold-watched"), MNT_DETACH), "umount");
+  setenv("HOLD_SECOND", "1", 1);
+  must(execv(arguments[0], arguments), "execv");
 }
 static void inotify_proc(void) {
   must(inotify_add_watch(must(inotify_init(), "inotify"), "/proc/self", IN_OPEN), "watch");
@@ -325,8 +354,8 @@ static void fanotify(void) {
 static void fanotify_mount(void) {
   private_mounts();
   int fd = must(fanotify_init(FAN_CLASS_NOTIF, O_RDONLY), "fanotify_init");
-  tmpfs_at("/tmp/hold-fan");
-  must(fanotify_mark(fd, FAN_MARK_ADD | FAN_MARK_MOUNT, FAN_OPEN, AT_FDCWD, "/tmp/hold-fan"), "fanotify_mark");
+  tmpfs_at(in_directory("hold-fan"));
+  must(fanotify_mark(fd, FAN_MARK_ADD | FAN_MARK_MOUNT, FAN_OPEN, AT_FDCWD, in_directory("hold-fan")), "fanotify_mark");
 }
 static void fanotify_fid(void) {
   int fd = must(fanotify_init(FAN_CLASS_NOTIF | FAN_REPORT_FID, O_RDONLY), "fanotify_init");
@@ -375,17 +404,17 @@ static void ghost_mapped(void) {
   close(fd);
 }
 static void link_remap(void) {
-  char path[64], other[64];
-  snprintf(path, sizeof path, "/tmp/hold-%d", getpid());
-  snprintf(other, sizeof other, "/tmp/hold-%d-other", getpid());
+  char path[256], other[256];
+  snprintf(path, sizeof path, "%s/hold-%d", directory, getpid());
+  snprintf(other, sizeof other, "%s/hold-%d-other", directory, getpid());
   int fd = must(open(path, O_RDWR | O_CREAT, 0600), "open");
   (void)fd;
   must(link(path, other), "link");
   must(unlink(path), "unlink");
 }
 static void deleted_cwd(void) {
-  char path[64];
-  snprintf(path, sizeof path, "/tmp/hold-%d-cwd", getpid());
+  char path[256];
+  snprintf(path, sizeof path, "%s/hold-%d-cwd", directory, getpid());
   must(mkdir(path, 0700), "mkdir");
   must(chdir(path), "chdir");
   must(rmdir(path), "rmdir");
@@ -436,10 +465,13 @@ static void message_queue(void) {
   must(unshare(CLONE_NEWIPC), "unshare ipc");
   must(mq_open("/held", O_RDWR | O_CREAT, 0600, 0), "mq_open");
 }
-static void foreign_ns_fd(void) {
-  leave_parent_outside();
+static void host_ns_fd(void) {
+  must(open("/proc/self/ns/uts", O_RDONLY), "open a namespace");
   must(unshare(CLONE_NEWUTS), "unshare uts");
-  must(open("/proc/1/ns/uts", O_RDONLY), "open a namespace");
+}
+static void foreign_ns_fd(void) {
+  must(unshare(CLONE_NEWUTS), "unshare uts");
+  host_ns_fd();
 }
 static void packet_pipe_empty(void) {
   int fds[2];
@@ -552,7 +584,7 @@ static void ext_unix_pair(void) {
 }
 static void unix_name(struct sockaddr_un *address) {
   *address = (struct sockaddr_un){.sun_family = AF_UNIX};
-  snprintf(address->sun_path, sizeof address->sun_path, "/tmp/hold-%d.sock", getpid());
+  snprintf(address->sun_path, sizeof address->sun_path, "%s/hold-%d.sock", directory, getpid());
 }
 static void ext_unix_stream(void) {
   struct sockaddr_un address;
@@ -586,6 +618,28 @@ static void unix_pending(void) {
   int server = must(socket(AF_UNIX, SOCK_STREAM, 0), "socket"), client = must(socket(AF_UNIX, SOCK_STREAM, 0), "socket");
   must(bind(server, (void *)&address, sizeof address), "bind");
   must(listen(server, 8), "listen");
+  must(connect(client, (void *)&address, sizeof address), "connect");
+}
+static void unix_pending_outside(void) { // a connection from outside that the tree has not accepted yet
+  struct sockaddr_un address;
+  unix_name(&address);
+  int server = must(socket(AF_UNIX, SOCK_STREAM, 0), "socket");
+  must(bind(server, (void *)&address, sizeof address), "bind");
+  must(listen(server, 8), "listen");
+  int client = must(socket(AF_UNIX, SOCK_STREAM, 0), "socket");
+  must(connect(client, (void *)&address, sizeof address), "connect");
+  leave_parent_outside();
+  close(client);
+}
+static void unix_unaccepted(void) { // a connection of the tree that one outside has not accepted yet
+  struct sockaddr_un address;
+  unix_name(&address);
+  int server = must(socket(AF_UNIX, SOCK_STREAM, 0), "socket");
+  must(bind(server, (void *)&address, sizeof address), "bind");
+  must(listen(server, 8), "listen");
+  leave_parent_outside();
+  close(server);
+  int client = must(socket(AF_UNIX, SOCK_STREAM, 0), "socket");
   must(connect(client, (void *)&address, sizeof address), "connect");
 }
 static void unix_half(void) {
@@ -736,7 +790,7 @@ static void id_mapped(void) {
     sleep_for_ever();
   }
   usleep(50000);
-  char path[64];
+  char path[256];
   for (int i = 0; i < 2; i++) {
     snprintf(path, sizeof path, "/proc/%d/%cid_map", child, "ug"[i]);
     int fd = must(open(path, O_WRONLY), "open id map");
@@ -745,12 +799,12 @@ static void id_mapped(void) {
   }
   snprintf(path, sizeof path, "/proc/%d/ns/user", child);
   int user = must(open(path, O_RDONLY | O_CLOEXEC), "open user namespace");
-  tmpfs_at("/tmp/hold-idmap");
-  int tree = must(syscall(SYS_open_tree, AT_FDCWD, "/tmp/hold-idmap", OPEN_TREE_CLONE | O_CLOEXEC), "open_tree");
+  tmpfs_at(in_directory("hold-idmap"));
+  int tree = must(syscall(SYS_open_tree, AT_FDCWD, in_directory("hold-idmap"), OPEN_TREE_CLONE | O_CLOEXEC), "open_tree");
   struct mount_attr attr = {.attr_set = MOUNT_ATTR_IDMAP, .userns_fd = user};
   must(syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &attr, sizeof attr), "mount_setattr");
-  must(umount2("/tmp/hold-idmap", MNT_DETACH), "umount");
-  must(syscall(SYS_move_mount, tree, "", AT_FDCWD, "/tmp/hold-idmap", MOVE_MOUNT_F_EMPTY_PATH), "move_mount");
+  must(umount2(in_directory("hold-idmap"), MNT_DETACH), "umount");
+  must(syscall(SYS_move_mount, tree, "", AT_FDCWD, in_directory("hold-idmap"), MOVE_MOUNT_F_EMPTY_PATH), "move_mount");
   close(tree);
   close(user);
   kill(child, SIGKILL);
@@ -758,16 +812,16 @@ static void id_mapped(void) {
 }
 static void ramfs_mount(void) {
   private_mounts();
-  mkdir("/tmp/hold-ramfs", 0700);
-  must(mount("hold", "/tmp/hold-ramfs", "ramfs", 0, 0), "mount ramfs");
+  mkdir(in_directory("hold-ramfs"), 0700);
+  must(mount("hold", in_directory("hold-ramfs"), "ramfs", 0, 0), "mount ramfs");
 }
 static void fuse_mount(void) {
   private_mounts();
-  mkdir("/tmp/hold-fuse", 0700);
+  mkdir(in_directory("hold-fuse"), 0700);
   int fd = must(open("/dev/fuse", O_RDWR), "open /dev/fuse");
   char options[64];
   snprintf(options, sizeof options, "fd=%d,rootmode=40000,user_id=0,group_id=0", fd);
-  must(mount("hold", "/tmp/hold-fuse", "fuse", 0, options), "mount fuse");
+  must(mount("hold", in_directory("hold-fuse"), "fuse", 0, options), "mount fuse");
 }
 static void memory(void) {
   char *space = mmap(0, 64 * MIB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -793,10 +847,10 @@ static const struct { const char *name; void (*make)(void); } cases[] = {
   CASE(fanotify_mount), CASE(fanotify_fid), CASE(ext_tty), CASE(tty_inside), CASE(no_leader), CASE(flock_lock),
   CASE(posix_lock), CASE(ofd_lock), CASE(lease), CASE(ghost), CASE(ghost_sparse), CASE(ghost_mapped), CASE(link_remap),
   CASE(deleted_cwd), CASE(pidfd_outside), CASE(pidfd_dead), CASE(pidfd_thread), CASE(secretmem), CASE(landlock_fd),
-  CASE(landlocked), CASE(seccomp_notify), CASE(mount_fd), CASE(detached_mount), CASE(message_queue), CASE(foreign_ns_fd),
+  CASE(landlocked), CASE(seccomp_notify), CASE(mount_fd), CASE(detached_mount), CASE(message_queue), CASE(host_ns_fd), CASE(foreign_ns_fd),
   CASE(packet_pipe), CASE(hugetlb), CASE(tcp), CASE(tcp_pending), CASE(tcp_connecting), CASE(tcp_close_wait),
   CASE(tcp_unbound), CASE(mptcp), CASE(raw), CASE(ping), CASE(udp_corked), CASE(foreign_socket), CASE(foreign_unix),
-  CASE(ext_unix_pair), CASE(ext_unix_stream), CASE(ext_unix_dgram), CASE(unix_pending), CASE(unix_half), CASE(unix_deleted),
+  CASE(ext_unix_pair), CASE(ext_unix_stream), CASE(ext_unix_dgram), CASE(unix_pending), CASE(unix_half), CASE(unix_pending_outside), CASE(unix_unaccepted), CASE(unix_deleted),
   CASE(unix_fd_queued), CASE(netlink_socket), CASE(netlink_queued), CASE(packet), CASE(packet_ring), CASE(vsock), CASE(xdp),
   CASE(alg), CASE(ktls), CASE(traced), CASE(traced_outside), CASE(threads), CASE(d_state), CASE(nested_pid),
   CASE(nested_user), CASE(nested_uts), CASE(nested_ipc), CASE(nested_net), CASE(nested_mount), CASE(nested_cgroup),
@@ -807,6 +861,7 @@ static const struct { const char *name; void (*make)(void); } cases[] = {
 int main(int argc, char **argv) {
   root = getpid();
   arguments = argv;
+  if (getenv("HOLD_DIR")) directory = getenv("HOLD_DIR");
   for (size_t i = 0; argc > 1 && i < sizeof cases / sizeof *cases; i++) {
     if (strcmp(cases[i].name, argv[1])) continue;
     cases[i].make();

@@ -1,0 +1,282 @@
+// A preflight against the truth: for each thing that a checkpoint may trip over, a program that has it; the preflight must
+// name it, and CRIU's dump must agree: fail, or succeed with the option, or succeed where nothing is reported.
+
+import { type ChildProcess, execFile, spawn } from "node:child_process";
+import { once } from "node:events";
+import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import type { FindingId } from "../../src/checkpoint/preflight/catalogue.ts";
+import { type PreflightInput, preflight } from "../../src/checkpoint/preflight/preflight.ts";
+import { explainCriuLog } from "../../src/criu/log.ts";
+import { childrenOf } from "../../src/linux/proc.ts";
+import { compileProgram } from "./harness/programs.ts";
+import { until } from "./harness/until.ts";
+
+const run = promisify(execFile);
+const source = join(import.meta.dirname, "../checkpoint/preflight/programs/hold.c");
+
+/** What the preflight says of a program, in any order, and how its dump succeeds; undefined: it can't. */
+interface Case {
+  says?: FindingId[];
+  /** options of CRIU with which the dump succeeds */
+  with?: string[];
+  /** the policy that stands for those options */
+  policy?: PreflightInput["policy"];
+  /** it has a mount namespace of its own, whose other mounts come from outside */
+  ownMounts?: true;
+}
+
+const dumps = (...says: FindingId[]): Case => ({ says, with: [] });
+const never = (...says: FindingId[]): Case => ({ says });
+const needs = (says: FindingId[], policy: PreflightInput["policy"], ...options: string[]): Case => ({
+  says,
+  policy,
+  with: options,
+});
+const ownMounts = (one: Case): Case => ({ ...one, ownMounts: true });
+
+const cases: Record<string, Case> = {
+  // nothing to say
+  clean: dumps(),
+  many_kinds: dumps(),
+  zombie: dumps(),
+  stopped: dumps(),
+  threads: dumps(),
+  listening: dumps(),
+  udp: dumps(),
+  aio: dumps(),
+  small_ghost: dumps(),
+  seccomp_filter: dumps(),
+  pidfd_inside: dumps(),
+  pidfd_dead: dumps(),
+  sysv_shm: dumps(),
+  uts_own: dumps(),
+  host_ns_fd: dumps(),
+  device_kmsg: dumps(),
+  device_mapped: dumps(),
+  tun_inside: dumps(),
+  console: dumps(),
+  inotify_deleted: dumps(),
+  inotify_cgroup: dumps(),
+  fanotify: dumps(),
+  fanotify_fid: dumps(),
+  fanotify_mount: ownMounts(dumps()),
+  tty_inside: dumps(),
+  ghost_sparse: dumps(),
+  deleted_cwd: dumps(),
+  tcp_unbound: dumps(),
+  raw: dumps(),
+  ping: dumps(),
+  udp_corked: dumps(),
+  unix_pending: dumps(),
+  unix_half: dumps(),
+  unix_unaccepted: dumps(),
+  unix_pending_outside: dumps(),
+  unix_deleted: dumps(),
+  unix_fd_queued: dumps(),
+  netlink_socket: dumps(),
+  packet: dumps(),
+  packet_ring: dumps(),
+  nested_net: dumps(),
+  nested_mount: dumps(),
+  deadline: dumps(),
+  hugetlb: dumps(),
+  // what can't be seen from outside, and what CRIU loses without a word
+  landlocked: dumps(),
+  sem_undo: dumps(),
+  // notes
+  id_mapped: ownMounts(dumps("id-mapped-mount")),
+  foreign_unbound: dumps("foreign-socket-unbound"),
+  foreign_udp: dumps("foreign-socket-unbound"),
+  foreign_netlink: dumps("foreign-socket-unbound"),
+  // options
+  tcp: needs(["tcp-established", "tcp-established"], { tcp: "keep" }, "--tcp-established"),
+  tcp_close_wait: needs(["tcp-established"], { tcp: "close" }, "--tcp-close"),
+  tcp_pending: needs(
+    ["tcp-in-flight", "tcp-established"],
+    { tcp: "skip-in-flight" },
+    "--tcp-established",
+    "--skip-in-flight",
+  ),
+  tcp_connecting: needs(
+    ["tcp-in-flight", "tcp-established", "tcp-established", "tcp-established"],
+    { tcp: "skip-in-flight" },
+    "--tcp-established",
+    "--skip-in-flight",
+  ),
+  ext_unix_dgram: needs(["unix-outside"], { extUnix: true }, "--ext-unix-sk"),
+  flock_lock: needs(["file-locks"], { fileLocks: true }, "--file-locks"),
+  posix_lock: needs(["file-locks"], { fileLocks: true }, "--file-locks"),
+  ofd_lock: needs(["file-locks"], { fileLocks: true }, "--file-locks"),
+  lease: needs(["file-locks"], { fileLocks: true }, "--file-locks"),
+  ext_tty: needs(["terminal-outside"], { shellJob: true }, "--shell-job"),
+  no_leader: needs(["no-session-leader"], { shellJob: true }, "--shell-job"),
+  ghost: needs(["ghost-file"], { ghostLimitBytes: 4 << 20 }, "--ghost-limit", "4194304"),
+  ghost_mapped: needs(["ghost-file"], { ghostLimitBytes: 4 << 20 }, "--ghost-limit", "4194304"),
+  link_remap: needs(["deleted-hard-link"], { linkRemap: true }, "--link-remap"),
+  // blockers
+  io_uring: never("io-uring"),
+  io_uring_mapped: never("io-uring"),
+  uffd: never("userfaultfd"),
+  perf: never("perf-event"),
+  bpf_prog: never("bpf"),
+  bpf_ringbuf: never("bpf"),
+  bpf_array: never("bpf"),
+  device_fuse: never("device"),
+  device_tun: never("device"),
+  device_block: never("device"),
+  serial: never("device"),
+  landlock_fd: never("unsupported-file"),
+  seccomp_notify: never("unsupported-file"),
+  mount_fd: never("unsupported-file"),
+  secretmem: never("secret-memory"),
+  packet_pipe: never("packet-pipe"),
+  packet_pipe_empty: never("packet-pipe"),
+  pidfd_outside: never("pidfd-outside"),
+  pidfd_thread: never("pidfd-thread"),
+  detached_mount: never("lost-mount"),
+  message_queue: never("lost-mount"),
+  lazy_umount: ownMounts(never("lost-mount")),
+  foreign_mount: ownMounts(never("lost-mount")),
+  foreign_program: ownMounts(never("lost-mount", "lost-mount", "lost-mount")),
+  overmounted: ownMounts(never("overmounted-file")),
+  foreign_ns_fd: never("foreign-namespace-file"),
+  inotify_proc: never("watch-unreachable"),
+  inotify_sysfs: never("watch-unreachable"),
+  inotify_foreign: ownMounts(never("watch-unreachable")),
+  ramfs_mount: ownMounts(never("unsupported-mount")),
+  fuse_mount: ownMounts(never("device", "unsupported-mount")),
+  sysv_shared: never("shared-memory-outside"),
+  vsock: never("unsupported-socket"),
+  xdp: never("unsupported-socket"),
+  mptcp: never("mptcp"),
+  foreign_socket: never("foreign-socket"),
+  foreign_packet: never("foreign-socket"),
+  foreign_unix: never("foreign-socket", "foreign-socket"),
+  ext_unix_pair: never("unix-connection-outside"),
+  ext_unix_stream: never("unix-connection-outside"),
+  netlink_queued: never("netlink-unread"),
+  traced: never("process-traced"),
+  traced_outside: never("process-traced"),
+  d_state: never("process-uninterruptible", "process-shares-memory"),
+  shared_memory_space: never("process-shares-memory"),
+  nested_pid: never("nested-namespace"),
+  nested_user: never("nested-namespace"),
+  nested_uts: never("nested-namespace"),
+  nested_ipc: never("nested-namespace"),
+  nested_cgroup: never("nested-namespace"),
+  nested_time: never("nested-namespace"),
+  // what this machine may lack
+  alg: never("unsupported-socket"),
+  ktls: needs(["tcp-established", "tcp-established", "kernel-tls"], { tcp: "keep" }, "--tcp-established"),
+};
+
+let directory: string;
+let program: string;
+beforeAll(async () => {
+  directory = mkdtempSync(join(tmpdir(), "cedana-preflight-"));
+  program = await compileProgram(source);
+});
+afterAll(() => rmSync(directory, { recursive: true, force: true }));
+
+/** A program that holds something, and the root of the tree that is to be dumped. */
+class Held implements AsyncDisposable {
+  readonly child: ChildProcess;
+  pid = 0;
+  skipped: string | undefined;
+
+  private constructor(child: ChildProcess) {
+    this.child = child;
+  }
+
+  static async start(name: string): Promise<Held> {
+    const report = join(directory, `report-${name}`);
+    // Node's pipes are unix sockets, which are themselves what half of these cases are about.
+    const child = spawn(program, [name], {
+      stdio: "ignore",
+      detached: true, // a session leader
+      env: { HOLD_DIR: directory, HOLD_REPORT: report, PATH: process.env.PATH },
+    });
+    const held = new Held(child);
+    await until(() => existsSync(report), { what: () => `the report of ${name}`, everyMs: 3 });
+    const [word, rest] = readFileSync(report, "utf8").trim().split(/ (.*)/s) as [string, string];
+    if (word === "ready") held.pid = Number(rest);
+    else held.skipped = rest;
+    return held;
+  }
+
+  get pids(): number[] {
+    const below = (pid: number): number[] => [pid, ...childrenOf(pid).flatMap(below)];
+    return below(this.pid);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    const gone = this.child.exitCode === null && this.child.signalCode === null && once(this.child, "exit");
+    for (const pid of [...(this.pid ? this.pids.reverse() : []), this.child.pid!]) kill(pid);
+    await gone;
+  }
+}
+
+function kill(pid: number): void {
+  try {
+    process.kill(pid, "SIGKILL");
+  } catch {
+    // it has ended with its parent
+  }
+}
+
+/** @returns the error of a dump that fails */
+async function dump(held: Held, options: string[]): Promise<string | undefined> {
+  const images = mkdtempSync(join(directory, "images-"));
+  try {
+    await run("criu", [
+      "dump",
+      ...["--tree", String(held.pid), "--images-dir", images, "--log-file", "dump.log"],
+      ...["--leave-running", "--timeout", "2", ...options],
+    ]);
+    return undefined;
+  } catch {
+    const { errors, firstError } = await explainCriuLog(join(images, "dump.log"));
+    return firstError ?? errors[0] ?? "no reason";
+  } finally {
+    rmSync(images, { recursive: true });
+  }
+}
+
+const criu = await run("criu", ["--version"]).then(
+  ({ stdout }) => /Version: (\S+)/.exec(stdout)?.[1],
+  () => undefined,
+);
+
+describe.skipIf(!criu || process.getuid?.() !== 0)(
+  `the preflight and CRIU ${criu ?? "(not installed)"}`,
+  () => {
+    for (const [name, wanted] of Object.entries(cases))
+      it(`agree on ${name}`, async (context) => {
+        await using held = await Held.start(name);
+        if (held.skipped !== undefined) return context.skip(held.skipped);
+        const input = { pids: held.pids, rootPid: held.pid, criu: { version: criu! } };
+        const report = await preflight(input);
+        const said = [...report.blockers, ...report.requirements, ...report.notes];
+        expect(said.map(({ id }) => id).sort()).toEqual([...(wanted.says ?? [])].sort());
+        const external = wanted.ownMounts ? ["--external", "mnt[]"] : [];
+        const error = await dump(held, external);
+        expect(error === undefined, error).toBe(report.ok);
+        if (!wanted.with) expect(report.blockers.length).toBeGreaterThan(0);
+        else if (wanted.with.length > 0) {
+          expect(report.requirements.length).toBeGreaterThan(0);
+          expect((await preflight({ ...input, policy: wanted.policy! })).ok).toBe(true);
+          expect(await dump(held, [...external, ...wanted.with])).toBeUndefined();
+        }
+      });
+  },
+);
+
+it("tries everything that the program can make", () => {
+  const made = [...readFileSync(source, "utf8").matchAll(/CASE\((\w+)\)/g)].map(([, name]) => name!);
+  const elsewhere = ["name", "memory", "many_processes", "many_files"];
+  expect(Object.keys(cases).sort()).toEqual(made.filter((name) => !elsewhere.includes(name)).sort());
+});
