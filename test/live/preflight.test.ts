@@ -3,16 +3,25 @@
 
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { once } from "node:events";
-import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { promisify } from "node:util";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import type { FindingId } from "../../src/checkpoint/preflight/catalogue.ts";
-import { type PreflightInput, preflight } from "../../src/checkpoint/preflight/preflight.ts";
+import {
+  type PreflightInput,
+  type PreflightReport,
+  preflight,
+} from "../../src/checkpoint/preflight/preflight.ts";
 import { explainCriuLog } from "../../src/criu/log.ts";
 import { childrenOf } from "../../src/linux/proc.ts";
+import { readSpec } from "../../src/runtime/spec.ts";
+import { Live, type RunOptions } from "./harness/live.ts";
+import { bothEngines, missingFor } from "./harness/matrix.ts";
 import { compileProgram } from "./harness/programs.ts";
+import { pidsInCgroups } from "./harness/system.ts";
+import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
 
 const run = promisify(execFile);
@@ -255,7 +264,7 @@ describe.skipIf(!criu || process.getuid?.() !== 0)(
   `the preflight and CRIU ${criu ?? "(not installed)"}`,
   () => {
     for (const [name, wanted] of Object.entries(cases))
-      it(`agree on ${name}`, async (context) => {
+      it.concurrent(`agree on ${name}`, async (context) => {
         await using held = await Held.start(name);
         if (held.skipped !== undefined) return context.skip(held.skipped);
         const input = { pids: held.pids, rootPid: held.pid, criu: { version: criu! } };
@@ -274,6 +283,125 @@ describe.skipIf(!criu || process.getuid?.() !== 0)(
       });
   },
 );
+
+for (const combination of bothEngines) {
+  const missing = missingFor(combination);
+  const { engine } = combination;
+  describe.skipIf(missing)(`a container of ${engine}${missing ? ` (${missing})` : ""}`, () => {
+    let live: Live;
+    beforeAll(async () => {
+      live = await Live.start(combination);
+    });
+    afterEach(() => live.expectNoLeftovers());
+    afterAll(() => live?.stop());
+    const cgroupsMode = engine === "crun" ? { cgroupsMode: "ignore" } : {};
+
+    /** As the dump chain asks: all processes of the cgroup, and what the bundle's configuration says. */
+    async function look(task: LiveTask, destination = live.dir) {
+      const spec = await readSpec(task.bundle);
+      return await preflight({
+        pids: pidsInCgroups(`${live.namespace}/${task.id}`),
+        rootPid: task.pid,
+        engine,
+        spec: {
+          mountPoints: (spec.mounts ?? []).map((mount) => mount.destination),
+          terminal: spec.process?.terminal,
+        },
+        destination,
+        criu: { version: criu! },
+      });
+    }
+    const said = (report: PreflightReport) =>
+      [...report.blockers, ...report.requirements, ...report.notes].map(({ id }) => id);
+
+    /** A container that holds something. */
+    async function hold(name: string, options: RunOptions = {}): Promise<LiveTask> {
+      const mounts = [
+        { destination: "/hold", type: "bind", source: dirname(program), options: ["rbind", "ro"] },
+      ];
+      const task = await live.run(["/hold/hold", name], { ...options, mounts });
+      await task.stdout.lineMatching(/^ready/);
+      return task;
+    }
+
+    it("has nothing to be reported when it is clean", async () => {
+      await using task = await live.run(["counter"]);
+      await task.nextNumber();
+      const report = await look(task);
+      expect(said(report)).toEqual([]);
+      expect(report).toMatchObject({
+        ok: true,
+        facts: { rootPid: task.pid, processes: 1, leftOut: 0, established: [], outsideTerminals: [] },
+      });
+      expect(report.facts.externalMounts).toEqual([{ mountPoint: "/programs", type: expect.any(String) }]);
+      expect(report.facts.freeBytes).toBeGreaterThan(report.facts.memoryBytes);
+    });
+
+    it("is dumped with many kinds of files on its own file systems, as the preflight says", async () => {
+      await using task = await hold("many_kinds");
+      await task.checkpoint({ ...cgroupsMode });
+      const report = await look(task);
+      expect(said(report)).toEqual([]);
+    });
+
+    it("may have a terminal, which the engine restores", async () => {
+      await using task = await live.run(["sh"], { terminal: true, stdin: true });
+      task.write("echo ready\n");
+      await task.stdout.lineMatching(/^ready/);
+      const report = await look(task);
+      expect(said(report)).toEqual([]);
+      expect(report.facts.outsideTerminals).toContainEqual(
+        expect.objectContaining({ pid: task.pid, path: expect.stringMatching(/^\/dev\/(pts\/0|console)$/) }),
+      );
+    });
+
+    it("is said to lose what came by exec", async () => {
+      await using task = await live.run(["counter"]);
+      await task.nextNumber();
+      await using exec = await task.exec(["sh", "-c", "echo in; exec sleep 1000"]);
+      await exec.stdout.lineMatching(/^in/);
+      const report = await look(task);
+      expect(report.notes).toMatchObject([{ id: "left-out", process: { pid: exec.pid } }]);
+      expect(report).toMatchObject({ ok: true, facts: { processes: 1, leftOut: 1 } });
+    });
+
+    it("can't be dumped with a large deleted file of its root file system, as the preflight says", async () => {
+      await using task = await hold("ghost");
+      const report = await look(task);
+      expect(report.requirements).toMatchObject([{ id: "ghost-file", met: false, value: 2 << 20 }]);
+      await expect(task.checkpoint({ ...cgroupsMode })).rejects.toThrow(/ghost/);
+    });
+
+    it("can't be dumped by runc with a second network namespace, as the preflight says", async () => {
+      await using task = await hold("nested_net", {
+        edit: (spec) => {
+          for (const set of ["bounding", "effective", "permitted"])
+            spec["process"].capabilities[set] = ["CAP_SYS_ADMIN", "CAP_KILL"];
+        },
+      });
+      const report = await look(task);
+      expect(said(report)).toEqual(engine === "runc" ? ["nested-namespace"] : []);
+      const dumped = task.checkpoint({ ...cgroupsMode });
+      if (engine === "runc") await expect(dumped).rejects.toThrow();
+      else await dumped;
+    });
+
+    it("is told when the destination is too small", async () => {
+      await using task = await hold("memory");
+      const small = join(live.dir, "small");
+      mkdirSync(small);
+      await run("mount", ["-t", "tmpfs", "-o", "size=16m", "cedana-live", small]);
+      try {
+        const report = await look(task, join(small, "not/yet/there"));
+        expect(report.blockers).toMatchObject([{ id: "destination-full" }]);
+        expect(report.facts.memoryBytes).toBeGreaterThan(64 << 20);
+        expect(report.facts.memoryBytes).toBeLessThan(70 << 20);
+      } finally {
+        await run("umount", [small]);
+      }
+    });
+  });
+}
 
 it("tries everything that the program can make", () => {
   const made = [...readFileSync(source, "utf8").matchAll(/CASE\((\w+)\)/g)].map(([, name]) => name!);
