@@ -70,6 +70,8 @@ const cases: Record<string, Case> = {
   console: dumps(),
   inotify_deleted: dumps(),
   inotify_cgroup: dumps(),
+  inotify_file: dumps(),
+  inotify_directory: dumps(),
   fanotify: dumps(),
   fanotify_fid: dumps(),
   fanotify_mount: ownMounts(dumps()),
@@ -126,6 +128,18 @@ const cases: Record<string, Case> = {
   ghost: needs(["ghost-file"], { ghostLimitBytes: 4 << 20 }, "--ghost-limit", "4194304"),
   ghost_mapped: needs(["ghost-file"], { ghostLimitBytes: 4 << 20 }, "--ghost-limit", "4194304"),
   link_remap: needs(["deleted-hard-link"], { linkRemap: true }, "--link-remap"),
+  inotify_proc: needs(
+    ["watch-unreachable"],
+    { irmapScanPaths: ["/proc/sys/kernel"] },
+    "--irmap-scan-path",
+    "/proc/sys/kernel",
+  ),
+  inotify_sysfs: needs(
+    ["watch-unreachable"],
+    { irmapScanPaths: ["/sys/fs"] },
+    "--irmap-scan-path",
+    "/sys/fs",
+  ),
   // blockers
   io_uring: never("io-uring"),
   io_uring_mapped: never("io-uring"),
@@ -153,9 +167,7 @@ const cases: Record<string, Case> = {
   foreign_program: ownMounts(never("lost-mount", "lost-mount", "lost-mount")),
   overmounted: ownMounts(never("overmounted-file")),
   foreign_ns_fd: never("foreign-namespace-file"),
-  inotify_proc: never("watch-unreachable"),
-  inotify_sysfs: never("watch-unreachable"),
-  inotify_foreign: ownMounts(never("watch-unreachable")),
+  inotify_foreign: ownMounts(never("watch-outside")),
   ramfs_mount: ownMounts(never("unsupported-mount")),
   fuse_mount: ownMounts(never("device", "unsupported-mount")),
   sysv_shared: never("shared-memory-outside"),
@@ -339,9 +351,14 @@ for (const combination of bothEngines) {
 
     it("is dumped with many kinds of files on its own file systems, as the preflight says", async () => {
       await using task = await hold("many_kinds");
+      expect(said(await look(task))).toEqual([]);
       await task.checkpoint({ ...cgroupsMode });
-      const report = await look(task);
-      expect(said(report)).toEqual([]);
+    });
+
+    it("can't be dumped with a watch on its root file system, an overlay, as the preflight says", async () => {
+      await using task = await hold("inotify_directory");
+      expect((await look(task)).requirements).toMatchObject([{ id: "watch-unreachable", met: false }]);
+      await expect(task.checkpoint({ ...cgroupsMode })).rejects.toThrow(/handle/);
     });
 
     it("may have a terminal, which the engine restores", async () => {

@@ -16,7 +16,8 @@ export type OptionName =
   | "file-locks"
   | "shell-job"
   | "ghost-limit"
-  | "link-remap";
+  | "link-remap"
+  | "irmap-scan-path";
 
 interface Entry {
   readonly severity: Severity;
@@ -114,9 +115,9 @@ export const catalogue = {
     why: "it holds a namespace that no process of the container is in",
     advice: closeIt,
   },
-  "watch-unreachable": {
+  "watch-outside": {
     severity: "blocker",
-    why: "CRIU finds the file of an inotify or fanotify watch by its handle, and this file system doesn't lead back from it",
+    why: "an inotify or fanotify watch is on a file system that no process of the container can see",
     advice: "remove the watch before the checkpoint",
   },
   "unsupported-mount": {
@@ -194,6 +195,12 @@ export const catalogue = {
     option: "shell-job",
     why: "the session of the process was made by one outside of the checkpoint",
     advice: 'cedana.io/shell-job: "true"; or start it with setsid',
+  },
+  "watch-unreachable": {
+    severity: "needs-option",
+    option: "irmap-scan-path",
+    why: "CRIU finds the file of an inotify or fanotify watch by its handle, and this file system (overlay without nfs_export, proc, sysfs) doesn't lead back from it: it must search for the file",
+    advice: "CRIU's option irmap-scan-path, with the directory in which the watched file or directory lies",
   },
   "ghost-file": {
     severity: "needs-option",

@@ -17,6 +17,8 @@ export interface PreflightPolicy {
   readonly fileLocks?: boolean | undefined;
   readonly shellJob?: boolean | undefined;
   readonly linkRemap?: boolean | undefined;
+  /** Directories in which CRIU searches for watched files; that they hold all of them is believed. */
+  readonly irmapScanPaths?: readonly string[] | undefined;
   /** default: CRIU's, 1 MiB */
   readonly ghostLimitBytes?: number | undefined;
 }

@@ -57,40 +57,49 @@ function hasWholeElsewhere(mount: MountInfo, mounts: ReturnType<typeof mountsOfC
   return mounts.some((other) => other.origin !== "container" && other.mount.device === mount.device);
 }
 
-/** CRIU finds the watched file by its handle, through some mount of its file system. */
+/** CRIU finds the watched file by its handle, through some mount of its file system, or else by a search. */
 export async function checkWatches(context: Context): Promise<void> {
   const tried = new Map<string, number>();
+  const scanned = (context.policy.irmapScanPaths ?? []).length > 0;
   for (const process of context.tree) {
     for (const file of process.files) {
       for (const watch of file.info.watches) {
-        const fault = await findFault(context, process, watch, tried);
-        if (fault !== undefined) context.report("watch-unreachable", process, `${nameOf(file)} (${fault})`);
+        const name = nameOf(file);
+        const object = `${file.info.inode} ${watch.device} ${watch.inode} ${watch.mountId}`;
+        const mount = mountOf(context, watch);
+        if (!mount) context.report("watch-outside", process, name, object);
+        else if (watch.handle && !(await leadsBack(process, mount, watch.handle, tried)))
+          context.require(
+            "watch-unreachable",
+            process,
+            `${name} (on ${mount.mountPoint}, ${mount.type})`,
+            scanned,
+            {
+              object,
+            },
+          );
       }
     }
   }
 }
 
-async function findFault(
-  context: Context,
+function mountOf(context: Context, { mountId, device }: Watch): MountInfo | undefined {
+  if (mountId !== undefined) return context.mounts.get(mountId);
+  return [...context.mounts.values()].find((mount) => mount.device === device);
+}
+
+async function leadsBack(
   process: ProcessInventory,
-  watch: Watch,
+  mount: MountInfo,
+  handle: NonNullable<Watch["handle"]>,
   tried: Map<string, number>,
-): Promise<string | undefined> {
-  if (watch.mountId !== undefined)
-    return context.mounts.has(watch.mountId) ? undefined : `mount ${watch.mountId} can't be seen`;
-  if (watch.device === undefined) return undefined;
-  const mount = [...context.mounts.values()].find(({ device }) => device === watch.device);
-  if (!mount) return `no mount of file system ${watch.device} can be seen`;
-  if (!watch.handle) return undefined;
-  const key = `${watch.device} ${watch.handle.type} ${watch.handle.bytes}`;
+): Promise<boolean> {
+  const key = `${mount.device} ${handle.type} ${handle.bytes}`;
   let errno = tried.get(key);
   if (errno === undefined) {
-    errno = await tryHandle(
-      `/proc/${process.pid}/root${mount.mountPoint}`,
-      watch.handle.type,
-      Buffer.from(watch.handle.bytes, "hex"),
-    );
+    const path = `/proc/${process.pid}/root${mount.mountPoint}`;
+    errno = await tryHandle(path, handle.type, Buffer.from(handle.bytes, "hex"));
     tried.set(key, errno);
   }
-  return errno === 0 ? undefined : `a file of ${mount.mountPoint} (${mount.type})`;
+  return errno === 0;
 }

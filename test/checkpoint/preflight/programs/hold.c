@@ -206,7 +206,7 @@ static void many_kinds(void) {
   must(open("/proc/self/ns/uts", O_RDONLY), "ns");
   must(open("/tmp", O_RDONLY | O_DIRECTORY), "directory");
   must(open("/tmp", O_PATH), "O_PATH");
-  must(inotify_add_watch(must(inotify_init(), "inotify"), "/tmp", IN_CREATE), "watch");
+  must(inotify_init(), "inotify");
   sleeper();
 }
 
@@ -324,6 +324,15 @@ static void inotify_deleted(void) {
   (void)fd;
   must(unlink(path), "unlink");
 }
+static void inotify_file(void) {
+  char path[256];
+  snprintf(path, sizeof path, "%s/hold-watched-file", directory);
+  close(must(open(path, O_RDWR | O_CREAT, 0600), "open"));
+  must(inotify_add_watch(must(inotify_init(), "inotify"), path, IN_MODIFY), "watch");
+}
+static void inotify_directory(void) {
+  must(inotify_add_watch(must(inotify_init(), "inotify"), directory, IN_CREATE), "watch");
+}
 static void inotify_foreign(void) { // the watched file is on a mount of the namespace that the parent stays in
   if (getenv("HOLD_SECOND")) {
     open_null_again();
@@ -339,7 +348,7 @@ static void inotify_foreign(void) { // the watched file is on a mount of the nam
   must(execv(arguments[0], arguments), "execv");
 }
 static void inotify_proc(void) {
-  must(inotify_add_watch(must(inotify_init(), "inotify"), "/proc/self", IN_OPEN), "watch");
+  must(inotify_add_watch(must(inotify_init(), "inotify"), "/proc/sys/kernel", IN_OPEN), "watch");
 }
 static void inotify_sysfs(void) {
   must(inotify_add_watch(must(inotify_init(), "inotify"), "/sys/fs", IN_OPEN), "watch");
@@ -843,7 +852,7 @@ static const struct { const char *name; void (*make)(void); } cases[] = {
   CASE(io_uring_mapped), CASE(device_fuse), CASE(device_kmsg), CASE(device_tun), CASE(device_block), CASE(device_mapped),
   CASE(console), CASE(serial), CASE(uffd), CASE(perf), CASE(bpf_prog), CASE(bpf_ringbuf), CASE(lazy_umount),
   CASE(overmounted), CASE(foreign_mount), CASE(foreign_program), CASE(tun_inside), CASE(packet_pipe_empty), CASE(foreign_unbound), CASE(foreign_udp),
-  CASE(foreign_netlink), CASE(foreign_packet), CASE(inotify_sysfs), CASE(inotify_cgroup), CASE(inotify_deleted), CASE(inotify_foreign), CASE(inotify_proc), CASE(fanotify),
+  CASE(foreign_netlink), CASE(foreign_packet), CASE(inotify_sysfs), CASE(inotify_cgroup), CASE(inotify_deleted), CASE(inotify_file), CASE(inotify_directory), CASE(inotify_foreign), CASE(inotify_proc), CASE(fanotify),
   CASE(fanotify_mount), CASE(fanotify_fid), CASE(ext_tty), CASE(tty_inside), CASE(no_leader), CASE(flock_lock),
   CASE(posix_lock), CASE(ofd_lock), CASE(lease), CASE(ghost), CASE(ghost_sparse), CASE(ghost_mapped), CASE(link_remap),
   CASE(deleted_cwd), CASE(pidfd_outside), CASE(pidfd_dead), CASE(pidfd_thread), CASE(secretmem), CASE(landlock_fd),
