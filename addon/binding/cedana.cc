@@ -17,8 +17,8 @@
 
 #include <string>
 
-#include "helpers.h"
 #include "sockets.h"
+#include "support.h"
 #include "unique-fd.h"
 
 namespace {
@@ -111,6 +111,10 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
     const char* name;
     Napi::Value (*function)(const Napi::CallbackInfo&);
   } bindings[] = {
+      {"netlinkDump", NetlinkDump},
+      {"socketOf", SocketOf},
+      {"kcmp", Kcmp},
+      {"tryHandle", TryHandle},
       {"peerCredentials", PeerCredentials},
       {"setCloexec", SetCloexec},
       {"pidfdOpen", PidfdOpen},
@@ -118,10 +122,6 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
       {"pidfdPoll", PidfdPoll},
       {"flock", Flock},
       {"openat2", Openat2},
-      {"netlinkDump", NetlinkDump},
-      {"socketOf", SocketOf},
-      {"kcmp", Kcmp},
-      {"tryHandle", TryHandle},
   };
   for (const auto& binding : bindings)
     exports.Set(binding.name, Napi::Function::New(env, binding.function, binding.name));

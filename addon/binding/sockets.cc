@@ -22,7 +22,7 @@
 #include <thread>
 #include <vector>
 
-#include "helpers.h"
+#include "support.h"
 #include "unique-fd.h"
 
 #ifndef SIOCGSKNS

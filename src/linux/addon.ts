@@ -16,6 +16,10 @@ export interface PeerCredentials {
 }
 
 interface Addon {
+  netlinkDump(namespaceFd: number, protocol: number, requests: Buffer[]): Promise<(Buffer | number)[]>;
+  socketOf(pid: number, fd: number): SocketOfProcess;
+  kcmp(pid: number, otherPid: number, type: number): number;
+  tryHandle(mountPath: string, type: number, handle: Buffer): Promise<number>;
   peerCredentials(fd: number): PeerCredentials;
   setCloexec(fd: number, on: boolean): void;
   pidfdOpen(pid: number): number;
@@ -23,10 +27,6 @@ interface Addon {
   pidfdPoll(fd: number): boolean;
   flock(fd: number, operation: number): boolean;
   openat2(directory: number, path: string, flags: number, mode: number, resolve: number): number;
-  netlinkDump(namespaceFd: number, protocol: number, requests: Buffer[]): Promise<(Buffer | number)[]>;
-  socketOf(pid: number, fd: number): SocketOfProcess;
-  kcmp(pid: number, otherPid: number, type: number): number;
-  tryHandle(mountPath: string, type: number, handle: Buffer): Promise<number>;
 }
 
 let loaded: Addon | undefined;
@@ -106,37 +106,6 @@ export class Pidfd implements Disposable {
   }
 }
 
-const lockOperations = { shared: 1, exclusive: 2, unlock: 8 } as const;
-
-/**
- * Takes or gives back a lock on an open file (flock(2)), without waiting. It belongs to the open file description: every
- * duplicate and child shares it, and it ends with the last of them.
- * @returns false when somebody else has it
- */
-export function flock(fd: number, operation: keyof typeof lockOperations): boolean {
-  return addon().flock(fd, lockOperations[operation]);
-}
-
-/** How openat2(2) walks a path. Source: linux/openat2.h. */
-export const RESOLVE = { NO_XDEV: 1, NO_MAGICLINKS: 2, NO_SYMLINKS: 4, BENEATH: 8, IN_ROOT: 16 } as const;
-
-/**
- * Opens a path that can't lead out of a directory: no `..` above it, no absolute path, no symbolic link.
- * @param directory  an open directory
- * @param flags      O_*; O_CLOEXEC is added
- * @param mode       of a file that is created
- * @throws EXDEV for a path that leads out, ELOOP for a symbolic link
- */
-export function openBeneath(directory: number, path: string, flags: number, mode = 0): number {
-  return addon().openat2(
-    directory,
-    path,
-    flags,
-    mode,
-    RESOLVE.BENEATH | RESOLVE.NO_SYMLINKS | RESOLVE.NO_MAGICLINKS,
-  );
-}
-
 /**
  * Sends dump requests to netlink in a network namespace, one after another, and collects the answers off the event loop. A
  * thread of its own makes the socket in there: no thread of ours ever changes its namespace.
@@ -196,4 +165,35 @@ export function kcmp(pid: number, otherPid: number, what: keyof typeof kcmpTypes
  */
 export function tryHandle(mountPath: string, type: number, handle: Buffer): Promise<number> {
   return addon().tryHandle(mountPath, type, handle);
+}
+
+const lockOperations = { shared: 1, exclusive: 2, unlock: 8 } as const;
+
+/**
+ * Takes or gives back a lock on an open file (flock(2)), without waiting. It belongs to the open file description: every
+ * duplicate and child shares it, and it ends with the last of them.
+ * @returns false when somebody else has it
+ */
+export function flock(fd: number, operation: keyof typeof lockOperations): boolean {
+  return addon().flock(fd, lockOperations[operation]);
+}
+
+/** How openat2(2) walks a path. Source: linux/openat2.h. */
+export const RESOLVE = { NO_XDEV: 1, NO_MAGICLINKS: 2, NO_SYMLINKS: 4, BENEATH: 8, IN_ROOT: 16 } as const;
+
+/**
+ * Opens a path that can't lead out of a directory: no `..` above it, no absolute path, no symbolic link.
+ * @param directory  an open directory
+ * @param flags      O_*; O_CLOEXEC is added
+ * @param mode       of a file that is created
+ * @throws EXDEV for a path that leads out, ELOOP for a symbolic link
+ */
+export function openBeneath(directory: number, path: string, flags: number, mode = 0): number {
+  return addon().openat2(
+    directory,
+    path,
+    flags,
+    mode,
+    RESOLVE.BENEATH | RESOLVE.NO_SYMLINKS | RESOLVE.NO_MAGICLINKS,
+  );
 }

@@ -1,6 +1,5 @@
 #pragma once
-
-// What every binding needs: errors as Node's own, and arguments that are checked.
+// What every binding needs: errors that look like Node's own, and checked arguments.
 
 #include <errno.h>
 #include <napi.h>
