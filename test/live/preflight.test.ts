@@ -393,7 +393,7 @@ for (const combination of bothEngines) {
       await using task = await hold("nested_net", {
         edit: (spec) => {
           for (const set of ["bounding", "effective", "permitted"])
-            spec["process"].capabilities[set] = ["CAP_SYS_ADMIN", "CAP_KILL"];
+            spec.process.capabilities[set] = ["CAP_SYS_ADMIN", "CAP_KILL"];
         },
       });
       const report = await look(task);

@@ -30,13 +30,10 @@ export function toText(name: string, report: PreflightReport): string {
   const lines = [
     `${name}: ${verdict(report.blockers.length, missing.length)} (${counted(facts.processes, "process", "processes")}, ${counted(facts.openFiles, "open file")}, about ${inMib(facts.memoryBytes)} to be dumped${facts.freeBytes === undefined ? "" : `, ${inMib(facts.freeBytes)} free at the destination`})`,
   ];
-  for (const [label, findings] of [
-    ["blocker", report.blockers],
-    ["option", missing],
-  ] as const)
-    lines.push(...listOf(label, findings));
-  for (const finding of report.requirements)
-    if (finding.met) lines.push(`is set   ${finding.id}  ${subject(finding)}`);
+  lines.push(...listOf("blocker", report.blockers), ...listOf("option", missing));
+  const met = report.requirements.filter((requirement) => requirement.met);
+  for (const [id, same] of Map.groupBy(met, (requirement) => requirement.id))
+    lines.push(`is set   ${id}  ${counted(same.length, "time")}`);
   lines.push(...listOf("note", report.notes));
   return lines.join("\n");
 }
