@@ -202,12 +202,14 @@ Napi::Value SocketOf(const Napi::CallbackInfo& info) {
   } options[] = {{"family", SO_DOMAIN, &family},
                  {"type", SO_TYPE, nullptr},
                  {"protocol", SO_PROTOCOL, &protocol},
-                 {"listening", SO_ACCEPTCONN, nullptr}};
+                 {"listening", SO_ACCEPTCONN, nullptr},
+                 {"passCredentials", SO_PASSCRED, nullptr}};
   for (const auto& option : options) {
     int value = 0;
     socklen_t size = sizeof(value);
     if (getsockopt(fd.get(), SOL_SOCKET, option.option, &value, &size) == -1) {
-      if (option.option != SO_ACCEPTCONN) throw SystemError(env, "getsockopt", errno);
+      // Not every family knows these two (SO_PASSCRED: unix and netlink only, from Linux 6.16 on).
+      if (option.option != SO_ACCEPTCONN && option.option != SO_PASSCRED) throw SystemError(env, "getsockopt", errno);
       value = 0;
     }
     if (option.keep) *option.keep = value;

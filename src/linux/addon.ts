@@ -132,6 +132,8 @@ export interface SocketOfProcess {
   readonly protocol: number;
   /** 1 for a socket that listens */
   readonly listening: number;
+  /** 1 for a socket that tells who sent what (SO_PASSCRED) */
+  readonly passCredentials: number;
   /** TCP's state; of others 1 connected, 7 not */
   readonly state: number;
   /** Inode of the network namespace that it was made in; undefined where the kernel doesn't tell. */

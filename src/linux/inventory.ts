@@ -29,7 +29,7 @@ export interface OpenFile {
   /** Of a file with a path. Absent when it could not be had: then `statFailed` says why. */
   readonly stat?: FileStat;
   readonly statFailed?: string;
-  /** Of a socket that socket diagnostics don't know. */
+  /** Of a socket that socket diagnostics don't know, and of a unix one with something to read. */
   readonly socket?: SocketOfProcess;
 }
 
@@ -65,13 +65,22 @@ export interface ProcessInventory {
   readonly pidInContainer: number;
   readonly stat: ProcessStat;
   readonly status: ProcessStatus;
+  /** The leader is one of them. */
   readonly threads: number;
+  /** Its other threads. */
+  readonly otherThreads: readonly ThreadInventory[];
   /** inodes */
   readonly namespaces: Readonly<Partial<Record<AnyNamespaceKind, number>>>;
   readonly files: readonly OpenFile[];
   readonly mappings: readonly FileMapping[];
   /** The files behind the mappings, each once. */
   readonly mappedFiles: readonly MappedFile[];
+}
+
+export interface ThreadInventory {
+  readonly tid: number;
+  readonly state: string;
+  readonly tracerPid: number;
 }
 
 export interface MappedFile {
@@ -195,6 +204,7 @@ async function ofProcess(
     stat: processStat,
     status,
     threads: threadsOf(statText),
+    otherThreads: await otherThreadsOf(pid, threadsOf(statText), slices),
     namespaces,
   };
   // A zombie has neither memory nor files.
@@ -210,6 +220,25 @@ async function ofProcess(
 
 function threadsOf(statText: string): number {
   return Number(statText.slice(statText.lastIndexOf(")") + 2).split(" ")[17] ?? 1);
+}
+
+async function otherThreadsOf(pid: number, count: number, slices: Slices): Promise<ThreadInventory[]> {
+  const threads: ThreadInventory[] = [];
+  if (count < 2) return threads;
+  const names = await readdir(`/proc/${pid}/task`).catch(endedMeanwhile);
+  for (const name of names ?? []) {
+    if (Number(name) === pid) continue;
+    const text = readProc(`/proc/${pid}/task/${name}/status`);
+    if (text !== undefined)
+      threads.push({
+        tid: Number(name),
+        state: /^State:\s*(\S)/m.exec(text)?.[1] ?? "?",
+        tracerPid: Number(/^TracerPid:\s*(\d+)/m.exec(text)?.[1] ?? 0),
+      });
+    const pause = slices.breathe();
+    if (pause) await pause;
+  }
+  return threads;
 }
 
 /** Parses /proc/PID/status. */
@@ -434,7 +463,14 @@ async function describeUnknownSockets(
   sockets: ReadonlyMap<number, SocketTable>,
   slices: Slices,
 ): Promise<ProcessInventory[]> {
-  const isKnown = (inode: number) => [...sockets.values()].some((table) => table.byInode.has(inode));
+  // SO_PASSCRED makes a difference only to what is queued, and diagnostics don't tell it.
+  const isKnown = (inode: number) => {
+    for (const { byInode } of sockets.values()) {
+      const socket = byInode.get(inode);
+      if (socket) return socket.family !== "unix" || socket.receiveQueue === 0 || socket.state === "LISTEN";
+    }
+    return false;
+  };
   const described = new Map<number, SocketOfProcess>();
   const result: ProcessInventory[] = [];
   for (const process of processes) {

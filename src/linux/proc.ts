@@ -71,6 +71,12 @@ export function processStat(pid: number): ProcessStat | undefined {
   return text === undefined ? undefined : parseStat(text);
 }
 
+/** State of one thread, a letter as in `ProcessStat`; undefined when it has ended. */
+export function threadState(pid: number, tid: number): string | undefined {
+  const text = readProc(`/proc/${pid}/task/${tid}/stat`);
+  return text === undefined ? undefined : parseStat(text).state;
+}
+
 /** When the process started, in clock ticks since boot (field 22 of stat); undefined when it has ended. */
 export function startTime(pid: number): number | undefined {
   return processStat(pid)?.startTime;

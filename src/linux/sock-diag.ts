@@ -90,6 +90,8 @@ export interface NetlinkSocket {
   readonly inode: number;
   /** Bytes, of kernel memory, in what waits to be read. */
   readonly receiveQueue: number;
+  /** Multicast groups that it has joined. */
+  readonly groups: readonly number[];
 }
 
 export interface PacketSocket {
@@ -134,12 +136,12 @@ export function unixRequest(): Buffer {
   });
 }
 
-/** With NDIAG_SHOW_MEMINFO. */
+/** With NDIAG_SHOW_MEMINFO and GROUPS. */
 export function netlinkRequest(): Buffer {
   return request(20, (body) => {
     body[0] = AF.NETLINK;
     body[1] = 255; // NDIAG_PROTO_ALL
-    body.writeUInt32LE(0x01, 8);
+    body.writeUInt32LE(0x01 | 0x02, 8);
   });
 }
 
@@ -240,12 +242,17 @@ function unixName(name: Buffer): string {
 }
 
 export function parseNetlink(message: Buffer): NetlinkSocket {
-  const memory = attributesOf(message.subarray(28)).get(0);
+  const attributes = attributesOf(message.subarray(28));
+  const memory = attributes.get(0);
+  const bits = attributes.get(1) ?? Buffer.alloc(0);
   return {
     family: "netlink",
     protocol: message[2]!,
     inode: message.readUInt32LE(16),
     receiveQueue: memory ? memory.readUInt32LE(0) : 0, // SK_MEMINFO_RMEM_ALLOC
+    groups: Array.from({ length: bits.length * 8 }, (_, i) => i + 1).filter(
+      (group) => (bits[(group - 1) >> 3]! >> ((group - 1) & 7)) & 1,
+    ),
   };
 }
 

@@ -36,7 +36,7 @@ describe("socket diagnostics", () => {
     expect(body(inetRequest(10, 17))).toBe("0a110000ffffffff");
     expect(unixRequest()).toHaveLength(40);
     expect(body(unixRequest())).toBe("01000000ffffffff000000001d");
-    expect(body(netlinkRequest())).toBe("10ff0000000000000100".replace(/00$/, ""));
+    expect(body(netlinkRequest())).toBe("10ff00000000000003");
     expect(body(packetRequest())).toBe("11");
   });
 
@@ -96,7 +96,10 @@ describe("socket diagnostics", () => {
       protocol: 0,
       inode: 0x3690ed,
       receiveQueue: 0x8100,
+      groups: [],
     });
+    const joined = `${unread}${"0c000100" + "0100000001000000"}`;
+    expect(parseNetlink(Buffer.from(joined, "hex"))).toMatchObject({ groups: [1, 33] });
     expect(parsePacket(Buffer.from("110303002c8e3600b968000000000000", "hex"))).toEqual({
       family: "packet",
       type: "raw",
@@ -153,6 +156,7 @@ describe.skipIf(!built)("sockets of processes (needs `npm run build`)", () => {
       type: 1,
       protocol: 6,
       listening: 1,
+      passCredentials: 0,
       state: 10,
       networkNamespace: namespaceInode("self", "net"),
     });

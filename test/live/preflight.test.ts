@@ -98,6 +98,9 @@ const cases: Record<string, Case> = {
   // what can't be seen from outside, and what CRIU loses without a word
   landlocked: dumps(),
   sem_undo: dumps(),
+  ldt: dumps(),
+  no_exec_memory: dumps(),
+  guard_pages: dumps(),
   // notes
   id_mapped: ownMounts(dumps("id-mapped-mount")),
   foreign_unbound: dumps("foreign-socket-unbound"),
@@ -145,6 +148,9 @@ const cases: Record<string, Case> = {
   io_uring_mapped: never("io-uring"),
   uffd: never("userfaultfd"),
   perf: never("perf-event"),
+  perf_mapped: never("perf-event"),
+  bpf_mapped: never("bpf"),
+  block_mapped: never("unsupported-mapping"),
   bpf_prog: never("bpf"),
   bpf_ringbuf: never("bpf"),
   bpf_array: never("bpf"),
@@ -179,10 +185,17 @@ const cases: Record<string, Case> = {
   foreign_unix: never("foreign-socket", "foreign-socket"),
   ext_unix_pair: never("unix-connection-outside"),
   ext_unix_stream: never("unix-connection-outside"),
+  ext_unix_seqpacket: never("unix-connection-outside"),
+  ext_unix_nameless: never("unix-connection-outside"),
+  unix_credentials_queued: never("credentials-unread"),
   netlink_queued: never("netlink-unread"),
+  netlink_group: never("netlink-groups"),
   traced: never("process-traced"),
   traced_outside: never("process-traced"),
+  traced_thread: never("process-traced"),
+  leader_ended: never("leader-ended"),
   d_state: never("process-uninterruptible", "process-shares-memory"),
+  d_thread: never("process-uninterruptible", "process-shares-memory"),
   shared_memory_space: never("process-shares-memory"),
   nested_pid: never("nested-namespace"),
   nested_user: never("nested-namespace"),
@@ -370,6 +383,14 @@ for (const combination of bothEngines) {
       expect(report.facts.outsideTerminals).toContainEqual(
         expect.objectContaining({ pid: task.pid, path: expect.stringMatching(/^\/dev\/(pts\/0|console)$/) }),
       );
+    });
+
+    it("has nothing to be reported when it is paused", async () => {
+      await using task = await live.run(["counter"]);
+      await task.nextNumber();
+      await task.pause();
+      expect(said(await look(task))).toEqual([]);
+      await task.resume();
     });
 
     it("is said to lose what came by exec", async () => {

@@ -55,6 +55,11 @@ export const catalogue = {
     why: "CRIU can't dump processes that share one address space (clone with CLONE_VM, vfork)",
     advice: "wait until the child has executed its program, or use threads",
   },
+  "leader-ended": {
+    severity: "blocker",
+    why: "CRIU can't dump a process whose first thread has ended before the others",
+    advice: "let the first thread wait for the others (pthread_join instead of pthread_exit)",
+  },
   "nested-namespace": {
     severity: "blocker",
     why: "CRIU can't dump a process in another namespace of this kind than the container's init",
@@ -147,13 +152,23 @@ export const catalogue = {
   },
   "unix-connection-outside": {
     severity: "blocker",
-    why: "half of a connection can't be dumped: the other end of this unix socket is outside of the checkpoint, and ext-unix is for datagrams only",
+    why: "half of a connection can't be dumped: the other end of this unix socket is outside of the checkpoint, and ext-unix is for datagrams to a socket with a name only",
     advice: "close the connection before the checkpoint and connect again after it",
   },
   "netlink-unread": {
     severity: "blocker",
     why: "CRIU can't dump a netlink socket with something left to read",
     advice: "try again: the program has not read an answer of the kernel's yet",
+  },
+  "netlink-groups": {
+    severity: "blocker",
+    why: "CRIU can't dump a netlink socket that has joined a multicast group above 32",
+    advice: "leave the group before the checkpoint",
+  },
+  "credentials-unread": {
+    severity: "blocker",
+    why: "CRIU can't dump messages in a socket that carry their sender's credentials (SO_PASSCRED)",
+    advice: "try again: the program has not read a message yet",
   },
   "destination-full": {
     severity: "blocker",

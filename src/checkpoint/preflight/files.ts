@@ -103,18 +103,25 @@ function checkPath(context: Context, process: ProcessInventory, file: OpenFile, 
 }
 
 // Source: criu/files.c, get_mem_dev_ops and get_misc_dev_ops: all of major 1 (null, zero, random, kmsg, …), tun, autofs.
-function canDumpDevice(
-  context: Context,
-  stat: FileStat,
-  { major, minor }: { major: number; minor: number },
-): boolean {
-  const plugins = context.input.pluginDevices ?? [];
-  if (plugins.includes(`${major}:${minor}`) || plugins.includes(`${major}:*`)) return true;
+function canDumpDevice(context: Context, stat: FileStat, { major, minor }: Device): boolean {
+  if (isPluginDevice(context, { major, minor })) return true;
   if (stat.type !== "char") return false;
   if (major === 1) return true;
   if (major !== 10) return false;
   if (minor === 200) return context.ownsNamespace("net"); // tun: its link must be in a namespace that is dumped
   return minor === 235;
+}
+
+type Device = ReturnType<typeof splitDevice>;
+
+function isPluginDevice(context: Context, { major, minor }: Device): boolean {
+  const plugins = context.input.pluginDevices ?? [];
+  return plugins.includes(`${major}:${minor}`) || plugins.includes(`${major}:*`);
+}
+
+/** /dev/zero, the only device that may be mapped. Source: criu/proc_parse.c, vma_get_mapfile. */
+function isZeroDevice({ major, minor }: Device): boolean {
+  return major === 1 && minor === 5;
 }
 
 function checkMount(
@@ -210,7 +217,7 @@ function checkMappedFile(context: Context, process: ProcessInventory, file: Mapp
   const object = `${mapping.path} ${file.mountId} ${mapping.inode}`;
   if (stat && (stat.type === "char" || stat.type === "block")) {
     const device = splitDevice(stat.device);
-    if (!(device.major === 1) && !canDumpDevice(context, stat, device)) {
+    if (!isZeroDevice(device) && !isPluginDevice(context, device)) {
       context.report(
         "unsupported-mapping",
         process,

@@ -14,6 +14,7 @@ import {
 import { checkFiles, checkMappings, checkTerminals } from "./files.ts";
 import { checkMounts, checkWatches } from "./mounts.ts";
 import {
+  checkLeaders,
   checkNamespaces,
   checkOutside,
   checkSession,
@@ -70,6 +71,7 @@ export interface PreflightFacts {
 const checks = [
   checkCriu,
   checkTracers,
+  checkLeaders,
   checkUninterruptible,
   checkSharedMemory,
   checkNamespaces,

@@ -1,31 +1,56 @@
 import { setTimeout as sleep } from "node:timers/promises";
+import { NotFound, Unsupported } from "../../errors/index.ts";
 import { kcmp } from "../../linux/addon.ts";
+import { Cgroup } from "../../linux/cgroup.ts";
 import type { AnyNamespaceKind, ProcessInventory } from "../../linux/inventory.ts";
-import { processStat } from "../../linux/proc.ts";
+import { threadState } from "../../linux/proc.ts";
 import type { Context } from "./context.ts";
 
 export function checkTracers(context: Context): void {
-  for (const process of context.tree)
+  for (const process of context.tree) {
     if (process.status.tracerPid !== 0)
       context.report("process-traced", process, `traced by process ${process.status.tracerPid}`);
+    for (const { tid, tracerPid } of process.otherThreads)
+      if (tracerPid !== 0)
+        context.report("process-traced", process, `thread ${tid} is traced by process ${tracerPid}`);
+  }
+}
+
+/** A zombie that still has threads. One without waits for its parent, and CRIU dumps it. */
+export function checkLeaders(context: Context): void {
+  for (const process of context.tree)
+    if (process.stat.state === "Z" && process.threads > 1)
+      context.report("leader-ended", process, `${process.threads - 1} of its threads run on`);
 }
 
 /** Looks between which a process in D state may get on: it does in a millisecond when it reads a disk. */
 const looks = 5;
 const lookEveryMs = 20;
 
-/** D state is reported only when it lasts. */
+/** D state is reported only when it lasts, and not of a paused container: Linux shows processes that v1's freezer has frozen so. */
 export async function checkUninterruptible(context: Context): Promise<void> {
-  let stuck = context.tree.filter((process) => process.stat.state === "D");
+  let stuck = context.tree.flatMap((process) => [
+    ...(process.stat.state === "D" ? [{ process, tid: process.pid }] : []),
+    ...process.otherThreads.flatMap(({ tid, state }) => (state === "D" ? [{ process, tid }] : [])),
+  ]);
+  if (stuck.length === 0 || (await isFrozen(context))) return;
   for (let look = 0; look < looks && stuck.length > 0; look++) {
     await sleep(lookEveryMs);
-    stuck = stuck.filter(({ pid, stat }) => {
-      const now = processStat(pid);
-      return now?.startTime === stat.startTime && now.state === "D";
-    });
+    stuck = stuck.filter(({ process, tid }) => threadState(process.pid, tid) === "D");
   }
-  for (const process of stuck)
-    context.report("process-uninterruptible", process, `in state D for ${looks * lookEveryMs} ms`);
+  for (const { process, tid } of stuck) {
+    const who = tid === process.pid ? "" : `thread ${tid} is `;
+    context.report("process-uninterruptible", process, `${who}in state D for ${looks * lookEveryMs} ms`);
+  }
+}
+
+async function isFrozen({ root }: Context): Promise<boolean> {
+  try {
+    return await (await Cgroup.of(root!.pid)).isFrozen();
+  } catch (err) {
+    if (err instanceof NotFound || err instanceof Unsupported) return false; // no cgroup of its own, or no freezer
+    throw err;
+  }
 }
 
 /**

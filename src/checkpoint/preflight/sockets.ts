@@ -60,10 +60,14 @@ function checkKnown(
       return;
     }
     case "unix":
+      if (socket.receiveQueue > 0 && file.socket?.passCredentials)
+        context.report("credentials-unread", process, name);
       checkUnix(context, process, name, socket);
       return;
     case "netlink":
       if (socket.receiveQueue > 0) context.report("netlink-unread", process, name);
+      if (socket.groups.some((group) => group > 32))
+        context.report("netlink-groups", process, `${name} (groups ${socket.groups.join(", ")})`);
       return;
     case "packet":
       return;
@@ -73,8 +77,8 @@ function checkKnown(
 function checkUnix(context: Context, process: ProcessInventory, name: string, socket: UnixSocket): void {
   const outside = outsidePeer(context, socket);
   if (!outside) return;
-  const what = `${name} (${socket.type}, ${outside})`;
-  if (socket.type === "dgram")
+  const what = `${name} (${socket.type}, ${outside.text})`;
+  if (socket.type === "dgram" && outside.hasName)
     context.require("unix-outside", process, what, context.policy.extUnix === true);
   else context.report("unix-connection-outside", process, what);
 }
@@ -83,16 +87,12 @@ function checkUnix(context: Context, process: ProcessInventory, name: string, so
  * Who is at the other end of a unix socket of the tree, when that is not in the tree; undefined when it is, or nobody is. A
  * connection that the other side has not accepted yet has no other end, and CRIU dumps it as one that is closed.
  */
-function outsidePeer(context: Context, socket: UnixSocket): string | undefined {
+function outsidePeer(context: Context, socket: UnixSocket): { text: string; hasName: boolean } | undefined {
   const { peerInode } = socket;
   if (peerInode === undefined || peerInode === 0 || context.treeSockets.has(peerInode)) return undefined;
-  return `to ${describePeer(context, peerInode)}`;
-}
-
-function describePeer(context: Context, inode: number): string {
-  const peer = context.socket(inode);
+  const peer = context.socket(peerInode);
   const name = peer?.family === "unix" ? peer.name : undefined;
-  return name ? `${name}` : `socket ${inode} outside`;
+  return { text: `to ${name ?? `socket ${peerInode} outside`}`, hasName: name !== undefined };
 }
 
 function checkUnknown(

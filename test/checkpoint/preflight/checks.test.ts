@@ -49,6 +49,7 @@ function process_(pid: number, parentPid: number, more: Partial<ProcessInventory
       seccomp: 0,
     },
     threads: 1,
+    otherThreads: [],
     namespaces: { ...own, mnt: 11, pid: 12, pid_for_children: 12, net: 13 },
     files: [],
     mappings: [],
@@ -253,19 +254,22 @@ describe("sockets", () => {
     },
   );
 
-  it("of unix with a peer outside are a matter of datagrams or not", async () => {
+  it("of unix with a peer outside are a matter of datagrams to a name, or not", async () => {
     const sockets = [
       unix(1, "stream", 2),
       unix(2, "stream", 1),
       unix(3, "stream", 90),
       unix(4, "dgram", 91),
       unix(5, "stream", 0),
+      unix(6, "dgram", 92),
+      { ...unix(91, "dgram"), name: "/dev/log" } as DiagnosedSocket,
     ];
-    const one = context([held(1, 2, 3, 4, 5)], { policy: { extUnix: true } }, { sockets });
+    const one = context([held(1, 2, 3, 4, 5, 6)], { policy: { extUnix: true } }, { sockets });
     await checkSockets(one);
     expect(one.all()).toMatchObject([
       { id: "unix-connection-outside", what: "fd 5: socket:[3] (stream, to socket 90 outside)" },
-      { id: "unix-outside", met: true },
+      { id: "unix-outside", what: "fd 6: socket:[4] (dgram, to /dev/log)", met: true },
+      { id: "unix-connection-outside", what: "fd 8: socket:[6] (dgram, to socket 92 outside)" },
     ]);
   });
 

@@ -289,6 +289,23 @@ static void perf(void) {
   struct perf_event_attr attr = {.type = PERF_TYPE_SOFTWARE, .size = sizeof attr, .config = PERF_COUNT_SW_CPU_CLOCK};
   must(syscall(SYS_perf_event_open, &attr, 0, -1, -1, 0), "perf_event_open");
 }
+static void perf_mapped(void) {
+  struct perf_event_attr attr = {.type = PERF_TYPE_SOFTWARE, .size = sizeof attr, .config = PERF_COUNT_SW_CPU_CLOCK};
+  int fd = must(syscall(SYS_perf_event_open, &attr, 0, -1, -1, 0), "perf_event_open");
+  if (mmap(0, 2 * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) == MAP_FAILED) skip("mmap");
+  close(fd);
+}
+static void bpf_mapped(void) {
+  union bpf_attr attr = {.map_type = BPF_MAP_TYPE_ARRAY, .key_size = 4, .value_size = 4096, .max_entries = 1, .map_flags = BPF_F_MMAPABLE};
+  int fd = must(syscall(SYS_bpf, BPF_MAP_CREATE, &attr, sizeof attr), "bpf");
+  if (mmap(0, 4096, PROT_READ, MAP_SHARED, fd, 0) == MAP_FAILED) skip("mmap");
+  close(fd);
+}
+static void block_mapped(void) {
+  int fd = must(open("/dev/loop0", O_RDONLY), "open /dev/loop0");
+  if (mmap(0, 4096, PROT_READ, MAP_PRIVATE, fd, 0) == MAP_FAILED) skip("mmap");
+  close(fd);
+}
 static void bpf_prog(void) {
   struct bpf_insn code[] = {{.code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = 0, .imm = 0}, {.code = BPF_JMP | BPF_EXIT}};
   union bpf_attr attr = {.prog_type = BPF_PROG_TYPE_SOCKET_FILTER, .insn_cnt = 2, .insns = (uint64_t)code, .license = (uint64_t) "GPL"};
@@ -591,6 +608,18 @@ static void ext_unix_pair(void) {
   leave_parent_outside();
   close(pair[0]);
 }
+static void ext_unix_seqpacket(void) {
+  int pair[2];
+  must(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair), "socketpair");
+  leave_parent_outside();
+  close(pair[0]);
+}
+static void ext_unix_nameless(void) {
+  int pair[2];
+  must(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair), "socketpair");
+  leave_parent_outside();
+  close(pair[0]);
+}
 static void unix_name(struct sockaddr_un *address) {
   *address = (struct sockaddr_un){.sun_family = AF_UNIX};
   snprintf(address->sun_path, sizeof address->sun_path, "%s/hold-%d.sock", directory, getpid());
@@ -689,6 +718,16 @@ static void netlink_queued(void) {
       {sizeof request, RTM_GETLINK, NLM_F_REQUEST | NLM_F_DUMP, 1, 0}, {AF_UNSPEC}};
   must(send(fd, &request, sizeof request, 0), "send");
 }
+static void netlink_group(void) {
+  int fd = must(socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE), "netlink"), group = 33;
+  must(setsockopt(fd, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, &group, sizeof group), "NETLINK_ADD_MEMBERSHIP");
+}
+static void unix_credentials_queued(void) {
+  int pair[2], one = 1;
+  must(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair), "socketpair");
+  must(setsockopt(pair[1], SOL_SOCKET, SO_PASSCRED, &one, sizeof one), "SO_PASSCRED");
+  must(send(pair[0], "x", 1, 0), "send");
+}
 static void packet(void) {
   own_network();
   must(socket(AF_PACKET, SOCK_RAW, htons(ETH_P_ALL)), "packet socket");
@@ -738,6 +777,62 @@ static void *sleep_in_thread(void *unused) {
 static void threads(void) {
   pthread_t thread;
   for (int i = 0; i < 3; i++) pthread_create(&thread, 0, sleep_in_thread, 0);
+}
+static volatile pid_t thread_id;
+static void *tell_and_sleep(void *unused) {
+  thread_id = gettid();
+  return sleep_in_thread(unused);
+}
+static void traced_thread(void) { // not the leader, by somebody outside
+  pthread_t thread;
+  int line[2];
+  must(pipe(line), "pipe");
+  pid_t child = must(fork(), "fork");
+  if (child == 0) {
+    setsid();
+    pthread_create(&thread, 0, tell_and_sleep, 0);
+    while (thread_id == 0) usleep(1000);
+    pid_t id = thread_id;
+    if (write(line[1], &id, sizeof id) != sizeof id) _exit(1);
+    close(line[0]);
+    close(line[1]);
+    sleep_for_ever();
+  }
+  pid_t id;
+  if (read(line[0], &id, sizeof id) != sizeof id) skip("read");
+  must(ptrace(PTRACE_SEIZE, id, 0, PTRACE_O_EXITKILL), "ptrace");
+  root = child;
+}
+static void *report_and_sleep(void *unused) {
+  usleep(20000);
+  say("ready %d\n", root);
+  return sleep_in_thread(unused);
+}
+static void leader_ended(void) {
+  pthread_t thread;
+  pthread_create(&thread, 0, report_and_sleep, 0);
+  pthread_exit(0);
+}
+static void *vfork_in_thread(void *unused) {
+  if (vfork() == 0) {
+    for (;;) pause();
+  }
+  return unused;
+}
+static void d_thread(void) {
+  pthread_t thread;
+  prctl(PR_SET_CHILD_SUBREAPER, 0);
+  pthread_create(&thread, 0, vfork_in_thread, 0);
+  usleep(50000);
+}
+static void no_exec_memory(void) { must(prctl(65 /* PR_SET_MDWE */, 1, 0, 0, 0), "PR_SET_MDWE"); }
+static void guard_pages(void) {
+  char *space = mmap(0, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (space == MAP_FAILED || madvise(space + 4096, 4096, 102 /* MADV_GUARD_INSTALL */)) skip("MADV_GUARD_INSTALL");
+}
+static void ldt(void) {
+  struct { unsigned number, base, limit, flags; } entry = {0, 0, 0xfffff, 0x51};
+  must(syscall(SYS_modify_ldt, 1, &entry, sizeof entry), "modify_ldt");
 }
 static void d_state(void) {
   pid_t child = must(fork(), "fork");
@@ -864,7 +959,9 @@ static const struct { const char *name; void (*make)(void); } cases[] = {
   CASE(alg), CASE(ktls), CASE(traced), CASE(traced_outside), CASE(threads), CASE(d_state), CASE(nested_pid),
   CASE(nested_user), CASE(nested_uts), CASE(nested_ipc), CASE(nested_net), CASE(nested_mount), CASE(nested_cgroup),
   CASE(nested_time), CASE(shared_memory_space), CASE(sysv_shared), CASE(sem_undo), CASE(deadline), CASE(id_mapped),
-  CASE(ramfs_mount), CASE(fuse_mount), CASE(memory), CASE(many_processes), CASE(many_files),
+  CASE(ramfs_mount), CASE(fuse_mount), CASE(perf_mapped), CASE(bpf_mapped), CASE(block_mapped), CASE(ext_unix_seqpacket),
+  CASE(ext_unix_nameless), CASE(netlink_group), CASE(unix_credentials_queued), CASE(traced_thread), CASE(leader_ended),
+  CASE(d_thread), CASE(no_exec_memory), CASE(guard_pages), CASE(ldt), CASE(memory), CASE(many_processes), CASE(many_files),
 };
 
 int main(int argc, char **argv) {
