@@ -500,7 +500,12 @@ function describe(pid: number, fd: number): SocketOfProcess | undefined {
   } catch (err) {
     // ENOTSOCK: the number is another file's by now.
     if (hasEnded(err) || ["EBADF", "ENOTSOCK"].includes(codeOf(err))) return undefined;
-    throw SyscallFailed.from(err);
+    const failure = SyscallFailed.from(err);
+    if (!(failure instanceof SyscallFailed)) throw failure;
+    throw new SyscallFailed(
+      `look at the socket that is fd ${fd} of process ${pid}: ${failure.message} (it takes root, or CAP_SYS_PTRACE)`,
+      { cause: err, errno: failure.errno, code: failure.code, syscall: failure.syscall },
+    );
   }
 }
 

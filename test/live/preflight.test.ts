@@ -9,17 +9,19 @@ import { dirname, join } from "node:path";
 import { promisify } from "node:util";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import type { FindingId } from "../../src/checkpoint/preflight/catalogue.ts";
+import schema from "../../src/checkpoint/preflight/preflight.schema.json" with { type: "json" };
 import {
   type PreflightInput,
   type PreflightReport,
   preflight,
 } from "../../src/checkpoint/preflight/preflight.ts";
+import { findFault, type Schema } from "../../src/checkpoint/schema.ts";
 import { explainCriuLog } from "../../src/criu/log.ts";
 import { childrenOf } from "../../src/linux/proc.ts";
 import { readSpec } from "../../src/runtime/spec.ts";
 import { Live, type RunOptions } from "./harness/live.ts";
 import { bothEngines, missingFor } from "./harness/matrix.ts";
-import { compileProgram } from "./harness/programs.ts";
+import { compileProgram, repository } from "./harness/programs.ts";
 import { pidsInCgroups } from "./harness/system.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
@@ -422,6 +424,29 @@ for (const combination of bothEngines) {
       const dumped = task.checkpoint({ ...cgroupsMode });
       if (engine === "runc") await expect(dumped).rejects.toThrow();
       else await dumped;
+    });
+
+    it.skipIf(engine === "crun")("is looked at by the command line", async () => {
+      await using task = await live.run(["tcp"], { annotations: { "cedana.io/tcp": "keep" } });
+      await task.nextNumber();
+      const cedana = (...more: string[]) =>
+        run(join(repository, "bin/cedana"), ["preflight", task.id, ...more], { env: live.environment() });
+      const { stdout } = await cedana("--json", "--destination", live.dir);
+      const document = JSON.parse(stdout);
+      expect(findFault(document, schema as Schema)).toBeUndefined();
+      expect(document).toMatchObject({
+        ok: true,
+        requirements: [
+          { id: "tcp-established", met: true },
+          { id: "tcp-established", met: true },
+        ],
+        facts: { rootPid: task.pid, processes: 2 },
+      });
+      await using other = await live.run(["tcp"]);
+      await other.nextNumber();
+      await expect(
+        run(join(repository, "bin/cedana"), ["preflight", other.id], { env: live.environment() }),
+      ).rejects.toMatchObject({ code: 2, stdout: expect.stringContaining("cedana.io/tcp: keep") });
     });
 
     it("is told when the destination is too small", async () => {

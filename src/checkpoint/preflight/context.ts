@@ -65,8 +65,8 @@ export class Context {
   /** The others: what came by exec. */
   readonly outside: readonly ProcessInventory[];
   readonly treePids: ReadonlySet<number>;
-  /** Inodes of the sockets that the tree holds. */
-  readonly treeSockets: ReadonlySet<number>;
+  /** The sockets that the tree holds, by inode, each with the first descriptor that was found for it. */
+  readonly treeSockets: ReadonlyMap<number, { readonly process: ProcessInventory; readonly file: OpenFile }>;
   /** Mounts of all mount namespaces of the tree, by mount id, which is unique in the kernel. */
   readonly mounts: ReadonlyMap<number, MountInfo>;
   /** Gives the event loop its turn when a check has taken long enough. */
@@ -81,9 +81,13 @@ export class Context {
     this.tree = inventory.processes.filter((process) => pids.has(process.pid));
     this.outside = inventory.processes.filter((process) => !pids.has(process.pid));
     this.treePids = pids;
-    this.treeSockets = new Set(
-      this.tree.flatMap((process) => process.files.flatMap((file) => socketInode(file) ?? [])),
-    );
+    const sockets = new Map<number, { process: ProcessInventory; file: OpenFile }>();
+    for (const process of this.tree)
+      for (const file of process.files) {
+        const inode = socketInode(file);
+        if (inode !== undefined && !sockets.has(inode)) sockets.set(inode, { process, file });
+      }
+    this.treeSockets = sockets;
     const namespaces = new Set(this.tree.map((process) => process.namespaces.mnt));
     this.mounts = new Map(
       [...inventory.mounts].flatMap(([namespace, mounts]) =>

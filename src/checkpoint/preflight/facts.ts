@@ -8,7 +8,7 @@ import {
 import { mappedBytes } from "../../linux/maps.ts";
 import type { MountInfo } from "../../linux/mount-options.ts";
 import type { InetSocket, UnixSocket } from "../../linux/sock-diag.ts";
-import { type Context, socketInode } from "./context.ts";
+import type { Context } from "./context.ts";
 
 // What is so, without a judgement: pure functions over the inventory, by which a dump chooses its options.
 
@@ -20,15 +20,10 @@ export interface HeldSocket<Socket> {
 }
 
 function* heldSockets(context: Context) {
-  const seen = new Set<number>();
-  for (const process of context.tree)
-    for (const file of process.files) {
-      const inode = socketInode(file);
-      const socket = inode === undefined || seen.has(inode) ? undefined : context.socket(inode);
-      if (!socket) continue;
-      seen.add(socket.inode);
-      yield { process, fd: file.fd, socket };
-    }
+  for (const [inode, { process, file }] of context.treeSockets) {
+    const socket = context.socket(inode);
+    if (socket) yield { process, fd: file.fd, socket };
+  }
 }
 
 function heldTcp(context: Context): HeldSocket<InetSocket>[] {

@@ -107,8 +107,9 @@ export function checkNamespaces(context: Context): void {
   for (const process of context.tree) {
     const nested = new Set<AnyNamespaceKind>();
     for (const [kind, rootKind] of kinds) {
-      const inode = process.namespaces[kind];
-      if (inode !== undefined && inode !== root.namespaces[rootKind]) nested.add(rootKind);
+      const [inode, rootInode] = [process.namespaces[kind], root.namespaces[rootKind]];
+      // A zombie has left its namespaces.
+      if (inode !== undefined && rootInode !== undefined && inode !== rootInode) nested.add(rootKind);
     }
     for (const kind of nested) context.report("nested-namespace", process, `${kind} namespace of its own`);
   }

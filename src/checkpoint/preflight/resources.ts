@@ -2,6 +2,7 @@ import { statfs } from "node:fs/promises";
 import { release } from "node:os";
 import { dirname } from "node:path";
 import { SyscallFailed } from "../../errors/index.ts";
+import { AF } from "../../linux/sock-diag.ts";
 import type { Context } from "./context.ts";
 import { memoryToDump } from "./facts.ts";
 
@@ -54,12 +55,10 @@ export function checkCriu(context: Context, kernel = release()): void {
     context.report("criu-missing", undefined, "criu is not installed");
     return;
   }
-  const hasInet = context.tree.some((process) =>
-    process.files.some((file) => {
-      if (file.socket) return file.socket.family === 2 || file.socket.family === 10;
-      const inode = /^socket:\[(\d+)\]$/.exec(file.link)?.[1];
-      return inode !== undefined && /^inet/.test(context.socket(Number(inode))?.family ?? "");
-    }),
+  const hasInet = [...context.treeSockets].some(([inode, { file }]) =>
+    file.socket
+      ? file.socket.family === AF.INET || file.socket.family === AF.INET6
+      : /^inet/.test(context.socket(inode)?.family ?? ""),
   );
   for (const rule of tooOld)
     if (

@@ -1,7 +1,7 @@
 import type { SocketOfProcess } from "../../linux/addon.ts";
 import type { OpenFile, ProcessInventory } from "../../linux/inventory.ts";
 import { AF, type DiagnosedSocket, type UnixSocket } from "../../linux/sock-diag.ts";
-import { type Context, nameOf, socketInode } from "./context.ts";
+import { type Context, nameOf } from "./context.ts";
 
 // CRIU's side of it: criu/sk-inet.c, sk-unix.c, sk-netlink.c, sk-packet.c, sockets.c.
 
@@ -12,18 +12,12 @@ const SOCK_RAW = 3;
 const CLOSE = 7;
 
 export async function checkSockets(context: Context): Promise<void> {
-  const told = new Set<number>();
-  for (const process of context.tree) {
-    for (const file of process.files) {
-      const inode = socketInode(file);
-      if (inode === undefined || told.has(inode)) continue;
-      told.add(inode);
-      const socket = context.socket(inode);
-      if (socket) checkKnown(context, process, file, socket);
-      else if (file.socket) checkUnknown(context, process, file, file.socket);
-      const pause = context.breathe();
-      if (pause) await pause;
-    }
+  for (const [inode, { process, file }] of context.treeSockets) {
+    const socket = context.socket(inode);
+    if (socket) checkKnown(context, process, file, socket);
+    else if (file.socket) checkUnknown(context, process, file, file.socket);
+    const pause = context.breathe();
+    if (pause) await pause;
   }
 }
 

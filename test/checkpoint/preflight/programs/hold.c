@@ -98,6 +98,41 @@ static void sleep_for_ever(void) {
   for (;;) pause();
 }
 
+// State of a process or thread, as in /proc/PID/stat.
+static char state_of(pid_t pid) {
+  char path[64], text[256] = "";
+  snprintf(path, sizeof path, "/proc/%d/stat", pid);
+  int fd = must(open(path, O_RDONLY), "open stat");
+  if (read(fd, text, sizeof text - 1) <= 0) skip("read stat");
+  close(fd);
+  const char *end = strrchr(text, ')');
+  return end ? end[2] : '?';
+}
+
+static void wait_for_state(pid_t pid, char state) {
+  for (int i = 0; state_of(pid) != state; i++) {
+    if (i == 5000) skip("wait for a state");
+    usleep(1000);
+  }
+}
+
+// A line over which a child tells its parent that it has done something.
+static int line[2];
+static void open_line(void) { must(pipe(line), "pipe"); }
+static void tell(pid_t value) {
+  if (write(line[1], &value, sizeof value) != sizeof value) _exit(1);
+  close(line[0]);
+  close(line[1]);
+}
+static pid_t hear(const char *what) {
+  pid_t value;
+  close(line[1]);
+  errno = EPERM; // what ends such a child without a word
+  if (read(line[0], &value, sizeof value) != sizeof value) skip(what);
+  close(line[0]);
+  return value;
+}
+
 // The caller goes on as the root of a tree of its own; its parent stays outside of it.
 static void leave_parent_outside(void) {
   pid_t child = must(fork(), "fork");
@@ -211,10 +246,15 @@ static void many_kinds(void) {
 }
 
 static void zombie(void) {
-  if (must(fork(), "fork") == 0) _exit(0);
-  usleep(20000);
+  pid_t child = must(fork(), "fork");
+  if (child == 0) _exit(0);
+  wait_for_state(child, 'Z');
 }
-static void stopped(void) { kill(sleeper(), SIGSTOP); }
+static void stopped(void) {
+  pid_t child = sleeper();
+  kill(child, SIGSTOP);
+  wait_for_state(child, 'T');
+}
 static void listening(void) {
   struct sockaddr_in address;
   own_network();
@@ -761,12 +801,14 @@ static void traced(void) {
   must(ptrace(PTRACE_SEIZE, child, 0, 0), "ptrace");
 }
 static void traced_outside(void) {
+  open_line();
   pid_t child = must(fork(), "fork");
   if (child == 0) {
     setsid();
+    tell(0);
     sleep_for_ever();
   }
-  usleep(20000);
+  hear("setsid");
   must(ptrace(PTRACE_SEIZE, child, 0, PTRACE_O_EXITKILL), "ptrace");
   root = child;
 }
@@ -785,26 +827,20 @@ static void *tell_and_sleep(void *unused) {
 }
 static void traced_thread(void) { // not the leader, by somebody outside
   pthread_t thread;
-  int line[2];
-  must(pipe(line), "pipe");
+  open_line();
   pid_t child = must(fork(), "fork");
   if (child == 0) {
     setsid();
     pthread_create(&thread, 0, tell_and_sleep, 0);
     while (thread_id == 0) usleep(1000);
-    pid_t id = thread_id;
-    if (write(line[1], &id, sizeof id) != sizeof id) _exit(1);
-    close(line[0]);
-    close(line[1]);
+    tell(thread_id);
     sleep_for_ever();
   }
-  pid_t id;
-  if (read(line[0], &id, sizeof id) != sizeof id) skip("read");
-  must(ptrace(PTRACE_SEIZE, id, 0, PTRACE_O_EXITKILL), "ptrace");
+  must(ptrace(PTRACE_SEIZE, hear("make a thread"), 0, PTRACE_O_EXITKILL), "ptrace");
   root = child;
 }
 static void *report_and_sleep(void *unused) {
-  usleep(20000);
+  wait_for_state(root, 'Z');
   say("ready %d\n", root);
   return sleep_in_thread(unused);
 }
@@ -814,6 +850,7 @@ static void leader_ended(void) {
   pthread_exit(0);
 }
 static void *vfork_in_thread(void *unused) {
+  thread_id = gettid();
   if (vfork() == 0) {
     for (;;) pause();
   }
@@ -821,9 +858,9 @@ static void *vfork_in_thread(void *unused) {
 }
 static void d_thread(void) {
   pthread_t thread;
-  prctl(PR_SET_CHILD_SUBREAPER, 0);
   pthread_create(&thread, 0, vfork_in_thread, 0);
-  usleep(50000);
+  while (thread_id == 0) usleep(1000);
+  wait_for_state(thread_id, 'D');
 }
 static void no_exec_memory(void) { must(prctl(65 /* PR_SET_MDWE */, 1, 0, 0, 0), "PR_SET_MDWE"); }
 static void guard_pages(void) {
@@ -843,16 +880,20 @@ static void d_state(void) {
     }
     _exit(0);
   }
-  usleep(50000);
+  wait_for_state(child, 'D');
 }
-static int in_new(int flags) {
+static pid_t in_new(int flags) {
+  open_line();
   pid_t child = must(fork(), "fork");
-  if (child > 0) { usleep(50000); return child; }
-  prctl(PR_SET_PDEATHSIG, SIGKILL);
-  if (unshare(flags)) _exit(1);
-  if (flags & CLONE_NEWPID) sleeper();
-  sleep_for_ever();
-  return 0;
+  if (child == 0) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (unshare(flags)) _exit(1);
+    if (flags & CLONE_NEWPID) sleeper();
+    tell(0);
+    sleep_for_ever();
+  }
+  hear("unshare");
+  return child;
 }
 static void nested_pid(void) { in_new(CLONE_NEWPID); }
 static void nested_user(void) { in_new(CLONE_NEWUSER); }
@@ -888,12 +929,7 @@ static void deadline(void) {
 }
 static void id_mapped(void) {
   private_mounts();
-  pid_t child = must(fork(), "fork");
-  if (child == 0) {
-    unshare(CLONE_NEWUSER);
-    sleep_for_ever();
-  }
-  usleep(50000);
+  pid_t child = in_new(CLONE_NEWUSER);
   char path[256];
   for (int i = 0; i < 2; i++) {
     snprintf(path, sizeof path, "/proc/%d/%cid_map", child, "ug"[i]);
