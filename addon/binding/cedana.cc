@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "seqpacket.h"
+#include "sockets.h"
 #include "support.h"
 #include "unique-fd.h"
 
@@ -217,6 +218,10 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
     const char* name;
     Napi::Value (*function)(const Napi::CallbackInfo&);
   } bindings[] = {
+      {"netlinkDump", NetlinkDump},
+      {"socketOf", SocketOf},
+      {"kcmp", Kcmp},
+      {"tryHandle", TryHandle},
       {"peerCredentials", PeerCredentials},
       {"setCloexec", SetCloexec},
       {"pidfdOpen", PidfdOpen},

@@ -1,4 +1,4 @@
-import { Command, Flags } from "@oclif/core";
+import { Args, Command, Flags } from "@oclif/core";
 import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./archive.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
@@ -42,6 +42,28 @@ class DaemonStop extends Command {
   }
 }
 
+class Preflight extends Command {
+  static override description =
+    "Say what keeps a container from being checkpointed, and which options a checkpoint needs; nothing is touched. Exit status 2: it can't be checkpointed as it is";
+  static override args = { container: Args.string({ description: "id of a container of cedanad's" }) };
+  static override flags = {
+    pid: Flags.integer({ description: "a process, with all that descend from it, instead of a container" }),
+    namespace: Flags.string({ description: "containerd namespace, when the id is in several" }),
+    destination: Flags.string({
+      description: "directory for the checkpoint, to see whether it has the space",
+    }),
+    json: Flags.boolean({ description: "print JSON (see preflight.schema.json)" }),
+  };
+
+  async run(): Promise<void> {
+    const { args, flags } = await this.parse(Preflight);
+    const { runPreflight } = await import("./preflight.ts");
+    const { text, document } = await runPreflight({ ...flags, container: args.container });
+    this.log(flags.json ? JSON.stringify(document, undefined, 2) : text);
+    if (!document.ok) this.exit(2);
+  }
+}
+
 /** By name, as oclif's explicit strategy wants them. */
 export const commands = {
   status: Status,
@@ -53,4 +75,5 @@ export const commands = {
   "archive:extract": ArchiveExtract,
   "archive:show": ArchiveShow,
   "archive:verify": ArchiveVerify,
+  preflight: Preflight,
 };

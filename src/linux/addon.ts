@@ -16,6 +16,10 @@ export interface PeerCredentials {
 }
 
 interface Addon {
+  netlinkDump(namespaceFd: number, protocol: number, requests: Buffer[]): Promise<(Buffer | number)[]>;
+  socketOf(pid: number, fd: number): SocketOfProcess;
+  kcmp(pid: number, otherPid: number, type: number): number;
+  tryHandle(mountPath: string, type: number, handle: Buffer): Promise<number>;
   peerCredentials(fd: number): PeerCredentials;
   setCloexec(fd: number, on: boolean): void;
   pidfdOpen(pid: number): number;
@@ -115,6 +119,69 @@ export class Pidfd implements Disposable {
   [Symbol.dispose](): void {
     closeSync(this.fd);
   }
+}
+
+/**
+ * Sends dump requests to netlink in a network namespace, one after another, and collects the answers off the event loop. A
+ * thread of its own makes the socket in there: no thread of ours ever changes its namespace.
+ * @param namespaceFd  an open /proc/PID/ns/net, which is duplicated; -1: our own namespace
+ * @param protocol     NETLINK_*
+ * @returns for each request its messages with their headers, or an errno that the kernel answered
+ * @throws ETIMEDOUT when the kernel is silent for 5 s
+ */
+export function netlinkDump(
+  namespaceFd: number,
+  protocol: number,
+  requests: readonly Buffer[],
+): Promise<(Buffer | number)[]> {
+  return addon().netlinkDump(namespaceFd, protocol, [...requests]);
+}
+
+/** What a socket says of itself. */
+export interface SocketOfProcess {
+  /** AF_* */
+  readonly family: number;
+  /** SOCK_* */
+  readonly type: number;
+  /** IPPROTO_*, or of another table, by family */
+  readonly protocol: number;
+  /** 1 for a socket that listens */
+  readonly listening: number;
+  /** 1 for a socket that tells who sent what (SO_PASSCRED) */
+  readonly passCredentials: number;
+  /** TCP's state; of others 1 connected, 7 not */
+  readonly state: number;
+  /** Inode of the network namespace that it was made in; undefined where the kernel doesn't tell. */
+  readonly networkNamespace?: number;
+}
+
+/**
+ * Looks at a socket of another process through a duplicate (pidfd_getfd(2)), for what socket diagnostics don't list:
+ * unbound sockets, families without diagnostics, sockets of another namespace.
+ * @throws EBADF, ESRCH when it has gone; EPERM without ptrace access
+ */
+export function socketOf(pid: number, fd: number): SocketOfProcess {
+  return addon().socketOf(pid, fd);
+}
+
+const kcmpTypes = { memory: 1, files: 2, fs: 3, signalHandlers: 4 } as const;
+
+/**
+ * Whether two processes share something (kcmp(2)): 0 yes; 1 or 2 no, and in which order they sort; 3 no.
+ * @throws ESRCH when one has ended
+ */
+export function kcmp(pid: number, otherPid: number, what: keyof typeof kcmpTypes): number {
+  return addon().kcmp(pid, otherPid, kcmpTypes[what]);
+}
+
+/**
+ * Whether a file handle, as an inotify watch's fdinfo shows it, leads back to its file (open_by_handle_at(2)); off the
+ * event loop, for it may read a disk.
+ * @param mountPath  any path on the file system
+ * @returns 0, or the errno
+ */
+export function tryHandle(mountPath: string, type: number, handle: Buffer): Promise<number> {
+  return addon().tryHandle(mountPath, type, handle);
 }
 
 const lockOperations = { shared: 1, exclusive: 2, unlock: 8 } as const;

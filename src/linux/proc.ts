@@ -19,6 +19,8 @@ export interface ProcessStat {
   readonly parentPid: number;
   readonly processGroup: number;
   readonly session: number;
+  /** Device number of the controlling terminal, 0 for none. */
+  readonly terminal: number;
   /** Clock ticks since boot (100 a second on every Linux that we know). */
   readonly startTime: number;
 }
@@ -58,6 +60,7 @@ export function parseStat(text: string): ProcessStat {
     parentPid: Number(rest[1]),
     processGroup: Number(rest[2]),
     session: Number(rest[3]),
+    terminal: Number(rest[4]),
     startTime: Number(rest[19]),
   };
 }
@@ -66,6 +69,12 @@ export function parseStat(text: string): ProcessStat {
 export function processStat(pid: number): ProcessStat | undefined {
   const text = readProc(`/proc/${pid}/stat`);
   return text === undefined ? undefined : parseStat(text);
+}
+
+/** State of one thread, a letter as in `ProcessStat`; undefined when it has ended. */
+export function threadState(pid: number, tid: number): string | undefined {
+  const text = readProc(`/proc/${pid}/task/${tid}/stat`);
+  return text === undefined ? undefined : parseStat(text).state;
 }
 
 /** When the process started, in clock ticks since boot (field 22 of stat); undefined when it has ended. */

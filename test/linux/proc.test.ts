@@ -32,6 +32,7 @@ describe("parseStat", () => {
       parentPid: 1,
       processGroup: 2,
       session: 3,
+      terminal: 0,
       startTime: 4242,
     });
   });

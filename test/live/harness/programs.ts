@@ -3,7 +3,7 @@
 import { execFile } from "node:child_process";
 import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync } from "node:fs";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { promisify } from "node:util";
 
 const run = promisify(execFile);
@@ -67,6 +67,15 @@ export async function compiled(name: string, sources: string): Promise<string> {
         ]);
     },
   );
+}
+
+/** One static program that needs the kernel's headers, which musl's compiler doesn't see. */
+export async function compileProgram(source: string): Promise<string> {
+  const name = basename(source, ".c");
+  const directory = await cached(name, [source], (directory) =>
+    run("gcc", ["-static", "-O1", "-o", join(directory, name), source]),
+  );
+  return join(directory, name);
 }
 
 /** The test image as a tar. */

@@ -1,0 +1,105 @@
+import { tryHandle } from "../../linux/addon.ts";
+import type { Watch } from "../../linux/fdinfo.ts";
+import type { ProcessInventory } from "../../linux/inventory.ts";
+import type { MountInfo } from "../../linux/mount-options.ts";
+import { type Context, nameOf } from "./context.ts";
+import { mountsOfContainer } from "./facts.ts";
+
+/**
+ * File systems that CRIU makes anew or dumps. Source: criu/filesystems.c.
+ */
+const supportedTypes = new Set([
+  "proc",
+  "sysfs",
+  "devtmpfs",
+  "binfmt_misc",
+  "tmpfs",
+  "devpts",
+  "simfs",
+  "btrfs",
+  "pstore",
+  "mqueue",
+  "securityfs",
+  "fusectl",
+  "debugfs",
+  "tracefs",
+  "cgroup",
+  "cgroup2",
+  "aufs",
+  "autofs",
+  "overlay",
+]);
+
+export function checkMounts(context: Context): void {
+  // In our own mount namespace CRIU dumps no mounts at all.
+  if (!context.ownsNamespace("mnt")) return;
+  // An engine tells CRIU which mounts come from outside, by a configuration that we weren't given.
+  if (context.input.engine && !context.input.spec) return;
+  const mounts = mountsOfContainer(context);
+  for (const { mount, origin } of mounts) {
+    const name = `${mount.mountPoint} (${mount.type} of ${mount.source})`;
+    if (origin === "container") {
+      const hasWhole = mounts.some(
+        (other) =>
+          other.mount.device === mount.device && (other.origin !== "container" || other.mount.root === "/"),
+      );
+      if (!supportedTypes.has(mount.type) && !hasWholeElsewhere(mount, mounts))
+        context.report("unsupported-mount", undefined, name);
+      else if (mount.root !== "/" && !hasWhole)
+        context.report("unsupported-mount", undefined, `${name}, of it only ${mount.root}`);
+      if (mount.options.includes("idmapped")) context.report("id-mapped-mount", undefined, name);
+    }
+  }
+}
+
+/** A bind mount of what the configuration mounts, or of the root, is made from that one. */
+function hasWholeElsewhere(mount: MountInfo, mounts: ReturnType<typeof mountsOfContainer>): boolean {
+  return mounts.some((other) => other.origin !== "container" && other.mount.device === mount.device);
+}
+
+/** CRIU finds the watched file by its handle, through some mount of its file system, or else by a search. */
+export async function checkWatches(context: Context): Promise<void> {
+  const tried = new Map<string, number>();
+  const scanned = (context.policy.irmapScanPaths ?? []).length > 0;
+  for (const process of context.tree) {
+    for (const file of process.files) {
+      for (const watch of file.info.watches) {
+        const name = nameOf(file);
+        const object = `${file.info.inode} ${watch.device} ${watch.inode} ${watch.mountId}`;
+        const mount = mountOf(context, watch);
+        if (!mount) context.report("watch-outside", process, name, object);
+        else if (watch.handle && !(await leadsBack(process, mount, watch.handle, tried)))
+          context.require(
+            "watch-unreachable",
+            process,
+            `${name} (on ${mount.mountPoint}, ${mount.type})`,
+            scanned,
+            {
+              object,
+            },
+          );
+      }
+    }
+  }
+}
+
+function mountOf(context: Context, { mountId, device }: Watch): MountInfo | undefined {
+  if (mountId !== undefined) return context.mounts.get(mountId);
+  return [...context.mounts.values()].find((mount) => mount.device === device);
+}
+
+async function leadsBack(
+  process: ProcessInventory,
+  mount: MountInfo,
+  handle: NonNullable<Watch["handle"]>,
+  tried: Map<string, number>,
+): Promise<boolean> {
+  const key = `${mount.device} ${handle.type} ${handle.bytes}`;
+  let errno = tried.get(key);
+  if (errno === undefined) {
+    const path = `/proc/${process.pid}/root${mount.mountPoint}`;
+    errno = await tryHandle(path, handle.type, Buffer.from(handle.bytes, "hex"));
+    tried.set(key, errno);
+  }
+  return errno === 0;
+}
