@@ -17,7 +17,7 @@
 # installed from them starts a service. Other people's sources are neither used nor changed.
 #
 # For the tests, other versions of containerd are unpacked, not installed, to $CEDANA_CACHE_DIR (/var/cache/cedana):
-# containerd-<version>/usr/bin/containerd, and the image of the tests, busybox.tar.
+# containerd-<version>/usr/bin/containerd, crit-<version of CRIU> (Python), and the image of the tests, busybox.tar.
 set -eu
 umask 022
 
@@ -86,6 +86,7 @@ base_packages() {
   have ps || echo procps                             # the engines' `ps` command runs it
   have mkfs.ext4 || echo e2fsprogs                   # disks of virtual machines
   have mkfs.erofs || echo erofs-utils
+  [ -x /usr/bin/python3 ] || echo python3-minimal    # crit, which our decoding of images is compared with
   [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
   # Without a log of this call in ~/.npm.
   if [ "$with_npm" = yes ] && ! npm_config_logs_max=0 npm --version >/dev/null 2>&1; then
@@ -184,6 +185,9 @@ unpacked() {
   done
   return 1
 }
+
+run_crit() { PYTHONPATH=$cache/crit-$(version_of criu --version)/usr/lib/python3/dist-packages /usr/bin/python3 -m crit "$@"; }
+crit_runs() { run_crit --version >/dev/null 2>&1; }
 
 image_is_made() {
   [ -s "$cache/busybox.tar" ] && static_busybox && [ "$(image_inputs)" = "$(cat "$cache/busybox.inputs" 2>/dev/null)" ]
@@ -437,19 +441,23 @@ mend_criu() {
   die "no CRIU of Debian works on this kernel ($(uname -r)): $criu_fault"
 }
 
-# unpack_containerd SUITE MINIMUM BELOW: the newest containerd of SUITE with MINIMUM <= version < BELOW. The suite
-# gets lists of its own, which are gone afterwards: nothing is ever installed from it.
-unpack_containerd() {
+# read_suite SUITE: package lists of a suite that nothing is ever installed from, for suite_apt; they are gone afterwards.
+read_suite() {
   suite_work=$work/suite.$1
   mkdir -p "$suite_work/sources" "$suite_work/lists/partial" "$suite_work/cache/archives/partial" "$suite_work/deb"
   debian_sources "$codename" "$1" >"$suite_work/sources/suite.sources"
-  suite_apt() {
-    command=$1
-    shift
-    apt "$command" -o Dir::Etc::sourceparts="$suite_work/sources" -o Dir::State::lists="$suite_work/lists" \
-      -o Dir::Cache="$suite_work/cache" "$@"
-  }
-  suite_apt apt-get update -q -o APT::Update::Error-Mode=any >"$work/output" 2>&1 </dev/null || return 1
+  suite_apt apt-get update -q -o APT::Update::Error-Mode=any >"$work/output" 2>&1 </dev/null
+}
+suite_apt() {
+  command=$1
+  shift
+  apt "$command" -o Dir::Etc::sourceparts="$suite_work/sources" -o Dir::State::lists="$suite_work/lists" \
+    -o Dir::Cache="$suite_work/cache" "$@"
+}
+
+# unpack_containerd SUITE MINIMUM BELOW: the newest containerd of SUITE with MINIMUM <= version < BELOW.
+unpack_containerd() {
+  read_suite "$1" || return 1
   for version in $(suite_apt apt-cache madison containerd | awk -F ' *\\| *' '{ print $2 }'); do
     upstream=$(echo "${version#*:}" | grep -oE '^[0-9]+(\.[0-9]+)+')
     if at_least "$upstream" "$2" && ! at_least "$upstream" "$3"; then break; fi
@@ -480,6 +488,30 @@ unpack_containerd_2() {
 unpack_containerd_1_6() {
   info "unpacking containerd 1.6 for the tests"
   unpack_containerd bookworm 1.6 1.7 || warn "no containerd 1.6 found; the tests with it will be skipped"
+}
+
+# crit and what it is written in, of the same version as the CRIU that is installed: its definitions of the images must be CRIU's.
+# Unpacked, because installed they would want another Python than this Debian's; any Python runs them.
+unpack_crit() {
+  info "unpacking crit for the tests"
+  wanted=$(version_of criu --version)
+  for suite in testing trixie unstable; do
+    read_suite $suite || continue
+    version=$(suite_apt apt-cache madison python3-pycriu | awk -F ' *\\| *' -v wanted="$wanted" 'index($2, wanted "-") == 1 { print $2; exit }')
+    [ -n "$version" ] || continue
+    (cd "$suite_work/deb" && suite_apt apt-get download -q "python3-pycriu=$version" python3-protobuf >"$work/output" 2>&1) || continue
+    rm -rf "$cache/.unpacking" "$cache/crit-$wanted"
+    for package in "$suite_work"/deb/*.deb; do dpkg -x "$package" "$cache/.unpacking"; done
+    mv "$cache/.unpacking" "$cache/crit-$wanted"
+    rm -rf "$suite_work"
+    if crit_runs; then
+      did "unpacked crit $version to $cache/crit-$wanted"
+      return 0
+    fi
+    warn "crit $version of $suite does not run here: $(run_crit --version 2>&1 | tail -n 1)"
+    rm -rf "$cache/crit-$wanted"
+  done
+  warn "no crit of CRIU $wanted found; the tests against it will be skipped"
 }
 
 make_image() {
@@ -528,6 +560,7 @@ elif ! have_libcriu; then
 fi
 unpacked 2. >/dev/null || missing="${missing:+$missing, }containerd 2.x in $cache"
 unpacked 1.6. >/dev/null || missing="${missing:+$missing, }containerd 1.6 in $cache"
+crit_runs || missing="${missing:+$missing, }crit in $cache"
 image_is_made || missing="${missing:+$missing, }the image $cache/busybox.tar"
 
 if [ "$check" = yes ]; then
@@ -547,7 +580,10 @@ fi
 ID='' VERSION_ID='' VERSION_CODENAME=''
 # shellcheck source=/dev/null
 if [ -r /etc/os-release ]; then . /etc/os-release; fi
-codename=$VERSION_CODENAME
+# A newer base-files may have come along with what Debian 12 lacked: the machine's own sources say what it is.
+for codename in $VERSION_CODENAME bookworm $VERSION_CODENAME; do
+  [ -z "$(debian_sources "$codename" "$codename")" ] || break
+done
 case $ID:$VERSION_ID in
   debian:12 | debian:13) ;;
   *)
@@ -572,6 +608,7 @@ locked=yes
 [ "$criu" = ok ] || mend_criu
 unpacked 2. >/dev/null || unpack_containerd_2
 unpacked 1.6. >/dev/null || unpack_containerd_1_6
+crit_runs || unpack_crit
 image_is_made || make_image
 
 # What was missing must be there now.
