@@ -153,7 +153,7 @@ static _Noreturn void become(const struct message *m, char **caller) {
   const char *cwd = message_string(m, FIELD_CWD);
   if (!argv) runtime_fail("cedanad's answer is not whole: it names no program");
   if (cwd && chdir(cwd) < 0) runtime_fail("change to %s: %s", cwd, strerror(errno));
-  runtime_execute(argv, environment_with(caller, message_list(m, FIELD_ENV)));
+  runtime_execute(argv[0], argv, environment_with(caller, message_list(m, FIELD_ENV)));
 }
 
 static _Noreturn void answer(const struct message *m) {

@@ -129,9 +129,9 @@ static void find_engine(void) {
                  runtime.engine, runtime.engine_from, runtime.engine_path);
 }
 
-void runtime_execute(char **argv, char **env) {
-  execve(argv[0], argv, env);
-  runtime_fail("execute the engine %s (from %s): %s", argv[0], runtime.engine_from, strerror(errno));
+void runtime_execute(const char *path, char **argv, char **env) {
+  execve(path, argv, env);
+  runtime_fail("execute the engine %s (from %s): %s", path, runtime.engine_from, strerror(errno));
 }
 
 /* ---- what is ours ---- */
@@ -228,7 +228,7 @@ int runtime_main(char **argv) {
   runtime.argv = allocate(((size_t)count + 1) * sizeof *argv);
   runtime_config_load(read_arguments(argv));
   find_engine();
-  runtime.argv[0] = runtime.engine_path;
+  runtime.argv[0] = (char *)runtime.engine; /* both engines begin some of their messages with it */
   if (runtime.command && is_ours()) runtime_ask();
-  runtime_execute(runtime.argv, environ);
+  runtime_execute(runtime.engine_path, runtime.argv, environ);
 }

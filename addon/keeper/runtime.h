@@ -11,7 +11,7 @@ struct runtime {
   /* the caller's global options */
   const char *root, *log;
   bool log_json;
-  /* The caller's arguments without ours; argv[0] is the engine's path. */
+  /* The caller's arguments without ours; argv[0] is the engine's name. */
   char **argv;
   int argc;
   int command; /* index of the command in argv; 0: none, or there are options that we don't know */
@@ -44,4 +44,4 @@ void runtime_options_check(const char *command, char **arguments);
 _Noreturn void runtime_ask(void);
 /* By what the caller's root and id say: the file that makes a container ours. The caller frees. */
 char *runtime_marker(const char *id);
-_Noreturn void runtime_execute(char **argv, char **env);
+_Noreturn void runtime_execute(const char *path, char **argv, char **env);
