@@ -2,7 +2,16 @@
 // their mounts go with it. All of them are unpacked by scripts/setup.sh --with-callers.
 
 import { type ChildProcess, execFile, spawn } from "node:child_process";
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { basename, join } from "node:path";
 import { cleanUp } from "./cleanup.ts";
 import type { EngineName } from "./live.ts";
@@ -168,6 +177,45 @@ export class CallerPlace {
     });
   }
 
+  /** Configuration of Podman and Buildah, both with the two sides as runtimes `engine` and `wrapper`. */
+  configureContainers(): void {
+    const quoted = (values: string[]) => JSON.stringify(values);
+    const engine = ["/usr/sbin", "/usr/bin"].map((path) => join(path, this.engine)).find(existsSync)!;
+    writeFileSync(
+      join(this.dir, "containers.conf"),
+      [
+        "[containers]",
+        `log_driver = "k8s-file"`, // there is no journald
+        `netns = "host"`, // no network configuration of the machine is touched
+        "pids_limit = 0", // crun's private cgroup hierarchy has no controllers
+        `init_path = "${callers}/usr/bin/catatonit"`,
+        "[network]",
+        `network_config_dir = "${this.dir}/net"`,
+        "[engine]",
+        `cgroup_manager = "cgroupfs"`, // there is no systemd
+        `events_logger = "file"`,
+        `conmon_path = ${quoted([caller("conmon")])}`,
+        `helper_binaries_dir = ${quoted([join(callers, "usr/lib/podman"), join(callers, "usr/bin")])}`,
+        // conmon gets nothing else of podman's environment. The run directory is how leftovers are recognised.
+        `conmon_env_vars = ${quoted([`PATH=${systemPath}`, `LD_LIBRARY_PATH=${this.env.LD_LIBRARY_PATH}`, `CEDANA_RUN_DIR=${this.runDir}`])}`,
+        "[engine.runtimes]",
+        `engine = ${quoted([engine])}`,
+        `wrapper = ${quoted([wrapper])}`,
+        "",
+      ].join("\n"),
+    );
+    writeFileSync(
+      join(this.dir, "storage.conf"),
+      `[storage]\ndriver = "overlay"\nrunroot = "${this.dir}/s"\ngraphroot = "${this.dir}/g"\n`,
+    );
+    writeFileSync(
+      join(this.dir, "home/.config/containers/policy.json"),
+      JSON.stringify({ default: [{ type: "insecureAcceptAnything" }] }),
+    );
+    this.env.CONTAINERS_CONF = join(this.dir, "containers.conf");
+    this.env.CONTAINERS_STORAGE_CONF = join(this.dir, "storage.conf");
+  }
+
   async stop(): Promise<void> {
     const holder = this.#holder;
     await cleanUp(this);
@@ -193,52 +241,13 @@ export class Podman {
     const place = await CallerPlace.start(engine);
     const podman = new Podman(place);
     try {
-      podman.#configure();
+      place.configureContainers();
       await podman.ok("load", "--quiet", "--input", await imageTar());
     } catch (error) {
       await place.stop();
       throw error;
     }
     return podman;
-  }
-
-  #configure(): void {
-    const { place } = this;
-    const quoted = (values: string[]) => JSON.stringify(values);
-    const engine = ["/usr/sbin", "/usr/bin"].map((path) => join(path, place.engine)).find(existsSync)!;
-    writeFileSync(
-      join(this.#dir, "containers.conf"),
-      [
-        "[containers]",
-        `log_driver = "k8s-file"`, // there is no journald
-        `netns = "host"`, // no network configuration of the machine is touched
-        "pids_limit = 0", // crun's private cgroup hierarchy has no controllers
-        `init_path = "${callers}/usr/bin/catatonit"`,
-        "[network]",
-        `network_config_dir = "${this.#dir}/net"`,
-        "[engine]",
-        `cgroup_manager = "cgroupfs"`, // there is no systemd
-        `events_logger = "file"`,
-        `conmon_path = ${quoted([caller("conmon")])}`,
-        `helper_binaries_dir = ${quoted([join(callers, "usr/lib/podman"), join(callers, "usr/bin")])}`,
-        // conmon gets nothing else of podman's environment. The run directory is how leftovers are recognised.
-        `conmon_env_vars = ${quoted([`PATH=${systemPath}`, `LD_LIBRARY_PATH=${place.env.LD_LIBRARY_PATH}`, `CEDANA_RUN_DIR=${place.runDir}`])}`,
-        "[engine.runtimes]",
-        `engine = ${quoted([engine])}`,
-        `wrapper = ${quoted([wrapper])}`,
-        "",
-      ].join("\n"),
-    );
-    writeFileSync(
-      join(this.#dir, "storage.conf"),
-      `[storage]\ndriver = "overlay"\nrunroot = "${this.#dir}/s"\ngraphroot = "${this.#dir}/g"\n`,
-    );
-    writeFileSync(
-      join(this.#dir, "home/.config/containers/policy.json"),
-      JSON.stringify({ default: [{ type: "insecureAcceptAnything" }] }),
-    );
-    place.env.CONTAINERS_CONF = join(this.#dir, "containers.conf");
-    place.env.CONTAINERS_STORAGE_CONF = join(this.#dir, "storage.conf");
   }
 
   argv(side: Side, args: string[]): string[] {
@@ -264,6 +273,92 @@ export class Podman {
 
   async stop(): Promise<void> {
     await this.on("wrapper", "rm", "--all", "--force", "--time", "0").catch(() => {}); // what is left is ended by the cgroup
+    await this.place.stop();
+  }
+}
+
+/** Docker's daemon with its own containerd, directories and socket; no network. */
+export class Docker {
+  readonly place: CallerPlace;
+  #daemon: ChildProcess | undefined;
+
+  private constructor(place: CallerPlace) {
+    this.place = place;
+  }
+
+  static async start(): Promise<Docker> {
+    const place = await CallerPlace.start("runc");
+    const docker = new Docker(place);
+    try {
+      await docker.#startDaemon();
+      await docker.ok("load", "--input", await imageTar());
+    } catch (error) {
+      await docker.stop();
+      throw error;
+    }
+    return docker;
+  }
+
+  get log(): string {
+    return readFileSync(join(this.place.dir, "dockerd.log"), "utf8");
+  }
+
+  async #startDaemon(): Promise<void> {
+    const { place } = this;
+    const { dir } = place;
+    const config = {
+      "data-root": join(dir, "data"),
+      "exec-root": join(dir, "exec"),
+      pidfile: join(dir, "docker.pid"),
+      hosts: [`unix://${dir}/docker.sock`],
+      bridge: "none",
+      iptables: false,
+      ip6tables: false,
+      "ip-forward": false,
+      "userland-proxy": false,
+      "storage-driver": "overlay2",
+      "exec-opts": ["native.cgroupdriver=cgroupfs"],
+      "cgroup-parent": `/${place.namespace}`,
+      "init-path": join(callers, "usr/bin/catatonit"),
+      experimental: true, // `docker checkpoint`
+      runtimes: {
+        wrapper: { path: wrapper, runtimeArgs: ["--cedana-config", place.config] },
+        shim: { runtimeType: "io.containerd.cedana.v2" },
+      },
+    };
+    writeFileSync(join(dir, "daemon.json"), JSON.stringify(config));
+    place.env.PATH = `${join(repository, "bin")}:${place.env.PATH}`; // where containerd looks for shims
+    place.env.DOCKER_CONFIG = join(dir, "home");
+    place.env.DOCKER_HOST = `unix://${dir}/docker.sock`;
+    const log = openSync(join(dir, "dockerd.log"), "a", 0o600);
+    const [file, ...rest] = place.inside([caller("dockerd"), "--config-file", join(dir, "daemon.json")]);
+    const daemon = spawn(file!, rest, { env: place.env, cwd: dir, stdio: ["ignore", log, log] });
+    closeSync(log);
+    this.#daemon = daemon;
+    await until(
+      async () => {
+        if (daemon.exitCode !== null) throw new Error(`dockerd has ended:\n${this.log.slice(-2000)}`);
+        return (await this.run("version")).status === 0;
+      },
+      { timeoutMs: 30_000, everyMs: 100, what: () => `dockerd's socket:\n${this.log.slice(-2000)}` },
+    );
+  }
+
+  async run(...args: string[]): Promise<Outcome> {
+    return await this.place.run([caller("docker"), ...args]);
+  }
+
+  async ok(...args: string[]): Promise<string> {
+    return await this.place.ok([caller("docker"), ...args]);
+  }
+
+  async stop(): Promise<void> {
+    const daemon = this.#daemon;
+    if (daemon && daemon.exitCode === null) {
+      const gone = new Promise((resolve) => daemon.once("exit", resolve));
+      daemon.kill("SIGTERM"); // it ends its containers and its containerd
+      await Promise.race([gone, new Promise((resolve) => setTimeout(resolve, 15_000).unref())]);
+    }
     await this.place.stop();
   }
 }
