@@ -15,9 +15,11 @@ import {
 import { Cgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
 import { Engine, type EngineCommand, engineFailure } from "../runtime/engine.ts";
+import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
-import { cgroupName, type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
+import { cgroupName, type OciProcess, type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
 import { type CheckpointRequest, dump, planRestore, type RestorePlan } from "./checkpoint.ts";
+import { Escalations } from "./escalation.ts";
 import * as events from "./events.ts";
 import {
   type ExecRecord,
@@ -91,6 +93,7 @@ export class Task {
   #restoreFrom: string | undefined;
   #parentCheckpoint: string | undefined;
   #oomKills = 0;
+  readonly #escalations: Escalations;
 
   private constructor(
     pod: Pod,
@@ -113,6 +116,12 @@ export class Task {
       namespace: pod.namespace,
     });
     this.#log = pod.log.child({ task: id });
+    this.#escalations = new Escalations({
+      send: async (execId, signal) =>
+        await this.#signal(pod.keeper.ownTag("escalate"), this.process(execId), signal),
+      changed: () => this.record(),
+      log: this.#log,
+    });
   }
 
   get namespace(): string {
@@ -134,6 +143,8 @@ export class Task {
   /** Containerd's Create: rootfs, stdio, and the engine's `create`, or everything but that when it will be restored. */
   static async create(pod: Pod, work: Work, request: CreateRequest): Promise<Task> {
     const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
+    killPolicy(spec); // a signal that doesn't exist is refused now, not when it is needed
+    execKillPolicy(spec, {});
     const restoreFrom = request.checkpoint || options.criuImagePath || undefined;
     if (restoreFrom !== undefined && !restoreFrom.startsWith("/"))
       throw new InvalidRequest(`checkpoint ${restoreFrom} is not an absolute path`);
@@ -201,6 +212,7 @@ export class Task {
       task.execs.set(exec.execId, process);
       task.#execSpecs.set(exec.execId, { serial: exec.serial, spec: exec.spec });
     }
+    task.#escalations.revive(record.escalations ?? []);
     return task;
   }
 
@@ -269,6 +281,7 @@ export class Task {
           ...exitRecord(process.exit),
         };
       }),
+      ...(this.#escalations.pending && { escalations: this.#escalations.records() }),
       answers: this.#answers,
     });
     const alive = (process: Process) => process.pid !== 0 && !process.exit;
@@ -406,6 +419,7 @@ export class Task {
     )
       throw new WrongState(`cannot exec in task ${this.id}: it is ${this.init.state}`);
     if (this.init.state === "paused") throw new WrongState(`cannot exec in task ${this.id}: it is paused`);
+    execKillPolicy({}, processOf(request.spec));
     const process = new Process(request.execId, execIo(this.id, work.request), request.stdio, "created");
     this.execs.set(request.execId, process);
     this.#execSpecs.set(request.execId, { serial: work.request, spec: request.spec });
@@ -446,6 +460,7 @@ export class Task {
   #publishExit(process: Process): void {
     const { status, atNs, sequence } = process.heldExit!;
     process.markExited({ status, atNs });
+    this.#escalations.end(process.execId);
     this.#publishExitEvent(process, sequence);
     this.record();
     this.#pod.keeper.acknowledge(sequence);
@@ -493,23 +508,36 @@ export class Task {
 
   // ---- signals, freezer, files ---------------------------------------------------------------------------------------
 
-  async kill(work: Work, process: Process, signal: number, all: boolean): Promise<void> {
-    const gone = () =>
-      new NotFound(`${process.name} of task ${this.id} has already ended: process already finished`);
+  /** A signal as the container wants it: TERM may become another one, and others may follow it. */
+  async kill(work: Work, process: Process, sent: number, all: boolean): Promise<void> {
     if (process.pid === 0) {
-      if (process.isInit) throw gone();
+      if (process.isInit) throw this.#goneError(process);
       throw new WrongState(`cannot kill ${process.name}: it has not been started`);
     }
-    if (process.exit && !work.repeated) throw gone();
+    if (process.exit && !work.repeated) throw this.#goneError(process);
+    const { signal, escalation } = planKill(await this.#killPolicy(process), sent);
     if (all && process.isInit) {
       const command = this.engine.kill({ id: this.id, signal, all: true, logFile: this.#logFile("kill") });
       await this.#runEngine(work.tag("kill-all"), "kill", command);
-      return;
-    }
+    } else await this.#signal(work.tag("kill"), process, signal);
+    if (!process.exit) this.#escalations.begin(process.execId, escalation);
+  }
+
+  async #killPolicy(process: Process): Promise<KillPolicy | undefined> {
+    const spec = await this.spec();
+    if (process.isInit) return killPolicy(spec);
+    return execKillPolicy(spec, processOf(this.#execSpecs.get(process.execId)!.spec));
+  }
+
+  #goneError(process: Process): NotFound {
+    return new NotFound(`${process.name} of task ${this.id} has already ended: process already finished`);
+  }
+
+  async #signal(tag: Tag, process: Process, signal: number): Promise<void> {
     try {
-      await this.#pod.keeper.signal(work.tag("kill"), process.pid, signal);
+      await this.#pod.keeper.signal(tag, process.pid, signal);
     } catch (error) {
-      if (error instanceof SyscallFailed && error.code === "ESRCH") throw gone();
+      if (error instanceof SyscallFailed && error.code === "ESRCH") throw this.#goneError(process);
       throw error;
     }
     // A frozen process of cgroups version 1 doesn't even die.
@@ -752,6 +780,15 @@ export class Task {
 
 function execIo(id: string, serial: number): string {
   return `${id}/${serial}`;
+}
+
+/** An exec's OCI process. One that is none is the engine's to refuse, in its own words. */
+function processOf(spec: string): OciProcess {
+  try {
+    return (JSON.parse(spec) as OciProcess | null) ?? {};
+  } catch {
+    return {};
+  }
 }
 
 function exitRecord(exit: Exit | undefined): { exit?: { status: number; atNs: string } } {
