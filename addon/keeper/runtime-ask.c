@@ -124,13 +124,25 @@ static int64_t run(const struct message *m, char **caller, int64_t *pid_out) {
   const char *cwd = message_string(m, FIELD_CWD), *output = message_string(m, FIELD_OUTPUT_PATH);
   if (!argv || !argv[0]) return -EINVAL;
   char **env = environment_with(caller, added);
+  /* A signal between fork and exec must reach neither nobody nor our handler in the child. */
+  sigset_t blocked, before;
+  sigemptyset(&blocked);
+  for (size_t i = 0; i < countof(passed_on); i++) sigaddset(&blocked, passed_on[i]);
+  sigprocmask(SIG_BLOCK, &blocked, &before);
   pid_t parent = getpid(), pid = fork();
-  if (pid < 0) return -errno;
+  if (pid < 0) {
+    int error = errno;
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    return -error;
+  }
   if (pid == 0) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent) _exit(127);
-    signal(SIGPIPE, SIG_DFL);
-    for (size_t i = 0; i < countof(passed_on); i++) signal(passed_on[i], SIG_DFL);
+    for (size_t i = 0; i < countof(passed_on); i++) {
+      struct sigaction action;
+      if (sigaction(passed_on[i], NULL, &action) == 0 && action.sa_handler == pass_on) signal(passed_on[i], SIG_DFL);
+    }
+    sigprocmask(SIG_SETMASK, &before, NULL);
     if (cwd && chdir(cwd) < 0) _exit(127);
     if (output) redirect_output(output);
     execve(argv[0], argv, env);
@@ -138,6 +150,7 @@ static int64_t run(const struct message *m, char **caller, int64_t *pid_out) {
   }
   *pid_out = pid;
   child = pid;
+  sigprocmask(SIG_SETMASK, &before, NULL);
   int status;
   while (waitpid(pid, &status, 0) < 0)
     if (errno != EINTR) return -errno;
@@ -164,6 +177,42 @@ static _Noreturn void answer(const struct message *m) {
   exit((int)message_int(m, FIELD_STATUS));
 }
 
+/*
+ * A connection on which cedanad has said something: a first frame is in *in. One that goes away before has done nothing yet,
+ * so it is asked again, or its successor is.
+ */
+static int begin(struct buffer *in) {
+  uint64_t deadline = now_ms() + environment_number("CEDANA_KEEPER_PATIENCE_MS", REACH_MS);
+  const char *command = runtime.argv[runtime.command];
+  for (;;) {
+    int fd = daemon_connect_blocking(true, deadline);
+    if (fd < 0)
+      runtime_fail("%s: cedanad could not be reached at %s within 10 s: %s; its log is %s. Containers run on, and what cedana-runtime "
+                   "passes through works without it",
+                   command, daemon_socket(), strerror(-fd), daemon_log());
+    struct buffer out = {0};
+    put_request(&out);
+    int result = send_all(fd, &out, deadline);
+    buffer_free(&out);
+    while (result == 0 && (result = (int)frame_complete(in)) == 0) {
+      if ((result = wait_fd(fd, POLLIN, deadline)) < 0 || (result = buffer_reserve(in, 4096)) < 0) break;
+      ssize_t n = recv(fd, in->data + in->end, 4096, MSG_DONTWAIT);
+      if (n == 0) result = -ECONNRESET;
+      if (n < 0 && errno != EAGAIN && errno != EINTR) result = -errno;
+      if (n > 0) in->end += (size_t)n;
+    }
+    if (result > 0) return fd;
+    close(fd);
+    buffer_free(in);
+    if (result == -ETIMEDOUT || now_ms() >= deadline)
+      runtime_fail("%s: cedanad at %s gave no answer within 10 s: %s; its log is %s. Containers run on, and what cedana-runtime passes "
+                   "through works without it",
+                   command, daemon_socket(), strerror(-result), daemon_log());
+    struct timespec pause = {.tv_nsec = 20000000};
+    nanosleep(&pause, NULL);
+  }
+}
+
 void runtime_ask(void) {
   /* cedanad, if we start it, is started with our variables; the engine with those of our caller. */
   size_t count = 0;
@@ -172,38 +221,28 @@ void runtime_ask(void) {
   memcpy(caller, environ, count * sizeof *caller);
   if (runtime_run_directory) setenv("CEDANA_RUN_DIR", runtime_run_directory, 1);
 
-  signal(SIGPIPE, SIG_IGN);
-  uint64_t deadline = now_ms() + environment_number("CEDANA_KEEPER_PATIENCE_MS", REACH_MS);
-  int fd = daemon_connect_blocking(true, deadline);
-  if (fd < 0)
-    runtime_fail("%s: cedanad could not be reached at %s within 10 s: %s; its log is %s. Containers run on, and what cedana-runtime "
-                 "passes through works without it",
-                 runtime.argv[runtime.command], daemon_socket(), strerror(-fd), daemon_log());
   struct buffer out = {0}, in = {0};
-  put_request(&out);
-  int result = send_all(fd, &out, deadline);
+  int fd = begin(&in), result;
   for (size_t i = 0; i < countof(passed_on); i++) {
     struct sigaction before, action = {.sa_handler = pass_on};
     /* What our caller ignores stays ignored (nohup). */
     if (sigaction(passed_on[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(passed_on[i], &action, NULL);
   }
-  struct message m = {0};
-  /* Somebody answers within the limit, or says that it has begun (RUNTIME_WORKING): one that hangs is no cedanad. */
-  if (result == 0 && buffer_length(&in) == 0) result = wait_fd(fd, POLLIN, deadline);
-  while (result == 0 && (result = receive(fd, &in, &m)) == 0) {
+  struct message m;
+  while ((result = receive(fd, &in, &m)) == 0) {
     if (m.type == MESSAGE_RUNTIME_ANSWER) answer(&m);
     if (m.type == MESSAGE_RUNTIME_RUN) {
       if (message_int(&m, FIELD_FLAGS) & 1) become(&m, caller);
       int64_t pid = 0, status = run(&m, caller, &pid);
-      size_t begin = frame_begin(&out, MESSAGE_RUNTIME_ENDED);
+      size_t at = frame_begin(&out, MESSAGE_RUNTIME_ENDED);
       put_int(&out, FIELD_PID, pid);
       if (status < 0) put_int(&out, FIELD_ERRNO, -status);
       else put_int(&out, FIELD_WAIT_STATUS, status);
-      frame_end(&out, begin);
-      result = send_all(fd, &out, now_ms() + REACH_MS);
+      frame_end(&out, at);
+      if ((result = send_all(fd, &out, now_ms() + REACH_MS)) < 0) break;
     }
     message_free(&in, &m);
   }
-  runtime_fail("%s: cedanad at %s %s: %s; its log is %s", runtime.argv[runtime.command], daemon_socket(),
-               result == -ETIMEDOUT ? "gave no answer within 10 s" : "ended in the middle of it", strerror(-result), daemon_log());
+  runtime_fail("%s: cedanad at %s ended in the middle of it: %s; its log is %s", runtime.argv[runtime.command], daemon_socket(),
+               strerror(-result), daemon_log());
 }
