@@ -1,5 +1,6 @@
 import { Command, Flags } from "@oclif/core";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
+import { Setup } from "./setup.ts";
 
 class Status extends Command {
   static override description = "Show cedanad, its keepers and their tasks";
@@ -41,4 +42,4 @@ class DaemonStop extends Command {
 }
 
 /** By name, as oclif's explicit strategy wants them. */
-export const commands = { status: Status, "daemon:stop": DaemonStop };
+export const commands = { status: Status, "daemon:stop": DaemonStop, setup: Setup };
