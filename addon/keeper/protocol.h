@@ -86,6 +86,7 @@ enum field_key {
   FIELD_STATUS = 67,
   FIELD_GLOBAL_ARGV = 100,
   FIELD_ROOT = 101,
+  FIELD_MARKER = 102,
 };
 
 enum message_type {

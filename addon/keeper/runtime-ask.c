@@ -77,6 +77,11 @@ static void put_request(struct buffer *out) {
   for (int i = runtime.command; i < runtime.argc; i++) put_string(out, FIELD_ARGV, runtime.argv[i]);
   put_string(out, FIELD_PATH, runtime.engine_path);
   put_string(out, FIELD_ROOT, state_root());
+  const char *id = runtime_container_id();
+  autofree char *marker = id ? runtime_marker(id) : NULL;
+  if (!marker) runtime_fail("%s: %s is no container id", runtime.argv[runtime.command], id ? id : "nothing");
+  put_string(out, FIELD_ID, id);
+  put_string(out, FIELD_MARKER, marker);
   put_string(out, FIELD_CWD, cwd);
   put_int(out, FIELD_PID, getpid());
   put_int(out, FIELD_MOUNT_NS, (int64_t)mount_namespace("/proc/self/ns/mnt"));
@@ -243,6 +248,9 @@ void runtime_ask(void) {
     }
     message_free(&in, &m);
   }
+  /* Its successor puts right what it has left, a frozen container above all. */
+  int next = daemon_connect_blocking(true, now_ms() + REACH_MS);
+  if (next >= 0) close(next);
   runtime_fail("%s: cedanad at %s ended in the middle of it: %s; its log is %s", runtime.argv[runtime.command], daemon_socket(),
                strerror(-result), daemon_log());
 }

@@ -104,8 +104,11 @@ static const char *read_arguments(char **argv) {
   return config;
 }
 
-/* The first argument after the command that is no option: the container's id for those whose options take no values. */
-static const char *container_id(void) {
+/* The last argument where options take values; else the first that is no option, because a signal may follow it. */
+const char *runtime_container_id(void) {
+  const char *command = runtime.argv[runtime.command];
+  bool values = !strcmp(command, "create") || !strcmp(command, "run") || !strcmp(command, "checkpoint") || !strcmp(command, "restore");
+  if (values) return runtime.argc > runtime.command + 1 ? runtime.argv[runtime.argc - 1] : NULL;
   for (char **a = runtime.argv + runtime.command + 1; *a; a++) {
     if (!strcmp(*a, "--")) return a[1];
     if (**a != '-') return *a;
@@ -215,7 +218,7 @@ static bool is_ours(void) {
     return true;
   }
   if (strcmp(command, "start") && strcmp(command, "state") && strcmp(command, "kill") && strcmp(command, "delete")) return false;
-  const char *id = container_id();
+  const char *id = runtime_container_id();
   if (!id) return false;
   autofree char *marker = runtime_marker(id);
   struct stat st;

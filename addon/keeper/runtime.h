@@ -20,6 +20,11 @@ extern struct runtime runtime;
 /* From the configuration, where the environment says nothing; else NULL. */
 extern const char *runtime_run_directory;
 
+/* ---- runtime.c ---- */
+/* NULL: the command line names none. */
+const char *runtime_container_id(void);
+_Noreturn void runtime_execute(const char *path, char **argv, char **env);
+
 /* ---- runtime-config.c ---- */
 /* /etc/cedana/runtime.json, or the file that is named. A fault ends the program. */
 void runtime_config_load(const char *named);
@@ -44,4 +49,3 @@ void runtime_options_check(const char *command, char **arguments);
 _Noreturn void runtime_ask(void);
 /* By what the caller's root and id say: the file that makes a container ours. The caller frees. */
 char *runtime_marker(const char *id);
-_Noreturn void runtime_execute(const char *path, char **argv, char **env);

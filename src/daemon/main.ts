@@ -16,6 +16,7 @@ import { flock, peerCredentials, setCloexec } from "../linux/addon.ts";
 import { ShimServer } from "../shim/shim-server.ts";
 import { daemonSocketName } from "../shim/socket-name.ts";
 import { leaveOwnCgroups } from "./own-cgroup.ts";
+import { RuntimeServer } from "./runtime-server.ts";
 
 /*
  * cedanad: one per node (exactly: per mount namespace), started by whoever first needs it, by systemd's socket unit, or by
@@ -45,11 +46,15 @@ const pidFile = join(runDirectory, "cedanad.pid");
 
 takeLock(`${socketPath}.lock`);
 
+const runtime = new RuntimeServer(log);
+await runtime.revive(runDirectory);
+
 const shim = new ShimServer({
   log,
   runDirectory,
   build: BUILD,
   versionMax: Number(process.env.CEDANA_KEEPER_PROTOCOL_MAX) || undefined,
+  beginRuntime: (socket, message) => runtime.begin(socket, message),
 });
 
 const server = createServer((socket) => {

@@ -138,6 +138,7 @@ export const fieldKey = {
   status: 67,
   globalArgv: 100,
   root: 101,
+  marker: 102,
 } as const;
 export type FieldName = keyof typeof fieldKey;
 
@@ -214,6 +215,11 @@ export class Message {
 
   string(name: FieldName): string {
     return this.bytes(name).toString("utf8");
+  }
+
+  /** The values of a repeated field. */
+  strings(name: FieldName): string[] {
+    return (this.#fields.get(fieldKey[name]) ?? []).map((bytes) => bytes.toString("utf8"));
   }
 
   bigint(name: FieldName): bigint {
