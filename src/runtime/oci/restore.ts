@@ -9,6 +9,7 @@ import { type Conversation, type OciAnswer, type OciCall, Options } from "./call
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
 import { readMarker, removeMarker, writeMarker } from "./marker.ts";
+import { restoreCgroup } from "./restore-cgroup.ts";
 
 /*
  * `restore`: the engine's own, run by the wrapper with the caller's stdio, so that the restored init is a descendant of conmon or the
@@ -39,7 +40,8 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
   try {
     await mkdir(workPath, { recursive: true, mode: 0o700 });
     const since = Date.now();
-    const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
+    const cgroup = await restoreCgroup(spec, policy.cgroupsMode, call.pid);
+    const env = await criuConfigFile(join(scratch, "criu.conf"), [...criuConfig, ...cgroup.lines]);
     const command = [
       engine,
       ...globalArgv,
@@ -52,6 +54,7 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
     const detached = options.has("detach");
     if (known === undefined && (status !== 0 || !detached)) removeMarker(call.marker);
     if (status === 0) return { status };
+    await cgroup.remove();
     // In the foreground a status may be the container's: CRIU's log of this attempt says whether it was ever restored.
     const log = join(workPath, "restore.log");
     const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
