@@ -1,7 +1,11 @@
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { missingCallers, Podman } from "./harness/callers.ts";
 import { isControl, Live } from "./harness/live.ts";
+import { IMAGE } from "./harness/programs.ts";
+import { entries } from "./harness/system.ts";
+import { until } from "./harness/until.ts";
 
-// What a container makes of SIGTERM (src/runtime/kill-policy.ts), under containerd.
+// What a container makes of SIGTERM (src/runtime/kill-policy.ts), under containerd, and under Podman with cedana-runtime.
 
 const stubborn = "trap 'echo hup; exit 3' HUP; trap '' INT TERM; echo up; while :; do sleep 0.02; done";
 
@@ -71,5 +75,88 @@ describe.skipIf(isControl)("kill-signal, kill-grace and kill-escalation", () => 
     );
     await task.kill(15);
     expect(await task.wait()).toBe(137);
+  });
+});
+
+const missing = missingCallers();
+
+describe.skipIf(missing)(`the same by cedana-runtime under Podman${missing ? ` (${missing})` : ""}`, () => {
+  let podman: Podman;
+  beforeAll(async () => {
+    podman = await Podman.start("runc");
+  });
+  afterEach(async () => {
+    await podman.on("wrapper", "rm", "--all", "--force", "--time", "0");
+    expect(entries(`${podman.place.runDir}/oci`)).toEqual([]); // no marker without its container
+    await podman.place.expectNoLeftovers((argv) => /cedanad/.test(argv));
+  });
+  afterAll(async () => await podman?.stop());
+
+  async function ok(...args: string[]): Promise<string> {
+    const { status, stdout, stderr } = await podman.on("wrapper", ...args);
+    expect(status, `podman ${args.join(" ")}: ${stderr}`).toBe(0);
+    return stdout.trim();
+  }
+  async function run(settings: Record<string, string>): Promise<void> {
+    const annotations = Object.entries(settings).flatMap(([key, value]) => [
+      "--annotation",
+      `cedana.io/kill-${key}=${value}`,
+    ]);
+    await ok("run", "--detach", "--name", "c", ...annotations, IMAGE, "sh", "-c", stubborn);
+    await until(async () => (await ok("logs", "c")).includes("up"), { everyMs: 50 });
+  }
+
+  it("TERM becomes another signal, at podman stop, too; others are left alone", {
+    timeout: 60_000,
+  }, async () => {
+    await run({ signal: "SIGHUP" });
+    expect(await ok("inspect", "--format", "{{.State.Status}}", "c")).toBe("running");
+    await ok("kill", "--signal", "INT", "c");
+    await ok("exec", "c", "true");
+    await ok("stop", "--time", "20", "c");
+    expect(await ok("wait", "c")).toBe("3");
+    expect(await ok("logs", "c")).toBe("up\nhup");
+    await ok("start", "c"); // from the same annotations again
+    await ok("kill", "--signal", "TERM", "c");
+    expect(await ok("wait", "c")).toBe("3");
+  });
+
+  it("what follows is sent after the grace, also by a cedanad that was started after it", {
+    timeout: 60_000,
+  }, async () => {
+    await run({ grace: "200ms", escalation: "INT,HUP" });
+    await ok("kill", "--signal", "TERM", "c");
+    expect(await ok("wait", "c")).toBe("3");
+    await ok("start", "c");
+    await until(async () => (await ok("logs", "c")).match(/up/g)?.length === 2, { everyMs: 50 });
+    await ok("kill", "--signal", "TERM", "c");
+    process.kill(
+      Number(/"pid":(\d+)/.exec(podman.place.cedanadLog().trim().split("\n").at(-1)!)?.[1]),
+      "SIGKILL",
+    );
+    await ok("kill", "--signal", "CONT", "c").catch(() => {}); // whatever needs cedanad starts it
+    expect(await ok("wait", "c")).toBe("3");
+  });
+
+  it("what is no signal is refused at create, and nothing is left", async () => {
+    const { status, stderr } = await podman.on(
+      "wrapper",
+      "run",
+      "--annotation",
+      "cedana.io/kill-signal=BLAH",
+      IMAGE,
+      "true",
+    );
+    expect(status).not.toBe(0);
+    expect(stderr).toContain('cedana.io/kill-signal names "BLAH", which is no signal');
+    const { stderr: store } = await podman.on(
+      "wrapper",
+      "run",
+      "--annotation",
+      "cedana.io/auto-resume=x",
+      IMAGE,
+      "true",
+    );
+    expect(store).toContain("annotation cedana.io/auto-resume");
   });
 });
