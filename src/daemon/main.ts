@@ -46,7 +46,7 @@ const pidFile = join(runDirectory, "cedanad.pid");
 
 takeLock(`${socketPath}.lock`);
 
-const runtime = new RuntimeServer(log);
+const runtime = new RuntimeServer({ log, endBelowConmon: () => end("conmon waits for its children") });
 await runtime.revive(runDirectory);
 
 const shim = new ShimServer({
@@ -74,14 +74,15 @@ server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
   log.info({ socketPath, build: BUILD, node: process.version }, "cedanad serves");
 });
 
-for (const signal of ["SIGTERM", "SIGINT"] as const)
-  process.on(signal, () => {
-    log.info({ signal, tasks: shim.taskCount }, "cedanad ends; containers go on");
-    rmSync(pidFile, { force: true });
-    if (!passed || !process.env.LISTEN_PID) rmSync(socketPath, { force: true });
-    leaveOwnCgroups();
-    process.exit(0);
-  });
+for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => end(signal));
+
+function end(why: string): never {
+  log.info({ why, tasks: shim.taskCount }, "cedanad ends; containers go on");
+  rmSync(pidFile, { force: true });
+  if (!passed || !process.env.LISTEN_PID) rmSync(socketPath, { force: true });
+  leaveOwnCgroups();
+  process.exit(0);
+}
 
 /** Only root, or who we are: the directory says so already, the kernel's word is final. */
 function isAllowed(socket: Socket): boolean {

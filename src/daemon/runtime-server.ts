@@ -1,3 +1,4 @@
+import { readFileSync } from "node:fs";
 import type { Socket } from "node:net";
 import type { Logger } from "pino";
 import { Cancelled, SyscallFailed } from "../errors/index.ts";
@@ -16,15 +17,35 @@ import {
 import type { WrapperCall } from "../shim/shim-server.ts";
 
 const FLAG_BECOME = 1;
+/** For the wrapper to end, and us to become the child of whoever adopts us. */
+const SETTLE_MS = 250;
 
-/** cedanad's side of the calls that cedana-runtime makes. */
+/**
+ * cedanad's side of the calls that cedana-runtime makes.
+ *
+ * A cedanad that a wrapper below conmon has started becomes conmon's child when the wrapper ends: conmon adopts orphans, and at
+ * its own end waits for all that it has. Nobody can leave an adopter by himself, so such a cedanad ends as soon as nothing is under way;
+ * whoever needs the next one, a keeper or a wrapper, starts it.
+ */
 export class RuntimeServer {
   readonly #log: Logger;
   readonly #escalator: Escalator;
+  readonly #endBelowConmon: () => void;
+  #active = 0;
+  #check: NodeJS.Timeout | undefined;
 
-  constructor(log: Logger) {
-    this.#log = log;
-    this.#escalator = new Escalator(log);
+  /** @param options.endBelowConmon  ends this cedanad */
+  constructor(options: { log: Logger; endBelowConmon: () => void }) {
+    this.#log = options.log;
+    this.#endBelowConmon = options.endBelowConmon;
+    this.#escalator = new Escalator(options.log, () => this.#checkSoon());
+  }
+
+  #checkSoon(): void {
+    clearTimeout(this.#check);
+    this.#check = setTimeout(() => {
+      if (this.#active === 0 && this.#escalator.pending === 0 && parentIsConmon()) this.#endBelowConmon();
+    }, SETTLE_MS);
   }
 
   /** What an earlier cedanad has left: containers frozen, signals to be sent. */
@@ -39,11 +60,24 @@ export class RuntimeServer {
     send(messageType.RUNTIME_WORKING, {});
     const call = callOf(message);
     const wrapper = new Wrapper(send, this.#log.child({ container: call.id, command: call.command }));
+    this.#active++;
+    socket.once("close", () => {
+      this.#active--;
+      this.#checkSoon();
+    });
     wrapper.log.debug({ argv: call.argv }, "cedana-runtime asks");
     void runCommand(call, wrapper, this.#escalator).then((answer) => {
       if (answer) send(messageType.RUNTIME_ANSWER, { status: answer.status, message: answer.message });
     });
     return wrapper;
+  }
+}
+
+function parentIsConmon(): boolean {
+  try {
+    return readFileSync(`/proc/${process.ppid}/comm`, "utf8").startsWith("conmon");
+  } catch {
+    return false; // it has ended: somebody else has adopted us, or is about to
   }
 }
 

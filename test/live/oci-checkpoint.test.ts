@@ -5,6 +5,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { missingCallers, type Outcome, Podman, type Side } from "./harness/callers.ts";
 import type { EngineName } from "./harness/live.ts";
 import { IMAGE, programs } from "./harness/programs.ts";
+import { isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 // Checkpoint and restore by Podman through cedana-runtime. CEDANA_TEST_OCI=engine is the control: the same list with the engine
@@ -247,7 +248,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       async () => {
         await run("c");
         const pid = Number(/"pid":(\d+)/.exec(podman.place.cedanadLog().trim().split("\n").at(-1)!)?.[1]);
-        process.kill(pid, "SIGKILL");
+        if (isAlive(pid)) process.kill(pid, "SIGKILL");
         await ok("exec", "c", "true"); // passed through as ever
         await ok("container", "checkpoint", "--leave-running", "c");
         expect(await status("c")).toBe("running");

@@ -34,13 +34,16 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
     );
   const { id, root, engine, globalArgv } = call;
   const known = readMarker(call.marker);
-  // The marker first: a kill right after create must find it.
-  if (known === undefined) writeMarker(call.marker, { version: 1, id, root, engine, globalArgv, kill });
+  // The marker first: a kill right after create must find it. One that is there may be of a container that the engine still has, or
+  // of one that somebody deleted past us.
+  writeMarker(call.marker, { version: 1, id, root, engine, globalArgv, kill });
   const status = await wrapper.run(asGiven(call));
   // `run` without --detach has deleted its container when it ends; a create that failed has none.
   const over =
     call.command === "run" ? !call.argv.some((argument) => /^(-d|--?detach)(=true)?$/.test(argument)) : false;
-  if ((status !== 0 || over) && known === undefined) removeMarker(call.marker);
+  if (status !== 0 && known !== undefined && (await containerState(call)) !== undefined)
+    writeMarker(call.marker, known);
+  else if (status !== 0 || over) removeMarker(call.marker);
   return { status };
 }
 
@@ -93,10 +96,18 @@ function bundleOf(argv: readonly string[]): string {
 /** Sends what follows a kill, when its time has come; on record in the marker, so that the next cedanad goes on with it. */
 export class Escalator {
   readonly #log: Logger;
+  readonly #done: () => void;
   readonly #timers = new Map<string, NodeJS.Timeout>();
 
-  constructor(log: Logger) {
+  /** @param done  called after each step */
+  constructor(log: Logger, done: () => void = () => {}) {
     this.#log = log;
+    this.#done = done;
+  }
+
+  /** How many containers are waited for. */
+  get pending(): number {
+    return this.#timers.size;
   }
 
   /** What an earlier cedanad has left. */
@@ -161,6 +172,8 @@ export class Escalator {
       this.forget(path);
       if ((error as NodeJS.ErrnoException).code === "ESRCH") return; // it has ended
       this.#log.error({ err: error, id: marker.id }, "send the next signal of a kill");
+    } finally {
+      this.#done();
     }
   }
 }

@@ -177,6 +177,13 @@ export class CallerPlace {
     });
   }
 
+  /** cedana-runtime with our configuration, for Podman: its clean-up after a container passes neither environment nor runtime flags on. */
+  #configuredWrapper(): string {
+    const path = join(this.dir, "wrapper");
+    writeFileSync(path, `#!/bin/sh\nexec ${wrapper} --cedana-config ${this.config} "$@"\n`, { mode: 0o755 });
+    return path;
+  }
+
   /** Configuration of Podman and Buildah, both with the two sides as runtimes `engine` and `wrapper`. */
   configureContainers(): void {
     const quoted = (values: string[]) => JSON.stringify(values);
@@ -200,7 +207,7 @@ export class CallerPlace {
         `conmon_env_vars = ${quoted([`PATH=${systemPath}`, `LD_LIBRARY_PATH=${this.env.LD_LIBRARY_PATH}`, `CEDANA_RUN_DIR=${this.runDir}`])}`,
         "[engine.runtimes]",
         `engine = ${quoted([engine])}`,
-        `wrapper = ${quoted([wrapper])}`,
+        `wrapper = ${quoted([this.#configuredWrapper()])}`,
         "",
       ].join("\n"),
     );
@@ -251,9 +258,7 @@ export class Podman {
   }
 
   argv(side: Side, args: string[]): string[] {
-    // Runtime flags are podman's alone: it passes no environment on to a runtime.
-    const runtime = side === "engine" ? [] : ["--runtime-flag", `cedana-config=${this.place.config}`];
-    return [caller("podman"), "--tmpdir", join(this.#dir, "libpod"), "--runtime", side, ...runtime, ...args];
+    return [caller("podman"), "--tmpdir", join(this.#dir, "libpod"), "--runtime", side, ...args];
   }
 
   /** For commands that concern no runtime. */
