@@ -1,11 +1,12 @@
 #!/bin/sh
 # Installs what this machine lacks to build, test and run cedana, on Debian 12 and 13:
 #
-#   scripts/setup.sh [--check] [--quiet] [--with-npm]
+#   scripts/setup.sh [--check] [--quiet] [--with-npm] [--with-callers]
 #
-#   --check     only say what is missing; exit status 1 if something is
-#   --quiet     say nothing but what was done and what went wrong
-#   --with-npm  Node and npm, too
+#   --check         only say what is missing; exit status 1 if something is
+#   --quiet         say nothing but what was done and what went wrong
+#   --with-npm      Node and npm, too
+#   --with-callers  Podman, Buildah, conmon and Docker, too: some 100 MB, for the tests of cedana-runtime only
 #
 # What is there and works stays as it is: a second run changes nothing. CRIU is judged by what it does on the running
 # kernel (`criu check`, then a dump and a restore of a process with a listening TCP socket), because its version
@@ -17,7 +18,8 @@
 # installed from them starts a service. Other people's sources are neither used nor changed.
 #
 # For the tests, other versions of containerd are unpacked, not installed, to $CEDANA_CACHE_DIR (/var/cache/cedana):
-# containerd-<version>/usr/bin/containerd, crit-<version of CRIU> (Python), and the image of the tests, busybox.tar.
+# containerd-<version>/usr/bin/containerd, crit-<version of CRIU> (Python), callers (what calls an OCI runtime), and the image of
+# the tests, busybox.tar.
 set -eu
 umask 022
 
@@ -27,12 +29,13 @@ cache=${CEDANA_CACHE_DIR:-/var/cache/cedana}
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 export PATH
 
-check=no quiet=no with_npm=no
+check=no quiet=no with_npm=no with_callers=no
 for option in "$@"; do
   case $option in
     --check) check=yes ;;
     --quiet) quiet=yes ;;
     --with-npm) with_npm=yes ;;
+    --with-callers) with_callers=yes ;;
     -h | --help) sed -n '2,/^set -eu/s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) printf 'setup: unknown option %s (see --help)\n' "$option" >&2; exit 2 ;;
   esac
@@ -191,6 +194,13 @@ unpacked() {
 
 run_crit() { PYTHONPATH=$cache/crit-$(version_of criu --version)/usr/lib/python3/dist-packages /usr/bin/python3 -m crit "$@"; }
 crit_runs() { run_crit --version >/dev/null 2>&1; }
+
+callers=$cache/callers
+callers_run() {
+  for program in bin/podman bin/conmon bin/buildah sbin/dockerd bin/docker bin/catatonit lib/podman/netavark; do
+    LD_LIBRARY_PATH=$callers/lib "$callers/usr/$program" --version >/dev/null 2>&1 || return 1
+  done
+}
 
 image_is_made() {
   [ -s "$cache/busybox.tar" ] && static_busybox && [ "$(image_inputs)" = "$(cat "$cache/busybox.inputs" 2>/dev/null)" ]
@@ -517,6 +527,27 @@ unpack_crit() {
   warn "no crit of CRIU $wanted found; the tests against it will be skipped"
 }
 
+# Podman, Buildah, conmon and Docker of Debian 13, with the libraries that no other package of ours brings. Unpacked, because
+# installed they would start services at every boot, and on Debian 12 take half of the system with them to Debian 13 (systemd,
+# util-linux, OpenSSL). Programs are below usr/, libraries (for LD_LIBRARY_PATH) in lib/.
+unpack_callers() {
+  info "unpacking podman, buildah, conmon and docker for the tests"
+  read_suite trixie || return 1
+  (cd "$suite_work/deb" && suite_apt apt-get download -q podman conmon buildah docker.io docker-cli catatonit netavark \
+    libgpgme11t64 libassuan9 libgpg-error0 libglib2.0-0t64 libsubid5 libsqlite3-0 >"$work/output" 2>&1) || return 1
+  rm -rf "$cache/.unpacking" "$callers"
+  mkdir -p "$cache/.unpacking/lib"
+  for package in "$suite_work"/deb/*.deb; do
+    dpkg --fsys-tarfile "$package" | tar -x -C "$cache/.unpacking" --wildcards --exclude '*/share/*' './usr/bin/*' './usr/sbin/*' \
+      './usr/lib/*' './usr/libexec/*' 2>/dev/null || :   # a package has not all of these
+  done
+  for library in "$cache"/.unpacking/usr/lib/*-linux-gnu/*.so.*; do mv "$library" "$cache/.unpacking/lib/"; done
+  mv "$cache/.unpacking" "$callers"
+  rm -rf "$suite_work"
+  callers_run || return 1
+  did "unpacked podman, buildah, conmon and docker to $callers"
+}
+
 make_image() {
   sh "$repository/scripts/make-image.sh" "$cache/busybox.tar"
   image_inputs >"$cache/busybox.inputs"
@@ -564,6 +595,7 @@ fi
 unpacked 2. >/dev/null || missing="${missing:+$missing, }containerd 2.x in $cache"
 unpacked 1.6. >/dev/null || missing="${missing:+$missing, }containerd 1.6 in $cache"
 crit_runs || missing="${missing:+$missing, }crit in $cache"
+[ "$with_callers" = no ] || callers_run || missing="${missing:+$missing, }podman, buildah, conmon and docker in $callers"
 image_is_made || missing="${missing:+$missing, }the image $cache/busybox.tar"
 
 if [ "$check" = yes ]; then
@@ -612,6 +644,10 @@ locked=yes
 unpacked 2. >/dev/null || unpack_containerd_2
 unpacked 1.6. >/dev/null || unpack_containerd_1_6
 crit_runs || unpack_crit
+if [ "$with_callers" = yes ] && ! callers_run && ! unpack_callers; then
+  tail -n 3 "$work/output" >&2
+  warn "podman, buildah, conmon and docker could not be unpacked; the tests with them will be skipped"
+fi
 image_is_made || make_image
 
 # What was missing must be there now.

@@ -85,6 +85,9 @@ enum field_key {
   FIELD_SCHED_CORE = 65,
   FIELD_OOM_SCORE_ADJ = 66,
   FIELD_STATUS = 67,
+  FIELD_GLOBAL_ARGV = 100,
+  FIELD_ROOT = 101,
+  FIELD_MARKER = 102,
 };
 
 enum message_type {
@@ -125,6 +128,11 @@ enum message_type {
   MESSAGE_INFO_ANSWER = 45,
   MESSAGE_STATUS = 46,
   MESSAGE_STATUS_ANSWER = 47,
+  MESSAGE_RUNTIME = 60,
+  MESSAGE_RUNTIME_WORKING = 61,
+  MESSAGE_RUNTIME_RUN = 62,
+  MESSAGE_RUNTIME_ENDED = 63,
+  MESSAGE_RUNTIME_ANSWER = 64,
 };
 
 /* Encoding: frame_begin, fields, frame_end with what frame_begin returned. */

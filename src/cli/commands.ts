@@ -2,6 +2,7 @@ import { Args, Command, Flags } from "@oclif/core";
 import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./archive.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
+import { Setup } from "./setup.ts";
 
 class Status extends Command {
   static override description = "Show cedanad, its keepers and their tasks";
@@ -76,4 +77,5 @@ export const commands = {
   "archive:show": ArchiveShow,
   "archive:verify": ArchiveVerify,
   preflight: Preflight,
+  setup: Setup,
 };

@@ -16,6 +16,7 @@ import { flock, peerCredentials, setCloexec } from "../linux/addon.ts";
 import { ShimServer } from "../shim/shim-server.ts";
 import { daemonSocketName } from "../shim/socket-name.ts";
 import { leaveOwnCgroups } from "./own-cgroup.ts";
+import { RuntimeServer } from "./runtime-server.ts";
 
 /*
  * cedanad: one per node (exactly: per mount namespace), started by whoever first needs it, by systemd's socket unit, or by
@@ -45,11 +46,15 @@ const pidFile = join(runDirectory, "cedanad.pid");
 
 takeLock(`${socketPath}.lock`);
 
+const runtime = new RuntimeServer({ log, endBelowConmon: () => end("conmon waits for its children") });
+await runtime.revive(runDirectory);
+
 const shim = new ShimServer({
   log,
   runDirectory,
   build: BUILD,
   versionMax: Number(process.env.CEDANA_KEEPER_PROTOCOL_MAX) || undefined,
+  beginRuntime: (socket, message) => runtime.begin(socket, message),
 });
 
 const server = createServer((socket) => {
@@ -69,14 +74,15 @@ server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
   log.info({ socketPath, build: BUILD, node: process.version }, "cedanad serves");
 });
 
-for (const signal of ["SIGTERM", "SIGINT"] as const)
-  process.on(signal, () => {
-    log.info({ signal, tasks: shim.taskCount }, "cedanad ends; containers go on");
-    rmSync(pidFile, { force: true });
-    if (!passed || !process.env.LISTEN_PID) rmSync(socketPath, { force: true });
-    leaveOwnCgroups();
-    process.exit(0);
-  });
+for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => end(signal));
+
+function end(why: string): never {
+  log.info({ why, tasks: shim.taskCount }, "cedanad ends; containers go on");
+  rmSync(pidFile, { force: true });
+  if (!passed || !process.env.LISTEN_PID) rmSync(socketPath, { force: true });
+  leaveOwnCgroups();
+  process.exit(0);
+}
 
 /** Only root, or who we are: the directory says so already, the kernel's word is final. */
 function isAllowed(socket: Socket): boolean {

@@ -1,6 +1,7 @@
 import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { BrokenImage, SyscallFailed } from "../errors/index.ts";
+import type { PendingEscalation } from "./escalation.ts";
 
 /**
  * A task's state as the next cedanad will find it: one small JSON file in the bundle, replaced at each transition.
@@ -31,6 +32,8 @@ export interface TaskRecord {
   oomKills: number;
   exit?: ExitRecord;
   execs: ExecRecord[];
+  /** signals that are still to be sent after a kill */
+  escalations?: PendingEscalation[];
   /** Answers given to calls with effects, so that a repeated call gets the same one; the newest last. */
   answers: { request: number; payload: string }[];
 }

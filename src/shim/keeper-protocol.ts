@@ -60,6 +60,11 @@ export const messageType = {
   INFO_ANSWER: 45,
   STATUS: 46,
   STATUS_ANSWER: 47,
+  RUNTIME: 60,
+  RUNTIME_WORKING: 61,
+  RUNTIME_RUN: 62,
+  RUNTIME_ENDED: 63,
+  RUNTIME_ANSWER: 64,
 } as const;
 export type MessageType = (typeof messageType)[keyof typeof messageType];
 
@@ -131,6 +136,9 @@ export const fieldKey = {
   schedCore: 65,
   oomScoreAdj: 66,
   status: 67,
+  globalArgv: 100,
+  root: 101,
+  marker: 102,
 } as const;
 export type FieldName = keyof typeof fieldKey;
 
@@ -207,6 +215,11 @@ export class Message {
 
   string(name: FieldName): string {
     return this.bytes(name).toString("utf8");
+  }
+
+  /** The values of a repeated field. */
+  strings(name: FieldName): string[] {
+    return (this.#fields.get(fieldKey[name]) ?? []).map((bytes) => bytes.toString("utf8"));
   }
 
   bigint(name: FieldName): bigint {

@@ -22,6 +22,14 @@ const EPROTO = 71;
 
 const deleteFlags = { ended: 1, unknown: 2 } as const;
 
+/** A call of cedana-runtime that is under way on a connection. */
+export interface WrapperCall {
+  /** RUNTIME_ENDED */
+  ended(message: Message): void;
+  /** the connection has closed */
+  lost(): void;
+}
+
 /**
  * cedanad's side of the connections that launchers and keepers open. A launcher's connection becomes its keeper's when the
  * launcher turns into one.
@@ -33,16 +41,20 @@ export class ShimServer {
   readonly #build: string;
   readonly #versionMax: number;
   readonly #dispatcher = new Dispatcher<CallContext>();
+  readonly #beginRuntime: (socket: Socket, message: Message) => WrapperCall;
 
   constructor(options: {
     log: Logger;
     runDirectory: string;
     build: string;
     versionMax?: number | undefined;
+    /** takes up a call of cedana-runtime */
+    beginRuntime: (socket: Socket, message: Message) => WrapperCall;
   }) {
     this.#log = options.log;
     this.#runDirectory = options.runDirectory;
     this.#build = options.build;
+    this.#beginRuntime = options.beginRuntime;
     this.#versionMax = Math.min(options.versionMax ?? PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MAX);
     for (const name of serviceNames) this.#dispatcher.register(name, taskService);
   }
@@ -56,7 +68,7 @@ export class ShimServer {
   /** Takes over an accepted connection, from a peer that has been checked. */
   accept(socket: Socket): void {
     const reader = new MessageReader();
-    const connection: Connection = { socket, pod: undefined };
+    const connection: Connection = { socket, pod: undefined, runtime: undefined };
     socket.on("data", (chunk: Buffer) => {
       try {
         for (const message of reader.push(chunk)) this.#handle(connection, message);
@@ -71,6 +83,7 @@ export class ShimServer {
     socket.on("error", (error) => this.#log.warn({ err: error }, "a keeper's connection failed")); // close follows
     socket.on("close", () => {
       const { pod } = connection;
+      connection.runtime?.lost();
       if (!pod) return;
       this.pods.delete(pod);
       pod.lost();
@@ -95,6 +108,12 @@ export class ShimServer {
         return;
       case messageType.STATUS:
         this.#answer(connection, messageType.STATUS_ANSWER, this.#answerStatus());
+        return;
+      case messageType.RUNTIME:
+        connection.runtime = this.#beginRuntime(connection.socket, message);
+        return;
+      case messageType.RUNTIME_ENDED:
+        connection.runtime?.ended(message);
         return;
     }
     if (!pod) throw new Error(`message ${message.type} before HELLO`);
@@ -240,4 +259,5 @@ export interface DaemonStatus {
 interface Connection {
   socket: Socket;
   pod: Pod | undefined;
+  runtime: WrapperCall | undefined;
 }

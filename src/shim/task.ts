@@ -15,9 +15,18 @@ import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { Engine, type EngineCommand, engineFailure } from "../runtime/engine.ts";
+import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
-import { cgroupName, cgroupPathV2, type OciSpec, readSpec, sharesPidNamespace } from "../runtime/spec.ts";
+import {
+  cgroupName,
+  cgroupPathV2,
+  type OciProcess,
+  type OciSpec,
+  readSpec,
+  sharesPidNamespace,
+} from "../runtime/spec.ts";
 import { type CheckpointRequest, dump } from "./checkpoint.ts";
+import { Escalations } from "./escalation.ts";
 import * as events from "./events.ts";
 import {
   type ExecRecord,
@@ -102,6 +111,7 @@ export class Task {
   #restoreSource: RestoreSource | undefined;
   #parentCheckpoint: string | undefined;
   #oomKills = 0;
+  readonly #escalations: Escalations;
 
   private constructor(
     pod: Pod,
@@ -124,6 +134,12 @@ export class Task {
       namespace: pod.namespace,
     });
     this.#log = taskLogger(pod.log, bundle, id);
+    this.#escalations = new Escalations({
+      send: async (execId, signal) =>
+        await this.#signal(pod.keeper.ownTag("escalate"), this.process(execId), signal),
+      changed: () => this.record(),
+      log: this.#log,
+    });
   }
 
   get namespace(): string {
@@ -153,6 +169,8 @@ export class Task {
     answer: (task: Task) => Uint8Array,
   ): Promise<Task> {
     const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
+    killPolicy(spec); // a signal that doesn't exist is refused now, not when it is needed
+    execKillPolicy(spec, {});
     const restore = await chooseRestoreSource(
       spec,
       request.checkpoint || options.criuImagePath || undefined,
@@ -231,6 +249,7 @@ export class Task {
       task.execs.set(exec.execId, process);
       task.#execSpecs.set(exec.execId, { serial: exec.serial, spec: exec.spec });
     }
+    task.#escalations.revive(record.escalations ?? []);
     return task;
   }
 
@@ -328,6 +347,7 @@ export class Task {
           ...exitRecord(process.exit),
         };
       }),
+      ...(this.#escalations.pending && { escalations: this.#escalations.records() }),
       answers: this.#answers,
     });
   }
@@ -502,6 +522,7 @@ export class Task {
     if (this.execs.has(request.execId))
       throw new AlreadyExists(`exec ${request.execId} of task ${this.id} already exists`);
     this.#checkExec(request.execId);
+    execKillPolicy({}, processOf(request.spec));
     const process = new Process(request.execId, execIo(this.id, work.request), request.stdio, "created");
     this.execs.set(request.execId, process);
     this.#execSpecs.set(request.execId, { serial: work.request, spec: request.spec });
@@ -549,6 +570,7 @@ export class Task {
   #publishExit(process: Process): void {
     const { status, atNs, sequence } = process.heldExit!;
     process.markExited({ status, atNs });
+    this.#escalations.end(process.execId);
     this.#publishExitEvent(process, sequence);
     if (this.record()) this.#pod.keeper.acknowledge(sequence); // else the keeper keeps it for the next cedanad
   }
@@ -595,23 +617,36 @@ export class Task {
 
   // ---- signals, freezer, files ---------------------------------------------------------------------------------------
 
-  async kill(work: Work, process: Process, signal: number, all: boolean): Promise<void> {
-    const gone = () =>
-      new NotFound(`${process.name} of task ${this.id} has already ended: process already finished`);
+  /** A signal as the container wants it: TERM may become another one, and others may follow it. */
+  async kill(work: Work, process: Process, sent: number, all: boolean): Promise<void> {
     if (process.pid === 0) {
-      if (process.isInit) throw gone();
+      if (process.isInit) throw this.#goneError(process);
       throw new WrongState(`process not created: ${process.name} of task ${this.id} has not been started`);
     }
-    if (process.exit && !work.repeated) throw gone();
+    if (process.exit && !work.repeated) throw this.#goneError(process);
+    const { signal, escalation } = planKill(await this.#killPolicy(process), sent);
     if (all && process.isInit) {
       const command = this.engine.kill({ id: this.id, signal, all: true, logFile: this.#logFile("kill") });
       await this.#runEngine(work.tag("kill-all"), "kill", command);
-      return;
-    }
+    } else await this.#signal(work.tag("kill"), process, signal);
+    if (!process.exit) this.#escalations.begin(process.execId, escalation);
+  }
+
+  async #killPolicy(process: Process): Promise<KillPolicy | undefined> {
+    const spec = await this.spec();
+    if (process.isInit) return killPolicy(spec);
+    return execKillPolicy(spec, processOf(this.#execSpecs.get(process.execId)!.spec));
+  }
+
+  #goneError(process: Process): NotFound {
+    return new NotFound(`${process.name} of task ${this.id} has already ended: process already finished`);
+  }
+
+  async #signal(tag: Tag, process: Process, signal: number): Promise<void> {
     try {
-      await this.#pod.keeper.signal(work.tag("kill"), process.pid, signal);
+      await this.#pod.keeper.signal(tag, process.pid, signal);
     } catch (error) {
-      if (error instanceof SyscallFailed && error.code === "ESRCH") throw gone();
+      if (error instanceof SyscallFailed && error.code === "ESRCH") throw this.#goneError(process);
       throw error;
     }
     // A frozen process of cgroups version 1 doesn't even die.
@@ -895,6 +930,15 @@ export class Task {
 
 function execIo(id: string, serial: number): string {
   return `${id}/${serial}`;
+}
+
+/** An exec's OCI process. One that is none is the engine's to refuse, in its own words. */
+function processOf(spec: string): OciProcess {
+  try {
+    return (JSON.parse(spec) as OciProcess | null) ?? {};
+  } catch {
+    return {};
+  }
 }
 
 function exitRecord(exit: Exit | undefined): { exit?: { status: number; atNs: string } } {

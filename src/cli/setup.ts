@@ -1,0 +1,61 @@
+import { join } from "node:path";
+import { Command, Flags } from "@oclif/core";
+import { InvalidRequest } from "../errors/index.ts";
+import {
+  apply,
+  planRegistration,
+  planUndo,
+  restartAdvice,
+  type Target,
+  targets,
+  unifiedDiff,
+} from "./registration.ts";
+
+/** `cedana setup`: see registration.ts. */
+export class Setup extends Command {
+  static override description =
+    "Make containerd, CRI-O, Podman or Docker know cedana's runtime, or take it back. Prints what it changes; restarts nothing";
+  static override examples = [
+    "cedana setup --target podman --dry-run",
+    "cedana setup --target containerd",
+    "cedana setup --target docker --undo",
+  ];
+  static override flags = {
+    target: Flags.string({ description: "whose configuration", options: [...targets], required: true }),
+    "dry-run": Flags.boolean({ description: "only print the difference" }),
+    undo: Flags.boolean({ description: "put back what was there before" }),
+    root: Flags.string({
+      description: "directory in front of every path, for an image or a chroot",
+      default: "",
+    }),
+    programs: Flags.string({
+      description: "directory of cedana-runtime and the shim, as the services see it",
+    }),
+  };
+
+  async run(): Promise<void> {
+    const { flags } = await this.parse(Setup);
+    const target = flags.target as Target;
+    const repository = join(import.meta.dirname, "..");
+    const place = {
+      root: flags.root,
+      programs: flags.programs ?? join(repository, "bin"),
+      packaging: join(repository, "packaging"),
+      stateDirectory: process.env.CEDANA_STATE_DIR || "/var/lib/cedana",
+    };
+    if (!place.programs.startsWith("/"))
+      throw new InvalidRequest(`--programs ${place.programs} is not an absolute path`);
+    const change = flags.undo ? planUndo(target, place) : planRegistration(target, place);
+    const difference = unifiedDiff(change);
+    if (difference === "") {
+      this.log(`${change.path}: nothing to do`);
+      return;
+    }
+    this.log(difference.trimEnd());
+    if (flags["dry-run"]) return;
+    apply(target, place, change, flags.undo);
+    this.log(
+      `${change.path}: ${change.after === undefined ? "removed" : "written"}. ${restartAdvice[target]}`,
+    );
+  }
+}

@@ -1,0 +1,149 @@
+import { readFileSync } from "node:fs";
+import type { Socket } from "node:net";
+import type { Logger } from "pino";
+import { Cancelled, SyscallFailed } from "../errors/index.ts";
+import type { Conversation, OciCall } from "../runtime/oci/call.ts";
+import { runCommand } from "../runtime/oci/commands.ts";
+import { thawLeftovers } from "../runtime/oci/frozen.ts";
+import { Escalator } from "../runtime/oci/life.ts";
+import {
+  encodeMessage,
+  exitStatusOf,
+  type FieldValues,
+  type Message,
+  type MessageType,
+  messageType,
+} from "../shim/keeper-protocol.ts";
+import type { WrapperCall } from "../shim/shim-server.ts";
+
+const FLAG_BECOME = 1;
+/** For the wrapper to end, and us to become the child of whoever adopts us. */
+const SETTLE_MS = 250;
+
+/**
+ * cedanad's side of the calls that cedana-runtime makes.
+ *
+ * A cedanad that a wrapper below conmon has started becomes conmon's child when the wrapper ends: conmon adopts orphans, and at
+ * its own end waits for all that it has. Nobody can leave an adopter by himself, so such a cedanad ends as soon as nothing is under way;
+ * whoever needs the next one, a keeper or a wrapper, starts it.
+ */
+export class RuntimeServer {
+  readonly #log: Logger;
+  readonly #escalator: Escalator;
+  readonly #endBelowConmon: () => void;
+  #active = 0;
+  #check: NodeJS.Timeout | undefined;
+
+  /** @param options.endBelowConmon  ends this cedanad */
+  constructor(options: { log: Logger; endBelowConmon: () => void }) {
+    this.#log = options.log;
+    this.#endBelowConmon = options.endBelowConmon;
+    this.#escalator = new Escalator(options.log, () => this.#checkSoon());
+  }
+
+  #checkSoon(): void {
+    clearTimeout(this.#check);
+    this.#check = setTimeout(() => {
+      if (this.#active === 0 && this.#escalator.pending === 0 && parentIsConmon()) this.#endBelowConmon();
+    }, SETTLE_MS);
+  }
+
+  /** What an earlier cedanad has left: containers frozen, signals to be sent. */
+  async revive(runDirectory: string): Promise<void> {
+    this.#escalator.revive(runDirectory);
+    await thawLeftovers(runDirectory, this.#log);
+  }
+
+  /** Takes up a RUNTIME message. @returns who is told of what follows on that connection */
+  begin(socket: Socket, message: Message): WrapperCall {
+    const send = (type: MessageType, values: FieldValues) => socket.write(encodeMessage(type, values));
+    send(messageType.RUNTIME_WORKING, {});
+    const call = callOf(message);
+    const wrapper = new Wrapper(send, this.#log.child({ container: call.id, command: call.command }));
+    this.#active++;
+    socket.once("close", () => {
+      this.#active--;
+      this.#checkSoon();
+    });
+    wrapper.log.debug({ argv: call.argv }, "cedana-runtime asks");
+    void runCommand(call, wrapper, this.#escalator).then((answer) => {
+      if (answer) send(messageType.RUNTIME_ANSWER, { status: answer.status, message: answer.message });
+    });
+    return wrapper;
+  }
+}
+
+function parentIsConmon(): boolean {
+  try {
+    return readFileSync(`/proc/${process.ppid}/comm`, "utf8").startsWith("conmon");
+  } catch {
+    return false; // it has ended: somebody else has adopted us, or is about to
+  }
+}
+
+function callOf(message: Message): OciCall {
+  const [command = "", ...argv] = message.strings("argv");
+  return {
+    command,
+    argv,
+    globalArgv: message.strings("globalArgv"),
+    engine: message.string("path"),
+    root: message.string("root"),
+    id: message.string("id"),
+    marker: message.string("marker"),
+    cwd: message.string("cwd"),
+    pid: message.int("pid"),
+  };
+}
+
+class Wrapper implements Conversation, WrapperCall {
+  readonly log: Logger;
+  readonly #send: (type: MessageType, values: FieldValues) => void;
+  readonly #gone = new AbortController();
+  #running: { resolve(status: number): void; reject(error: Error): void } | undefined;
+
+  constructor(send: (type: MessageType, values: FieldValues) => void, log: Logger) {
+    this.#send = send;
+    this.log = log;
+  }
+
+  get signal(): AbortSignal {
+    return this.#gone.signal;
+  }
+
+  run(argv: readonly string[], options: Parameters<Conversation["run"]>[1] = {}): Promise<number> {
+    if (this.signal.aborted) return Promise.reject(new Cancelled("cedana-runtime has gone"));
+    return new Promise((resolve, reject) => {
+      this.#running = { resolve, reject };
+      this.#send(messageType.RUNTIME_RUN, { argv, env: pairs(options.env), outputPath: options.outputPath });
+    });
+  }
+
+  become(argv: readonly string[], options: Parameters<Conversation["become"]>[1] = {}): void {
+    this.#send(messageType.RUNTIME_RUN, { argv, env: pairs(options.env), flags: FLAG_BECOME });
+  }
+
+  ended(message: Message): void {
+    const errno = message.int("errno");
+    if (errno === 0) this.#running?.resolve(exitStatusOf(message.int("waitStatus")));
+    else
+      this.#running?.reject(
+        new SyscallFailed(`start the engine: errno ${errno}`, {
+          errno,
+          code: String(errno),
+          syscall: "execve",
+        }),
+      );
+    this.#running = undefined;
+  }
+
+  lost(): void {
+    this.#gone.abort();
+    this.#running?.reject(new Cancelled("cedana-runtime has gone"));
+    this.#running = undefined;
+  }
+}
+
+function pairs(env: Readonly<Record<string, string>> | undefined): string[] | undefined {
+  return env && Object.entries(env).map(([name, value]) => `${name}=${value}`);
+}

@@ -1,0 +1,154 @@
+import { constants } from "node:os";
+import { InvalidRequest } from "../errors/index.ts";
+import { annotationsOf, containerNameOf, isSandboxContainer, type OciProcess, type OciSpec } from "./spec.ts";
+
+/*
+ * What a container makes of SIGTERM: one policy for the shim's Kill and for `cedana-runtime kill`.
+ *
+ *   cedana.io/kill-signal      what TERM becomes: "SIGINT", "hup", "RTMIN+3", "15"
+ *   cedana.io/kill-grace       how long until the next step: "10s", "500ms", "1m30s", "7" (seconds)
+ *   cedana.io/kill-escalation  what follows, each a grace after the one before: "QUIT,KILL"; KILL where only a grace is given
+ *
+ * Every other signal is delivered as it came: whoever sends KILL means it. Kubernetes annotates pods: KEY.CONTAINER goes
+ * before KEY, and the sandbox container ignores both. An exec'd process has a policy of its own, by `cedana.io/exec-kill-…`, or
+ * from whoever execs by CEDANA_KILL_SIGNAL, CEDANA_KILL_GRACE and CEDANA_KILL_ESCALATION in its environment; without these
+ * its signals are left alone.
+ */
+
+export interface KillPolicy {
+  /** what TERM becomes */
+  readonly signal: number;
+  /** what is sent after it, to a process that still lives */
+  readonly escalation: readonly EscalationStep[];
+}
+
+export interface EscalationStep {
+  readonly signal: number;
+  /** after the step before it */
+  readonly afterMs: number;
+}
+
+const { SIGTERM, SIGKILL } = constants.signals;
+/** A day: whoever waits longer for an end doesn't mean one. */
+const maxGraceMs = 24 * 60 * 60 * 1000;
+const maxSteps = 8;
+// As the kernel and the engines count them, which is not how libc does: RTMIN is 34 to a program, and 32 and 33 are libc's own.
+const realTimeMin = 34;
+const realTimeMax = 64;
+
+/**
+ * A signal by name, with or without SIG, or by number.
+ * @returns undefined when there is none of that name
+ */
+export function signalNumber(text: string): number | undefined {
+  if (/^\d{1,2}$/.test(text)) {
+    const number = Number(text);
+    return number >= 1 && number <= realTimeMax ? number : undefined;
+  }
+  const name = text.toUpperCase().replace(/^SIG/, "");
+  const [, base, sign, offset] = /^(RTMIN|RTMAX)(?:([+-])(\d{1,2}))?$/.exec(name) ?? [];
+  if (base !== undefined) {
+    const start = base === "RTMIN" ? realTimeMin : realTimeMax;
+    const number = start + (offset === undefined ? 0 : (sign === "+" ? 1 : -1) * Number(offset));
+    return number >= realTimeMin && number <= realTimeMax ? number : undefined;
+  }
+  return (constants.signals as Record<string, number>)[`SIG${name}`];
+}
+
+/** "1m30s", "500ms", "7": milliseconds; undefined when it is none. */
+export function durationMs(text: string): number | undefined {
+  if (/^\d{1,9}$/.test(text)) return Number(text) * 1000;
+  const [whole, hours, minutes, seconds, milliseconds] =
+    /^(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,9}(?:\.\d{1,3})?)s)?(?:(\d{1,9})ms)?$/.exec(text) ?? [];
+  if (!whole) return undefined;
+  return (
+    Number(hours ?? 0) * 3_600_000 +
+    Number(minutes ?? 0) * 60_000 +
+    Math.round(Number(seconds ?? 0) * 1000) +
+    Number(milliseconds ?? 0)
+  );
+}
+
+/**
+ * The policy of a container's init.
+ * @returns undefined when the container says nothing
+ * @throws InvalidRequest naming the annotation and what is wrong with it
+ */
+export function killPolicy(spec: OciSpec): KillPolicy | undefined {
+  return policyFrom((key) => annotation(spec, `kill-${key}`));
+}
+
+/** … of a process exec'd in it. @throws InvalidRequest */
+export function execKillPolicy(spec: OciSpec, process: OciProcess): KillPolicy | undefined {
+  return policyFrom(
+    (key) => variable(process, `CEDANA_KILL_${key.toUpperCase()}`) ?? annotation(spec, `exec-kill-${key}`),
+  );
+}
+
+/** What is to be sent, and what follows it. */
+export function planKill(policy: KillPolicy | undefined, signal: number): KillPolicy {
+  return policy !== undefined && signal === SIGTERM ? policy : { signal, escalation: [] };
+}
+
+/** The setting and where it was found. */
+interface Setting {
+  readonly name: string;
+  readonly value: string;
+}
+
+function annotation(spec: OciSpec, key: string): Setting | undefined {
+  if (isSandboxContainer(spec)) return undefined;
+  const annotations = annotationsOf(spec);
+  const container = containerNameOf(spec);
+  const names = [...(container ? [`cedana.io/${key}.${container}`] : []), `cedana.io/${key}`];
+  const name = names.find((candidate) => annotations[candidate] !== undefined);
+  return name === undefined ? undefined : { name: `annotation ${name}`, value: annotations[name]! };
+}
+
+function variable(process: OciProcess, name: string): Setting | undefined {
+  const entry = process.env?.findLast((one) => one.startsWith(`${name}=`));
+  return entry === undefined
+    ? undefined
+    : { name: `environment variable ${name}`, value: entry.slice(name.length + 1) };
+}
+
+function policyFrom(
+  find: (key: "signal" | "grace" | "escalation") => Setting | undefined,
+): KillPolicy | undefined {
+  const [signal, grace, escalation] = [find("signal"), find("grace"), find("escalation")];
+  if (!signal && !grace && !escalation) return undefined;
+  if (escalation && !grace)
+    throw new InvalidRequest(
+      `${escalation.name} says what follows, but nothing says when: set kill-grace, too`,
+    );
+  const afterMs = grace && toDuration(grace);
+  const steps =
+    afterMs === undefined ? [] : (escalation?.value ?? "KILL").split(",").map((name) => name.trim());
+  if (steps.length > maxSteps)
+    throw new InvalidRequest(`${escalation!.name} has ${steps.length} signals; ${maxSteps} are allowed`);
+  return {
+    signal: signal ? toSignal(signal, signal.value) : SIGTERM,
+    escalation: steps.map((name) => ({
+      signal: escalation ? toSignal(escalation, name) : SIGKILL,
+      afterMs: afterMs!,
+    })),
+  };
+}
+
+function toSignal(setting: Setting, text: string): number {
+  const number = signalNumber(text);
+  if (number === undefined)
+    throw new InvalidRequest(
+      `${setting.name} names ${JSON.stringify(text)}, which is no signal: give a name such as INT, SIGQUIT or RTMIN+3, or a number up to ${realTimeMax}`,
+    );
+  return number;
+}
+
+function toDuration(setting: Setting): number {
+  const ms = durationMs(setting.value);
+  if (ms === undefined || ms > maxGraceMs)
+    throw new InvalidRequest(
+      `${setting.name} is ${JSON.stringify(setting.value)}; it must be a time up to 24h such as 10s, 500ms or 1m30s`,
+    );
+  return ms;
+}

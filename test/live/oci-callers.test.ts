@@ -1,0 +1,272 @@
+import { type ChildProcess, spawn } from "node:child_process";
+import { copyFileSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import type { Readable, Writable } from "node:stream";
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { CallerPlace, caller, missingCallers, type Side, sides, wrapper } from "./harness/callers.ts";
+import { type EngineName, GO_SHIM, Live } from "./harness/live.ts";
+import { IMAGE, imageTar, programs } from "./harness/programs.ts";
+import { anyOf } from "./harness/proto.ts";
+import { containerSpec, processSpec } from "./harness/spec.ts";
+import { until } from "./harness/until.ts";
+
+// Callers other than Podman and Docker. CRI-O is in no Debian release: its calls of conmon and of the runtime are replayed here with
+// Debian's conmon, as its server/runtime_oci.go makes them.
+
+const missing = missingCallers();
+const because = missing ? ` (${missing})` : "";
+const engines: EngineName[] = ["runc", "crun"];
+const loop = "trap 'echo bye; exit 7' TERM; echo up; while :; do sleep 0.05; done";
+
+describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engine) => {
+  let place: CallerPlace;
+  beforeAll(async () => {
+    place = await CallerPlace.start(engine);
+    const testPrograms = await programs();
+    for (const side of sides) {
+      const bundle = join(place.dir, side);
+      for (const name of [
+        "rootfs/bin",
+        "rootfs/dev",
+        "rootfs/proc",
+        "rootfs/sys",
+        "rootfs/run",
+        "rootfs/programs",
+        "exits",
+      ])
+        mkdirSync(join(bundle, name), { recursive: true });
+      copyFileSync("/usr/bin/busybox", join(bundle, "rootfs/bin/busybox"));
+      for (const applet of ["sh", "sleep", "cat", "echo"])
+        symlinkSync("busybox", join(bundle, "rootfs/bin", applet));
+      const args = ["sh", "-c", `read line; echo got $line; ${loop}`];
+      const spec = containerSpec({
+        args,
+        cgroupsPath: `/${place.namespace}/${side}`,
+        programs: testPrograms,
+      });
+      writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
+    }
+  });
+  afterEach(async () => await place.expectNoLeftovers());
+  afterAll(async () => await place?.stop());
+
+  const root = (side: Side) => join(place.dir, side, "root");
+  const runtime = (side: Side, ...args: string[]) =>
+    place.run(place.runtime(side, "--root", root(side), ...args));
+  const at = (side: Side, name: string) => join(place.dir, side, name);
+
+  /** conmon as CRI-O starts it: pipes by _OCI_SYNCPIPE and _OCI_STARTPIPE. @returns what conmon says of the container */
+  async function conmon(side: Side, ...args: string[]): Promise<Record<string, unknown>> {
+    const [program, ...own] = place.runtime(side, "--root", root(side));
+    const argv = [
+      caller("conmon"),
+      ...[
+        "-b",
+        join(place.dir, side),
+        "-c",
+        "box",
+        "-n",
+        "k8s_box",
+        "-u",
+        "box",
+        "-r",
+        program === engine ? enginePath() : program!,
+      ],
+      ...["-l", at(side, "log"), "--log-level", "info", "--socket-dir-path", join(place.dir, side[0]!)],
+      ...["--persist-dir", join(place.dir, side), ...own.flatMap((arg) => ["--runtime-arg", arg]), ...args],
+    ];
+    mkdirSync(join(place.dir, side[0]!), { recursive: true });
+    const [file, ...rest] = place.inside(argv);
+    const child = spawn(file!, rest, {
+      env: { ...place.env, _OCI_SYNCPIPE: "3", _OCI_STARTPIPE: "4" },
+      cwd: join(place.dir, side),
+      stdio: ["ignore", "ignore", "pipe", "pipe", "pipe"],
+    });
+    let errors = "";
+    child.stderr!.on("data", (chunk) => (errors += chunk));
+    (child.stdio[4] as Writable).end("\0"); // conmon waits for its cgroup
+    return await firstLine(child, () => errors);
+  }
+
+  async function firstLine(child: ChildProcess, errors: () => string): Promise<Record<string, unknown>> {
+    let text = "";
+    for await (const chunk of child.stdio[3] as Readable) {
+      text += chunk;
+      if (text.includes("\n")) return JSON.parse(text);
+    }
+    throw new Error(`conmon said ${JSON.stringify(text)} and ${errors()}`);
+  }
+  const enginePath = () => (engine === "runc" ? "/usr/sbin/runc" : "/usr/bin/crun");
+
+  it("create, attach, start, exec, update, kill and delete a container", { timeout: 60_000 }, async () => {
+    const said: Record<Side, unknown[]> = { engine: [], wrapper: [] };
+    for (const side of sides) {
+      const note = (value: unknown) => said[side].push(value);
+      const created = await conmon(
+        side,
+        "--exit-dir",
+        at(side, "exits"),
+        "-P",
+        at(side, "conmon-pidfile"),
+        "-p",
+        at(side, "pidfile"),
+        "-i",
+      );
+      expect(created.pid).toBe(Number(readFileSync(at(side, "pidfile"), "utf8")));
+      note(JSON.parse((await runtime(side, "state", "box")).stdout).status);
+      // The container must be conmon's, or nobody learns how it ended.
+      const conmonPid = readFileSync(at(side, "conmon-pidfile"), "utf8").trim();
+      expect(readFileSync(`/proc/${created.pid}/stat`, "latin1").split(") ")[1]!.split(" ")[1]).toBe(
+        conmonPid,
+      );
+      note((await runtime(side, "start", "box")).status);
+
+      // Attach: packets, the first byte of each says which stream; ours are stdin.
+      const socket = join(join(place.dir, side[0]!), "box", "attach");
+      const attach = `use Socket; socket(S, PF_UNIX, SOCK_SEQPACKET, 0); connect(S, pack_sockaddr_un($ARGV[0])) or die "$!\\n";
+        send(S, "hello\\n", 0); my $all = ""; while ($all !~ /up/) { recv(S, my $packet, 8192, 0); length $packet or last; $all .= substr($packet, 1) } print $all`;
+      note((await place.run(["perl", "-e", attach, socket])).stdout);
+
+      // Exec as CRI-O does it: alone, and with conmon (ExecSync).
+      const processFile = at(side, "process.json");
+      writeFileSync(
+        processFile,
+        JSON.stringify(processSpec({ args: ["sh", "-c", "echo in; echo err >&2; exit 4"] })),
+      );
+      note(await runtime(side, "exec", "--process", processFile, "box"));
+      note(
+        await conmon(
+          side,
+          "-e",
+          "-p",
+          at(side, "exec-pidfile"),
+          "--exec-process-spec",
+          processFile,
+          "-T",
+          "10",
+          "-l",
+          at(side, "exec-log"),
+        ).then((answer) => typeof answer.pid),
+      );
+      await until(() => /F err|P err/.test(text(at(side, "exec-log"))), {
+        what: () => `output of the exec: ${text(at(side, "exec-log"))}`,
+      });
+      note(text(at(side, "exec-log")).replaceAll(/^\S+ /gm, "T ").split("\n").sort());
+
+      const updated = await updateByStdin(side);
+      if (engine === "runc") expect(updated).toBe(0); // crun has no controllers here
+      note(updated);
+      const probe = await runtime(side, "restore", "--lsm-mount-context");
+      if (side === "wrapper") expect(probe.stderr + probe.stdout).toContain("flag needs an argument");
+      expect((await runtime(side, "checkpoint", "--help")).status).toBe(0);
+      note((await runtime(side, "features")).status);
+
+      note((await runtime(side, "kill", "box", "15")).status);
+      note(await until(() => text(at(side, "exits/box")) || undefined, { what: () => "conmon's exit file" }));
+      note((await runtime(side, "delete", "--force", "box")).status);
+      note((await runtime(side, "state", "box")).status);
+      note(text(at(side, "log")).replaceAll(/^\S+ /gm, "T "));
+    }
+    expect(said.wrapper).toEqual(said.engine);
+    expect(said.engine[2]).toMatch(/got hello/);
+    expect(String(said.engine[9]).trim(), JSON.stringify(said.engine)).toBe("7"); // conmon's exit file
+  });
+
+  /** `update --resources -`, which reads stdin. */
+  async function updateByStdin(side: Side): Promise<number | null> {
+    const child = place.spawn(
+      place.runtime(side, "--root", root(side), "update", "--resources", "-", "box"),
+      { input: true },
+    );
+    child.stdin!.end(JSON.stringify(engine === "runc" ? { pids: { limit: 50 } } : {}));
+    return await new Promise((resolve) => child.once("exit", resolve));
+  }
+});
+
+function text(path: string): string {
+  try {
+    return readFileSync(path, "utf8");
+  } catch {
+    return "";
+  }
+}
+
+describe.skipIf(missing)(`buildah${because}`, () => {
+  let place: CallerPlace;
+  beforeAll(async () => {
+    place = await CallerPlace.start("runc");
+    place.configureContainers();
+    await place.ok([caller("buildah"), "pull", "--quiet", `docker-archive:${await imageTar()}`]);
+  });
+  afterAll(async () => await place?.stop());
+
+  it("runs the steps of a build in either", async () => {
+    const container = await place.ok([
+      caller("buildah"),
+      "from",
+      "--pull-never",
+      "--ulimit",
+      "nofile=1024:1024",
+      "--ulimit",
+      "nproc=1024:1024",
+      IMAGE,
+    ]);
+    const outcomes = [];
+    for (const side of sides) {
+      const flags =
+        side === "engine"
+          ? ["--runtime", "/usr/sbin/runc"]
+          : ["--runtime", wrapper, "--runtime-flag", `cedana-config=${place.config}`];
+      const run = (...args: string[]) =>
+        place.run([
+          caller("buildah"),
+          "run",
+          "--isolation",
+          "oci",
+          "--network",
+          "host",
+          ...flags,
+          container,
+          "--",
+          ...args,
+        ]);
+      const outcome = await run("sh", "-c", "echo built >/file; cat /file; echo err >&2");
+      outcomes.push([outcome, (await run("sh", "-c", "exit 5")).status, (await run("cat", "/file")).stdout]);
+    }
+    expect(outcomes[1]).toEqual(outcomes[0]);
+    expect(outcomes[0]).toEqual([
+      { status: 0, stdout: "built\n", stderr: expect.stringContaining("err\n") },
+      5,
+      "built\n",
+    ]);
+    await place.expectNoLeftovers();
+  });
+});
+
+describe.each(engines)("containerd's own shim, with cedana-runtime over %s for a BinaryName", (engine) => {
+  let live: Live;
+  beforeAll(async () => {
+    live = await Live.start({ engine, runtime: GO_SHIM, env: { CEDANA_ENGINE: engine } });
+  });
+  afterEach(() => live.expectNoLeftovers());
+  afterAll(() => live?.stop());
+
+  it("runs, execs, pauses, kills and deletes", async () => {
+    const runtimeOptions = anyOf("containerd.runc.v1.Options", { binaryName: wrapper });
+    expect(await live.runToEnd(["sh", "-c", "echo hello; exit 7"], { runtimeOptions })).toMatchObject({
+      status: 7,
+      stdout: "hello\n",
+    });
+    await using task = await live.run(["counter", "20", "42"], { runtimeOptions });
+    expect(await task.nextNumber()).toBe(0);
+    await task.pause();
+    expect(await task.state()).toMatchObject({ status: "PAUSED" });
+    await task.resume();
+    await task.kill(15);
+    expect(await task.wait()).toBe(42);
+    expect(await task.delete()).toBe(42);
+    await expect(live.run(["no-such-program"], { runtimeOptions })).rejects.toThrow(
+      /OCI runtime create failed.*no-such-program/,
+    );
+  });
+});

@@ -1,0 +1,247 @@
+import { spawn, spawnSync } from "node:child_process";
+import {
+  copyFileSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
+import { join } from "node:path";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { cleanUp } from "./harness/cleanup.ts";
+import { programs, repository } from "./harness/programs.ts";
+import { containerSpec } from "./harness/spec.ts";
+import { cgroupsOf, entries } from "./harness/system.ts";
+
+// The same commands to the engine and to cedana-runtime, in a bundle and a state directory each: what they print, log and end with
+// must be the same. Nothing here knows what is right: the engine does.
+
+const wrapper = join(repository, "bin/cedana-runtime");
+const engines = ["runc", "crun"] as const;
+
+describe.each(engines)("cedana-runtime over %s", (engine) => {
+  const dir = mkdtempSync("/run/co-");
+  const namespace = dir.split("/").at(-1)!.toLowerCase();
+  // crun refuses a hybrid of cgroups 1 and 2; it gets a mount namespace that shows only version 2.
+  const enter =
+    engine === "crun" && !entries("/sys/fs/cgroup").includes("cgroup.controllers")
+      ? [
+          "unshare",
+          "--mount",
+          "--propagation",
+          "private",
+          "sh",
+          "-c",
+          'mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"',
+          "sh",
+        ]
+      : [];
+  const env = { PATH: process.env.PATH!, CEDANA_RUN_DIR: join(dir, "run"), CEDANA_ENGINE: engine };
+  const sides = ["engine", "wrapper"] as const;
+  type Side = (typeof sides)[number];
+
+  beforeAll(async () => {
+    const testPrograms = await programs();
+    for (const side of sides)
+      for (const id of ["a", "b"]) {
+        const bundle = join(dir, side, id);
+        mkdirSync(join(bundle, "rootfs/bin"), { recursive: true });
+        for (const name of ["dev", "proc", "sys", "run", "programs"]) mkdirSync(join(bundle, "rootfs", name));
+        copyFileSync("/usr/bin/busybox", join(bundle, "rootfs/bin/busybox"));
+        for (const applet of ["sh", "sleep", "cat", "true", "echo"])
+          symlinkSync("busybox", join(bundle, "rootfs/bin", applet));
+        const args =
+          id === "a"
+            ? ["sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.05; done"]
+            : ["sh", "-c", "exit 3"];
+        const spec = containerSpec({
+          args,
+          cgroupsPath: `/${namespace}/${side}-${id}`,
+          programs: testPrograms,
+        });
+        spec.annotations = { "org.example.key": "value" };
+        writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
+      }
+  });
+  afterAll(async () => {
+    for (const side of sides) for (const id of ["a", "b"]) run(side, "delete", "--force", id);
+    await cleanUp({ dir, namespace });
+    rmSync(dir, { recursive: true, force: true });
+    expect(cgroupsOf(namespace)).toEqual([]);
+  });
+
+  interface Outcome {
+    status: number | null;
+    stdout: string;
+    stderr: string;
+    log: string;
+  }
+
+  function argv(side: Side, args: string[], format = "json"): string[] {
+    const program = side === "engine" ? engine : wrapper;
+    const flags = [
+      "--root",
+      join(dir, side, "root"),
+      "--log",
+      join(dir, side, "log"),
+      "--log-format",
+      format,
+    ];
+    return [...enter, program, ...flags, ...args];
+  }
+
+  /** What both sides say, made comparable: their paths, pids and times. */
+  function normal(text: string, side: Side): string {
+    return text
+      .replaceAll(join(dir, side), "DIR")
+      .replaceAll(`/${namespace}/${side}-`, "/CGROUP-")
+      .replaceAll(/\d{4}-\d\d-\d\dT[\d:.]+Z/g, "TIME")
+      .replaceAll(/time="[^"]*"/g, "time=TIME")
+      .replaceAll(/("pid": ?)\d+/g, "$1PID")
+      .replaceAll(/\b\d{3,}\b/g, "NUMBER");
+  }
+
+  function run(side: Side, ...args: string[]): Outcome {
+    rmSync(join(dir, side, "log"), { force: true });
+    const [file, ...rest] = argv(side, args);
+    // stdio of a `create` must not hold the container's end open.
+    const out = spawnSync(file!, rest, {
+      env,
+      cwd: join(dir, side),
+      encoding: "utf8",
+      stdio: args.includes("create") ? "ignore" : "pipe",
+    });
+    let log = "";
+    try {
+      log = readFileSync(join(dir, side, "log"), "utf8");
+    } catch {
+      // crun makes none where it has nothing to say
+    }
+    return {
+      status: out.status,
+      stdout: normal(out.stdout ?? "", side),
+      stderr: normal(out.stderr ?? "", side),
+      log: normal(log, side),
+    };
+  }
+
+  /** Runs it on both sides and returns what both said. */
+  function same(...args: string[]): Outcome {
+    const bare = run("engine", ...args);
+    const ours = run("wrapper", ...args.map((arg) => arg.replaceAll("/engine/", "/wrapper/")));
+    expect(ours, args.join(" ")).toEqual(bare);
+    return bare;
+  }
+
+  it("refuses what is wrong in the engine's words", () => {
+    expect(same("state", "nobody").status).toBe(1);
+    for (const command of ["start", "kill", "delete", "pause", "resume", "ps", "exec", "update"])
+      expect(same(command, "nobody").status, command).not.toBe(0);
+    for (const args of [
+      ["state"],
+      ["kill"],
+      ["create"],
+      ["bogus"],
+      ["--bogus"],
+      ["create", "--bundle", "/nowhere", "x"],
+      ["start", "../x"],
+    ])
+      expect(same(...args).status, args.join(" ")).not.toBe(0);
+    expect(same("delete", "--force", "nobody").status).toBeTypeOf("number");
+    expect(same("create", "--bundle", "a", "bad/id").status).not.toBe(0);
+  });
+
+  it("says what it is, and what it can, as the engine", () => {
+    for (const args of [
+      ["--version"],
+      ["--help"],
+      ["features"],
+      ["list"],
+      ["list", "--format", "json"],
+      ["create", "--help"],
+      ["spec", "--help"],
+    ])
+      same(...args);
+  });
+
+  it("passes a container's life through: states, refusals and ends are the engine's", async () => {
+    expect(same("create", "--bundle", "a", "--pid-file", "a.pid", "a").status).toBe(0);
+    const created = JSON.parse(same("state", "a").stdout.replaceAll("PID", "1"));
+    expect(created).toMatchObject({
+      id: "a",
+      status: "created",
+      annotations: { "org.example.key": "value" },
+    });
+    expect(same("create", "--bundle", "a", "a").status, "the same id twice").not.toBe(0);
+    expect(same("delete", "a").status, "delete what is created").toBeTypeOf("number");
+    // runc deletes a created container, crun too; from here on a new one.
+    if (same("state", "a").status !== 0)
+      expect(same("create", "--bundle", "a", "--pid-file", "a.pid", "a").status).toBe(0);
+    expect(same("start", "a").status).toBe(0);
+    expect(JSON.parse(same("state", "a").stdout.replaceAll("PID", "1")).status).toBe("running");
+    expect(same("start", "a").status, "start twice").not.toBe(0);
+    expect(same("delete", "a").status, "delete a running one").not.toBe(0);
+    expect(same("exec", "a", "echo", "hello")).toMatchObject({ status: 0, stdout: "hello\n" });
+    expect(same("exec", "a", "sh", "-c", "exit 42").status).toBe(42);
+    expect(same("exec", "a", "no-such-program").status).not.toBe(0);
+    expect(same("kill", "a", "NOSUCHSIGNAL").status).not.toBe(0);
+    expect(same("ps", "--format", "json", "a").status).toBe(0);
+    expect(same("kill", "a", "TERM").status).toBe(0);
+    for (const side of sides) await ended(side, "a");
+    expect(JSON.parse(same("state", "a").stdout.replaceAll("PID", "1")).status).toBe("stopped");
+    expect(same("kill", "a", "KILL").status, "kill a stopped one").toBeTypeOf("number");
+    expect(same("start", "a").status, "start a stopped one").not.toBe(0);
+    expect(same("exec", "a", "true").status, "exec in a stopped one").not.toBe(0);
+    expect(same("delete", "a").status).toBe(0);
+    expect(same("delete", "a").status, "delete twice").not.toBe(0);
+    expect(same("state", "a").status).not.toBe(0);
+  });
+
+  it("runs in the foreground with the container's status, stdin and stdout", () => {
+    expect(same("run", "--bundle", "b", "b").status).toBe(3);
+    for (const side of sides) {
+      const spec = JSON.parse(readFileSync(join(dir, side, "b/config.json"), "utf8"));
+      spec.process.args = ["cat"];
+      writeFileSync(join(dir, side, "b/config.json"), JSON.stringify(spec));
+      const [file, ...rest] = argv(side, ["run", "--bundle", "b", "b"]);
+      const input = "line\n".repeat(50_000);
+      const out = spawnSync(file!, rest, {
+        env,
+        cwd: join(dir, side),
+        input,
+        encoding: "utf8",
+        maxBuffer: 1 << 20,
+      });
+      expect(out.status, out.stderr).toBe(0);
+      expect(out.stdout).toBe(input);
+    }
+  });
+
+  it("runs in the foreground until a signal ends it", async () => {
+    const outcomes = await Promise.all(
+      sides.map(async (side) => {
+        const [file, ...rest] = argv(side, ["run", "--bundle", "a", "a"]);
+        const child = spawn(file!, rest, { env, cwd: join(dir, side), stdio: "ignore" });
+        const end = new Promise((resolve) =>
+          child.once("exit", (status, signal) => resolve([status, signal])),
+        );
+        await state(side, "a", "running");
+        child.kill("SIGTERM");
+        return await end;
+      }),
+    );
+    expect(outcomes[1]).toEqual(outcomes[0]);
+    for (const side of sides) run(side, "delete", "--force", "a");
+  });
+
+  async function state(side: Side, id: string, wanted: string): Promise<void> {
+    for (let attempt = 0; attempt < 500; attempt++) {
+      if (run(side, "state", id).stdout.includes(wanted)) return;
+      await new Promise((resolve) => setTimeout(resolve, 10));
+    }
+    throw new Error(`${id} of ${side} is not ${wanted}: ${run(side, "state", id).stdout}`);
+  }
+  const ended = (side: Side, id: string) => state(side, id, "stopped");
+});

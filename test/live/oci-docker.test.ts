@@ -1,0 +1,103 @@
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { Docker, missingCallers, type Outcome } from "./harness/callers.ts";
+import { IMAGE } from "./harness/programs.ts";
+
+// Docker with runc, with cedana-runtime in runc's place (`path`), and with our shim (`runtimeType`): the same commands, the same
+// outcomes. No network: the machine's is not ours to configure.
+
+const missing = missingCallers();
+const runtimes = ["runc", "wrapper", "shim"] as const;
+const loop = "trap 'echo bye; exit 7' TERM; echo up; while :; do sleep 0.05; done";
+
+describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
+  let docker: Docker;
+  beforeAll(async () => {
+    docker = await Docker.start();
+  });
+  afterEach(async () => {
+    await docker.place.expectNoLeftovers((argv) => /dockerd|^containerd |\/containerd |cedanad/.test(argv));
+  });
+  afterAll(async () => await docker?.stop());
+
+  /** On every runtime; a container's name (@) says which. `run` gets the flags that choose it. */
+  async function all(...args: string[]): Promise<Outcome> {
+    const outcomes = await Promise.all(
+      runtimes.map(async (runtime) => {
+        const flags = args[0] === "run" ? ["--runtime", runtime, "--network", "none"] : [];
+        const [command, ...rest] = args.map((arg) => arg.replaceAll("@", `c-${runtime}`));
+        const { status, stdout, stderr } = await docker.run(command!, ...flags, ...rest);
+        const clean = (text: string) =>
+          text.replaceAll(`c-${runtime}`, "@").replaceAll(/\b[0-9a-f]{64}\b/g, "ID");
+        return { status, stdout: clean(stdout), stderr: clean(stderr) };
+      }),
+    );
+    for (const [index, outcome] of outcomes.entries()) {
+      const what = `docker ${args.join(" ")} with ${runtimes[index]}: ${outcome.stderr}`;
+      expect(outcome.status, what).toBe(outcomes[0]!.status);
+      // Why an engine could not run something, docker prints as it is told: our shim has other words than runc's.
+      if (runtimes[index] !== "shim" || outcome.status < 125)
+        expect(outcome.stdout, what).toBe(outcomes[0]!.stdout);
+    }
+    expect(outcomes[1]!.stderr, `docker ${args.join(" ")}`).toBe(outcomes[0]!.stderr); // the wrapper's words are runc's
+    return outcomes[0]!;
+  }
+
+  const inspect = async (what: string) => (await all("inspect", "--format", what, "@")).stdout.trim();
+
+  it("runs to the end with the container's status and output", async () => {
+    const said = await all("run", "--rm", IMAGE, "sh", "-c", "echo out; echo err >&2; exit 3");
+    expect(said).toEqual({ status: 3, stdout: "out\n", stderr: "err\n" });
+    expect((await all("run", "--rm", IMAGE, "no-such-program")).status).toBe(127);
+    expect(
+      (await all("run", "--rm", "--init", IMAGE, "sh", "-c", "cat /proc/1/cmdline | tr '\\0' ' '")).stdout,
+    ).toContain("docker-init");
+    expect((await all("run", "--rm", "--tty", IMAGE, "tty")).stdout).toMatch(/^\/dev\/pts\/0\r?\n$/);
+    expect(
+      (await all("run", "--rm", "--user", "1:2", "--workdir", "/tmp", IMAGE, "sh", "-c", "pwd; id -u; id -g"))
+        .stdout,
+    ).toBe("/tmp\n1\n2\n");
+  });
+
+  it("keeps a container: exec, logs, stats, top, pause, update, restart, stop, kill", async () => {
+    expect((await all("run", "--detach", "--name", "@", IMAGE, "sh", "-c", loop)).stdout).toBe("ID\n");
+    expect(await all("exec", "@", "echo", "in")).toMatchObject({ status: 0, stdout: "in\n" });
+    expect((await all("exec", "@", "sh", "-c", "exit 9")).status).toBe(9);
+    expect((await all("exec", "--tty", "@", "tty")).stdout).toMatch(/pts/);
+    expect((await all("exec", "@", "no-such-program")).status).toBe(126); // docker says so of an exec
+    for (const runtime of runtimes)
+      expect(
+        await docker.ok("stats", "--no-stream", "--format", "{{.Name}} {{.PIDs}}", `c-${runtime}`),
+      ).toMatch(/^c-\w+ [1-9]/);
+    expect((await docker.ok("top", "c-wrapper", "-o", "pid,args")).includes("trap")).toBe(true);
+    expect((await all("pause", "@")).status).toBe(0);
+    expect(await inspect("{{.State.Status}}")).toBe("paused");
+    expect((await all("exec", "@", "true")).status).not.toBe(0);
+    expect((await all("unpause", "@")).status).toBe(0);
+    expect((await all("update", "--pids-limit", "77", "@")).status).toBe(0);
+    expect(
+      (
+        await all(
+          "exec",
+          "@",
+          "sh",
+          "-c",
+          "cat /sys/fs/cgroup/pids/pids.max /sys/fs/cgroup/pids.max 2>/dev/null; true",
+        )
+      ).stdout,
+    ).toBe("77\n");
+    expect((await all("restart", "--time", "10", "@")).status).toBe(0);
+    expect((await all("stop", "--time", "10", "@")).status).toBe(0);
+    expect(await inspect("{{.State.Status}} {{.State.ExitCode}}")).toBe("exited 7");
+    expect((await all("logs", "@")).stdout).toBe("up\nbye\nup\nbye\n");
+    expect((await all("start", "@")).status).toBe(0);
+    expect((await all("kill", "@")).status).toBe(0);
+    expect((await all("wait", "@")).stdout).toBe("137\n");
+    expect((await all("rm", "@")).status).toBe(0);
+  });
+
+  it("takes what the wrapper says for what it can", async () => {
+    const info = JSON.parse(await docker.ok("info", "--format", "{{json .Runtimes}}"));
+    expect(Object.keys(info)).toEqual(expect.arrayContaining(["runc", "wrapper", "shim"]));
+    expect(info.wrapper.status).toEqual(info.runc.status); // `features`, as the engine prints them
+  });
+});
