@@ -1,16 +1,17 @@
 // `npm run bench`: our shim and containerd's own, side by side on one private containerd, in turn within each round.
-// Prints medians and ratios as a table, and writes them with all samples as JSON into bench/results/.
+// Prints medians and ratios as a table, and writes them with all samples as JSON into build/bench/.
 //
 //   --engine runc|crun   the engine below both shims (runc)
 //   --rounds N           rounds (20); what takes long makes fewer
 //   --only PATTERN       only rows whose name matches, and what is measured together with them
-//   --out FILE           the JSON (bench/results/ENGINE.json)
+//   --out FILE           the JSON (build/bench/ENGINE.json)
 //   --strict             ends with status 1 when an aim is missed
 
 import { mkdirSync, writeFileSync } from "node:fs";
 import { cpus, loadavg } from "node:os";
 import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
+import { repository } from "../test/live/harness/programs.ts";
 import { Bench, type Side, type Subject } from "./bench.ts";
 import { machineFacts } from "./machine.ts";
 import { type Result, resultOf, table } from "./report.ts";
@@ -65,7 +66,7 @@ console.log(
     .map(([name, value]) => `${name}: ${value}`)
     .join("\n")}\n\n${table(results)}`,
 );
-const out = options.out ?? join(import.meta.dirname, "results", `${engine}.json`);
+const out = options.out ?? join(repository, "build/bench", `${engine}.json`);
 mkdirSync(dirname(out), { recursive: true });
 writeFileSync(
   out,

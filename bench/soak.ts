@@ -12,7 +12,7 @@ import { mkdirSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { Live } from "../test/live/harness/live.ts";
-import { IMAGE } from "../test/live/harness/programs.ts";
+import { IMAGE, repository } from "../test/live/harness/programs.ts";
 import { generator } from "../test/live/harness/random.ts";
 import { cgroupsOf, fdsOf, memoryOf, mountsBelow } from "../test/live/harness/system.ts";
 import { until } from "../test/live/harness/until.ts";
@@ -152,7 +152,7 @@ async function onMachine(part: string, work: (live: Live) => Promise<void>): Pro
 
 /** The logs of a part in which something was wrong. */
 function keepLogs(live: Live, part: string): void {
-  const directory = join(import.meta.dirname, "results");
+  const directory = join(repository, "build/bench");
   mkdirSync(directory, { recursive: true });
   for (const [name, text] of [
     ["cedanad", live.cedanadLog()],

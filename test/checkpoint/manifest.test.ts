@@ -34,6 +34,7 @@ const written: Omit<CheckpointManifest, "version" | "files"> = {
     shellJob: false,
     emptyNamespaces: ["network"],
     cgroupsMode: "soft",
+    networkLock: "skip",
     leaveRunning: true,
     parentPath: "../before",
   },
