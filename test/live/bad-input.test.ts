@@ -5,7 +5,7 @@ import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
-import { task as api, runcOptions } from "../../src/proto/index.ts";
+import { task as api } from "../../src/proto/index.ts";
 import { Client } from "../../src/ttrpc/index.ts";
 import { isControl, Live } from "./harness/live.ts";
 import { oursOnly } from "./harness/matrix.ts";

@@ -1,8 +1,8 @@
 // cedanad itself: where it lives, what started it, and what it tells containerd's log.
 
 import { execFile, execFileSync, spawn } from "node:child_process";
-import { chmodSync, existsSync, mkdirSync, readFileSync, rmdirSync, statSync, writeFileSync } from "node:fs";
-import { basename, join } from "node:path";
+import { chmodSync, existsSync, mkdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 import { promisify } from "node:util";
 import { describe, expect, it } from "vitest";
 import { cedanadCgroup } from "./harness/cleanup.ts";
@@ -17,10 +17,11 @@ const run = promisify(execFile);
 
 describe.skipIf(isControl)("cedanad", () => {
   it("and every container live on when the cgroup of whoever started it is killed", async () => {
+    let name = "";
     let groups: string[] = [];
     try {
       await using live = await Live.start();
-      const name = `${live.namespace}-caller`;
+      name = `${live.namespace}-caller`;
       groups = cgroupRoots().map((root) => join(root, name));
       for (const group of groups) mkdirSync(group, { recursive: true });
       // containerd, and so whatever it starts from now on, is in that cgroup wherever the kernel lets it.
@@ -57,7 +58,7 @@ describe.skipIf(isControl)("cedanad", () => {
       for (const group of groups)
         await until(
           () => {
-            if (existsSync(group)) removeCgroups(basename(group));
+            if (existsSync(group)) removeCgroups(name);
             return !existsSync(group);
           },
           { what: () => `the removal of ${group}` },
