@@ -16,7 +16,7 @@ import { cleanUp } from "./cleanup.ts";
 import { ContainerdClient, type Descriptor, type Mount } from "./client.ts";
 import { EventLog } from "./events.ts";
 import { IMAGE, imageTar, programs, repository } from "./programs.ts";
-import { type Any, anyOf } from "./proto.ts";
+import { type Any, anyJson, anyOf } from "./proto.ts";
 import { containerSpec, type SpecOptions } from "./spec.ts";
 import {
   cgroupRoots,
