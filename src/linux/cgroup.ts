@@ -114,8 +114,7 @@ export class Cgroup {
   }
 
   /**
-   * Removes what an engine has left of it: runc gives up after 150 ms of EBUSY, on a busy host too early, and says so only in its
-   * log. Where nothing is left, this costs one access(2) for each hierarchy.
+   * Removes what an engine has left of it. Where nothing is left, this costs one access(2) for each hierarchy.
    * @returns the directories that are still busy after `timeoutMs`
    */
   async removeLeft(timeoutMs = removeTimeoutMs): Promise<string[]> {
