@@ -135,12 +135,7 @@ export class CriuWorker implements AsyncDisposable {
     this.#stderr = stderr;
     this.#fds = fds ?? [];
     this.#signal = signal;
-    this.#exited = new Promise((resolve) =>
-      child.once("exit", (code, signal) => {
-        resolve({ code, signal });
-        // What it sent before its end is still in the socket: end of file comes behind it.
-      }),
-    );
+    this.#exited = new Promise((resolve) => child.once("exit", (code, signal) => resolve({ code, signal })));
     socket.onReadable(() => this.#receive());
     signal?.addEventListener("abort", this.#onAbort, { once: true });
     if (signal?.aborted) this.#onAbort();
@@ -156,31 +151,26 @@ export class CriuWorker implements AsyncDisposable {
    */
   static async start(options: StartOptions = {}): Promise<CriuWorker> {
     const { criu = "criu", fds = [], env = process.env } = options;
-    options.signal?.throwIfAborted();
-    const stderr = await openScratch();
-    const { ours, theirs } = Seqpacket.pair();
+    if (options.signal?.aborted)
+      throw new Cancelled("CRIU was not started: the call was cancelled", { cause: options.signal.reason });
+    await using ours = new AsyncDisposableStack(); // until the worker has them
+    const stderr = ours.use(await openScratch());
+    const pair = Seqpacket.pair();
+    ours.use(pair.ours);
     let child: ChildProcess;
     try {
-      child = spawn(criu, ["swrk", "3"], {
-        stdio: ["ignore", "ignore", stderr.fd, theirs, ...fds],
-        detached: true,
-        env,
-      });
-    } catch (error) {
-      ours[Symbol.dispose]();
-      await stderr.close();
-      throw error;
+      const stdio = ["ignore", "ignore", stderr.fd, pair.theirs, ...fds] as const;
+      child = spawn(criu, ["swrk", "3"], { stdio: [...stdio], detached: true, env });
     } finally {
-      closeSync(theirs);
+      closeSync(pair.theirs);
     }
     try {
       await once(child, "spawn");
     } catch (error) {
-      ours[Symbol.dispose]();
-      await stderr.close();
       throw new Unavailable(`start CRIU (${criu}): ${messageOf(error)}; is it installed?`, { cause: error });
     }
-    return new CriuWorker(child, ours, stderr, options);
+    ours.move();
+    return new CriuWorker(child, pair.ours, stderr, options);
   }
 
   /** Kills it if it still runs, and waits for its end. */
@@ -384,19 +374,19 @@ export class CriuWorker implements AsyncDisposable {
     failure: { cause?: unknown },
   ): Promise<void> {
     const name = (message.notify?.script ?? "") as NotificationName;
-    const callback = notifications[name];
+    const callback = this.#givenUp ? undefined : notifications[name];
     const [fd, ...more] = fds;
     for (const other of callback ? more : fds) closeSync(other);
     let external: readonly string[] | undefined;
-    let success = true;
-    if (this.#givenUp) success = false;
-    else if (callback) {
+    let success = this.#givenUp === undefined;
+    if (callback) {
       const refused = new Promise<never>((_, reject) => {
         this.#refused = () => reject(this.#givenUp);
       });
       try {
         const asked = { name, pid: message.notify?.pid, fd };
-        external = (await Promise.race([callback(asked), refused])) ?? undefined;
+        const answer = await Promise.race([callback(asked), refused]);
+        if (Array.isArray(answer)) external = answer;
       } catch (error) {
         success = false;
         failure.cause = error;

@@ -489,6 +489,21 @@ describe.skipIf(!crit)(`crit${crit ? "" : " (not there: scripts/setup.sh)"}`, ()
   });
 
   const reason = whyNoDump();
+  it.skipIf(reason)("says the same of a tree, of pipes and of memory", async () => {
+    const files: string[] = [];
+    for (const program of ["tree", "pipes", "memory"]) {
+      const images = join(place.path, program);
+      mkdirSync(images);
+      await using victim = await Victim.program(program);
+      await using worker = await CriuWorker.start();
+      await worker.dump({ pid: victim.pid, imagesDir: images, leaveRunning: true });
+      for (const name of readdirSync(images))
+        if (rawKindOf(name) === undefined && !name.endsWith(".log")) files.push(join(images, name));
+    }
+    expect(files.length).toBeGreaterThan(20);
+    await compare(files);
+  });
+
   it.skipIf(reason)(`says the same of a dump${reason ? ` (${reason})` : ""}`, async () => {
     const images = join(place.path, "images");
     mkdirSync(images);

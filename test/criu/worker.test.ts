@@ -353,6 +353,11 @@ describe("starting CRIU", () => {
     await expect(CriuWorker.start({ criu: "/nowhere/criu" })).rejects.toThrow(/\/nowhere\/criu.*ENOENT/);
   });
 
+  it("doesn't begin when the call is over", async () => {
+    const signal = AbortSignal.abort(new Error("enough"));
+    await expect(CriuWorker.start({ signal })).rejects.toMatchObject({ name: "Cancelled" });
+  });
+
   it("gets the last words of a program that isn't CRIU", async () => {
     using place = new Workplace();
     const script = join(place.path, "criu");
