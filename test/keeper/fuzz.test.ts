@@ -61,9 +61,13 @@ function ttrpcBytes(random: Random): Buffer {
     : Buffer.concat([header, payload]);
 }
 
+const { IO_OPEN, IO_FREE, IO_DRAIN, SPAWN } = messageType;
+/** Those with the most state behind them come more often. */
+const operations = [IO_OPEN, IO_OPEN, IO_OPEN, IO_FREE, IO_FREE, IO_DRAIN, SPAWN, SPAWN, SPAWN];
+
 /** A frame of cedanad's: any type, any fields, some of them damaged. Never one that could harm the machine. */
 function frameBytes(random: Random, pod: Pod): Buffer {
-  const types = Object.values(messageType).filter((one) => one !== messageType.LEAVE);
+  const types = [...Object.values(messageType).filter((one) => one !== messageType.LEAVE), ...operations];
   const chosen = random.int(12) === 0 ? random.int(65_536) : types[random.int(types.length)]!;
   if (chosen === messageType.LEAVE) return Buffer.alloc(0);
   const paths = [
@@ -77,7 +81,7 @@ function frameBytes(random: Random, pod: Pod): Buffer {
   ];
   const harmless: Partial<Record<keyof typeof fieldKey, readonly string[]>> = {
     argv: ["true", "false", "", "/no/such", "--flag"],
-    driverArgv: ["true", "cat", "/no/such", ""],
+    driverArgv: ["true", "sleep", "0.05", "/no/such", ""],
     env: ["A=b", "", "=", "NOPE"],
     driverEnv: ["A=b", ""],
     cwd: ["", pod.dir, "/no/such"],
@@ -116,8 +120,9 @@ function frameBytes(random: Random, pod: Pod): Buffer {
     header.writeUInt32LE(length, 4);
     parts.push(header, Buffer.from(value));
   };
-  for (let count = random.int(10); count > 0; count--) {
-    const name = names[random.int(names.length)]!;
+  const fitting = (relevant[chosen] ?? []).filter(() => random.int(8) > 0);
+  for (let count = random.int(4); count > 0; count--) fitting.push(names[random.int(names.length)]!);
+  for (const name of fitting) {
     if (["mountFlags", "loop", "uid", "gid"].includes(name)) continue;
     const values = harmless[name];
     if (values) {
@@ -126,7 +131,7 @@ function frameBytes(random: Random, pod: Pod): Buffer {
       const value = Buffer.alloc(8);
       const number = [0n, 1n, 2n, 3n, -1n, 2n ** 62n, BigInt(random.int(1_000))][random.int(7)]!;
       value.writeBigInt64LE(number);
-      field(fieldKey[name], value.subarray(0, random.int(6) === 0 ? random.int(8) : 8));
+      field(fieldKey[name], value.subarray(0, random.int(20) === 0 ? random.int(8) : 8));
     } else {
       field(fieldKey[name], random.bytes(random.int(40)));
     }
@@ -139,6 +144,42 @@ function frameBytes(random: Random, pod: Pod): Buffer {
   header.writeUInt16LE(chosen, 4);
   return Buffer.concat([header, payload]);
 }
+
+const tag = ["request", "step"] as const;
+/** What each message of cedanad's may carry: most frames are nearly right, or they would test no more than the decoder. */
+const relevant: { [type: number]: readonly (keyof typeof fieldKey)[] } = {
+  [messageType.WELCOME]: ["version", "pid", "errno", "message"],
+  [messageType.TASK]: ["id", "bundle", "pid", "execPid"],
+  [messageType.TASK_GONE]: ["id"],
+  [messageType.RESPONSE]: ["request", "frame"],
+  [messageType.PARKED]: ["request"],
+  [messageType.ACK]: ["sequence"],
+  [messageType.SPAWN]: [
+    ...tag,
+    "argv",
+    "argv",
+    "env",
+    "cwd",
+    "io",
+    "consoleSocket",
+    "outputPath",
+    "timeoutMs",
+  ],
+  [messageType.SIGNAL]: [...tag, "pid", "signal"],
+  [messageType.MOUNT]: [...tag, "mountType", "source", "target", "mountData", "cwd"],
+  [messageType.UNMOUNT]: [...tag, "target"],
+  [messageType.IO_OPEN]: [
+    ...tag,
+    ...(["io", "terminal", "stdin", "stdout", "stderr", "stdoutKind", "stderrKind", "driverArgv"] as const),
+    ...(["driverArgv", "driverEnv", "timeoutMs"] as const),
+  ],
+  [messageType.IO_RESIZE]: [...tag, "io", "width", "height"],
+  [messageType.IO_CLOSE_STDIN]: [...tag, "io"],
+  [messageType.IO_DRAIN]: [...tag, "io", "timeoutMs"],
+  [messageType.IO_FREE]: [...tag, "io"],
+  [messageType.EVENT]: ["id", "eventKey", "frame"],
+  [messageType.WATCH_OOM]: [...tag, "id", "path", "flags"],
+};
 
 describe.concurrent("hostile bytes", () => {
   it(
