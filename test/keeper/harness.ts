@@ -57,6 +57,8 @@ export class Link {
   readonly #waiters = new Set<() => void>();
   /** answer PING */
   alive = true;
+  /** a keeper's: it has said HELLO */
+  isKeeper = false;
   closed = false;
   #steps = 0;
 
@@ -223,6 +225,7 @@ export class FakeCedanad {
         if (this.alive) link.send(messageType.START_ANSWER, this.startAnswer);
         return;
       case messageType.HELLO:
+        link.isKeeper = true;
         this.keepers.add(message.int("pid"));
         if (this.welcome) link.send(messageType.WELCOME, this.welcome);
         return;
@@ -234,10 +237,11 @@ export class FakeCedanad {
 
   /** The keeper's connection: the newest that has said HELLO. */
   async keeper(): Promise<Link> {
-    return await until(
-      () => this.links.findLast((link) => !link.closed && link.count(messageType.HELLO) > 0),
-      { timeoutMs: 20_000, everyMs: 2, what: () => "a keeper's HELLO" },
-    );
+    return await until(() => this.links.findLast((link) => !link.closed && link.isKeeper), {
+      timeoutMs: 20_000,
+      everyMs: 2,
+      what: () => "a keeper's HELLO",
+    });
   }
 }
 
