@@ -36,6 +36,7 @@
 #define WRITE_AGAIN_MS 500
 #define LOOK_MS 100
 #define LOOK_ALONE_MS 1000
+#define READER_LOOK_MS 20
 
 enum { KIND_NONE, KIND_FIFO, KIND_FILE, KIND_LOGGER };
 
@@ -67,7 +68,13 @@ struct io {
   struct watch console, console_peer;
   char *console_path;
   struct logger *logger;
-  struct tag opening; /* IO_OPEN to be answered when the log program is ready */
+  struct tag opening; /* IO_OPEN to be answered when the log program is ready, or readers have come */
+  struct {
+    char *path; /* of an output FIFO that nobody has opened for reading yet; NULL: none */
+    int from;   /* the container's pipe; -1: a terminal's */
+  } absent[2];
+  struct timer readers;
+  uint64_t readers_until_ms, readers_look_ms;
   struct drain *drains;
   struct io *next;
 };
@@ -83,7 +90,7 @@ struct io *io_find(const char *key) {
 }
 
 static bool is_drained(const struct io *io) {
-  return !io->out.open && !io->err.open && (!io->logger || logger_is_drained(io->logger));
+  return !io->out.open && !io->err.open && !io->absent[0].path && !io->absent[1].path && (!io->logger || logger_is_drained(io->logger));
 }
 
 static void drain_end(struct drain *d, int error) {
@@ -328,6 +335,12 @@ static bool io_destroy(struct io *io, struct tag tag) {
   flow_close(&io->in);
   flow_close(&io->out);
   flow_close(&io->err);
+  timer_stop(&io->readers);
+  for (int i = 0; i < 2; i++) {
+    if (io->absent[i].path && io->absent[i].from >= 0) close(io->absent[i].from);
+    free(io->absent[i].path);
+    io->absent[i].path = NULL;
+  }
   while (io->drains) drain_end(io->drains, 0);
   close_all(io);
   bool gone = !io->logger || logger_end(io->logger, tag);
@@ -345,6 +358,51 @@ void io_logger_started(struct io *io, int error, const char *why) {
   if (error) io_destroy(io, (struct tag){0});
 }
 
+/*
+ * A client opens its FIFOs while it asks for the process. One that is still about to when the process has ended already may take the
+ * end for its own and read nothing; so, as with the Go shim, nothing is begun before the readers have come. Unlike there, not for ever.
+ *
+ * -ENXIO: nobody has opened the FIFO for reading yet. Else an fd, which the caller closes when its own is open: a reader that was let
+ * in by this one would see the end without it.
+ */
+static int reader_of(const char *path) {
+  int fd = open(path, O_WRONLY | O_NONBLOCK | O_CLOEXEC);
+  return fd < 0 ? -errno : fd;
+}
+
+static void readers_due(struct timer *timer) {
+  struct io *io = container_of(timer, struct io, readers);
+  bool late = now_ms() >= io->readers_until_ms;
+  for (int i = 0; i < 2; i++) {
+    autofree char *path = io->absent[i].path;
+    autofree char *why = NULL;
+    if (!path) continue;
+    autofd reader = reader_of(path);
+    if (reader == -ENXIO && !late) {
+      path = NULL; /* still absent */
+      continue;
+    }
+    io->absent[i].path = NULL;
+    int target = open_fifo(path, O_RDWR, &why);
+    if (target < 0) { /* its client has removed it: nobody will read */
+      daemon_log_line("output of %s has nowhere to go: %s", io->key, why);
+      target = open("/dev/null", O_WRONLY | O_CLOEXEC);
+    }
+    if (!io->terminal) flow_open(i == 0 ? &io->out : &io->err, io, io->absent[i].from, target, true);
+    else if (io->master >= 0) flow_open(&io->out, io, fcntl(io->master, F_DUPFD_CLOEXEC, 3), target, false);
+    else io->target[0] = target;
+  }
+  if (io->absent[0].path || io->absent[1].path) {
+    io->readers_look_ms = io->readers_look_ms * 2 > READER_LOOK_MS ? READER_LOOK_MS : io->readers_look_ms * 2;
+    timer_start(timer, io->readers_look_ms, readers_due);
+    return;
+  }
+  struct tag tag = io->opening;
+  io->opening = (struct tag){0};
+  result_send(tag, 0, NULL);
+  tag_free(&tag);
+}
+
 void io_open(const struct message *m) {
   struct tag tag = tag_of(m);
   const char *key = message_string(m, FIELD_IO), *in = message_string(m, FIELD_STDIN);
@@ -359,6 +417,7 @@ void io_open(const struct message *m) {
   io->target[0] = io->target[1] = io->console.fd = io->console_peer.fd = -1;
   int kinds[2] = {(int)message_int(m, FIELD_STDOUT_KIND), (int)message_int(m, FIELD_STDERR_KIND)};
   const char *paths[2] = {message_string(m, FIELD_STDOUT), message_string(m, FIELD_STDERR)};
+  int64_t limit_ms = message_int(m, FIELD_TIMEOUT_MS);
   autofree char *why = NULL;
   int result = 0;
   if (in) {
@@ -372,6 +431,12 @@ void io_open(const struct message *m) {
   } else {
     for (int i = 0; i < 2 && result == 0; i++) {
       if (kinds[i] == KIND_NONE && !(io->terminal && i == 0)) continue;
+      autofd reader = kinds[i] == KIND_FIFO && paths[i] && limit_ms > 0 ? reader_of(paths[i]) : -1;
+      if (reader == -ENXIO) {
+        io->absent[i].path = copy_string(paths[i]);
+        io->absent[i].from = -1;
+        continue;
+      }
       io->target[i] = open_target(kinds[i], paths[i] ? paths[i] : "", &why);
       if (io->target[i] < 0) result = io->target[i];
     }
@@ -384,6 +449,10 @@ void io_open(const struct message *m) {
       io->stdin_fifo = -1;
     }
     for (int i = 0; i < 2 && result == 0; i++) {
+      if (io->absent[i].path && (result = io_make_pipe(ends, m)) == 0) {
+        io->child[1 + i] = ends[1];
+        io->absent[i].from = ends[0];
+      }
       if (io->target[i] < 0) continue;
       if (kinds[0] == KIND_LOGGER) {
         io->child[1 + i] = io->target[i]; /* the program reads the container's pipe itself */
@@ -403,6 +472,11 @@ void io_open(const struct message *m) {
     io_destroy(io, (struct tag){0});
   } else if (io->logger) {
     io->opening = tag_copy(tag);
+  } else if (io->absent[0].path || io->absent[1].path) {
+    io->opening = tag_copy(tag);
+    io->readers_until_ms = now_ms() + (uint64_t)limit_ms;
+    io->readers_look_ms = 1;
+    timer_start(&io->readers, io->readers_look_ms, readers_due);
   } else {
     result_send(tag, 0, NULL);
   }

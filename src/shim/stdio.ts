@@ -4,6 +4,8 @@ import type { ProcessStdio } from "./process.ts";
 
 /** Long enough for a log program to come up on a busy node, short enough for containerd's own limits. */
 const LOG_PROGRAM_READY_MS = 10_000;
+/** How long a process waits to be begun for the readers of its output FIFOs. The Go shim waits without end. */
+const READERS_MS = 10_000;
 
 /**
  * What the keeper must open for a process, from the stdio fields of a Create or Exec request:
@@ -48,8 +50,8 @@ export function planStdio(
     ...(stdout.kind === stdioKind.logProgram && {
       driverArgv: [stdout.path, ...stdout.query],
       driverEnv: [`CONTAINER_ID=${containerId}`, `CONTAINER_NAMESPACE=${namespace}`],
-      timeoutMs: LOG_PROGRAM_READY_MS,
     }),
+    timeoutMs: stdout.kind === stdioKind.logProgram ? LOG_PROGRAM_READY_MS : READERS_MS,
   };
 }
 

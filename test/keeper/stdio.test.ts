@@ -12,6 +12,7 @@ beforeAll(buildKeeper, BUILD_TIMEOUT_MS);
 const [none, fifo, file] = [0, 1, 2];
 const ETIMEDOUT = 110;
 const EEXIST = 17;
+const ECANCELED = 125;
 
 /** A reader that is there for a while: what it has read so far. */
 class Reader {
@@ -90,6 +91,45 @@ describe.concurrent("FIFOs", () => {
     expect(readers[1]!.text).toBe("oops\n");
     expect(await free(pod, "a")).toBe(0);
     for (const reader of readers) await reader.leave();
+  });
+
+  it("wait for the readers that a client is about to be, with all that has been written meanwhile, and with the end", async () => {
+    await using pod = await Pod.start();
+    const [stdout, stderr] = [pod.mkfifo("out"), pod.mkfifo("err")];
+    const values = { io: "a", stdout, stderr, stdoutKind: fifo, stderrKind: fifo };
+    pod.link.send(type.IO_OPEN, { request: 0, step: "open", timeoutMs: 60_000, ...values });
+    let opened = false;
+    const opening = pod.link.result(0, "open").then((result) => {
+      opened = true;
+      return result.int("errno");
+    });
+    const ended = start(pod, "a", "echo early; echo bad >&2"); // the object is there already
+    expect(await ended()).toBe(0);
+    const draining = drain(pod, "a");
+    const [out] = [new Reader(stdout)];
+    await new Promise((resolve) => setTimeout(resolve, 60)); // one of the two is not enough
+    expect(opened).toBe(false);
+    const text = execFileSync("cat", [stderr], { encoding: "utf8" }); // a reader that waits in open(2), and then for the end
+    expect(text).toBe("bad\n");
+    expect(await opening).toBe(0);
+    expect(await draining).toBe(0);
+    await until(() => out.text === "early\n", { what: () => "the output" });
+    await free(pod, "a");
+    await out.leave();
+  });
+
+  it("don't wait for ever for readers, nor when they are freed first, nor for what has been removed", async () => {
+    await using pod = await Pod.start();
+    const values = (name: string) => ({ io: name, stdout: pod.mkfifo(name), stdoutKind: fifo });
+    await open(pod, { ...values("a"), timeoutMs: 30 });
+    pod.link.send(type.IO_OPEN, { request: 0, step: "open", timeoutMs: 60_000, ...values("b") });
+    expect(await free(pod, "b")).toBe(0);
+    expect((await pod.link.result(0, "open")).int("errno")).toBe(ECANCELED);
+    const gone = values("c");
+    pod.link.send(type.IO_OPEN, { request: 0, step: "open-c", timeoutMs: 60_000, ...gone });
+    await start(pod, "c", `rm ${gone.stdout}; echo nowhere`)();
+    expect((await pod.link.result(0, "open-c")).int("errno")).toBe(0);
+    expect(await drain(pod, "c")).toBe(0);
   });
 
   it("carry large blocks and small lines in turn, and lose no byte of either", async () => {

@@ -1,11 +1,12 @@
 // Output and input through the whole stack: log files, log programs, slow readers and readers that go away, pipes that stay open.
 
 import { createHash } from "node:crypto";
-import { readFileSync, writeFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { Live } from "./harness/live.ts";
 import { oursOnly } from "./harness/matrix.ts";
+import { Output } from "./harness/output.ts";
 import { isAlive, pidsInCgroups } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
@@ -21,6 +22,32 @@ describe("stdio", () => {
 
   const logFile = () => join(live.dir, `${live.newId("log")}.txt`);
   const text = (path: string) => readFileSync(path, "utf8");
+
+  describe("to a client that opens its FIFOs late", () => {
+    it("is whole, however short the process lives", async () => {
+      for (const round of [1, 2, 3]) {
+        const creating = live.create(["sh", "-c", `echo short ${round}`], { readOutput: false });
+        const io = await until(
+          () => readdirSync(live.ioDir).find((name) => existsSync(join(live.ioDir, name, "stderr"))),
+          { what: () => "the FIFOs" },
+        );
+        const stdout = new Output(join(live.ioDir, io, "stdout"), { open: false });
+        await new Promise((resolve) => setTimeout(resolve, 100)); // Create waits for us, or would have begun by now
+        stdout.open();
+        const stderr = new Output(join(live.ioDir, io, "stderr"));
+        const task = await creating;
+        await task.start();
+        await task.exited;
+        await task.delete();
+        await stdout.end();
+        expect(stdout.text).toBe(`short ${round}\n`);
+        await stderr.leave();
+        await stdout.leave();
+        await task.destroy();
+        rmSync(join(live.ioDir, io), { recursive: true });
+      }
+    });
+  });
 
   describe("to a file", () => {
     it("is appended to it, both streams, of the init and of an exec", async () => {
