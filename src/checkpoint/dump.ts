@@ -287,7 +287,7 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
   }
   const cgroup = await target.cgroup();
   const marker = freezeMarker(target.directory);
-  if (!target.paused) {
+  if (!target.paused && !(await isDumping(context))) {
     await writeFile(marker, `${context.request.key}\n`, { mode: 0o600 });
     await cgroup.freeze(undefined, context.signal);
   }
@@ -301,6 +301,20 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
       );
     await rm(marker, { force: true });
   }
+}
+
+/**
+ * Whether the engine was at work for this request when cedanad ended: it goes on, and the freezer is CRIU's until it is done. CRIU thaws a
+ * version 1 cgroup when it holds its processes by ptrace; frozen again, they could not run CRIU's parasite, which then waits for ever.
+ */
+async function isDumping({ target, request }: DumpContext): Promise<boolean> {
+  if (!request.repeated) return false;
+  const text = await readFile(freezeMarker(target.directory), "utf8").catch(() => ""); // the crash came before it, or after all
+  return text === dumpingMark(request);
+}
+
+function dumpingMark(request: DumpRequest): string {
+  return `${request.key}\ndumping\n`;
 }
 
 async function putFreezerBack(cgroup: Cgroup, paused: boolean): Promise<void> {
@@ -327,6 +341,8 @@ async function detectNetwork(context: DumpContext, next: () => Promise<void>): P
 async function criuDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target, request, workPath, parentPath, networkLock } = context;
   const { imagePath, leaveRunning, policy } = request;
+  if (!target.paused && !target.hasEnded)
+    await writeFile(freezeMarker(target.directory), dumpingMark(request), { mode: 0o600 });
   try {
     await target.engineCheckpoint({ imagePath, workPath, parentPath, leaveRunning, policy, networkLock });
   } catch (error) {
