@@ -114,7 +114,7 @@ export interface Inventory {
 }
 
 /** How long the event loop may be kept at one time. */
-const sliceMs = 4;
+const sliceMs = 3;
 /** A file system that doesn't answer stat(2) by then (a dead server) is left out. */
 const statPatienceMs = 2_000;
 const concurrency = 8;
@@ -388,6 +388,8 @@ async function filesOfMappings(
 ): Promise<MappedFile[]> {
   const found = new Map<string, MappedFile>();
   for (const mapping of mappings) {
+    const pause = slices.breathe();
+    if (pause) await pause;
     // Memory that only looks like a file lies on mounts that nobody can see.
     if (!mapping.path.startsWith("/") || isKernelMemory(mapping.path)) continue;
     const key = `${mountNamespace} ${mapping.device} ${mapping.inode} ${mapping.path}`;
@@ -398,8 +400,6 @@ async function filesOfMappings(
     shared.mountOfFile.set(key, mountId);
     const stat = /^\/dev\/(?!shm\/)| \(deleted\)$/.test(mapping.path) ? await statWithin(link) : undefined;
     found.set(key, { mapping, mountId, ...(typeof stat === "object" && { stat }) });
-    const pause = slices.breathe();
-    if (pause) await pause;
   }
   return [...found.values()];
 }

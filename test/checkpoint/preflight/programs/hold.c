@@ -976,6 +976,12 @@ static void many_files(void) {
     if (open("/dev/null", O_RDONLY) < 0) skip("open");
 }
 
+static void many_mappings(void) { // of two kinds in turn, or the kernel makes one of them
+  int fd = must(open("/proc/self/exe", O_RDONLY), "open");
+  for (int i = 0; i < 30000; i++)
+    if (mmap(0, 4096, i % 2 ? PROT_READ : PROT_NONE, MAP_PRIVATE, fd, 0) == MAP_FAILED) skip("mmap");
+}
+
 static const struct { const char *name; void (*make)(void); } cases[] = {
 #define CASE(name) {#name, name}
   CASE(clean), CASE(many_kinds), CASE(zombie), CASE(stopped), CASE(listening), CASE(udp), CASE(aio), CASE(small_ghost),
@@ -998,6 +1004,7 @@ static const struct { const char *name; void (*make)(void); } cases[] = {
   CASE(ramfs_mount), CASE(fuse_mount), CASE(perf_mapped), CASE(bpf_mapped), CASE(block_mapped), CASE(ext_unix_seqpacket),
   CASE(ext_unix_nameless), CASE(netlink_group), CASE(unix_credentials_queued), CASE(traced_thread), CASE(leader_ended),
   CASE(d_thread), CASE(no_exec_memory), CASE(guard_pages), CASE(ldt), CASE(memory), CASE(many_processes), CASE(many_files),
+  CASE(many_mappings),
 };
 
 int main(int argc, char **argv) {
