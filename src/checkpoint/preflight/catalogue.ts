@@ -39,6 +39,11 @@ export const catalogue = {
     why: "this CRIU does not know this kernel",
     advice: "install CRIU 4.2 or newer",
   },
+  "criu-lacks": {
+    severity: "blocker",
+    why: "CRIU can't work here: criu check says that something is missing",
+    advice: "see criu check; it needs root, and a kernel with CONFIG_CHECKPOINT_RESTORE",
+  },
   "process-traced": {
     severity: "blocker",
     why: "a process has one tracer at most, and CRIU must be it",
@@ -69,7 +74,7 @@ export const catalogue = {
     severity: "blocker",
     why: "CRIU can't dump io_uring",
     advice:
-      "run the program without io_uring (Node.js: UV_USE_IO_URING=0; for all: sysctl kernel.io_uring_disabled=2)",
+      "forbid io_uring: by the seccomp profile (the default ones of newer containerds and Dockers do), or for all by sysctl kernel.io_uring_disabled=2",
   },
   userfaultfd: { severity: "blocker", why: "CRIU can't dump a userfaultfd", advice: closeIt },
   "perf-event": { severity: "blocker", why: "CRIU can't dump perf events", advice: "end the profiler" },

@@ -5,6 +5,7 @@ import { Cgroup } from "../../linux/cgroup.ts";
 import type { AnyNamespaceKind, ProcessInventory } from "../../linux/inventory.ts";
 import { threadState } from "../../linux/proc.ts";
 import type { Context } from "./context.ts";
+import { sessionFromOutside } from "./facts.ts";
 
 export function checkTracers(context: Context): void {
   for (const process of context.tree) {
@@ -117,7 +118,7 @@ export function checkNamespaces(context: Context): void {
 
 export function checkSession(context: Context): void {
   const { root } = context;
-  if (root && root.stat.session !== root.pid)
+  if (root && sessionFromOutside(context))
     context.require(
       "no-session-leader",
       root,

@@ -55,6 +55,7 @@ export function checkCriu(context: Context, kernel = release()): void {
     context.report("criu-missing", undefined, "criu is not installed");
     return;
   }
+  for (const what of criu.missing ?? []) context.report("criu-lacks", undefined, what);
   const hasInet = [...context.treeSockets].some(([inode, { file }]) =>
     file.socket
       ? file.socket.family === AF.INET || file.socket.family === AF.INET6
