@@ -183,6 +183,7 @@ const cases: Record<string, Case> = {
   xdp: never("unsupported-socket"),
   mptcp: never("mptcp"),
   foreign_socket: never("foreign-socket"),
+  elsewhere_unbound: never("foreign-socket"),
   foreign_packet: never("foreign-socket"),
   foreign_unix: never("foreign-socket", "foreign-socket"),
   ext_unix_pair: never("unix-connection-outside"),

@@ -246,7 +246,7 @@ export const catalogue = {
   },
   "foreign-socket-unbound": {
     severity: "note",
-    why: "the socket belongs to another network namespace; after a restore it is in that of its process",
+    why: "the socket belongs to the host's network namespace; after a restore it is in that of its process",
     advice: "make the socket inside of the container's network namespace",
   },
   "kernel-tls": {

@@ -624,6 +624,10 @@ static void foreign_unbound(void) {
   must(socket(AF_INET, SOCK_STREAM, 0), "socket");
   own_network();
 }
+static void elsewhere_unbound(void) { // in a namespace that is neither ours nor CRIU's
+  own_network();
+  foreign_unbound();
+}
 static void foreign_udp(void) {
   struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
   must(bind(must(socket(AF_INET, SOCK_DGRAM, 0), "socket"), (void *)&address, sizeof address), "bind");
@@ -988,7 +992,7 @@ static const struct { const char *name; void (*make)(void); } cases[] = {
   CASE(seccomp_filter), CASE(pidfd_inside), CASE(bpf_array), CASE(sysv_shm), CASE(uts_own), CASE(io_uring),
   CASE(io_uring_mapped), CASE(device_fuse), CASE(device_kmsg), CASE(device_tun), CASE(device_block), CASE(device_mapped),
   CASE(console), CASE(serial), CASE(uffd), CASE(perf), CASE(bpf_prog), CASE(bpf_ringbuf), CASE(lazy_umount),
-  CASE(overmounted), CASE(foreign_mount), CASE(foreign_program), CASE(tun_inside), CASE(packet_pipe_empty), CASE(foreign_unbound), CASE(foreign_udp),
+  CASE(overmounted), CASE(foreign_mount), CASE(foreign_program), CASE(tun_inside), CASE(packet_pipe_empty), CASE(foreign_unbound), CASE(elsewhere_unbound), CASE(foreign_udp),
   CASE(foreign_netlink), CASE(foreign_packet), CASE(inotify_sysfs), CASE(inotify_cgroup), CASE(inotify_deleted), CASE(inotify_file), CASE(inotify_directory), CASE(inotify_foreign), CASE(inotify_proc), CASE(fanotify),
   CASE(fanotify_mount), CASE(fanotify_fid), CASE(ext_tty), CASE(tty_inside), CASE(no_leader), CASE(flock_lock),
   CASE(posix_lock), CASE(ofd_lock), CASE(lease), CASE(ghost), CASE(ghost_sparse), CASE(ghost_mapped), CASE(link_remap),
