@@ -55,6 +55,11 @@ export const catalogue = {
     advice:
       "find out what it waits for (a device, a file server; the parent of a vfork waits so for its child) and try again",
   },
+  "process-stopped": {
+    severity: "blocker",
+    why: "a stopped process (SIGSTOP, job control) in a cgroup that version 1's freezer has frozen makes CRIU wait for ever",
+    advice: "let it go on (SIGCONT) before the checkpoint, or use cgroup version 2",
+  },
   "process-shares-memory": {
     severity: "blocker",
     why: "CRIU can't dump processes that share one address space (clone with CLONE_VM, vfork)",

@@ -19,6 +19,7 @@ import {
   checkOutside,
   checkSession,
   checkSharedMemory,
+  checkStopped,
   checkTracers,
   checkUninterruptible,
 } from "./processes.ts";
@@ -73,6 +74,7 @@ const checks = [
   checkTracers,
   checkLeaders,
   checkUninterruptible,
+  checkStopped,
   checkSharedMemory,
   checkNamespaces,
   checkSession,

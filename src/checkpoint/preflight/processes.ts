@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { NotFound, Unsupported } from "../../errors/index.ts";
 import { kcmp } from "../../linux/addon.ts";
-import { Cgroup } from "../../linux/cgroup.ts";
+import { Cgroup, hostCgroupVersion } from "../../linux/cgroup.ts";
 import type { AnyNamespaceKind, ProcessInventory } from "../../linux/inventory.ts";
 import { threadState } from "../../linux/proc.ts";
 import type { Context } from "./context.ts";
@@ -43,6 +43,13 @@ export async function checkUninterruptible(context: Context): Promise<void> {
     const who = tid === process.pid ? "" : `thread ${tid} is `;
     context.report("process-uninterruptible", process, `${who}in state D for ${looks * lookEveryMs} ms`);
   }
+}
+
+/** Only where the engine has CRIU freeze a cgroup of version 1: without a freezer, and with version 2, it is dumped as it is. */
+export async function checkStopped(context: Context): Promise<void> {
+  const stopped = context.tree.filter((process) => process.stat.state === "T");
+  if (context.input.engine !== "runc" || stopped.length === 0 || (await hostCgroupVersion()) !== 1) return;
+  for (const process of stopped) context.report("process-stopped", process, "in state T");
 }
 
 async function isFrozen({ root }: Context): Promise<boolean> {
