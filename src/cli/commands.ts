@@ -1,7 +1,8 @@
-import { Args, Command, Flags } from "@oclif/core";
+import { Command, Flags } from "@oclif/core";
 import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./archive.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
+import { Preflight } from "./preflight.ts";
 import { Setup } from "./setup.ts";
 
 class Status extends Command {
@@ -40,28 +41,6 @@ class DaemonStop extends Command {
     const { flags } = await this.parse(DaemonStop);
     const pid = await stopDaemon(flags.timeout * 1000);
     this.log(pid === undefined ? "cedanad is not running" : `cedanad (pid ${pid}) has ended`);
-  }
-}
-
-class Preflight extends Command {
-  static override description =
-    "Say what keeps a container from being checkpointed, and which options a checkpoint needs; nothing is touched. Exit status 2: it can't be checkpointed as it is";
-  static override args = { container: Args.string({ description: "id of a container of cedanad's" }) };
-  static override flags = {
-    pid: Flags.integer({ description: "a process, with all that descend from it, instead of a container" }),
-    namespace: Flags.string({ description: "containerd namespace, when the id is in several" }),
-    destination: Flags.string({
-      description: "directory for the checkpoint, to see whether it has the space",
-    }),
-    json: Flags.boolean({ description: "print JSON (see preflight.schema.json)" }),
-  };
-
-  async run(): Promise<void> {
-    const { args, flags } = await this.parse(Preflight);
-    const { runPreflight } = await import("./preflight.ts");
-    const { text, document } = await runPreflight({ ...flags, container: args.container });
-    this.log(flags.json ? JSON.stringify(document, undefined, 2) : text);
-    if (!document.ok) this.exit(2);
   }
 }
 

@@ -1,5 +1,6 @@
 import { execFile } from "node:child_process";
 import { promisify } from "node:util";
+import { Args, Command, Flags } from "@oclif/core";
 import { type CriuFacts, type PreflightInput, preflight } from "../checkpoint/preflight/preflight.ts";
 import { type PreflightDocument, toDocument, toText } from "../checkpoint/preflight/report.ts";
 import { CriuFailed, InvalidRequest, NotFound } from "../errors/index.ts";
@@ -10,14 +11,14 @@ import { daemonStatus } from "./daemon.ts";
 const run = promisify(execFile);
 
 /** A container of a running cedanad, or a process with all that descend from it. */
-export interface PreflightRequest {
+interface PreflightRequest {
   container?: string | undefined;
   namespace?: string | undefined;
   pid?: number | undefined;
   destination?: string | undefined;
 }
 
-export async function runPreflight(
+async function runPreflight(
   request: PreflightRequest,
 ): Promise<{ text: string; document: PreflightDocument }> {
   if ((request.container === undefined) === (request.pid === undefined))
@@ -69,5 +70,26 @@ async function criuFacts(): Promise<CriuFacts | null> {
   } catch (err) {
     if ((err as NodeJS.ErrnoException).code === "ENOENT") return null;
     throw err;
+  }
+}
+
+export class Preflight extends Command {
+  static override description =
+    "Say what keeps a container from being checkpointed, and which options a checkpoint needs; nothing is touched. Exit status 2: it can't be checkpointed as it is";
+  static override args = { container: Args.string({ description: "id of a container of cedanad's" }) };
+  static override flags = {
+    pid: Flags.integer({ description: "a process, with all that descend from it, instead of a container" }),
+    namespace: Flags.string({ description: "containerd namespace, when the id is in several" }),
+    destination: Flags.string({
+      description: "directory for the checkpoint, to see whether it has the space",
+    }),
+    json: Flags.boolean({ description: "print JSON (see preflight.schema.json)" }),
+  };
+
+  async run(): Promise<void> {
+    const { args, flags } = await this.parse(Preflight);
+    const { text, document } = await runPreflight({ ...flags, container: args.container });
+    this.log(flags.json ? JSON.stringify(document, undefined, 2) : text);
+    if (!document.ok) this.exit(2);
   }
 }

@@ -114,9 +114,9 @@ export interface Inventory {
 }
 
 /** How long the event loop may be kept at one time. */
-const sliceMs = 4;
-/** A file system that doesn't answer stat(2) by then (a dead server) is left out. */
-const statPatienceMs = 2_000;
+const sliceMs = 3;
+/** A file system that doesn't answer by then counts as dead. */
+const patienceMs = 2_000;
 const concurrency = 8;
 
 /** Gives the event loop its turn when a slice is over. */
@@ -307,14 +307,23 @@ async function filesOf(
   return files;
 }
 
-async function statWithin(path: string): Promise<FileStat | string> {
-  const { promise, resolve } = Promise.withResolvers<string>();
-  const timer = setTimeout(resolve, statPatienceMs, `no answer within ${statPatienceMs} ms`);
+/**
+ * Waits for a file system's answer, but not for ever: the server of a network or FUSE file system may be dead. The thread
+ * of the pool that asked stays with it.
+ * @returns undefined when there was none in time
+ */
+export async function answerWithin<T>(question: Promise<T>): Promise<T | undefined> {
+  const { promise, resolve } = Promise.withResolvers<undefined>();
+  const timer = setTimeout(resolve, patienceMs, undefined);
   try {
-    return await Promise.race([promise, statOf(path)]);
+    return await Promise.race([promise, question]);
   } finally {
     clearTimeout(timer);
   }
+}
+
+async function statWithin(path: string): Promise<FileStat | string> {
+  return (await answerWithin(statOf(path))) ?? `no answer within ${patienceMs} ms`;
 }
 
 async function statOf(path: string): Promise<FileStat | string> {
@@ -388,6 +397,8 @@ async function filesOfMappings(
 ): Promise<MappedFile[]> {
   const found = new Map<string, MappedFile>();
   for (const mapping of mappings) {
+    const pause = slices.breathe();
+    if (pause) await pause;
     // Memory that only looks like a file lies on mounts that nobody can see.
     if (!mapping.path.startsWith("/") || isKernelMemory(mapping.path)) continue;
     const key = `${mountNamespace} ${mapping.device} ${mapping.inode} ${mapping.path}`;
@@ -398,8 +409,6 @@ async function filesOfMappings(
     shared.mountOfFile.set(key, mountId);
     const stat = /^\/dev\/(?!shm\/)| \(deleted\)$/.test(mapping.path) ? await statWithin(link) : undefined;
     found.set(key, { mapping, mountId, ...(typeof stat === "object" && { stat }) });
-    const pause = slices.breathe();
-    if (pause) await pause;
   }
   return [...found.values()];
 }

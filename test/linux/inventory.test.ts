@@ -3,9 +3,9 @@ import { once } from "node:events";
 import { closeSync, mkdtempSync, openSync, rmSync, unlinkSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { expect, it } from "vitest";
+import { expect, it, vi } from "vitest";
 import { findAddon } from "../../src/linux/addon.ts";
-import { isKernelMemory, parseStatus, takeInventory } from "../../src/linux/inventory.ts";
+import { answerWithin, isKernelMemory, parseStatus, takeInventory } from "../../src/linux/inventory.ts";
 import { namespaceInode } from "../../src/linux/proc.ts";
 
 it("reads the lines of status that count", () => {
@@ -95,4 +95,18 @@ it("can be called off, and has nothing to say of nobody", async () => {
   const signal = AbortSignal.abort();
   await expect(takeInventory([process.pid], { signal })).rejects.toMatchObject({ name: "AbortError" });
   expect((await takeInventory([])).processes).toEqual([]);
+});
+
+it("does not wait for a dead file system", async () => {
+  vi.useFakeTimers();
+  try {
+    const answer = answerWithin(new Promise(() => undefined));
+    await vi.advanceTimersByTimeAsync(2_000);
+    expect(await answer).toBeUndefined();
+    expect(await answerWithin(Promise.resolve(7))).toBe(7);
+    await expect(answerWithin(Promise.reject(new Error("no")))).rejects.toThrow("no");
+    expect(vi.getTimerCount()).toBe(0);
+  } finally {
+    vi.useRealTimers();
+  }
 });

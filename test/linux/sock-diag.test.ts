@@ -1,6 +1,6 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { mkdtempSync, readlinkSync, rmSync } from "node:fs";
+import { mkdtempSync, readdirSync, readlinkSync, rmSync } from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -138,6 +138,10 @@ const built = (() => {
 })();
 const never = () => undefined;
 
+function socketOfOurs(): void {
+  expect(() => socketOf(process.pid, 1 << 20)).toThrow();
+}
+
 describe.skipIf(!built)("sockets of processes (needs `npm run build`)", () => {
   it("lists a socket of ours, in our own network namespace", async () => {
     const server = createServer().listen(0, "127.0.0.1");
@@ -178,6 +182,16 @@ describe.skipIf(!built)("sockets of processes (needs `npm run build`)", () => {
       expect(readlinkSync(`/proc/${thread}/ns/net`)).toContain(`${before}`);
     child.kill("SIGKILL");
     await once(child, "exit");
+  });
+
+  it("leaves no descriptor and no thread behind", async () => {
+    const count = (what: string) => readdirSync(`/proc/self/${what}`).length;
+    await readSockets(process.pid, never); // the pool's threads are made at its first use
+    const [fds, threads] = [count("fd"), count("task")];
+    await Promise.all(Array.from({ length: 40 }, () => readSockets(process.pid, never)));
+    for (let i = 0; i < 40; i++) socketOfOurs();
+    expect(count("fd")).toBe(fds);
+    expect(count("task")).toBeLessThanOrEqual(threads + 3); // up to four of the pool's
   });
 
   it("says which system call failed", async () => {

@@ -17,6 +17,7 @@ import {
 } from "../../src/checkpoint/preflight/preflight.ts";
 import { findFault, type Schema } from "../../src/checkpoint/schema.ts";
 import { explainCriuLog } from "../../src/criu/log.ts";
+import { hostCgroupVersion } from "../../src/linux/cgroup.ts";
 import { childrenOf } from "../../src/linux/proc.ts";
 import { readSpec } from "../../src/runtime/spec.ts";
 import { Live, type RunOptions } from "./harness/live.ts";
@@ -183,6 +184,7 @@ const cases: Record<string, Case> = {
   xdp: never("unsupported-socket"),
   mptcp: never("mptcp"),
   foreign_socket: never("foreign-socket"),
+  elsewhere_unbound: never("foreign-socket"),
   foreign_packet: never("foreign-socket"),
   foreign_unix: never("foreign-socket", "foreign-socket"),
   ext_unix_pair: never("unix-connection-outside"),
@@ -395,6 +397,14 @@ for (const combination of bothEngines) {
       await task.resume();
     });
 
+    // Not tried with runc's dump on version 1: it waits for ever.
+    it("can't be dumped by runc on cgroup version 1 with a stopped process in it", async () => {
+      await using task = await hold("stopped");
+      const hangs = engine === "runc" && (await hostCgroupVersion()) === 1;
+      expect(said(await look(task))).toEqual(hangs ? ["process-stopped"] : []);
+      if (!hangs) await task.checkpoint({ ...cgroupsMode });
+    });
+
     it("is said to lose what came by exec", async () => {
       await using task = await live.run(["counter"]);
       await task.nextNumber();
@@ -468,6 +478,6 @@ for (const combination of bothEngines) {
 
 it("tries everything that the program can make", () => {
   const made = [...readFileSync(source, "utf8").matchAll(/CASE\((\w+)\)/g)].map(([, name]) => name!);
-  const elsewhere = ["name", "memory", "many_processes", "many_files"];
+  const elsewhere = ["name", "memory", "many_processes", "many_files", "many_mappings"];
   expect(Object.keys(cases).sort()).toEqual(made.filter((name) => !elsewhere.includes(name)).sort());
 });

@@ -39,6 +39,11 @@ export const catalogue = {
     why: "this CRIU does not know this kernel",
     advice: "install CRIU 4.2 or newer",
   },
+  "criu-lacks": {
+    severity: "blocker",
+    why: "CRIU can't work here: criu check says that something is missing",
+    advice: "see criu check; it needs root, and a kernel with CONFIG_CHECKPOINT_RESTORE",
+  },
   "process-traced": {
     severity: "blocker",
     why: "a process has one tracer at most, and CRIU must be it",
@@ -49,6 +54,11 @@ export const catalogue = {
     why: "a process in uninterruptible sleep can't be stopped, so CRIU waits in vain",
     advice:
       "find out what it waits for (a device, a file server; the parent of a vfork waits so for its child) and try again",
+  },
+  "process-stopped": {
+    severity: "blocker",
+    why: "a stopped process (SIGSTOP, job control) in a cgroup that version 1's freezer has frozen makes CRIU wait for ever",
+    advice: "let it go on (SIGCONT) before the checkpoint, or use cgroup version 2",
   },
   "process-shares-memory": {
     severity: "blocker",
@@ -69,7 +79,7 @@ export const catalogue = {
     severity: "blocker",
     why: "CRIU can't dump io_uring",
     advice:
-      "run the program without io_uring (Node.js: UV_USE_IO_URING=0; for all: sysctl kernel.io_uring_disabled=2)",
+      "forbid io_uring: by the seccomp profile (the default ones of newer containerds and Dockers do), or for all by sysctl kernel.io_uring_disabled=2",
   },
   userfaultfd: { severity: "blocker", why: "CRIU can't dump a userfaultfd", advice: closeIt },
   "perf-event": { severity: "blocker", why: "CRIU can't dump perf events", advice: "end the profiler" },
@@ -241,7 +251,7 @@ export const catalogue = {
   },
   "foreign-socket-unbound": {
     severity: "note",
-    why: "the socket belongs to another network namespace; after a restore it is in that of its process",
+    why: "the socket belongs to the host's network namespace; after a restore it is in that of its process",
     advice: "make the socket inside of the container's network namespace",
   },
   "kernel-tls": {

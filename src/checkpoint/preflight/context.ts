@@ -50,6 +50,8 @@ export interface CriuFacts {
   readonly version: string;
   /** built with libbpf: dumps BPF hashes and arrays */
   readonly bpfMaps?: boolean | undefined;
+  /** What `criu check` says that the kernel or CRIU's own privileges lack. */
+  readonly missing?: readonly string[] | undefined;
 }
 
 /** CRIU's own default. Source: criu(8), --ghost-limit. */

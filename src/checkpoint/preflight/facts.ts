@@ -103,6 +103,11 @@ export interface OutsideTerminal {
   readonly restoredByEngine: boolean;
 }
 
+/** Whether the root's session was made by somebody outside, so that a dump needs shell-job. */
+export function sessionFromOutside({ root }: Context): boolean {
+  return root !== undefined && root.stat.session !== root.pid;
+}
+
 /** Slaves of pseudo terminals whose master no process of the tree has open. */
 export function outsideTerminals(context: Context): OutsideTerminal[] {
   const masters = new Set<number>();

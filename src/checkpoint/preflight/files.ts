@@ -188,7 +188,10 @@ function checkDeleted(
 
 export async function checkMappings(context: Context): Promise<void> {
   for (const process of context.tree) {
+    // What is open as well has been told already.
+    const open = new Set(process.files.map((file) => file.link));
     for (const mapping of process.mappings) {
+      if (open.has(mapping.path) && !mapping.path.startsWith("/SYSV")) continue;
       const name = `mapping ${mapping.start}-${mapping.end}: ${mapping.path}`;
       const object = `${mapping.path} ${mapping.inode}`;
       if (mapping.path === "anon_inode:[io_uring]") context.report("io-uring", process, name, object);

@@ -1,6 +1,6 @@
 import { tryHandle } from "../../linux/addon.ts";
 import type { Watch } from "../../linux/fdinfo.ts";
-import type { ProcessInventory } from "../../linux/inventory.ts";
+import { answerWithin, type ProcessInventory } from "../../linux/inventory.ts";
 import type { MountInfo } from "../../linux/mount-options.ts";
 import { type Context, nameOf } from "./context.ts";
 import { mountsOfContainer } from "./facts.ts";
@@ -59,7 +59,7 @@ function hasWholeElsewhere(mount: MountInfo, mounts: ReturnType<typeof mountsOfC
 
 /** CRIU finds the watched file by its handle, through some mount of its file system, or else by a search. */
 export async function checkWatches(context: Context): Promise<void> {
-  const tried = new Map<string, number>();
+  const tried = new Map<string, number | undefined>();
   const scanned = (context.policy.irmapScanPaths ?? []).length > 0;
   for (const process of context.tree) {
     for (const file of process.files) {
@@ -68,16 +68,12 @@ export async function checkWatches(context: Context): Promise<void> {
         const object = `${file.info.inode} ${watch.device} ${watch.inode} ${watch.mountId}`;
         const mount = mountOf(context, watch);
         if (!mount) context.report("watch-outside", process, name, object);
-        else if (watch.handle && !(await leadsBack(process, mount, watch.handle, tried)))
-          context.require(
-            "watch-unreachable",
-            process,
-            `${name} (on ${mount.mountPoint}, ${mount.type})`,
-            scanned,
-            {
-              object,
-            },
-          );
+        else if (watch.handle) {
+          const found = await leadsBack(process, mount, watch.handle, tried);
+          const what = `${name} (on ${mount.mountPoint}, ${mount.type})`;
+          if (found === undefined) context.report("no-answer", process, what, object);
+          else if (!found) context.require("watch-unreachable", process, what, scanned, { object });
+        }
       }
     }
   }
@@ -88,18 +84,18 @@ function mountOf(context: Context, { mountId, device }: Watch): MountInfo | unde
   return [...context.mounts.values()].find((mount) => mount.device === device);
 }
 
+/** undefined: the file system doesn't answer. */
 async function leadsBack(
   process: ProcessInventory,
   mount: MountInfo,
   handle: NonNullable<Watch["handle"]>,
-  tried: Map<string, number>,
-): Promise<boolean> {
+  tried: Map<string, number | undefined>,
+): Promise<boolean | undefined> {
   const key = `${mount.device} ${handle.type} ${handle.bytes}`;
-  let errno = tried.get(key);
-  if (errno === undefined) {
+  if (!tried.has(key)) {
     const path = `/proc/${process.pid}/root${mount.mountPoint}`;
-    errno = await tryHandle(path, handle.type, Buffer.from(handle.bytes, "hex"));
-    tried.set(key, errno);
+    tried.set(key, await answerWithin(tryHandle(path, handle.type, Buffer.from(handle.bytes, "hex"))));
   }
-  return errno === 0;
+  const errno = tried.get(key);
+  return errno === undefined ? undefined : errno === 0;
 }

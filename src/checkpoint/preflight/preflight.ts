@@ -1,3 +1,4 @@
+import { setImmediate as nextTurn } from "node:timers/promises";
 import { NotFound } from "../../errors/index.ts";
 import { takeInventory } from "../../linux/inventory.ts";
 import type { Finding, Requirement } from "./catalogue.ts";
@@ -5,7 +6,6 @@ import { Context, type PreflightInput } from "./context.ts";
 import {
   establishedTcp,
   externalMounts,
-  inFlightTcp,
   listeningSockets,
   memoryToDump,
   outsideTerminals,
@@ -19,6 +19,7 @@ import {
   checkOutside,
   checkSession,
   checkSharedMemory,
+  checkStopped,
   checkTracers,
   checkUninterruptible,
 } from "./processes.ts";
@@ -73,6 +74,7 @@ const checks = [
   checkTracers,
   checkLeaders,
   checkUninterruptible,
+  checkStopped,
   checkSharedMemory,
   checkNamespaces,
   checkSession,
@@ -97,6 +99,7 @@ export async function preflight(
   for (const check of checks) {
     options.signal?.throwIfAborted();
     await check(context);
+    await context.breathe();
   }
   const freeBytes = await checkSpace(context);
   const findings = context.all();
@@ -107,7 +110,7 @@ export async function preflight(
     blockers,
     requirements,
     notes: findings.filter((finding) => finding.severity === "note"),
-    facts: factsOf(context, freeBytes, performance.now() - began),
+    facts: await factsOf(context, freeBytes, began),
   };
 }
 
@@ -116,7 +119,9 @@ export async function inspect(
   input: PreflightInput,
   options: { signal?: AbortSignal } = {},
 ): Promise<Context> {
-  const context = new Context(input, await takeInventory(input.pids, options));
+  const inventory = await takeInventory(input.pids, options);
+  await nextTurn();
+  const context = new Context(input, inventory);
   if (!context.root)
     throw new NotFound(
       input.rootPid === undefined
@@ -130,8 +135,18 @@ function isRequirement(finding: Finding): finding is Requirement {
   return finding.severity === "needs-option";
 }
 
-function factsOf(context: Context, freeBytes: number | undefined, totalMs: number): PreflightFacts {
+async function factsOf(
+  context: Context,
+  freeBytes: number | undefined,
+  began: number,
+): Promise<PreflightFacts> {
   const { tree, outside, root } = context;
+  const listening = listeningSockets(context);
+  await context.breathe();
+  const established = establishedTcp(context);
+  await context.breathe();
+  const peers = outsideUnixPeers(context);
+  await context.breathe();
   return {
     rootPid: root!.pid,
     processes: tree.length,
@@ -143,25 +158,19 @@ function factsOf(context: Context, freeBytes: number | undefined, totalMs: numbe
     ),
     memoryBytes: memoryToDump(context),
     ...(freeBytes !== undefined && { freeBytes }),
-    listening: listeningSockets(context).map(({ socket }) => socket.local),
-    established: establishedTcp(context).map(({ socket: { local, remote, state } }) => ({
-      local,
-      remote,
-      state,
-    })),
-    inFlight: inFlightTcp(context).map(({ socket }) => socket.local),
-    outsideUnixPeers: outsideUnixPeers(context).map(({ process, fd, socket }) => ({
-      pid: process.pid,
-      fd,
-      type: socket.type,
-    })),
+    listening: listening.map(({ socket }) => socket.local),
+    established: established.map(({ socket: { local, remote, state } }) => ({ local, remote, state })),
+    inFlight: listening.filter(({ socket }) => socket.receiveQueue > 0).map(({ socket }) => socket.local),
+    outsideUnixPeers: peers.map(({ process, fd, socket }) => ({ pid: process.pid, fd, type: socket.type })),
     externalMounts: externalMounts(context).map(({ mountPoint, type }) => ({ mountPoint, type })),
     outsideTerminals: outsideTerminals(context).map(({ process, file }) => ({
       pid: process.pid,
       fd: file.fd,
       path: file.link,
     })),
-    inventoryMs: Math.round(context.inventory.tookMs * 10) / 10,
-    totalMs: Math.round(totalMs * 10) / 10,
+    inventoryMs: tenths(context.inventory.tookMs),
+    totalMs: tenths(performance.now() - began),
   };
 }
+
+const tenths = (ms: number) => Math.round(ms * 10) / 10;

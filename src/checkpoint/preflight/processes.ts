@@ -1,10 +1,11 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { NotFound, Unsupported } from "../../errors/index.ts";
 import { kcmp } from "../../linux/addon.ts";
-import { Cgroup } from "../../linux/cgroup.ts";
+import { Cgroup, hostCgroupVersion } from "../../linux/cgroup.ts";
 import type { AnyNamespaceKind, ProcessInventory } from "../../linux/inventory.ts";
 import { threadState } from "../../linux/proc.ts";
 import type { Context } from "./context.ts";
+import { sessionFromOutside } from "./facts.ts";
 
 export function checkTracers(context: Context): void {
   for (const process of context.tree) {
@@ -42,6 +43,13 @@ export async function checkUninterruptible(context: Context): Promise<void> {
     const who = tid === process.pid ? "" : `thread ${tid} is `;
     context.report("process-uninterruptible", process, `${who}in state D for ${looks * lookEveryMs} ms`);
   }
+}
+
+/** Only where the engine has CRIU freeze a cgroup of version 1: without a freezer, and with version 2, it is dumped as it is. */
+export async function checkStopped(context: Context): Promise<void> {
+  const stopped = context.tree.filter((process) => process.stat.state === "T");
+  if (context.input.engine !== "runc" || stopped.length === 0 || (await hostCgroupVersion()) !== 1) return;
+  for (const process of stopped) context.report("process-stopped", process, "in state T");
 }
 
 async function isFrozen({ root }: Context): Promise<boolean> {
@@ -117,7 +125,7 @@ export function checkNamespaces(context: Context): void {
 
 export function checkSession(context: Context): void {
   const { root } = context;
-  if (root && root.stat.session !== root.pid)
+  if (root && sessionFromOutside(context))
     context.require(
       "no-session-leader",
       root,

@@ -20,7 +20,7 @@ export function toDocument({ ok, blockers, requirements, notes, facts }: Preflig
  *
  *   blocker  io-uring  process 4711 (12 in the container), nginx: fd 5: anon_inode:[io_uring]
  *            CRIU can't dump io_uring
- *            run the program without io_uring (…)
+ *            forbid io_uring: by the seccomp profile …
  *
  * @param name  how the container is called
  */

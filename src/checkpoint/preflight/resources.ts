@@ -1,7 +1,8 @@
 import { statfs } from "node:fs/promises";
 import { release } from "node:os";
 import { dirname } from "node:path";
-import { SyscallFailed } from "../../errors/index.ts";
+import { SyscallFailed, Unavailable } from "../../errors/index.ts";
+import { answerWithin } from "../../linux/inventory.ts";
 import { AF } from "../../linux/sock-diag.ts";
 import type { Context } from "./context.ts";
 import { memoryToDump } from "./facts.ts";
@@ -27,8 +28,10 @@ const inMib = (bytes: number) => `${Math.ceil(bytes / 2 ** 20)} MiB`;
 async function freeBytesAt(path: string): Promise<number> {
   for (let directory = path; ; directory = dirname(directory)) {
     try {
-      const { bavail, bsize } = await statfs(directory);
-      return bavail * bsize;
+      const found = await answerWithin(statfs(directory));
+      if (!found)
+        throw new Unavailable(`ask how much space is free at ${directory}: its file system doesn't answer`);
+      return found.bavail * found.bsize;
     } catch (err) {
       const code = (err as NodeJS.ErrnoException).code;
       if ((code !== "ENOENT" && code !== "ENOTDIR") || directory === dirname(directory))
@@ -55,6 +58,7 @@ export function checkCriu(context: Context, kernel = release()): void {
     context.report("criu-missing", undefined, "criu is not installed");
     return;
   }
+  for (const what of criu.missing ?? []) context.report("criu-lacks", undefined, what);
   const hasInet = [...context.treeSockets].some(([inode, { file }]) =>
     file.socket
       ? file.socket.family === AF.INET || file.socket.family === AF.INET6

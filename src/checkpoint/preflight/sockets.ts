@@ -117,8 +117,10 @@ function checkUnknown(
     namespace !== undefined && !context.tree.some((member) => member.namespaces.net === namespace);
   if (!foreign) return; // unbound: there is nothing to know of it
   const what = `${name} (${familyName(family)}, network namespace ${namespace})`;
+  // CRIU knows its own namespace, which is ours, and takes what has no state there for what has none here.
   const harmless =
-    family === AF.NETLINK || ((family === AF.INET || family === AF.INET6) && socket.state === CLOSE);
+    namespace === context.inventory.own.net &&
+    (family === AF.NETLINK || ((family === AF.INET || family === AF.INET6) && socket.state === CLOSE));
   context.report(harmless ? "foreign-socket-unbound" : "foreign-socket", process, what);
 }
 

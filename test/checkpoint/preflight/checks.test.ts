@@ -315,6 +315,14 @@ describe("CRIU's version", () => {
     expect(ids(one)).toEqual(expected);
   });
 
+  it("is not all that counts: what criu check misses is passed on", () => {
+    const one = context([process_(100, 1)], {
+      criu: { version: "4.2.1", missing: ["prctl: PR_SET_MM_MAP"] },
+    });
+    checkCriu(one, "6.18");
+    expect(one.all()).toMatchObject([{ id: "criu-lacks", what: "prctl: PR_SET_MM_MAP" }]);
+  });
+
   it("matters also when there is none", () => {
     const one = context([process_(100, 1)], { criu: null });
     checkCriu(one);

@@ -624,6 +624,10 @@ static void foreign_unbound(void) {
   must(socket(AF_INET, SOCK_STREAM, 0), "socket");
   own_network();
 }
+static void elsewhere_unbound(void) { // in a namespace that is neither ours nor CRIU's
+  own_network();
+  foreign_unbound();
+}
 static void foreign_udp(void) {
   struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
   must(bind(must(socket(AF_INET, SOCK_DGRAM, 0), "socket"), (void *)&address, sizeof address), "bind");
@@ -976,13 +980,19 @@ static void many_files(void) {
     if (open("/dev/null", O_RDONLY) < 0) skip("open");
 }
 
+static void many_mappings(void) { // of two kinds in turn, or the kernel makes one of them
+  int fd = must(open("/proc/self/exe", O_RDONLY), "open");
+  for (int i = 0; i < 30000; i++)
+    if (mmap(0, 4096, i % 2 ? PROT_READ : PROT_NONE, MAP_PRIVATE, fd, 0) == MAP_FAILED) skip("mmap");
+}
+
 static const struct { const char *name; void (*make)(void); } cases[] = {
 #define CASE(name) {#name, name}
   CASE(clean), CASE(many_kinds), CASE(zombie), CASE(stopped), CASE(listening), CASE(udp), CASE(aio), CASE(small_ghost),
   CASE(seccomp_filter), CASE(pidfd_inside), CASE(bpf_array), CASE(sysv_shm), CASE(uts_own), CASE(io_uring),
   CASE(io_uring_mapped), CASE(device_fuse), CASE(device_kmsg), CASE(device_tun), CASE(device_block), CASE(device_mapped),
   CASE(console), CASE(serial), CASE(uffd), CASE(perf), CASE(bpf_prog), CASE(bpf_ringbuf), CASE(lazy_umount),
-  CASE(overmounted), CASE(foreign_mount), CASE(foreign_program), CASE(tun_inside), CASE(packet_pipe_empty), CASE(foreign_unbound), CASE(foreign_udp),
+  CASE(overmounted), CASE(foreign_mount), CASE(foreign_program), CASE(tun_inside), CASE(packet_pipe_empty), CASE(foreign_unbound), CASE(elsewhere_unbound), CASE(foreign_udp),
   CASE(foreign_netlink), CASE(foreign_packet), CASE(inotify_sysfs), CASE(inotify_cgroup), CASE(inotify_deleted), CASE(inotify_file), CASE(inotify_directory), CASE(inotify_foreign), CASE(inotify_proc), CASE(fanotify),
   CASE(fanotify_mount), CASE(fanotify_fid), CASE(ext_tty), CASE(tty_inside), CASE(no_leader), CASE(flock_lock),
   CASE(posix_lock), CASE(ofd_lock), CASE(lease), CASE(ghost), CASE(ghost_sparse), CASE(ghost_mapped), CASE(link_remap),
@@ -998,6 +1008,7 @@ static const struct { const char *name; void (*make)(void); } cases[] = {
   CASE(ramfs_mount), CASE(fuse_mount), CASE(perf_mapped), CASE(bpf_mapped), CASE(block_mapped), CASE(ext_unix_seqpacket),
   CASE(ext_unix_nameless), CASE(netlink_group), CASE(unix_credentials_queued), CASE(traced_thread), CASE(leader_ended),
   CASE(d_thread), CASE(no_exec_memory), CASE(guard_pages), CASE(ldt), CASE(memory), CASE(many_processes), CASE(many_files),
+  CASE(many_mappings),
 };
 
 int main(int argc, char **argv) {
