@@ -109,6 +109,7 @@ function* packTree(
     ...found.map(({ path, type }) => ({ path: prefix + path, type })),
   ].sort((a, b) => rank(a.path) - rank(b.path) || (a.path < b.path ? -1 : 1));
   const root = openDirectory(input.directory);
+  const buffer = Buffer.allocUnsafeSlow(CHUNK_BYTES); // used again, see compression.ts
   try {
     for (const { path, type } of names) {
       if (type === "extra") {
@@ -133,7 +134,7 @@ function* packTree(
                 constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK,
               );
         try {
-          yield* packFile(fd, path, input.digests[path.slice(prefix.length)], context);
+          yield* packFile(fd, path, input.digests[path.slice(prefix.length)], buffer, context);
         } finally {
           closeSync(fd);
         }
@@ -150,6 +151,7 @@ function* packFile(
   fd: number,
   path: string,
   digest: string | undefined,
+  buffer: Buffer,
   context: JobContext,
 ): Generator<Buffer, void, void> {
   const info = fstatSync(fd, { bigint: true });
@@ -162,8 +164,8 @@ function* packFile(
   for (const extent of extents ?? [{ offset: 0, size }]) {
     for (let offset = extent.offset; offset < extent.offset + extent.size; ) {
       context.checkCancelled();
-      const buffer = Buffer.allocUnsafeSlow(Math.min(CHUNK_BYTES, extent.offset + extent.size - offset));
-      const read = readSync(fd, buffer, 0, buffer.length, offset);
+      const wanted = Math.min(buffer.length, extent.offset + extent.size - offset);
+      const read = readSync(fd, buffer, 0, wanted, offset);
       if (read === 0) throw new WrongState(`${path} became shorter while it was archived`);
       hash?.update(buffer.subarray(0, read));
       yield buffer.subarray(0, read);

@@ -17,7 +17,10 @@ const MAX_RECORDS_BYTES = 1024 * 1024;
 /** Writers pad to their record size, of 10 KiB as a rule. */
 const MAX_PADDING_BYTES = 1024 * 1024;
 
-/** Bytes by count out of a stream of chunks. */
+/**
+ * Bytes by count out of a stream of chunks. Whoever makes the chunks may use a chunk's memory again as soon as the next one is asked for,
+ * so what `some` gives is good until the next call; what `upTo` gives is the caller's.
+ */
 export class ByteSource {
   readonly #chunks: AsyncIterator<Buffer>;
   #rest: Buffer = Buffer.alloc(0);
@@ -46,19 +49,18 @@ export class ByteSource {
     return part;
   }
 
-  /** Exactly so many bytes; fewer only at the end. */
-  async upTo(size: number): Promise<Buffer> {
-    const first = (size > 0 && (await this.some(size))) || Buffer.alloc(0);
-    if (first.length === size) return first; // the rule
-    const parts = [first];
-    let length = first.length;
+  /**
+   * Exactly so many bytes; fewer only at the end.
+   * @param into  where they are put; of at least that size
+   */
+  async upTo(size: number, into = Buffer.allocUnsafe(size)): Promise<Buffer> {
+    let length = 0;
     while (length < size) {
       const part = await this.some(size - length);
       if (!part) break;
-      parts.push(part);
-      length += part.length;
+      length += part.copy(into, length);
     }
-    return Buffer.concat(parts);
+    return into.subarray(0, length);
   }
 }
 
