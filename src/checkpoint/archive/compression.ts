@@ -22,7 +22,7 @@ import { ZstdFrames } from "./zstd-frames.ts";
  * Compression of streams, in a worker thread. Everywhere a chunk is its reader's until that asks for the next one: its memory is used
  * again then, or given back, because the garbage collector sees the size of buffers late and a hundred MiB of them would lie about.
  *
- * zstd: frames of 4 MiB each, compressed side by side in Node's thread pool and joined, which every reader of zstd takes. (Node's
+ * zstd: frames of 2 MiB each, compressed side by side in Node's thread pool and joined, which every reader of zstd takes. (Node's
  * stream can't compress in threads, ZSTD_c_nbWorkers makes it fail, and ends its reading behind the first frame.)
  * lz4: the program of Debian's package `lz4`, which knows the frame format. The registry's packages either know only bare blocks, or
  * keep a whole archive in memory, or have been left for years; and a process of its own is where compression should be.
@@ -34,7 +34,7 @@ export type Compression = (typeof compressions)[number];
 type Chunks = AsyncIterable<Buffer>;
 
 const CHUNK_BYTES = 1024 * 1024;
-const ZSTD_FRAME_BYTES = 4 * 1024 * 1024;
+const ZSTD_FRAME_BYTES = 2 * 1024 * 1024;
 /** Frames at a time: the cores, and one that waits for the writer. The thread pool has 4 threads, and cedanad's files need some. */
 const ZSTD_FRAMES_AT_ONCE = Math.min(3, availableParallelism() + 1);
 const magics: [Compression, number[]][] = [
@@ -124,7 +124,7 @@ async function* compressZstd(chunks: Chunks, level: number): AsyncGenerator<Buff
   const zstd = promisify(zstdCompress);
   const options = {
     params: { [constants.ZSTD_c_compressionLevel]: level, [constants.ZSTD_c_checksumFlag]: 1 },
-    chunkSize: CHUNK_BYTES,
+    chunkSize: ZSTD_FRAME_BYTES + ZSTD_FRAME_BYTES / 64, // one piece of output, whatever comes out
   };
   const free: Buffer[] = Array.from({ length: ZSTD_FRAMES_AT_ONCE }, () =>
     Buffer.allocUnsafeSlow(ZSTD_FRAME_BYTES),
@@ -238,9 +238,8 @@ async function feed(chunks: Chunks, stream: Writable): Promise<void> {
 }
 
 /** Gives a buffer's memory back; not that of Node's pool, of which small ones are parts. */
-function release({ buffer, byteLength }: Buffer): void {
-  if (buffer instanceof ArrayBuffer && byteLength > 16 * 1024 && byteLength > buffer.byteLength / 2)
-    buffer.transfer(0);
+function release({ buffer }: Buffer): void {
+  if (buffer instanceof ArrayBuffer && buffer.byteLength >= CHUNK_BYTES) buffer.transfer(0);
 }
 
 /** Data through a process that reads stdin and writes stdout. */

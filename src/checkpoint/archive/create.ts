@@ -2,6 +2,7 @@ import { createHash } from "node:crypto";
 import {
   closeSync,
   constants,
+  fdatasync,
   fstatSync,
   fsyncSync,
   openSync,
@@ -11,6 +12,7 @@ import {
   rmSync,
 } from "node:fs";
 import { join } from "node:path";
+import { promisify } from "node:util";
 import { BrokenImage, InvalidRequest, WrongState } from "../../errors/index.ts";
 import { flock, openBeneath } from "../../linux/addon.ts";
 import { listFilesHere, openDirectory } from "../digest.ts";
@@ -53,6 +55,7 @@ export interface CreateOutput {
 }
 
 const CHUNK_BYTES = 1024 * 1024;
+const FLUSH_BYTES = 32 * 1024 * 1024;
 
 /** A checkpoint as one file, in constant memory. What it is made of must not change meanwhile. */
 export async function createArchive(input: CreateInput, context: JobContext): Promise<CreateOutput> {
@@ -60,6 +63,7 @@ export async function createArchive(input: CreateInput, context: JobContext): Pr
   flock(out, "exclusive"); // it is being written: nobody sweeps it
   const scratch = `${input.archive}.diff`;
   let done = false;
+  const flusher = new Flusher(out);
   try {
     if (input.dropWhiteouts) await repackWithoutWhiteouts(input.directory, scratch, context);
     const output: CreateOutput = { files: 0, tarBytes: 0, archiveBytes: 0 };
@@ -74,14 +78,46 @@ export async function createArchive(input: CreateInput, context: JobContext): Pr
       context.checkCancelled();
       writeAll(out, chunk);
       output.archiveBytes += chunk.length;
+      flusher.wrote(chunk.length);
     }
+    await flusher.end();
     fsyncSync(out);
     done = true;
     return output;
   } finally {
+    await flusher.end().catch(() => {}); // told above, or there is another reason to fail
     closeSync(out);
     rmSync(scratch, { force: true });
     if (!done) rmSync(input.archive, { force: true });
+  }
+}
+
+/** Has the disk write while we compress: the sync at the end would wait for all of it. */
+class Flusher {
+  readonly #fd: number;
+  #bytes = 0;
+  #flushing: Promise<void> | undefined;
+
+  constructor(fd: number) {
+    this.#fd = fd;
+  }
+
+  wrote(bytes: number): void {
+    this.#bytes += bytes;
+    if (this.#bytes < FLUSH_BYTES || this.#flushing) return;
+    this.#bytes = 0;
+    const flushing = promisify(fdatasync)(this.#fd);
+    this.#flushing = flushing;
+    flushing.then(
+      () => {
+        this.#flushing = undefined;
+      },
+      () => {}, // `end` tells
+    );
+  }
+
+  async end(): Promise<void> {
+    await this.#flushing;
   }
 }
 
