@@ -162,8 +162,9 @@ class Extractor {
     this.#seen.set(path, entry.type);
     // A parent that is a file, or a link, is caught here too when nothing is written.
     for (let { parent } = splitPath(path); parent !== ""; { parent } = splitPath(parent)) {
-      const type = this.#seen.get(parent);
-      if (type && type !== "directory")
+      const type = this.#seen.get(parent) ?? "directory"; // some writers leave out members for directories
+      this.#seen.set(parent, type);
+      if (type !== "directory")
         throw new BrokenImage(`archive member ${shown} is below ${showName(parent)}, a ${type}`);
     }
     if (entry.type === "directory") this.#makeDirectory(path);
