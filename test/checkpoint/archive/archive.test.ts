@@ -388,8 +388,7 @@ describe("a hostile archive is refused by what is wrong with it, and leaves noth
   ])("%s", async (_what, message, members) => {
     fs.writeFileSync(at("bad.tar"), makeTar(...members));
     await expect(extractArchive(at("bad.tar"), at("copy"))).rejects.toThrow(message);
-    if (!message.source.includes("reached"))
-      await expect(verifyArchive(at("bad.tar"))).rejects.toThrow(message);
+    await expect(verifyArchive(at("bad.tar"))).rejects.toThrow(message);
     nothingIsLeft("bad.tar");
   });
 

@@ -1,0 +1,106 @@
+// What a checkpoint consists of beside CRIU's images, with what real containerds leave: the content store, and overlay mounts.
+
+import { execFileSync } from "node:child_process";
+import { createReadStream, existsSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import {
+  type Blob,
+  extractContentStore,
+  parseCheckpointIndex,
+} from "../../src/checkpoint/archive/content-store.ts";
+import { createArchive, extractArchive } from "../../src/checkpoint/archive/index.ts";
+import { applyRootfsDiff, overlayLayers, takeRootfsDiff } from "../../src/checkpoint/rootfs-diff/index.ts";
+import { Live } from "./harness/live.ts";
+import { missingFor } from "./harness/matrix.ts";
+
+const combination = { containerd: "1.7", engine: "runc" } as const;
+const missing = missingFor(combination);
+const IMAGE = "cedana.local/busybox:latest";
+
+describe.skipIf(missing)(`archives${missing ? ` (${missing})` : ""}`, () => {
+  let live: Live;
+  beforeAll(async () => {
+    live = await Live.start(combination);
+  });
+  afterEach(() => live.expectNoLeftovers());
+  afterAll(() => live?.stop());
+
+  /** A container that has changed its root file system. */
+  async function runAndChange(): Promise<string> {
+    const id = live.newId("archive");
+    const flags = ["--runtime", live.options.runtime, "--snapshotter", "overlayfs"];
+    await live.ctr("run", "-d", "--null-io", ...flags, IMAGE, id, "sh", "-c", "while :; do sleep 60; done");
+    const change =
+      "echo new > /etc/new; mkdir -m 750 /made; ln /etc/new /made/again; rm -r /bin/vi; chmod 711 /tmp";
+    await live.ctr("task", "exec", "--exec-id", "change", id, "sh", "-c", change);
+    return id;
+  }
+
+  /** The files of the image, as a container elsewhere begins with. */
+  function freshRootfs(rootfs: string[]): string {
+    const target = mkdtempSync(join(live.dir, "rootfs-"));
+    for (const layer of rootfs.toReversed()) execFileSync("cp", ["-a", `${layer}/.`, target]);
+    return target;
+  }
+
+  function expectChanged(target: string): void {
+    expect(readFileSync(join(target, "etc/new"), "utf8")).toBe("new\n");
+    const stat = (path: string) =>
+      execFileSync("stat", ["-c", "%a %h", join(target, path)], { encoding: "utf8" }).trim();
+    expect(stat("made/again")).toBe("644 2");
+    expect(stat("made")).toMatch(/^750 /);
+    expect(stat("tmp")).toMatch(/^711 /);
+    expect(existsSync(join(target, "bin/vi"))).toBe(false);
+    expect(stat("bin/sh")).toBeDefined();
+  }
+
+  it("of containerd's content store are read, and its layer is applied", async () => {
+    const id = await runAndChange();
+    const ref = "cedana.local/checkpoint:1";
+    await live.ctr("container", "checkpoint", "--rw", "--task", id, ref);
+    const lowers = (await overlayLayers(join(live.bundleOf(id), "rootfs"))).lowers!;
+    const listed = (await live.ctr("images", "ls", `name==${ref}`))
+      .split("\n")
+      .find((line) => line.startsWith(ref))!;
+    const digest = /sha256:[0-9a-f]{64}/.exec(listed)![0];
+    const [store] = execFileSync("find", [live.dir, "-path", "*content/blobs/sha256", "-type", "d"], {
+      encoding: "utf8",
+    }).split("\n");
+    const pathOf = (blob: string) => join(store!, blob.replace("sha256:", ""));
+    const checkpoint = parseCheckpointIndex(readFileSync(pathOf(digest)));
+    expect(checkpoint).toMatchObject({
+      imageName: IMAGE,
+      runtimeName: live.options.runtime,
+      snapshotter: "overlayfs",
+    });
+    const target = join(live.dir, "extracted");
+    await extractContentStore(checkpoint, (blob: Blob) => createReadStream(pathOf(blob.digest)), target);
+    expect(readFileSync(join(target, "checkpoint/inventory.img")).length).toBeGreaterThan(0);
+    const rootfs = freshRootfs(lowers);
+    await applyRootfsDiff(target, rootfs);
+    expectChanged(rootfs);
+    await live.ctr("task", "delete", "-f", id).catch(() => undefined);
+    await live.ctr("container", "delete", id);
+    await live.ctr("images", "rm", "--sync", ref);
+  });
+
+  it("hold what a running container changed in its overlay", async () => {
+    const id = await runAndChange();
+    const layers = await overlayLayers(join(live.bundleOf(id), "rootfs"));
+    const checkpoint = join(live.dir, "taken");
+    mkdirSync(join(checkpoint, "checkpoint"), { recursive: true });
+    writeFileSync(join(checkpoint, "checkpoint/inventory.img"), "");
+    await live.ctr("task", "pause", id);
+    await takeRootfsDiff(layers, checkpoint);
+    await live.ctr("task", "resume", id);
+    for (const name of ["config.dump", "spec.dump"]) writeFileSync(join(checkpoint, name), "{}");
+    await createArchive(checkpoint, join(live.dir, "taken.tar"));
+    await extractArchive(join(live.dir, "taken.tar"), join(live.dir, "copy"));
+    const rootfs = freshRootfs(layers.lowers!);
+    await applyRootfsDiff(join(live.dir, "copy"), rootfs);
+    expectChanged(rootfs);
+    await live.ctr("task", "delete", "-f", id).catch(() => undefined);
+    await live.ctr("container", "delete", id);
+  });
+});
