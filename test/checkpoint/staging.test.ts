@@ -4,9 +4,10 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { type CheckpointManifest, writeManifest } from "../../src/checkpoint/manifest.ts";
+import { writeManifest } from "../../src/checkpoint/manifest.ts";
 import { checkName, Staging, sweep } from "../../src/checkpoint/staging.ts";
 import { AlreadyExists, InvalidRequest, PermissionDenied } from "../../src/errors/index.ts";
+import { sampleManifest } from "./sample.ts";
 
 let store: string;
 beforeEach(() => {
@@ -27,21 +28,9 @@ function tree(directory: string): Record<string, string> {
   return files;
 }
 
-const manifest: Omit<CheckpointManifest, "version" | "files"> = {
-  createdAt: "2026-01-02T03:04:05Z",
-  containerId: "c1",
-  namespace: "default",
-  terminal: false,
-  kernel: "6.12.0",
-  engine: { name: "runc", version: "1.3.6", path: "/usr/sbin/runc" },
-  options: { fileLocks: true, extUnix: false, shellJob: false, emptyNamespaces: [], leaveRunning: true },
-  specDigest: "ab".repeat(32),
-  timings: { totalMs: 154 },
-};
-
 async function make(staging: Staging, content: string): Promise<void> {
   fs.writeFileSync(path.join(staging.path, "pages-1.img"), content);
-  await writeManifest(staging.path, manifest);
+  await writeManifest(staging.path, sampleManifest);
 }
 
 describe("a name", () => {
@@ -183,7 +172,7 @@ describe("a checkpoint in a directory of the caller", () => {
       await using staging = await Staging.inside(store);
       await make(staging, content);
       if (content === "1") fs.writeFileSync(path.join(staging.path, "only-first.img"), "");
-      await writeManifest(staging.path, manifest);
+      await writeManifest(staging.path, sampleManifest);
       await staging.commit();
       fs.writeFileSync(at("foreign"), "");
     }

@@ -20,7 +20,7 @@ import { MANIFEST_NAME } from "../manifest.ts";
 import { ROOTFS_DIFF_NAME } from "../rootfs-diff/names.ts";
 import { WHITEOUT, writeAll } from "../rootfs-diff/pack.ts";
 import { findExtents } from "../tar/extents.ts";
-import { encodeHeader, endOfTar, padding, rawName, type TarEntry } from "../tar/format.ts";
+import { encodeHeader, endOfTar, padding, rawName, type TarEntry, tarEntry } from "../tar/format.ts";
 import { splitPath } from "../tar/path.ts";
 import { ByteSource, readTar } from "../tar/reader.ts";
 import type { JobContext } from "../worker/jobs.ts";
@@ -224,23 +224,7 @@ function parentLink(root: number, found: string, path: string): TarEntry {
   return entryOf(path, { type: "symlink", linkName: rawName(target), mode: 0o777 });
 }
 
-function entryOf(path: string, some: Partial<TarEntry>): TarEntry {
-  return {
-    name: rawName(path),
-    type: "file",
-    mode: 0o600,
-    uid: 0,
-    gid: 0,
-    mtimeNs: 0n,
-    size: 0,
-    linkName: "",
-    major: 0,
-    minor: 0,
-    xattrs: new Map(),
-    extents: undefined,
-    ...some,
-  };
-}
+const entryOf = (path: string, some: Partial<TarEntry>) => tarEntry({ name: rawName(path), ...some });
 
 async function repackWithoutWhiteouts(directory: string, to: string, context: JobContext): Promise<void> {
   if (!readdirSync(directory).includes(ROOTFS_DIFF_NAME)) return;
