@@ -180,6 +180,22 @@ describe("a checkpoint in a directory of the caller", () => {
     expect(fs.readFileSync(at("pages-1.img"), "utf8")).toBe("2");
   });
 
+  it("may be named by a link, which stays", async () => {
+    fs.mkdirSync(at("real"));
+    fs.symlinkSync("real", at("link"));
+    await using staging = await Staging.inside(at("link"));
+    await make(staging, "1");
+    await staging.commit();
+    expect(fs.readdirSync(at("real")).sort()).toEqual(["cedana.json", "pages-1.img"]);
+    expect(fs.readlinkSync(at("link"))).toBe("real");
+    fs.mkdirSync(at("parent"));
+    fs.symlinkSync("parent", at("by"));
+    await using beside = await Staging.beside(at("by"), "web", { shared: true });
+    await beside.commit();
+    expect(fs.readdirSync(at("parent"))).toEqual(["web"]);
+    await expect(Staging.beside(at("by"), "web2")).rejects.toThrow(/a link to one/);
+  });
+
   it("overwrites nothing of others, and says what is in the way", async () => {
     fs.writeFileSync(at("pages-1.img"), "foreign");
     {
