@@ -3,16 +3,16 @@ import { once } from "node:events";
 import { readSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import type { Writable } from "node:stream";
-import { promisify } from "node:util";
 import {
   constants,
   createGunzip,
   createGzip,
+  createZstdCompress,
   createZstdDecompress,
   type Gunzip,
   type Gzip,
   type ZstdDecompress,
-  zstdCompress,
+  type ZstdOptions,
 } from "node:zlib";
 import { BrokenImage, CedanaError, InvalidRequest, messageOf, Unavailable } from "../../errors/index.ts";
 import type { JobContext } from "../worker/jobs.ts";
@@ -121,7 +121,6 @@ export async function peek(chunks: Chunks): Promise<{ first: Buffer; all: Chunks
 }
 
 async function* compressZstd(chunks: Chunks, level: number): AsyncGenerator<Buffer> {
-  const zstd = promisify(zstdCompress);
   const options = {
     params: { [constants.ZSTD_c_compressionLevel]: level, [constants.ZSTD_c_checksumFlag]: 1 },
     chunkSize: ZSTD_FRAME_BYTES + ZSTD_FRAME_BYTES / 64, // one piece of output, whatever comes out
@@ -129,18 +128,18 @@ async function* compressZstd(chunks: Chunks, level: number): AsyncGenerator<Buff
   const free: Buffer[] = Array.from({ length: ZSTD_FRAMES_AT_ONCE }, () =>
     Buffer.allocUnsafeSlow(ZSTD_FRAME_BYTES),
   );
-  const running: { frame: Buffer; job: Promise<Buffer> }[] = [];
+  const running: { frame: Buffer; job: Promise<Buffer[]> }[] = [];
   const begin = (frame: Buffer, length: number) => {
-    const job = zstd(frame.subarray(0, length), options);
+    const job = compressFrame(frame.subarray(0, length), options);
     job.catch(() => {}); // told when it is waited for
     running.push({ frame, job });
   };
   const finish = async function* () {
     const { frame, job } = running.shift()!;
-    const compressed = await job;
+    const parts = await job;
     free.push(frame);
-    yield compressed;
-    release(compressed);
+    yield* parts;
+    for (const part of parts) release(part);
   };
   let frame = free.pop()!;
   let length = 0;
@@ -160,6 +159,15 @@ async function* compressZstd(chunks: Chunks, level: number): AsyncGenerator<Buff
   }
   if (length > 0 || frames === 0) begin(frame, length);
   while (running.length > 0) yield* finish();
+}
+
+/** In pieces of one buffer: zlib's own call for this would copy them into another one, and leave the first about. */
+async function compressFrame(frame: Buffer, options: ZstdOptions): Promise<Buffer[]> {
+  const stream = createZstdCompress(options);
+  stream.end(frame);
+  const parts: Buffer[] = [];
+  for await (const part of stream as AsyncIterable<Buffer>) parts.push(part);
+  return parts;
 }
 
 async function* decompressZstd(chunks: Chunks): AsyncGenerator<Buffer> {
@@ -214,12 +222,15 @@ async function* through(
     stream.destroy();
   });
   try {
+    let last: Buffer | undefined;
     for await (const chunk of stream as AsyncIterable<Buffer>) {
+      last = chunk;
       yield chunk;
       // zlib goes on in the same buffer until that is full.
       if (chunk.byteOffset + chunk.byteLength === chunk.buffer.byteLength) release(chunk);
     }
-    await feeding;
+    await feeding; // it may still be given what it doesn't want
+    if (last) release(last);
   } catch (error) {
     throw sourceError ?? new BrokenImage(`${what} data can't be read: ${messageOf(error)}`, { cause: error });
   } finally {
@@ -239,7 +250,8 @@ async function feed(chunks: Chunks, stream: Writable): Promise<void> {
 
 /** Gives a buffer's memory back; not that of Node's pool, of which small ones are parts. */
 function release({ buffer }: Buffer): void {
-  if (buffer instanceof ArrayBuffer && buffer.byteLength >= CHUNK_BYTES) buffer.transfer(0);
+  if (buffer instanceof ArrayBuffer && buffer.byteLength >= CHUNK_BYTES && !buffer.detached)
+    buffer.transfer(0);
 }
 
 /** Data through a process that reads stdin and writes stdout. */

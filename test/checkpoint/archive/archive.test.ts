@@ -168,6 +168,17 @@ describe("an archive", () => {
     expect((await describeDirectory(at("copy"))).container.id).toBe(sampleManifest.containerId);
   });
 
+  it("of images of which nothing else is known can be extracted, too", async () => {
+    fs.mkdirSync(path.join(checkpoint, "checkpoint"), { recursive: true });
+    fs.writeFileSync(path.join(checkpoint, "checkpoint/inventory.img"), "1");
+    await createArchive(checkpoint, at("web.tar"));
+    const extracted = await extractArchive(at("web.tar"), at("copy"));
+    expect(extracted).toMatchObject({
+      verified: 0,
+      description: { layout: "cedana", container: { id: "" } },
+    });
+  });
+
   it("takes an earlier checkpoint along only where it is inside", async () => {
     await makeCheckpoint();
     fs.mkdirSync(path.join(checkpoint, "pre-checkpoint"));
