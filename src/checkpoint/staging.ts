@@ -11,6 +11,7 @@ import {
   readdirSync,
   readFileSync,
   readlinkSync,
+  realpathSync,
   renameSync,
   rmdirSync,
   rmSync,
@@ -98,6 +99,7 @@ export class Staging implements AsyncDisposable {
     checkName(name);
     if (!isAbsolute(store)) throw new InvalidRequest(`store ${store} is not an absolute path`);
     mkdirSync(store, { recursive: true, mode: 0o700 });
+    if (shared) store = realpathSync(store); // somebody's directory may be a link; a store may not
     using storeFd = new Directory(store);
     storeFd.expectOurs(store, shared);
     await sweep(store);
@@ -136,6 +138,7 @@ export class Staging implements AsyncDisposable {
     let made: string | undefined;
     try {
       made = mkdirSync(directory, { recursive: true, mode: 0o700 });
+      directory = realpathSync(directory); // the caller may name it by a link
       await sweep(directory);
       using target = new Directory(directory);
       const { name, lock } = makeLocked(target, STAGING_PREFIX);
@@ -243,10 +246,18 @@ class Directory implements Disposable {
   readonly fd: number;
 
   constructor(directory: string | number) {
-    this.fd =
-      typeof directory === "number"
-        ? directory
-        : openSync(directory, constants.O_RDONLY | constants.O_DIRECTORY | constants.O_NOFOLLOW);
+    this.fd = typeof directory === "number" ? directory : Directory.#open(directory);
+  }
+
+  static #open(path: string): number {
+    try {
+      return openSync(path, constants.O_RDONLY | constants.O_DIRECTORY | constants.O_NOFOLLOW);
+    } catch (cause) {
+      if ((cause as NodeJS.ErrnoException).code !== "ENOTDIR") throw cause;
+      throw new InvalidRequest(`${path} is no directory, or a link to one: name the directory itself`, {
+        cause,
+      });
+    }
   }
 
   /** An entry in it; `name` must be one component. */

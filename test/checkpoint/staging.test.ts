@@ -4,9 +4,10 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { type CheckpointManifest, writeManifest } from "../../src/checkpoint/manifest.ts";
+import { writeManifest } from "../../src/checkpoint/manifest.ts";
 import { checkName, Staging, sweep } from "../../src/checkpoint/staging.ts";
 import { AlreadyExists, InvalidRequest, PermissionDenied } from "../../src/errors/index.ts";
+import { sampleManifest } from "./sample.ts";
 
 let store: string;
 beforeEach(() => {
@@ -27,21 +28,9 @@ function tree(directory: string): Record<string, string> {
   return files;
 }
 
-const manifest: Omit<CheckpointManifest, "version" | "files"> = {
-  createdAt: "2026-01-02T03:04:05Z",
-  containerId: "c1",
-  namespace: "default",
-  terminal: false,
-  kernel: "6.12.0",
-  engine: { name: "runc", version: "1.3.6", path: "/usr/sbin/runc" },
-  options: { fileLocks: true, extUnix: false, shellJob: false, emptyNamespaces: [], leaveRunning: true },
-  specDigest: "ab".repeat(32),
-  timings: { totalMs: 154 },
-};
-
 async function make(staging: Staging, content: string): Promise<void> {
   fs.writeFileSync(path.join(staging.path, "pages-1.img"), content);
-  await writeManifest(staging.path, manifest);
+  await writeManifest(staging.path, sampleManifest);
 }
 
 describe("a name", () => {
@@ -183,12 +172,28 @@ describe("a checkpoint in a directory of the caller", () => {
       await using staging = await Staging.inside(store);
       await make(staging, content);
       if (content === "1") fs.writeFileSync(path.join(staging.path, "only-first.img"), "");
-      await writeManifest(staging.path, manifest);
+      await writeManifest(staging.path, sampleManifest);
       await staging.commit();
       fs.writeFileSync(at("foreign"), "");
     }
     expect(fs.readdirSync(store).sort()).toEqual(["cedana.json", "foreign", "pages-1.img"]);
     expect(fs.readFileSync(at("pages-1.img"), "utf8")).toBe("2");
+  });
+
+  it("may be named by a link, which stays", async () => {
+    fs.mkdirSync(at("real"));
+    fs.symlinkSync("real", at("link"));
+    await using staging = await Staging.inside(at("link"));
+    await make(staging, "1");
+    await staging.commit();
+    expect(fs.readdirSync(at("real")).sort()).toEqual(["cedana.json", "pages-1.img"]);
+    expect(fs.readlinkSync(at("link"))).toBe("real");
+    fs.mkdirSync(at("parent"));
+    fs.symlinkSync("parent", at("by"));
+    await using beside = await Staging.beside(at("by"), "web", { shared: true });
+    await beside.commit();
+    expect(fs.readdirSync(at("parent"))).toEqual(["web"]);
+    await expect(Staging.beside(at("by"), "web2")).rejects.toThrow(/a link to one/);
   });
 
   it("overwrites nothing of others, and says what is in the way", async () => {

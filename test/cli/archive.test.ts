@@ -4,6 +4,7 @@ import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { writeManifest } from "../../src/checkpoint/manifest.ts";
+import { sampleManifest } from "../checkpoint/sample.ts";
 
 const root = path.join(import.meta.dirname, "../..");
 const built = ["dist/cedana.js", "dist/commands.js", "dist/checkpoint-worker.js"].every((file) =>
@@ -29,33 +30,13 @@ describe.skipIf(!built)("cedana archive (needs `npm run build`)", () => {
     const images = path.join(directory, "web");
     fs.mkdirSync(images);
     fs.writeFileSync(path.join(images, "inventory.img"), "i");
-    await writeManifest(
-      images,
-      {
-        createdAt: "2026-01-02T03:04:05Z",
-        containerId: "c1",
-        namespace: "default",
-        terminal: false,
-        kernel: "6.12.0",
-        engine: { name: "runc", version: "1.3.6", path: "/usr/sbin/runc" },
-        options: {
-          fileLocks: true,
-          extUnix: false,
-          shellJob: false,
-          emptyNamespaces: [],
-          leaveRunning: true,
-        },
-        specDigest: "ab".repeat(32),
-        timings: { totalMs: 154 },
-      },
-      { digests: true },
-    );
+    await writeManifest(images, sampleManifest, { digests: true });
     fs.writeFileSync(path.join(directory, "key"), "correct horse battery staple");
     expect(cedana("create", "web", "web.tar", "--key-file", "key")).toMatchObject({ status: 0, stderr: "" });
     const shown = cedana("show", "web.tar", "--key-file", "key", "--json");
     expect(JSON.parse(shown.stdout)).toMatchObject({ compression: "zstd", encrypted: true, verified: 1 });
     const extracted = cedana("extract", "web.tar", "copy", "--key-file", "key");
-    expect(extracted.stdout).toContain("checkpoint of c1, layout cedana");
+    expect(extracted.stdout).toContain("checkpoint of 0123456789abcdef, layout cedana");
     expect(extracted.stdout).toContain("1 files are as the manifest says");
     expect(cedana("verify", "copy")).toMatchObject({
       status: 0,

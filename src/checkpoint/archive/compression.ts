@@ -2,17 +2,27 @@ import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { readSync } from "node:fs";
 import { availableParallelism } from "node:os";
-import { Readable } from "node:stream";
-import { promisify } from "node:util";
-import { constants, createGunzip, createGzip, createZstdDecompress, zstdCompress } from "node:zlib";
+import type { Writable } from "node:stream";
+import {
+  constants,
+  createGunzip,
+  createGzip,
+  createZstdCompress,
+  createZstdDecompress,
+  type Gunzip,
+  type Gzip,
+  type ZstdDecompress,
+  type ZstdOptions,
+} from "node:zlib";
 import { BrokenImage, CedanaError, InvalidRequest, messageOf, Unavailable } from "../../errors/index.ts";
 import type { JobContext } from "../worker/jobs.ts";
 import { ZstdFrames } from "./zstd-frames.ts";
 
 /**
- * Compression of streams, in a worker thread.
+ * Compression of streams, in a worker thread. Everywhere a chunk is its reader's until that asks for the next one: its memory is used
+ * again then, or given back, because the garbage collector sees the size of buffers late and a hundred MiB of them would lie about.
  *
- * zstd: frames of 4 MiB each, compressed side by side in Node's thread pool and joined, which every reader of zstd takes. (Node's
+ * zstd: frames of 2 MiB each, compressed side by side in Node's thread pool and joined, which every reader of zstd takes. (Node's
  * stream can't compress in threads, ZSTD_c_nbWorkers makes it fail, and ends its reading behind the first frame.)
  * lz4: the program of Debian's package `lz4`, which knows the frame format. The registry's packages either know only bare blocks, or
  * keep a whole archive in memory, or have been left for years; and a process of its own is where compression should be.
@@ -24,7 +34,7 @@ export type Compression = (typeof compressions)[number];
 type Chunks = AsyncIterable<Buffer>;
 
 const CHUNK_BYTES = 1024 * 1024;
-const ZSTD_FRAME_BYTES = 4 * 1024 * 1024;
+const ZSTD_FRAME_BYTES = 2 * 1024 * 1024;
 /** Frames at a time: the cores, and one that waits for the writer. The thread pool has 4 threads, and cedanad's files need some. */
 const ZSTD_FRAMES_AT_ONCE = Math.min(3, availableParallelism() + 1);
 const magics: [Compression, number[]][] = [
@@ -39,11 +49,11 @@ export function detectCompression(first: Buffer): Compression {
   return magics.find(([, bytes]) => bytes.every((byte, i) => first[i] === byte))?.[0] ?? "none";
 }
 
-/** A file from its beginning, or from an offset. Whoever opened it closes it. */
-export async function* readChunks(fd: number, context: JobContext, offset = 0): AsyncGenerator<Buffer> {
-  for (let position = offset; ; ) {
+/** A file from its beginning. Whoever opened it closes it. */
+export async function* readChunks(fd: number, context: JobContext): AsyncGenerator<Buffer> {
+  const buffer = Buffer.allocUnsafeSlow(CHUNK_BYTES);
+  for (let position = 0; ; ) {
     context.checkCancelled();
-    const buffer = Buffer.allocUnsafeSlow(CHUNK_BYTES); // a new one: whoever reads may keep the old one
     const read = readSync(fd, buffer, 0, CHUNK_BYTES, position);
     if (read === 0) return;
     position += read;
@@ -88,8 +98,8 @@ export async function peek(chunks: Chunks): Promise<{ first: Buffer; all: Chunks
     const next = await iterator.next();
     if (next.done) ended = true;
     else {
-      parts.push(next.value);
       length += next.value.length;
+      parts.push(length < 512 ? Buffer.from(next.value) : next.value); // asked for more, this one is gone
     }
   }
   const first = parts.length === 1 ? parts[0]! : Buffer.concat(parts);
@@ -111,36 +121,53 @@ export async function peek(chunks: Chunks): Promise<{ first: Buffer; all: Chunks
 }
 
 async function* compressZstd(chunks: Chunks, level: number): AsyncGenerator<Buffer> {
-  const zstd = promisify(zstdCompress);
   const options = {
     params: { [constants.ZSTD_c_compressionLevel]: level, [constants.ZSTD_c_checksumFlag]: 1 },
-    chunkSize: ZSTD_FRAME_BYTES + ZSTD_FRAME_BYTES / 64, // never more than one piece of output
+    chunkSize: ZSTD_FRAME_BYTES + ZSTD_FRAME_BYTES / 64, // one piece of output, whatever comes out
   };
-  const running: Promise<Buffer>[] = [];
-  const begin = (parts: Buffer[]) => {
-    const job = zstd(Buffer.concat(parts), options);
+  const free: Buffer[] = Array.from({ length: ZSTD_FRAMES_AT_ONCE }, () =>
+    Buffer.allocUnsafeSlow(ZSTD_FRAME_BYTES),
+  );
+  const running: { frame: Buffer; job: Promise<Buffer[]> }[] = [];
+  const begin = (frame: Buffer, length: number) => {
+    const job = compressFrame(frame.subarray(0, length), options);
     job.catch(() => {}); // told when it is waited for
-    running.push(job);
+    running.push({ frame, job });
   };
-  let parts: Buffer[] = [];
+  const finish = async function* () {
+    const { frame, job } = running.shift()!;
+    const parts = await job;
+    free.push(frame);
+    yield* parts;
+    for (const part of parts) release(part);
+  };
+  let frame = free.pop()!;
   let length = 0;
   let frames = 0;
-  for await (let chunk of chunks) {
-    while (chunk.length > 0) {
-      const part = chunk.subarray(0, ZSTD_FRAME_BYTES - length);
-      parts.push(part);
-      length += part.length;
-      chunk = chunk.subarray(part.length);
+  for await (const chunk of chunks) {
+    for (let at = 0; at < chunk.length; ) {
+      const copied = chunk.copy(frame, length, at);
+      at += copied;
+      length += copied;
       if (length < ZSTD_FRAME_BYTES) continue;
-      begin(parts);
+      begin(frame, length);
       frames++;
-      parts = [];
       length = 0;
-      if (running.length >= ZSTD_FRAMES_AT_ONCE) yield await running.shift()!;
+      if (free.length === 0) yield* finish();
+      frame = free.pop()!;
     }
   }
-  if (length > 0 || frames === 0) begin(parts);
-  for (const job of running) yield await job;
+  if (length > 0 || frames === 0) begin(frame, length);
+  while (running.length > 0) yield* finish();
+}
+
+/** In pieces of one buffer: zlib's own call for this would copy them into another one, and leave the first about. */
+async function compressFrame(frame: Buffer, options: ZstdOptions): Promise<Buffer[]> {
+  const stream = createZstdCompress(options);
+  stream.end(frame);
+  const parts: Buffer[] = [];
+  for await (const part of stream as AsyncIterable<Buffer>) parts.push(part);
+  return parts;
 }
 
 async function* decompressZstd(chunks: Chunks): AsyncGenerator<Buffer> {
@@ -186,31 +213,45 @@ async function* gunzip(chunks: Chunks): AsyncGenerator<Buffer> {
 /** Data through one of zlib's streams; what fails in it is data's fault. */
 async function* through(
   chunks: Chunks,
-  stream: NodeJS.ReadWriteStream & { destroy(error?: Error): unknown },
+  stream: Gzip | Gunzip | ZstdDecompress,
   what: string,
 ): AsyncGenerator<Buffer> {
   let sourceError: unknown;
-  const source = Readable.from(
-    (async function* () {
-      try {
-        yield* chunks;
-      } catch (error) {
-        sourceError = error;
-        throw error;
-      }
-    })(),
-    { objectMode: true, highWaterMark: 1 },
-  );
-  source.on("error", (error) => stream.destroy(error));
-  source.pipe(stream as NodeJS.WritableStream);
+  const feeding = feed(chunks, stream).catch((error) => {
+    if (!stream.destroyed) sourceError = error; // else it is the stream's own, which the reading below sees
+    stream.destroy();
+  });
   try {
-    yield* stream as AsyncIterable<Buffer>;
+    let last: Buffer | undefined;
+    for await (const chunk of stream as AsyncIterable<Buffer>) {
+      last = chunk;
+      yield chunk;
+      // zlib goes on in the same buffer until that is full.
+      if (chunk.byteOffset + chunk.byteLength === chunk.buffer.byteLength) release(chunk);
+    }
+    await feeding; // it may still be given what it doesn't want
+    if (last) release(last);
   } catch (error) {
     throw sourceError ?? new BrokenImage(`${what} data can't be read: ${messageOf(error)}`, { cause: error });
   } finally {
-    source.destroy();
     stream.destroy();
   }
+  if (sourceError) throw sourceError;
+}
+
+/** Each chunk is taken before the next is asked for. */
+async function feed(chunks: Chunks, stream: Writable): Promise<void> {
+  for await (const chunk of chunks)
+    await new Promise<void>((taken, failed) =>
+      stream.write(chunk, (error) => (error ? failed(error) : taken())),
+    );
+  stream.end();
+}
+
+/** Gives a buffer's memory back; not that of Node's pool, of which small ones are parts. */
+function release({ buffer }: Buffer): void {
+  if (buffer instanceof ArrayBuffer && buffer.byteLength >= CHUNK_BYTES && !buffer.detached)
+    buffer.transfer(0);
 }
 
 /** Data through a process that reads stdin and writes stdout. */
@@ -223,14 +264,10 @@ async function* throughProgram(chunks: Chunks, args: string[], verb: string): As
     words = (words + data.toString("utf8")).slice(-500);
   });
   let sourceError: unknown;
-  const feeding = (async () => {
-    try {
-      for await (const chunk of chunks) if (!child.stdin.write(chunk)) await once(child.stdin, "drain");
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== "EPIPE") sourceError = error; // EPIPE: its exit status says why
-    }
+  const feeding = feed(chunks, child.stdin).catch((error: NodeJS.ErrnoException) => {
+    if (error.code !== "EPIPE" && error.code !== "ERR_STREAM_DESTROYED") sourceError = error; // those: its exit status says why
     child.stdin.end();
-  })();
+  });
   child.stdin.on("error", () => {}); // EPIPE, which the feeding sees too
   try {
     yield* child.stdout as AsyncIterable<Buffer>;

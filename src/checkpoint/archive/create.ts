@@ -2,6 +2,7 @@ import { createHash } from "node:crypto";
 import {
   closeSync,
   constants,
+  fdatasync,
   fstatSync,
   fsyncSync,
   openSync,
@@ -11,6 +12,7 @@ import {
   rmSync,
 } from "node:fs";
 import { join } from "node:path";
+import { promisify } from "node:util";
 import { BrokenImage, InvalidRequest, WrongState } from "../../errors/index.ts";
 import { flock, openBeneath } from "../../linux/addon.ts";
 import { listFilesHere, openDirectory } from "../digest.ts";
@@ -18,7 +20,7 @@ import { MANIFEST_NAME } from "../manifest.ts";
 import { ROOTFS_DIFF_NAME } from "../rootfs-diff/names.ts";
 import { WHITEOUT, writeAll } from "../rootfs-diff/pack.ts";
 import { findExtents } from "../tar/extents.ts";
-import { encodeHeader, endOfTar, padding, rawName, type TarEntry } from "../tar/format.ts";
+import { encodeHeader, endOfTar, padding, rawName, type TarEntry, tarEntry } from "../tar/format.ts";
 import { splitPath } from "../tar/path.ts";
 import { ByteSource, readTar } from "../tar/reader.ts";
 import type { JobContext } from "../worker/jobs.ts";
@@ -53,6 +55,7 @@ export interface CreateOutput {
 }
 
 const CHUNK_BYTES = 1024 * 1024;
+const FLUSH_BYTES = 32 * 1024 * 1024;
 
 /** A checkpoint as one file, in constant memory. What it is made of must not change meanwhile. */
 export async function createArchive(input: CreateInput, context: JobContext): Promise<CreateOutput> {
@@ -60,6 +63,7 @@ export async function createArchive(input: CreateInput, context: JobContext): Pr
   flock(out, "exclusive"); // it is being written: nobody sweeps it
   const scratch = `${input.archive}.diff`;
   let done = false;
+  const flusher = new Flusher(out);
   try {
     if (input.dropWhiteouts) await repackWithoutWhiteouts(input.directory, scratch, context);
     const output: CreateOutput = { files: 0, tarBytes: 0, archiveBytes: 0 };
@@ -74,14 +78,46 @@ export async function createArchive(input: CreateInput, context: JobContext): Pr
       context.checkCancelled();
       writeAll(out, chunk);
       output.archiveBytes += chunk.length;
+      flusher.wrote(chunk.length);
     }
+    await flusher.end();
     fsyncSync(out);
     done = true;
     return output;
   } finally {
+    await flusher.end().catch(() => {}); // told above, or there is another reason to fail
     closeSync(out);
     rmSync(scratch, { force: true });
     if (!done) rmSync(input.archive, { force: true });
+  }
+}
+
+/** Has the disk write while we compress: the sync at the end would wait for all of it. */
+class Flusher {
+  readonly #fd: number;
+  #bytes = 0;
+  #flushing: Promise<void> | undefined;
+
+  constructor(fd: number) {
+    this.#fd = fd;
+  }
+
+  wrote(bytes: number): void {
+    this.#bytes += bytes;
+    if (this.#bytes < FLUSH_BYTES || this.#flushing) return;
+    this.#bytes = 0;
+    const flushing = promisify(fdatasync)(this.#fd);
+    this.#flushing = flushing;
+    flushing.then(
+      () => {
+        this.#flushing = undefined;
+      },
+      () => {}, // `end` tells
+    );
+  }
+
+  async end(): Promise<void> {
+    await this.#flushing;
   }
 }
 
@@ -109,6 +145,7 @@ function* packTree(
     ...found.map(({ path, type }) => ({ path: prefix + path, type })),
   ].sort((a, b) => rank(a.path) - rank(b.path) || (a.path < b.path ? -1 : 1));
   const root = openDirectory(input.directory);
+  const buffer = Buffer.allocUnsafeSlow(CHUNK_BYTES); // used again, see compression.ts
   try {
     for (const { path, type } of names) {
       if (type === "extra") {
@@ -133,7 +170,7 @@ function* packTree(
                 constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK,
               );
         try {
-          yield* packFile(fd, path, input.digests[path.slice(prefix.length)], context);
+          yield* packFile(fd, path, input.digests[path.slice(prefix.length)], buffer, context);
         } finally {
           closeSync(fd);
         }
@@ -150,6 +187,7 @@ function* packFile(
   fd: number,
   path: string,
   digest: string | undefined,
+  buffer: Buffer,
   context: JobContext,
 ): Generator<Buffer, void, void> {
   const info = fstatSync(fd, { bigint: true });
@@ -162,8 +200,8 @@ function* packFile(
   for (const extent of extents ?? [{ offset: 0, size }]) {
     for (let offset = extent.offset; offset < extent.offset + extent.size; ) {
       context.checkCancelled();
-      const buffer = Buffer.allocUnsafeSlow(Math.min(CHUNK_BYTES, extent.offset + extent.size - offset));
-      const read = readSync(fd, buffer, 0, buffer.length, offset);
+      const wanted = Math.min(buffer.length, extent.offset + extent.size - offset);
+      const read = readSync(fd, buffer, 0, wanted, offset);
       if (read === 0) throw new WrongState(`${path} became shorter while it was archived`);
       hash?.update(buffer.subarray(0, read));
       yield buffer.subarray(0, read);
@@ -186,23 +224,7 @@ function parentLink(root: number, found: string, path: string): TarEntry {
   return entryOf(path, { type: "symlink", linkName: rawName(target), mode: 0o777 });
 }
 
-function entryOf(path: string, some: Partial<TarEntry>): TarEntry {
-  return {
-    name: rawName(path),
-    type: "file",
-    mode: 0o600,
-    uid: 0,
-    gid: 0,
-    mtimeNs: 0n,
-    size: 0,
-    linkName: "",
-    major: 0,
-    minor: 0,
-    xattrs: new Map(),
-    extents: undefined,
-    ...some,
-  };
-}
+const entryOf = (path: string, some: Partial<TarEntry>) => tarEntry({ name: rawName(path), ...some });
 
 async function repackWithoutWhiteouts(directory: string, to: string, context: JobContext): Promise<void> {
   if (!readdirSync(directory).includes(ROOTFS_DIFF_NAME)) return;

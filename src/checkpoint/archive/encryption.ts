@@ -55,14 +55,18 @@ export async function* encrypt(chunks: AsyncIterable<Buffer>, secret: Uint8Array
   const keys = makeKeys(secret, front);
   yield Buffer.concat([front, mac(keys.header, front)]);
   const source = new ByteSource(chunks);
-  let chunk = await source.upTo(CHUNK_BYTES);
+  // One is looked ahead, to know the last: two buffers, in turn.
+  let [buffer, other] = [Buffer.allocUnsafeSlow(CHUNK_BYTES), Buffer.allocUnsafeSlow(CHUNK_BYTES)];
+  let chunk = await source.upTo(CHUNK_BYTES, buffer);
   for (let number = 0; ; number++) {
-    const next = chunk.length === CHUNK_BYTES ? await source.upTo(CHUNK_BYTES) : Buffer.alloc(0);
+    const next = await source.upTo(CHUNK_BYTES, other);
     const last = next.length === 0;
     const cipher = createCipheriv(CIPHER, keys.payload, nonce(number, last));
-    yield Buffer.concat([cipher.update(chunk), cipher.final(), cipher.getAuthTag()]);
+    yield cipher.update(chunk);
+    yield Buffer.concat([cipher.final(), cipher.getAuthTag()]);
     if (last) return;
     chunk = next;
+    [buffer, other] = [other, buffer];
   }
 }
 
@@ -79,15 +83,18 @@ export async function* decrypt(chunks: AsyncIterable<Buffer>, secret: Uint8Array
     const keys = makeKeys(secret, front);
     if (!timingSafeEqual(mac(keys.header, front), header.subarray(40)))
       throw new PermissionDenied("the key doesn't open this archive, or its header was changed");
-    let chunk = await source.upTo(CHUNK_BYTES + TAG_BYTES);
+    const size = CHUNK_BYTES + TAG_BYTES;
+    let [buffer, other] = [Buffer.allocUnsafeSlow(size), Buffer.allocUnsafeSlow(size)];
+    let chunk = await source.upTo(size, buffer);
     for (let number = 0; ; number++) {
-      const next = await source.upTo(CHUNK_BYTES + TAG_BYTES);
+      const next = await source.upTo(size, other);
       const last = next.length === 0;
       const plain = open(chunk, keys.payload, nonce(number, last));
       if (!plain) throw new BrokenImage(`the encrypted archive was changed or cut off, in chunk ${number}`);
       if (plain.length > 0) yield plain;
       if (last) return;
       chunk = next;
+      [buffer, other] = [other, buffer];
     }
   } finally {
     await source.close();

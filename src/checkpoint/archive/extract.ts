@@ -9,6 +9,7 @@ import {
   statfsSync,
   symlinkSync,
 } from "node:fs";
+import { dirname } from "node:path";
 import { BrokenImage, InvalidRequest, PermissionDenied, ResourceExhausted } from "../../errors/index.ts";
 import { openBeneath } from "../../linux/addon.ts";
 import { openDirectory } from "../digest.ts";
@@ -23,7 +24,7 @@ import { staysInside } from "./links.ts";
 
 /** What an archive may ask of us. */
 export interface Limits {
-  /** of all files together, holes included; default: what is free at the destination, less a twentieth */
+  /** of all files together, holes included; default: what is free at the destination (or beside the archive), less a twentieth */
   bytes?: number | undefined;
   members?: number | undefined;
   /** bytes written, without zeros, for each byte of the archive; looked at above 256 MiB */
@@ -111,8 +112,7 @@ class Extractor {
   }
 
   #free(): number {
-    if (this.#input.into === undefined) return Number.MAX_SAFE_INTEGER;
-    const { bavail, bsize } = statfsSync(this.#input.into);
+    const { bavail, bsize } = statfsSync(this.#input.into ?? dirname(this.#input.archive));
     return Math.floor(bavail * bsize * 0.95);
   }
 
@@ -162,8 +162,9 @@ class Extractor {
     this.#seen.set(path, entry.type);
     // A parent that is a file, or a link, is caught here too when nothing is written.
     for (let { parent } = splitPath(path); parent !== ""; { parent } = splitPath(parent)) {
-      const type = this.#seen.get(parent);
-      if (type && type !== "directory")
+      const type = this.#seen.get(parent) ?? "directory"; // some writers leave out members for directories
+      this.#seen.set(parent, type);
+      if (type !== "directory")
         throw new BrokenImage(`archive member ${shown} is below ${showName(parent)}, a ${type}`);
     }
     if (entry.type === "directory") this.#makeDirectory(path);

@@ -1,7 +1,7 @@
 import { randomUUID } from "node:crypto";
 import { closeSync, fsyncSync, openSync } from "node:fs";
 import { access, lstat, readdir, rename, rm, stat } from "node:fs/promises";
-import { basename, dirname, isAbsolute, join } from "node:path";
+import { basename, dirname, isAbsolute, join, resolve } from "node:path";
 import { AlreadyExists, BrokenImage, InvalidRequest, NotFound } from "../../errors/index.ts";
 import { flock, renameAt } from "../../linux/addon.ts";
 import { listTree, openDirectory, withFd } from "../digest.ts";
@@ -74,6 +74,10 @@ export async function createArchive(
 ): Promise<CreateOutput> {
   const { layout = "cedana", compression = "zstd", replace = false } = options;
   await expectDirectory(directory);
+  if (resolve(archive).startsWith(`${resolve(directory)}/`))
+    throw new InvalidRequest(
+      `archive ${archive} would be part of ${directory}, which it is made of: write it elsewhere`,
+    );
   const manifest = await readManifest(directory);
   const files = (await listTree(directory, options.signal))
     .filter(({ type }) => type !== "directory")
@@ -270,7 +274,9 @@ export async function verifyDirectory(
   const { manifest, at } = await findManifest(directory);
   if (!manifest)
     throw new NotFound(`${directory} has no ${MANIFEST_NAME}: there is nothing to compare it with`);
-  const faults = await verifyFiles(manifest, at, signal);
+  const faults = (await verifyFiles(manifest, at, signal)).filter(
+    ({ kind, path }) => kind !== "extra" || !generatedNames.includes(path),
+  );
   if (faults.length > 0)
     throw new BrokenImage(
       `checkpoint ${directory} is not as its manifest says: ${faults.map(({ message }) => message).join(", ")}`,

@@ -42,8 +42,9 @@ export function detectLayout(names: Iterable<string>, manager?: string): Layout 
     throw new Unsupported("it is a checkpoint of a whole pod: restore it with what made it");
   if (files.has("oci-layout") && files.has("index.json")) return "oci";
   if (files.has("inventory.img")) return "criu";
-  if (files.has(join(IMAGES_DIRECTORY, MANIFEST_NAME)) && !files.has(SPEC_DUMP)) return "cedana";
-  if (!files.has(CONFIG_DUMP) || !files.has(SPEC_DUMP))
+  const described = files.has(CONFIG_DUMP) && files.has(SPEC_DUMP);
+  if (!described && files.has(join(IMAGES_DIRECTORY, "inventory.img"))) return "cedana"; // nobody else leaves these out
+  if (!described)
     throw new BrokenImage(
       `it is not a checkpoint that we know: it has no ${[MANIFEST_NAME, CONFIG_DUMP, SPEC_DUMP].filter((name) => !files.has(name)).join(", ")} and no inventory.img`,
     );

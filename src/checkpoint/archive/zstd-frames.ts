@@ -37,6 +37,9 @@ export class ZstdFrames {
   }
 }
 
+/** A block has at most as much, whoever wrote it. */
+const MAX_BLOCK_BYTES = 128 * 1024;
+
 async function* frame(source: ByteSource, magic: Buffer): AsyncGenerator<{ data: Buffer; last: boolean }> {
   const descriptor = (await exactly(source, 1))[0]!;
   const singleSegment = (descriptor & 0x20) !== 0;
@@ -47,6 +50,7 @@ async function* frame(source: ByteSource, magic: Buffer): AsyncGenerator<{ data:
     data: Buffer.concat([magic, Buffer.from([descriptor]), await exactly(source, header)]),
     last: false,
   };
+  const buffer = Buffer.allocUnsafeSlow(MAX_BLOCK_BYTES); // used again: a piece is good until the next is asked for
   for (;;) {
     const blockHeader = await exactly(source, 3);
     const value = blockHeader.readUIntLE(0, 3);
@@ -54,10 +58,9 @@ async function* frame(source: ByteSource, magic: Buffer): AsyncGenerator<{ data:
     const type = (value >> 1) & 3;
     const size = type === 1 ? 1 : value >> 3;
     const ends = lastBlock && !hasChecksum;
-    // A block has at most 128 KiB, whoever wrote it.
-    if (size > 128 * 1024) throw new BrokenImage(`zstd data is broken: a block of ${size} bytes`);
-    const block = await exactly(source, size);
-    yield { data: Buffer.concat([blockHeader, block]), last: ends };
+    if (size > MAX_BLOCK_BYTES) throw new BrokenImage(`zstd data is broken: a block of ${size} bytes`);
+    yield { data: blockHeader, last: ends && size === 0 };
+    if (size > 0) yield { data: await exactly(source, size, buffer), last: ends };
     if (!lastBlock) continue;
     if (hasChecksum) yield { data: await exactly(source, 4), last: true };
     return;
@@ -73,8 +76,8 @@ async function* pieces(source: ByteSource, size: number): AsyncGenerator<Buffer>
   }
 }
 
-async function exactly(source: ByteSource, size: number): Promise<Buffer> {
-  const bytes = size === 0 ? Buffer.alloc(0) : await source.upTo(size);
+async function exactly(source: ByteSource, size: number, into?: Buffer<ArrayBuffer>): Promise<Buffer> {
+  const bytes = await source.upTo(size, into);
   if (bytes.length < size) throw new BrokenImage("zstd data is truncated");
   return bytes;
 }

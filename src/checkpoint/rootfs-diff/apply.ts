@@ -185,7 +185,8 @@ class Applier {
       try {
         directory = this.#open(parent, path);
       } catch (error) {
-        if (((error as Error).cause as NodeJS.ErrnoException | undefined)?.code === "ENOENT") continue; // gone with its parent
+        const code = ((error as Error).cause as NodeJS.ErrnoException | undefined)?.code;
+        if (code === "ENOENT" || code === "ENOTDIR") continue; // gone with its parent
         throw error;
       }
       if (this.#remove(directory, base)) this.output.deleted++;

@@ -26,6 +26,7 @@ import {
   rawName,
   showName,
   type TarEntry,
+  tarEntry,
 } from "../tar/format.ts";
 import type { JobContext } from "../worker/jobs.ts";
 import { excluder } from "./exclude.ts";
@@ -145,8 +146,7 @@ class Packer {
       const info = lstatSync(entryPath(directory, name), { bigint: true });
       if (isWhiteout(directory, name, info)) {
         this.#deleted.push(path);
-        if (this.#input.whiteouts)
-          this.#member({ ...plain(prefix + WHITEOUT + name, "file"), mode: 0o600 }, path);
+        if (this.#input.whiteouts) this.#member(tarEntry({ name: prefix + WHITEOUT + name }), path);
       } else if (info.isDirectory())
         withFd(
           openBeneath(directory, pathBytes(name), constants.O_RDONLY | constants.O_DIRECTORY),
@@ -171,7 +171,7 @@ class Packer {
       );
     this.#member({ ...this.#entry(path, "directory", info), xattrs: attributes(self, names) }, path);
     if (overlay("opaque") !== "y") return;
-    if (this.#input.whiteouts) this.#member({ ...plain(prefix + OPAQUE, "file"), mode: 0o600 }, path);
+    if (this.#input.whiteouts) this.#member(tarEntry({ name: prefix + OPAQUE }), path);
     this.#listHidden(path === "." ? "" : path);
   }
 
@@ -262,13 +262,14 @@ class Packer {
   }
 
   #entry(name: RawName, type: EntryType, info: BigIntStats): TarEntry {
-    return {
-      ...plain(name, type),
+    return tarEntry({
+      name,
+      type,
       mode: Number(info.mode) & 0o7777,
       uid: Number(info.uid),
       gid: Number(info.gid),
       mtimeNs: info.mtimeNs,
-    };
+    });
   }
 
   #member(entry: TarEntry, path: RawName): void {
@@ -295,11 +296,6 @@ class Packer {
     writeAll(this.#out, this.#buffer.subarray(0, this.#filled));
     this.#filled = 0;
   }
-}
-
-function plain(name: RawName, type: EntryType): TarEntry {
-  const nothing = { mode: 0, uid: 0, gid: 0, mtimeNs: 0n, size: 0, linkName: "", major: 0, minor: 0 };
-  return { name, type, ...nothing, xattrs: new Map(), extents: undefined };
 }
 
 /** An entry of an open directory, for calls that don't follow a link at the end. */

@@ -65,6 +65,24 @@ export interface TarEntry {
 /** A file with more pieces is stored with its holes: the map would be what fills our memory. */
 export const MAX_EXTENTS = 65_536;
 
+/** A member with what isn't said filled in: an empty file of root's, 0600, of 1970. */
+export function tarEntry(some: Partial<TarEntry> & { name: RawName }): TarEntry {
+  return {
+    type: "file",
+    mode: 0o600,
+    uid: 0,
+    gid: 0,
+    mtimeNs: 0n,
+    size: 0,
+    linkName: "",
+    major: 0,
+    minor: 0,
+    xattrs: new Map(),
+    extents: undefined,
+    ...some,
+  };
+}
+
 export interface Extent {
   offset: number;
   size: number;

@@ -14,10 +14,15 @@ import {
 
 /** Pax records of one member. Linux allows 64 KiB of attributes; more than this is an attack on our memory. */
 const MAX_RECORDS_BYTES = 1024 * 1024;
+/** A pax header, a comment for all, a long name and a long target; more would be work without end for a few compressed bytes. */
+const MAX_PRELUDES = 4;
 /** Writers pad to their record size, of 10 KiB as a rule. */
 const MAX_PADDING_BYTES = 1024 * 1024;
 
-/** Bytes by count out of a stream of chunks. */
+/**
+ * Bytes by count out of a stream of chunks. Whoever makes the chunks may use a chunk's memory again as soon as the next one is asked for,
+ * so what `some` gives is good until the next call; what `upTo` gives is the caller's.
+ */
 export class ByteSource {
   readonly #chunks: AsyncIterator<Buffer>;
   #rest: Buffer = Buffer.alloc(0);
@@ -46,19 +51,18 @@ export class ByteSource {
     return part;
   }
 
-  /** Exactly so many bytes; fewer only at the end. */
-  async upTo(size: number): Promise<Buffer> {
-    const first = (size > 0 && (await this.some(size))) || Buffer.alloc(0);
-    if (first.length === size) return first; // the rule
-    const parts = [first];
-    let length = first.length;
+  /**
+   * Exactly so many bytes; fewer only at the end.
+   * @param into  where they are put; of at least that size
+   */
+  async upTo(size: number, into = Buffer.allocUnsafe(size)): Promise<Buffer> {
+    let length = 0;
     while (length < size) {
       const part = await this.some(size - length);
       if (!part) break;
-      parts.push(part);
-      length += part.length;
+      length += part.copy(into, length);
     }
-    return Buffer.concat(parts);
+    return into.subarray(0, length);
   }
 }
 
@@ -83,6 +87,7 @@ export async function* readTar(
 ): AsyncGenerator<TarMember, void, void> {
   let prelude: Prelude = { pax: new Map(), longName: undefined, longLink: undefined };
   let members = 0;
+  let preludes = 0;
   for (;;) {
     const at = source.position;
     const block = await source.upTo(BLOCK);
@@ -90,6 +95,8 @@ export async function* readTar(
       throw new BrokenImage(`tar is truncated: it ends at byte ${source.position} without an end mark`);
     if (isZero(block)) break;
     const header = decodeBlock(block, at);
+    if (/[xgLK]/.test(header.flag) && ++preludes > MAX_PRELUDES)
+      throw new BrokenImage(`tar: more records than a member can have, at byte ${at}`);
     if (header.flag === "x" || header.flag === "g" || header.flag === "L" || header.flag === "K") {
       const body = await readRecords(source, header.size, at);
       if (header.flag === "x") prelude.pax = decodePax(body, at);
@@ -103,6 +110,7 @@ export async function* readTar(
       throw new ResourceExhausted(`tar has more than ${limits.members} members`);
     const { entry, stored, sparse } = toEntry(header, prelude, at);
     prelude = { pax: new Map(), longName: undefined, longLink: undefined };
+    preludes = 0;
     let left = stored;
     if (sparse) {
       const map = await readMap(source, entry, stored);

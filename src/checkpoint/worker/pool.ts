@@ -10,6 +10,8 @@ export const MAX_WORKERS = Math.max(1, Math.min(4, availableParallelism()));
 const IDLE_MS = 5_000;
 /** A job that needs more fails alone instead of taking cedanad along. */
 const MAX_HEAP_MIB = 512;
+/** Jobs make little garbage; by default V8 would let it grow to several times that in each thread. */
+const YOUNG_MIB = 8;
 
 /** A thread, and who is told what it answers. Its listeners stay: Node's own are among those that `removeAllListeners` removes. */
 interface Thread {
@@ -81,7 +83,7 @@ function takeThread(): Thread {
     name: "checkpoint",
     execArgv: [],
     trackUnmanagedFds: false, // the addon opens what Node closes; jobs close what they open
-    resourceLimits: { maxOldGenerationSizeMb: MAX_HEAP_MIB },
+    resourceLimits: { maxOldGenerationSizeMb: MAX_HEAP_MIB, maxYoungGenerationSizeMb: YOUNG_MIB },
   });
   const thread: Thread = { worker, onAnswer: () => {}, onEnd: () => {} };
   worker.on("message", (answer) => thread.onAnswer(answer));

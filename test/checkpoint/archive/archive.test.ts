@@ -25,6 +25,7 @@ import {
   ResourceExhausted,
   Unsupported,
 } from "../../../src/errors/index.ts";
+import { sampleManifest } from "../sample.ts";
 import { tarEntry as entry, makeTar } from "../tar/make.ts";
 
 let directory: string;
@@ -41,19 +42,6 @@ const has = (program: string) => {
   }
 };
 
-const manifest = {
-  createdAt: "2026-01-02T03:04:05Z",
-  containerId: "0123456789abcdef",
-  namespace: "default",
-  terminal: false,
-  kernel: "6.12.0",
-  image: { name: "docker.io/library/busybox:latest" },
-  engine: { name: "runc", version: "1.3.6", path: "/usr/sbin/runc" },
-  options: { fileLocks: true, extUnix: false, shellJob: false, emptyNamespaces: [], leaveRunning: true },
-  specDigest: "ab".repeat(32),
-  timings: { totalMs: 154 },
-};
-
 /** A checkpoint with what memory looks like: noise, words, zeros, holes. */
 async function makeCheckpoint(): Promise<void> {
   fs.mkdirSync(path.join(checkpoint, "checkpoint/sub"), { recursive: true });
@@ -66,7 +54,7 @@ async function makeCheckpoint(): Promise<void> {
     Buffer.concat([randomBytes(100_000), Buffer.alloc(5_000_000), Buffer.from("word ".repeat(900_000))]),
   );
   fs.truncateSync(path.join(checkpoint, "checkpoint/empty.img"), 3_000_000);
-  await writeManifest(checkpoint, manifest, { digests: true });
+  await writeManifest(checkpoint, sampleManifest, { digests: true });
 }
 
 function contents(root: string): Record<string, string> {
@@ -125,7 +113,7 @@ describe("an archive", () => {
             );
           expect(copy).toEqual(modes(before));
           expect(fs.statSync(at("copy/checkpoint/pages-1.img")).blocks * 512).toBeLessThan(5_500_000); // zeros are holes
-          await verifyDirectory(at("copy")).catch((error) => expect(error.message).toMatch(/config.dump/));
+          expect(await verifyDirectory(at("copy"))).toMatchObject({ verified: 4 });
           expect(await verifyArchive(at("web.tar"), read)).toMatchObject({ verified: 4 });
           nothingIsLeft("web", "web.tar", "copy");
         },
@@ -172,12 +160,23 @@ describe("an archive", () => {
   it("of images without a directory around them has them in checkpoint/", async () => {
     fs.mkdirSync(checkpoint);
     fs.writeFileSync(path.join(checkpoint, "inventory.img"), "1");
-    await writeManifest(checkpoint, manifest, { digests: true });
+    await writeManifest(checkpoint, sampleManifest, { digests: true });
     await createArchive(checkpoint, at("web.tar"));
     expect(await extractArchive(at("web.tar"), at("copy"))).toMatchObject({ verified: 1 });
     expect(fs.readdirSync(at("copy/checkpoint")).sort()).toEqual(["cedana.json", "inventory.img"]);
     expect(await verifyDirectory(at("copy"))).toMatchObject({ verified: 1 });
-    expect((await describeDirectory(at("copy"))).container.id).toBe(manifest.containerId);
+    expect((await describeDirectory(at("copy"))).container.id).toBe(sampleManifest.containerId);
+  });
+
+  it("of images of which nothing else is known can be extracted, too", async () => {
+    fs.mkdirSync(path.join(checkpoint, "checkpoint"), { recursive: true });
+    fs.writeFileSync(path.join(checkpoint, "checkpoint/inventory.img"), "1");
+    await createArchive(checkpoint, at("web.tar"));
+    const extracted = await extractArchive(at("web.tar"), at("copy"));
+    expect(extracted).toMatchObject({
+      verified: 0,
+      description: { layout: "cedana", container: { id: "" } },
+    });
   });
 
   it("takes an earlier checkpoint along only where it is inside", async () => {
@@ -207,6 +206,7 @@ describe("an archive", () => {
     await extractArchive(at("web.tar"), at("copy"), { replace: true });
     await expect(createArchive(at("nothing"), at("x.tar"))).rejects.toThrow(NotFound);
     await expect(createArchive(checkpoint, at("nowhere/x.tar"))).rejects.toThrow(NotFound);
+    await expect(createArchive(checkpoint, at("web/x.tar"))).rejects.toThrow(/would be part of/);
     fs.mkdirSync(at("empty"));
     await expect(createArchive(at("empty"), at("x.tar"))).rejects.toThrow(/inventory.img/);
     nothingIsLeft("web", "web.tar", "copy", "empty");
@@ -387,8 +387,7 @@ describe("a hostile archive is refused by what is wrong with it, and leaves noth
   ])("%s", async (_what, message, members) => {
     fs.writeFileSync(at("bad.tar"), makeTar(...members));
     await expect(extractArchive(at("bad.tar"), at("copy"))).rejects.toThrow(message);
-    if (!message.source.includes("reached"))
-      await expect(verifyArchive(at("bad.tar"))).rejects.toThrow(message);
+    await expect(verifyArchive(at("bad.tar"))).rejects.toThrow(message);
     nothingIsLeft("bad.tar");
   });
 
@@ -466,7 +465,7 @@ describe("the layouts of other engines", () => {
       path.join(checkpoint, "rootfs-diff.tar"),
       makeTar([entry({ name: "a", size: 1 }), "a"], [entry({ name: ".wh.gone" })]),
     );
-    if (layout === "cedana") await writeManifest(checkpoint, manifest, { digests: true });
+    if (layout === "cedana") await writeManifest(checkpoint, sampleManifest, { digests: true });
     await createArchive(checkpoint, at("web.tar"), { layout, container });
     const { description } = await extractArchive(at("web.tar"), at("copy"));
     expect(description).toMatchObject({ layout, images: "checkpoint", rootfsDiff: true, deletedFiles: true });

@@ -7,6 +7,7 @@ import { setTimeout } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { createArchive, writtenLayouts } from "../../../src/checkpoint/archive/index.ts";
 import { writeManifest } from "../../../src/checkpoint/manifest.ts";
+import { sampleManifest } from "../sample.ts";
 
 // Debian's own reader of checkpoint archives, on a real dump.
 
@@ -63,28 +64,7 @@ describe.skipIf(missing)(`checkpointctl${missing ? ` (${missing})` : ""}`, () =>
     for (const name of ["stats-dump", "dump.log"])
       fs.renameSync(path.join(images, name), path.join(directory, "web", name));
     fs.writeFileSync(path.join(directory, "web/deleted.files"), "[]");
-    await writeManifest(
-      path.join(directory, "web"),
-      {
-        createdAt: container.createdAt,
-        containerId: container.id,
-        namespace: "default",
-        terminal: false,
-        kernel: os.release(),
-        image: { name: container.image },
-        engine: { name: "runc", version: "1.3.6", path: "/usr/sbin/runc" },
-        options: {
-          fileLocks: true,
-          extUnix: false,
-          shellJob: false,
-          emptyNamespaces: [],
-          leaveRunning: true,
-        },
-        specDigest: "ab".repeat(32),
-        timings: { totalMs: 154 },
-      },
-      { digests: true },
-    );
+    await writeManifest(path.join(directory, "web"), sampleManifest, { digests: true });
     const engines = { cedana: "containerd", podman: "Podman", crio: "CRI-O", "containerd-cri": "containerd" };
     for (const layout of writtenLayouts)
       for (const compression of layout === "cedana"
