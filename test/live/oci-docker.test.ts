@@ -1,6 +1,7 @@
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { Docker, missingCallers, type Outcome } from "./harness/callers.ts";
 import { IMAGE } from "./harness/programs.ts";
+import { until } from "./harness/until.ts";
 
 // Docker with runc, with cedana-runtime in runc's place (`path`), and with our shim (`runtimeType`): the same commands, the same
 // outcomes. No network: the machine's is not ours to configure.
@@ -93,6 +94,52 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
     expect((await all("kill", "@")).status).toBe(0);
     expect((await all("wait", "@")).stdout).toBe("137\n");
     expect((await all("rm", "@")).status).toBe(0);
+  });
+
+  it("checkpoints, lists, starts from a checkpoint, removes it", async () => {
+    const counter = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.05; done";
+    expect(
+      (
+        await all(
+          "run",
+          "--detach",
+          "--name",
+          "@",
+          "--security-opt",
+          "seccomp=unconfined",
+          IMAGE,
+          "sh",
+          "-c",
+          counter,
+        )
+      ).status,
+    ).toBe(0);
+    const numbers = async (runtime: string) =>
+      (await docker.ok("logs", `c-${runtime}`)).split("\n").map(Number);
+    for (const runtime of runtimes)
+      await until(async () => (await numbers(runtime)).length > 2, { everyMs: 50 });
+    expect((await all("checkpoint", "create", "--leave-running", "@", "first")).status).toBe(0);
+    expect(await inspect("{{.State.Status}}")).toBe("running");
+    expect((await all("checkpoint", "create", "@", "second")).status).toBe(0);
+    expect((await all("checkpoint", "create", "@", "third")).status).not.toBe(0); // it has ended
+    expect((await all("checkpoint", "ls", "@")).stdout.split("\n").map((line) => line.trim())).toEqual([
+      "CHECKPOINT NAME",
+      "first",
+      "second",
+      "",
+    ]);
+    expect((await all("start", "--checkpoint", "second", "@")).status).toBe(0);
+    for (const runtime of runtimes) {
+      const before = (await numbers(runtime)).length;
+      await until(async () => (await numbers(runtime)).length > before + 1, {
+        everyMs: 50,
+        what: () => `${runtime} to count on`,
+      });
+      const all = await numbers(runtime);
+      expect(all).toEqual(all.map((_, at) => at)); // no number is missing, none comes twice
+    }
+    expect((await all("checkpoint", "rm", "@", "first")).status).toBe(0);
+    expect((await all("rm", "--force", "@")).status).toBe(0);
   });
 
   it("takes what the wrapper says for what it can", async () => {
