@@ -5,7 +5,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { missingCallers, type Outcome, Podman, type Side } from "./harness/callers.ts";
 import type { EngineName } from "./harness/live.ts";
 import { IMAGE, programs } from "./harness/programs.ts";
-import { isAlive } from "./harness/system.ts";
+import { entries, isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 // Checkpoint and restore by Podman through cedana-runtime. CEDANA_TEST_OCI=engine is the control: the same list with the engine
@@ -67,7 +67,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
         async () => {
           const lines = (await ok("logs", name))
             .split("\n")
-            .filter((line) => /^\d+\r?$/.test(line))
+            .filter((line) => /^\d+\b/.test(line))
             .map(Number);
           return lines.length >= more && lines;
         },
@@ -252,6 +252,28 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
         await ok("exec", "c", "true"); // passed through as ever
         await ok("container", "checkpoint", "--leave-running", "c");
         expect(await status("c")).toBe("running");
+      },
+    );
+
+    it.runIf(side === "wrapper")(
+      "and cedanad is killed in the middle: the container runs on, and nothing stands still for ever",
+      async () => {
+        await run("c", [], ["/programs/memory", "128"]);
+        await ok("container", "checkpoint", "--leave-running", "c"); // cedanad runs, and isn't below conmon
+        const pid = Number(/"pid":(\d+)/.exec(podman.place.cedanadLog().trim().split("\n").at(-1)!)?.[1]);
+        const checkpoint = on("container", "checkpoint", "--leave-running", "c");
+        const frozen = () =>
+          entries(join(podman.place.runDir, "oci")).some((name) => name.endsWith(".frozen"));
+        await until(frozen, { everyMs: 1, what: () => "a frozen container" });
+        process.kill(pid, "SIGKILL");
+        const { status: failed, stderr } = await checkpoint;
+        expect(failed).not.toBe(0);
+        expect(stderr).toMatch(/cedanad at .* ended in the middle of it/);
+        await until(() => !frozen(), { everyMs: 20, what: () => "the next cedanad to thaw it" });
+        const sums = async () => (await ok("logs", "c")).split("\n").length;
+        const before = await sums();
+        await until(async () => (await sums()) > before, { everyMs: 50, what: () => "it to go on" });
+        await ok("container", "checkpoint", "--leave-running", "c");
       },
     );
   },
