@@ -121,7 +121,13 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
     expect((await all("checkpoint", "create", "--leave-running", "@", "first")).status).toBe(0);
     expect(await inspect("{{.State.Status}}")).toBe("running");
     expect((await all("checkpoint", "create", "@", "second")).status).toBe(0);
-    expect((await all("checkpoint", "create", "@", "third")).status).not.toBe(0); // it has ended
+    for (const runtime of runtimes)
+      await until(
+        async () =>
+          (await docker.ok("inspect", "--format", "{{.State.Status}}", `c-${runtime}`)) === "exited",
+        { everyMs: 50 },
+      );
+    expect((await all("checkpoint", "create", "@", "third")).status).not.toBe(0);
     expect((await all("checkpoint", "ls", "@")).stdout.split("\n").map((line) => line.trim())).toEqual([
       "CHECKPOINT NAME",
       "first",
