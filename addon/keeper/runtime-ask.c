@@ -183,20 +183,17 @@ static _Noreturn void answer(const struct message *m) {
 }
 
 /*
- * A connection on which cedanad has said something: a first frame is in *in. One that goes away before has done nothing yet,
- * so it is asked again, or its successor is.
+ * Asks, and returns a connection on which cedanad has said something: a first frame is in *in. One that goes away before has done
+ * nothing yet, so it is asked again, or its successor is; that holds of the connection, too, which a cedanad that is about to die
+ * may still take. -errno after the time is over.
  */
-static int begin(struct buffer *in) {
+static int ask(void (*fill)(struct buffer *), struct buffer *in) {
   uint64_t deadline = now_ms() + environment_number("CEDANA_KEEPER_PATIENCE_MS", REACH_MS);
-  const char *command = runtime.argv[runtime.command];
   for (;;) {
     int fd = daemon_connect_blocking(true, deadline);
-    if (fd < 0)
-      runtime_fail("%s: cedanad could not be reached at %s within 10 s: %s; its log is %s. Containers run on, and what cedana-runtime "
-                   "passes through works without it",
-                   command, daemon_socket(), strerror(-fd), daemon_log());
+    if (fd < 0) return fd;
     struct buffer out = {0};
-    put_request(&out);
+    fill(&out);
     int result = send_all(fd, &out, deadline);
     buffer_free(&out);
     while (result == 0 && (result = (int)frame_complete(in)) == 0) {
@@ -209,13 +206,19 @@ static int begin(struct buffer *in) {
     if (result > 0) return fd;
     close(fd);
     buffer_free(in);
-    if (result == -ETIMEDOUT || now_ms() >= deadline)
-      runtime_fail("%s: cedanad at %s gave no answer within 10 s: %s; its log is %s. Containers run on, and what cedana-runtime passes "
-                   "through works without it",
-                   command, daemon_socket(), strerror(-result), daemon_log());
+    if (result == -ETIMEDOUT || now_ms() >= deadline) return result;
     struct timespec pause = {.tv_nsec = 20000000};
     nanosleep(&pause, NULL);
   }
+}
+
+static void put_status(struct buffer *out) { frame_end(out, frame_begin(out, MESSAGE_STATUS)); }
+
+/* A cedanad that ended in the middle: its successor puts right what it has left, a frozen container above all, before it answers. */
+static void wake_successor(void) {
+  struct buffer in = {0};
+  int fd = ask(put_status, &in);
+  if (fd >= 0) close(fd);
 }
 
 void runtime_ask(void) {
@@ -227,7 +230,11 @@ void runtime_ask(void) {
   if (runtime_run_directory) setenv("CEDANA_RUN_DIR", runtime_run_directory, 1);
 
   struct buffer out = {0}, in = {0};
-  int fd = begin(&in), result;
+  int fd = ask(put_request, &in), result;
+  if (fd < 0)
+    runtime_fail("%s: cedanad could not be reached at %s within 10 s, or gave no answer: %s; its log is %s. Containers run on, and what "
+                 "cedana-runtime passes through works without it",
+                 runtime.argv[runtime.command], daemon_socket(), strerror(-fd), daemon_log());
   for (size_t i = 0; i < countof(passed_on); i++) {
     struct sigaction before, action = {.sa_handler = pass_on};
     /* What our caller ignores stays ignored (nohup). */
@@ -248,9 +255,7 @@ void runtime_ask(void) {
     }
     message_free(&in, &m);
   }
-  /* Its successor puts right what it has left, a frozen container above all. */
-  int next = daemon_connect_blocking(true, now_ms() + REACH_MS);
-  if (next >= 0) close(next);
+  wake_successor();
   runtime_fail("%s: cedanad at %s ended in the middle of it: %s; its log is %s", runtime.argv[runtime.command], daemon_socket(),
                strerror(-result), daemon_log());
 }

@@ -5,7 +5,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { missingCallers, type Outcome, Podman, type Side } from "./harness/callers.ts";
 import type { EngineName } from "./harness/live.ts";
 import { IMAGE, programs } from "./harness/programs.ts";
-import { isAlive } from "./harness/system.ts";
+import { entries, isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 // Checkpoint and restore by Podman through cedana-runtime. CEDANA_TEST_OCI=engine is the control: the same list with the engine
@@ -67,7 +67,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
         async () => {
           const lines = (await ok("logs", name))
             .split("\n")
-            .filter((line) => /^\d+\r?$/.test(line))
+            .filter((line) => /^\d+\b/.test(line))
             .map(Number);
           return lines.length >= more && lines;
         },
@@ -198,7 +198,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       expect((await numbers("tty", before + 2)).length).toBeGreaterThan(before);
       // The flag at the dump is enough for cedana: the manifest tells the restore.
       await run("lock", [], lockHolder);
-      await fails(/lock/i, "container", "checkpoint", "lock");
+      await fails(side === "engine" ? /criu failed/ : /lock/i, "container", "checkpoint", "lock");
       expect(await status("lock")).toBe("running");
       await ok("container", "checkpoint", "--file-locks", "--export", file("lock.tar"), "lock");
       await ok("rm", "lock");
@@ -254,5 +254,52 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
         expect(await status("c")).toBe("running");
       },
     );
+
+    it.runIf(side === "wrapper")(
+      "and cedanad is killed in the middle: the container runs on, and nothing stands still for ever",
+      async () => {
+        await run("c", [], ["/programs/memory", "128"]);
+        await ok("container", "checkpoint", "--leave-running", "c"); // cedanad runs, and isn't below conmon
+        const pid = Number(/"pid":(\d+)/.exec(podman.place.cedanadLog().trim().split("\n").at(-1)!)?.[1]);
+        const checkpoint = on("container", "checkpoint", "--leave-running", "c");
+        const frozen = () =>
+          entries(join(podman.place.runDir, "oci")).some((name) => name.endsWith(".frozen"));
+        await until(frozen, { everyMs: 1, what: () => "a frozen container" });
+        process.kill(pid, "SIGKILL");
+        const { status: failed, stderr } = await checkpoint;
+        expect(failed).not.toBe(0);
+        expect(stderr).toMatch(/cedanad at .* ended in the middle of it/);
+        expect(frozen()).toBe(false); // by the next cedanad, before the error is told
+        const sums = async () => (await ok("logs", "c")).split("\n").length;
+        const before = await sums();
+        await until(async () => (await sums()) > before, { everyMs: 50, what: () => "it to go on" });
+        await ok("container", "checkpoint", "--leave-running", "c");
+      },
+    );
+
+    // runc restores into a network namespace whose lo is down: a connection over it can't come back.
+    it.skipIf(engine === "runc")(
+      "an established connection, which the restore keeps without being told",
+      async () => {
+        await run("c", ["--network", "none"], ["/programs/tcp"]);
+        await fails(/connected TCP socket/i, "container", "checkpoint", "c");
+        await ok("container", "checkpoint", "--tcp-established", "c");
+        const before = (await numbers("c")).length;
+        await ok("container", "restore", ...(side === "engine" ? ["--tcp-established"] : []), "c");
+        await countsOn("c", before);
+      },
+    );
+
+    it.skipIf(engine === "crun")("in a pod, into another one", { timeout: 90_000 }, async () => {
+      await ok("pod", "create", "--name", "one", "--network", "none");
+      await run("c", ["--pod", "one"]);
+      await ok("container", "checkpoint", "--export", file("pod.tar"), "c");
+      const before = (await numbers("c")).length;
+      await ok("pod", "rm", "--force", "one");
+      await ok("pod", "create", "--name", "two", "--network", "none");
+      await ok("container", "restore", "--import", file("pod.tar"), "--pod", "two");
+      await countsOn("c", before);
+      await ok("pod", "rm", "--force", "two");
+    });
   },
 );

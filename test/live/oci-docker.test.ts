@@ -1,12 +1,15 @@
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { Docker, missingCallers, type Outcome } from "./harness/callers.ts";
 import { IMAGE } from "./harness/programs.ts";
+import { until } from "./harness/until.ts";
 
 // Docker with runc, with cedana-runtime in runc's place (`path`), and with our shim (`runtimeType`): the same commands, the same
 // outcomes. No network: the machine's is not ours to configure.
 
 const missing = missingCallers();
-const runtimes = ["runc", "wrapper", "shim"] as const;
+const runtimes = ["runc", "wrapper", "shim"];
+/** Docker tells only runtimes of the type io.containerd.runc.v2 that a container is to end with its checkpoint. */
+const checkpointing = ["runc", "wrapper"];
 const loop = "trap 'echo bye; exit 7' TERM; echo up; while :; do sleep 0.05; done";
 
 describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
@@ -20,9 +23,10 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
   afterAll(async () => await docker?.stop());
 
   /** On every runtime; a container's name (@) says which. `run` gets the flags that choose it. */
-  async function all(...args: string[]): Promise<Outcome> {
+  const all = async (...args: string[]) => await on(runtimes, args);
+  async function on(chosen: readonly string[], args: readonly string[]): Promise<Outcome> {
     const outcomes = await Promise.all(
-      runtimes.map(async (runtime) => {
+      chosen.map(async (runtime) => {
         const flags = args[0] === "run" ? ["--runtime", runtime, "--network", "none"] : [];
         const [command, ...rest] = args.map((arg) => arg.replaceAll("@", `c-${runtime}`));
         const { status, stdout, stderr } = await docker.run(command!, ...flags, ...rest);
@@ -32,10 +36,10 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
       }),
     );
     for (const [index, outcome] of outcomes.entries()) {
-      const what = `docker ${args.join(" ")} with ${runtimes[index]}: ${outcome.stderr}`;
+      const what = `docker ${args.join(" ")} with ${chosen[index]}: ${outcome.stderr}`;
       expect(outcome.status, what).toBe(outcomes[0]!.status);
       // Why an engine could not run something, docker prints as it is told: our shim has other words than runc's.
-      if (runtimes[index] !== "shim" || outcome.status < 125)
+      if (chosen[index] !== "shim" || outcome.status < 125)
         expect(outcome.stdout, what).toBe(outcomes[0]!.stdout);
     }
     expect(outcomes[1]!.stderr, `docker ${args.join(" ")}`).toBe(outcomes[0]!.stderr); // the wrapper's words are runc's
@@ -93,6 +97,59 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
     expect((await all("kill", "@")).status).toBe(0);
     expect((await all("wait", "@")).stdout).toBe("137\n");
     expect((await all("rm", "@")).status).toBe(0);
+  });
+
+  it("checkpoints, lists, starts from a checkpoint, removes it", async () => {
+    const both = async (...args: string[]) => await on(checkpointing, args);
+    const counter = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.05; done";
+    expect(
+      (
+        await both(
+          "run",
+          "--detach",
+          "--name",
+          "@",
+          "--security-opt",
+          "seccomp=unconfined",
+          IMAGE,
+          "sh",
+          "-c",
+          counter,
+        )
+      ).status,
+    ).toBe(0);
+    const numbers = async (runtime: string) =>
+      (await docker.ok("logs", `c-${runtime}`)).split("\n").map(Number);
+    for (const runtime of checkpointing)
+      await until(async () => (await numbers(runtime)).length > 2, { everyMs: 50 });
+    expect((await both("checkpoint", "create", "--leave-running", "@", "first")).status).toBe(0);
+    expect((await both("inspect", "--format", "{{.State.Status}}", "@")).stdout.trim()).toBe("running");
+    expect((await both("checkpoint", "create", "@", "second")).status).toBe(0);
+    for (const runtime of checkpointing)
+      await until(
+        async () =>
+          (await docker.ok("inspect", "--format", "{{.State.Status}}", `c-${runtime}`)) === "exited",
+        { everyMs: 50 },
+      );
+    expect((await both("checkpoint", "create", "@", "third")).status).not.toBe(0);
+    expect((await both("checkpoint", "ls", "@")).stdout.split("\n").map((line) => line.trim())).toEqual([
+      "CHECKPOINT NAME",
+      "first",
+      "second",
+      "",
+    ]);
+    expect((await both("start", "--checkpoint", "second", "@")).status).toBe(0);
+    for (const runtime of checkpointing) {
+      const before = (await numbers(runtime)).length;
+      await until(async () => (await numbers(runtime)).length > before + 1, {
+        everyMs: 50,
+        what: () => `${runtime} to count on`,
+      });
+      const all = await numbers(runtime);
+      expect(all).toEqual(all.map((_, at) => at)); // no number is missing, none comes twice
+    }
+    expect((await both("checkpoint", "rm", "@", "first")).status).toBe(0);
+    expect((await both("rm", "--force", "@")).status).toBe(0);
   });
 
   it("takes what the wrapper says for what it can", async () => {

@@ -11,7 +11,7 @@ import { type EngineFeatures, engineVersion, lastErrorIn } from "../engine.ts";
 import { cgroupName, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu-options.ts";
-import { holdFrozen } from "./frozen.ts";
+import { whileFrozen } from "./frozen.ts";
 import { containerState } from "./state.ts";
 
 /*
@@ -52,15 +52,20 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
     leaveRunning: preDump || options.has("leave-running"),
   };
   const startedAt = Date.now();
+  const run = async () => await runEngine(dump, wrapper);
   await withImagePath(dump.imagePath, async () => {
-    const run = async () => await runEngine(dump, wrapper);
     // A pre-dump stops the processes for a moment only, which CRIU does by itself.
-    if (preDump) await run();
-    else {
-      await withFrozen(dump, state.pid, state.status === "paused", run);
-      await writeManifest(dump.imagePath, manifestOf(dump, startedAt));
-    }
+    if (preDump) return await run();
+    const { pid } = state;
+    const started = startTime(pid);
+    const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id));
+    await whileFrozen(call.marker, cgroup, state.status === "paused", wrapper.log, async () => {
+      await run();
+      if (!dump.leaveRunning) await waitForEnd(pid, started);
+      return !dump.leaveRunning;
+    });
   });
+  if (!preDump) await recordDump(dump, startedAt);
   return { status: 0 };
 }
 
@@ -155,20 +160,22 @@ async function withImagePath(imagePath: string, work: () => Promise<void>): Prom
   }
 }
 
-/** Paused if it was, running if it was; a container that the dump has ended has no cgroup any more. */
-async function withFrozen(
-  { call, spec, leaveRunning }: Dump,
-  pid: number,
-  paused: boolean,
-  work: () => Promise<void>,
-): Promise<void> {
-  const started = startTime(pid);
-  const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id));
-  await using _ = await holdFrozen(call.marker, cgroup, paused);
-  await work();
-  // The engine reports success when CRIU does; the processes' end is the kernel's, a moment later.
-  for (let attempt = 0; !leaveRunning && isAlive(pid, started) && attempt < 100; attempt++)
+/** The engine reports success when CRIU does; the processes' end is the kernel's, a moment later. */
+async function waitForEnd(pid: number, started: number | undefined): Promise<void> {
+  for (let attempt = 0; isAlive(pid, started) && attempt < 100; attempt++)
     await new Promise((resolve) => setTimeout(resolve, 10));
+}
+
+/** The images are whole, and perhaps all that there is of the container: they stay, whatever happens to the manifest. */
+async function recordDump(dump: Dump, startedAt: number): Promise<void> {
+  try {
+    await writeManifest(dump.imagePath, manifestOf(dump, startedAt));
+  } catch (error) {
+    throw new CriuFailed(
+      `container ${dump.call.id} was dumped into ${dump.imagePath}, but the manifest could not be written: ${(error as Error).message}. The images are whole; options that a restore needs must be given to it`,
+      { cause: error },
+    );
+  }
 }
 
 function manifestOf(dump: Dump, startedAt: number): Parameters<typeof writeManifest>[1] {
