@@ -17,6 +17,8 @@ import { hasNetworkSockets } from "../linux/net.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { type CheckpointManifest, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
+import { preflight as findBlockers } from "./preflight/preflight.ts";
+import { refusalOf } from "./preflight/report.ts";
 
 /*
  * A dump of a container: what is asked for, what is dumped, and the steps in their order.
@@ -65,6 +67,8 @@ export interface DumpTarget {
   readonly directory: string;
   /** it has a network namespace that isn't the host's */
   readonly ownNetwork: boolean;
+  /** where its configuration mounts something: that comes back with it */
+  readonly mountPoints: readonly string[];
   /** what the manifest says of it */
   readonly facts: Pick<
     CheckpointManifest,
@@ -98,6 +102,7 @@ export const dumpSteps = [
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
   checkOptions, // before anything is frozen
+  preflightDump, // every blocker and every option that is missing, while the container runs
   freeze, // nothing below may wait for the container: it stands still
   detectNetwork, // on the frozen container: nobody opens a socket any more
   criuDump,
@@ -270,6 +275,30 @@ export function isOlder(version: string, than: string): boolean {
     if (difference !== 0) return difference < 0;
   }
   return false;
+}
+
+// ---- preflight -------------------------------------------------------------------------------------------------------
+
+async function preflightDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request, criu } = context;
+  // A repetition has been looked at, and may be in the middle of CRIU's work.
+  if (!target.hasEnded && !request.repeated) {
+    const { engine, terminal } = target.facts;
+    const report = await findBlockers(
+      {
+        pids: await (await target.cgroup()).pids(),
+        rootPid: target.initPid,
+        spec: { mountPoints: target.mountPoints, terminal },
+        destination: request.imagePath,
+        policy: request.policy,
+        engine: engine.name === "runc" || engine.name === "crun" ? engine.name : undefined,
+        ...(criu !== undefined && { criu: { version: criu } }),
+      },
+      { signal: context.signal },
+    );
+    if (!report.ok) throw new WrongState(refusalOf(target.what, report));
+  }
+  await next();
 }
 
 // ---- freezer ---------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
     },
     directory: task.bundle,
     ownNetwork: hasNetworkNamespace(spec),
+    mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
     facts: {
       containerId: task.id,
       namespace: task.namespace,

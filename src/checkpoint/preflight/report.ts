@@ -38,6 +38,17 @@ export function toText(name: string, report: PreflightReport): string {
   return lines.join("\n");
 }
 
+/** The same in one line, as an error says it: what is in the way, and what to do about each. */
+export function refusalOf(name: string, { blockers, requirements }: PreflightReport): string {
+  const all = [...blockers, ...requirements.filter((requirement) => !requirement.met)];
+  const parts = [...Map.groupBy(all, (finding) => finding.id)].map(([id, same]) => {
+    const [first] = same as [Finding];
+    const more = same.length > 1 ? `, and ${same.length - 1} more` : "";
+    return `${id}: ${subject(first)}${more}: ${first.why} (${first.advice})`;
+  });
+  return `${name} can't be checkpointed as it is: ${parts.join("; ")}`;
+}
+
 /** A server may have a thousand connections: people get the first of each kind, a program reads the JSON. */
 const shownOfEach = 5;
 
