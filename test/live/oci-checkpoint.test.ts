@@ -282,7 +282,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       "an established connection, which the restore keeps without being told",
       async () => {
         await run("c", ["--network", "none"], ["/programs/tcp"]);
-        await fails(/connected TCP socket/i, "container", "checkpoint", "c");
+        await fails(/connected TCP socket|cedana\.io\/tcp/i, "container", "checkpoint", "c");
         await ok("container", "checkpoint", "--tcp-established", "c");
         const before = (await numbers("c")).length;
         await ok("container", "restore", ...(side === "engine" ? ["--tcp-established"] : []), "c");

@@ -224,12 +224,14 @@ describe.each(engines)("cedana-runtime over %s", (engine) => {
       sides.map(async (side) => {
         const [file, ...rest] = argv(side, ["run", "--bundle", "a", "a"]);
         const child = spawn(file!, rest, { env, cwd: join(dir, side), stdio: "ignore" });
-        const end = new Promise((resolve) =>
+        const end = new Promise<unknown[]>((resolve) =>
           child.once("exit", (status, signal) => resolve([status, signal])),
         );
         await state(side, "a", "running");
+        // Until it is heard: it may come before the program, which is pid 1 and so deaf without it, has its handler.
+        const again = setInterval(() => child.kill("SIGTERM"), 100);
         child.kill("SIGTERM");
-        return await end;
+        return await end.finally(() => clearInterval(again));
       }),
     );
     expect(outcomes[1]).toEqual(outcomes[0]);

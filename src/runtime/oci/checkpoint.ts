@@ -1,23 +1,21 @@
 import { createHash } from "node:crypto";
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
-import { release } from "node:os";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
-import { writeManifest } from "../../checkpoint/manifest.ts";
+import { type DumpTarget, dump as dumpContainer } from "../../checkpoint/dump.ts";
 import { explainCriuLog } from "../../criu/log.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
-import { type EngineFeatures, engineVersion, lastErrorIn } from "../engine.ts";
-import { cgroupName, type OciSpec, readSpec } from "../spec.ts";
+import { type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
+import { cgroupName, hasNetworkNamespace, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu-options.ts";
-import { whileFrozen } from "./frozen.ts";
+import { noteFrozen } from "./frozen.ts";
 import { containerState } from "./state.ts";
 
 /*
- * `checkpoint`: the engine's own, run by the wrapper, on a cgroup that we have frozen (CRIU's freezer of cgroups version 1 waits in
- * steps of 100 ms), with the options that the container's annotations ask for, and a manifest beside the images from which a
- * restore takes them again. When it fails the container is as it was, and what the attempt made is gone.
+ * `checkpoint`: the chain of src/checkpoint with a container for its target, whose engine the wrapper runs, with the options that
+ * the caller gives and the container's annotations ask for.
  */
 
 interface Dump {
@@ -51,71 +49,108 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
     imagePath: resolve(call.cwd, options.value("image-path") ?? "checkpoint"),
     leaveRunning: preDump || options.has("leave-running"),
   };
-  const startedAt = Date.now();
-  const run = async () => await runEngine(dump, wrapper);
-  await withImagePath(dump.imagePath, async () => {
-    // A pre-dump stops the processes for a moment only, which CRIU does by itself.
-    if (preDump) return await run();
-    const { pid } = state;
-    const started = startTime(pid);
+  const { pid } = state;
+  const started = startTime(pid);
+  const scratch = scratchOf(call);
+  await mkdir(scratch, { recursive: true, mode: 0o700 });
+  try {
+    // A pre-dump is no checkpoint yet, and CRIU stops the processes for it by itself, for a moment.
+    if (preDump) {
+      await withImagePath(
+        dump.imagePath,
+        async () => await runEngine(dump, wrapper, dump.imagePath, undefined, undefined),
+      );
+      return { status: 0 };
+    }
     const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id));
-    await whileFrozen(call.marker, cgroup, state.status === "paused", wrapper.log, async () => {
-      await run();
-      if (!dump.leaveRunning) await waitForEnd(pid, started);
-      return !dump.leaveRunning;
+    const target: DumpTarget = {
+      what: `container ${call.id}`,
+      initPid: pid,
+      paused: state.status === "paused",
+      get hasEnded() {
+        return !isAlive(pid, started);
+      },
+      directory: scratch,
+      ownNetwork: hasNetworkNamespace(spec),
+      mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
+      facts: {
+        containerId: call.id,
+        namespace: "",
+        terminal: spec.process?.terminal ?? false,
+        engine: { name: features.name, version: features.version, path: call.engine },
+        specDigest: createHash("sha256").update(JSON.stringify(spec)).digest("hex"),
+      },
+      log: wrapper.log,
+      cgroup: async () => cgroup,
+      engineCheckpoint: async ({ imagePath, workPath, networkLock }) => {
+        await runEngine(
+          dump,
+          wrapper,
+          imagePath,
+          workPath,
+          networkLock === "default" ? undefined : networkLock,
+        );
+        if (!dump.leaveRunning) await waitForEnd(pid, started);
+      },
+    };
+    const workPath = options.value("work-path");
+    await noteFrozen(call.marker, cgroup, async () => {
+      await dumpContainer(target, {
+        key: call.marker,
+        repeated: false,
+        imagePath: dump.imagePath,
+        workPath: workPath && resolve(call.cwd, workPath),
+        parentPath: parentPath,
+        leaveRunning: dump.leaveRunning,
+        policy: {
+          ...dump.policy,
+          emptyNamespaces: [...dump.policy.emptyNamespaces],
+          cgroupsMode: dump.policy.cgroupsMode ?? "",
+        },
+      });
     });
-  });
-  if (!preDump) await recordDump(dump, startedAt);
+  } finally {
+    await rm(scratch, { recursive: true, force: true });
+  }
   return { status: 0 };
 }
 
 async function runEngine(
-  { call, options, features, policy, imagePath }: Dump,
+  { call, options, features, policy }: Dump,
   wrapper: Conversation,
+  imagePath: string,
+  workPath: string | undefined,
+  networkLock: "skip" | "nftables" | undefined,
 ): Promise<void> {
   const scratch = scratchOf(call);
-  const workPath = resolve(call.cwd, options.value("work-path") ?? join(scratch, "work"));
+  const work = workPath ?? resolve(call.cwd, options.value("work-path") ?? join(scratch, "work"));
   const { argv, criuConfig } = engineArguments("checkpoint", features, options, policy, [
     "image-path",
     "work-path",
   ]);
-  await mkdir(scratch, { recursive: true, mode: 0o700 });
-  try {
-    await mkdir(workPath, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
-    const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
-    const outputPath = join(scratch, "output");
-    const command = [
-      call.engine,
-      ...call.globalArgv,
-      "checkpoint",
-      `--image-path=${imagePath}`,
-      `--work-path=${workPath}`,
-    ];
-    const status = await wrapper.run([...command, ...argv, call.id], { env, outputPath });
-    if (status === 0) return;
-    const words = lastErrorIn(await readFile(outputPath, "utf8").catch(() => "")); // ENOENT: it was killed before it could write
-    const log = preferred(await logsIn([workPath, imagePath], "dump.log"));
-    throw await engineError(`checkpoint of container ${call.id}`, status, words, log);
-  } finally {
-    await rm(scratch, { recursive: true, force: true });
-  }
+  if (networkLock && !options.has("network-lock")) criuConfig.push(`network-lock ${networkLock}`);
+  await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
+  const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
+  const outputPath = join(scratch, "output");
+  const command = [
+    call.engine,
+    ...call.globalArgv,
+    "checkpoint",
+    `--image-path=${imagePath}`,
+    `--work-path=${work}`,
+  ];
+  const status = await wrapper.run([...command, ...argv, call.id], { env, outputPath });
+  if (status === 0) return;
+  const words = lastErrorIn(await readFile(outputPath, "utf8").catch(() => "")); // ENOENT: it was killed before it could write
+  const what = `checkpoint of container ${call.id}`;
+  if (workPath === undefined) throw await engineError(what, status, words, join(work, "dump.log"));
+  throw failureFrom("checkpoint", call.id, status, words); // the chain adds CRIU's reason
 }
 
 /** A directory of this call's own, on the run directory's file system. */
 export function scratchOf(call: OciCall): string {
   return join(dirname(dirname(call.marker)), "c", `oci-${basename(call.marker).slice(0, 16)}-${call.pid}`);
 }
-
-/** CRIU's logs that there are, in the order of the places. crun ignores a work path at times. */
-async function logsIn(directories: readonly string[], name: string): Promise<string[]> {
-  const found = await Promise.all(
-    directories.map(async (directory) =>
-      (await readdir(directory).catch((): string[] => [])).includes(name) ? [join(directory, name)] : [],
-    ),
-  );
-  return found.flat();
-}
-const preferred = (paths: readonly string[]): string | undefined => paths[0];
 
 /** The engine's words, then what CRIU's log says was the reason. */
 export async function engineError(
@@ -164,41 +199,4 @@ async function withImagePath(imagePath: string, work: () => Promise<void>): Prom
 async function waitForEnd(pid: number, started: number | undefined): Promise<void> {
   for (let attempt = 0; isAlive(pid, started) && attempt < 100; attempt++)
     await new Promise((resolve) => setTimeout(resolve, 10));
-}
-
-/** The images are whole, and perhaps all that there is of the container: they stay, whatever happens to the manifest. */
-async function recordDump(dump: Dump, startedAt: number): Promise<void> {
-  try {
-    await writeManifest(dump.imagePath, manifestOf(dump, startedAt));
-  } catch (error) {
-    throw new CriuFailed(
-      `container ${dump.call.id} was dumped into ${dump.imagePath}, but the manifest could not be written: ${(error as Error).message}. The images are whole; options that a restore needs must be given to it`,
-      { cause: error },
-    );
-  }
-}
-
-function manifestOf(dump: Dump, startedAt: number): Parameters<typeof writeManifest>[1] {
-  const { call, options, features, spec, policy, leaveRunning } = dump;
-  const parentPath = options.value("parent-path");
-  return {
-    createdAt: new Date(startedAt).toISOString(),
-    containerId: call.id,
-    namespace: "",
-    terminal: spec.process?.terminal ?? false,
-    kernel: release(),
-    engine: { name: features.name, version: features.version, path: call.engine },
-    options: {
-      ...(policy.tcp && { tcp: policy.tcp }),
-      fileLocks: policy.fileLocks,
-      extUnix: policy.extUnix,
-      shellJob: policy.shellJob,
-      emptyNamespaces: [...policy.emptyNamespaces],
-      ...(policy.cgroupsMode && { cgroupsMode: policy.cgroupsMode }),
-      leaveRunning,
-      ...(parentPath && { parentPath }),
-    },
-    specDigest: createHash("sha256").update(JSON.stringify(spec)).digest("hex"),
-    timings: { totalMs: Date.now() - startedAt },
-  };
 }

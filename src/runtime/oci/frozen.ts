@@ -7,42 +7,20 @@ import { Cgroup } from "../../linux/cgroup.ts";
 
 const suffix = ".frozen";
 
-/**
- * Does something while the container stands still, and leaves it paused if it was, running if it was.
- * @param marker  the container's marker, beside which the note is kept
- * @param work  returns whether the container has ended by it: then there is nothing to be put back
- */
-export async function whileFrozen(
-  marker: string,
-  cgroup: Cgroup,
-  paused: boolean,
-  log: Logger,
-  work: () => Promise<boolean>,
-): Promise<void> {
+/** Keeps the note while a dump may hold the container frozen. @param marker  the container's, beside which the note is kept */
+export async function noteFrozen(marker: string, cgroup: Cgroup, work: () => Promise<void>): Promise<void> {
   const note = `${marker}${suffix}`;
-  let ended = false;
+  const paused = await cgroup.isFrozen();
+  if (!paused) {
+    await mkdir(dirname(note), { recursive: true, mode: 0o700 });
+    await writeFile(`${note}.new`, JSON.stringify(cgroup), { mode: 0o600 });
+    await rename(`${note}.new`, note);
+  }
   try {
-    if (!paused) {
-      await mkdir(dirname(note), { recursive: true, mode: 0o700 });
-      await writeFile(`${note}.new`, JSON.stringify(cgroup), { mode: 0o600 });
-      await rename(`${note}.new`, note);
-      await cgroup.freeze();
-    }
-    ended = await work();
+    await work();
   } finally {
-    // CRIU and the engine meddle with the freezer, too. What fails here says nothing about the work that was done.
-    if (!ended)
-      await putBack(cgroup, paused).catch((error) =>
-        log.warn({ err: error }, "put the freezer back after a dump"),
-      );
     await rm(note, { force: true });
   }
-}
-
-async function putBack(cgroup: Cgroup, paused: boolean): Promise<void> {
-  const frozen = await cgroup.isFrozen();
-  if (frozen && !paused) await cgroup.thaw();
-  if (!frozen && paused) await cgroup.freeze();
 }
 
 /** At the start of a cedanad: what an earlier one has left frozen. */
