@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { promisify } from "node:util";
 import { parse } from "../../src/criu/image/json.ts";
 import { findAddon } from "../../src/linux/addon.ts";
+import { childrenOf } from "../../src/linux/proc.ts";
 import { cached, programs } from "../live/harness/programs.ts";
 
 const run = promisify(execFile);
@@ -80,7 +81,17 @@ async function zooProgram(): Promise<string> {
   return join(directory, "zoo");
 }
 
-/** A process to dump; killed with everything in its pid namespace. */
+/** The process and all that descend from it, parents first; stopped, so that none is born meanwhile. */
+function stoppedTree(pid: number): number[] {
+  try {
+    process.kill(pid, "SIGSTOP");
+  } catch {
+    return []; // it has ended
+  }
+  return [pid, ...childrenOf(pid).flatMap(stoppedTree)];
+}
+
+/** A process to dump; killed with everything that descends from it. */
 export class Victim implements AsyncDisposable {
   /** to dump */
   readonly pid: number;
@@ -126,7 +137,8 @@ export class Victim implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    for (const pid of new Set([this.pid, this.#child.pid!])) {
+    const own = this.#child.pid!;
+    for (const pid of new Set([...stoppedTree(own), ...stoppedTree(this.pid), own])) {
       try {
         process.kill(pid, "SIGKILL");
       } catch {
