@@ -15,6 +15,7 @@ import {
 import type { Cgroup } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
+import { freezeMarker } from "./freeze-marker.ts";
 import { type CheckpointManifest, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
@@ -302,11 +303,6 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
 }
 
 // ---- freezer ---------------------------------------------------------------------------------------------------------
-
-/** On disk while a dump holds its container frozen: whoever comes after a crash thaws it. */
-export function freezeMarker(directory: string): string {
-  return join(directory, "cedana-frozen");
-}
 
 async function freeze(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target } = context;

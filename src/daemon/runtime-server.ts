@@ -3,7 +3,6 @@ import type { Socket } from "node:net";
 import type { Logger } from "pino";
 import { Cancelled, SyscallFailed } from "../errors/index.ts";
 import type { Conversation, OciCall } from "../runtime/oci/call.ts";
-import { runCommand } from "../runtime/oci/commands.ts";
 import { thawLeftovers } from "../runtime/oci/frozen.ts";
 import { Escalator } from "../runtime/oci/life.ts";
 import {
@@ -66,7 +65,11 @@ export class RuntimeServer {
       this.#checkSoon();
     });
     wrapper.log.debug({ argv: call.argv }, "cedana-runtime asks");
-    void runCommand(call, wrapper, this.#escalator).then((answer) => {
+    // Loaded with the first call: on a node without such callers it would only take memory.
+    const answered = import("../runtime/oci/commands.ts").then(({ runCommand }) =>
+      runCommand(call, wrapper, this.#escalator),
+    );
+    void answered.then((answer) => {
       if (answer) send(messageType.RUNTIME_ANSWER, { status: answer.status, message: answer.message });
     });
     return wrapper;

@@ -194,6 +194,11 @@ export function annotationsOf(spec: OciSpec): Readonly<Record<string, string>> {
   return spec.annotations ?? {};
 }
 
+/** Whether any annotation is for us. */
+export function hasOurAnnotations(spec: OciSpec): boolean {
+  return Object.keys(annotationsOf(spec)).some((name) => name.startsWith("cedana.io/"));
+}
+
 /**
  * Whether the container has no pid namespace of its own (it has the host's, or joins one). The kernel then doesn't
  * end its other processes with its init: whoever kills init must kill the rest by cgroup.

@@ -3,7 +3,13 @@ import { isAbsolute } from "node:path";
 import { CheckpointStore } from "../checkpoint/store.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 import { configurationPath, readConfiguration } from "../runtime/configuration.ts";
-import { cedanaAnnotations, isSandboxContainer, type OciSpec, podNamespaceOf } from "../runtime/spec.ts";
+import {
+  cedanaAnnotations,
+  hasOurAnnotations,
+  isSandboxContainer,
+  type OciSpec,
+  podNamespaceOf,
+} from "../runtime/spec.ts";
 import { openCheckpoint } from "./restore.ts";
 import type { TaskLogger } from "./task-log.ts";
 
@@ -58,11 +64,6 @@ async function annotatedPath(spec: OciSpec, namespace: string): Promise<string |
   if (isAbsolute(restoreFrom)) return await allowedPath(restoreFrom, configuration.restoreFromPaths);
   const store = new CheckpointStore(configuration.checkpoints.directory);
   return (await store.find({ namespace, podNamespace: podNamespaceOf(spec) }, restoreFrom)).path;
-}
-
-/** Most containers have none: they don't wait for the configuration. */
-function hasOurAnnotations(spec: OciSpec): boolean {
-  return Object.keys(spec.annotations ?? {}).some((name) => name.startsWith("cedana.io/"));
 }
 
 /** The real path, when it is below a directory that the administrator has named. Links are followed first, and not again later. */

@@ -1,7 +1,7 @@
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { freezeMarker } from "../checkpoint/dump.ts";
+import { freezeMarker } from "../checkpoint/freeze-marker.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -20,12 +20,13 @@ import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import {
   cgroupName,
   cgroupPathV2,
+  hasOurAnnotations,
   type OciProcess,
   type OciSpec,
   readSpec,
   sharesPidNamespace,
 } from "../runtime/spec.ts";
-import { type CheckpointRequest, dump } from "./checkpoint.ts";
+import type { CheckpointRequest } from "./checkpoint.ts";
 import { Escalations } from "./escalation.ts";
 import * as events from "./events.ts";
 import {
@@ -38,8 +39,7 @@ import {
 import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
-import { prepareRestore } from "./restore.ts";
-import { chooseRestoreSource, type RestoreSource } from "./restore-source.ts";
+import type { RestoreSource } from "./restore-source.ts";
 import { planStdio } from "./stdio.ts";
 import { type TaskLogger, taskLogger } from "./task-log.ts";
 
@@ -171,15 +171,7 @@ export class Task {
     const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
     killPolicy(spec); // a signal that doesn't exist is refused now, not when it is needed
     execKillPolicy(spec, {});
-    const restore = await chooseRestoreSource(
-      spec,
-      request.checkpoint || options.criuImagePath || undefined,
-      {
-        namespace: pod.namespace,
-        terminal: request.stdio.terminal,
-        log: taskLogger(pod.log, request.bundle, request.id),
-      },
-    );
+    const restore = await restoreSourceOf(pod, request, options.criuImagePath, spec);
     const state = restore ? "createdFromCheckpoint" : "created";
     const init = new Process("", request.id, request.stdio, state);
     const task = new Task(pod, request.id, request.bundle, options, init, restore);
@@ -385,6 +377,7 @@ export class Task {
   async #restore(work: Work): Promise<void> {
     const spec = await this.spec();
     const { path, onFailure } = this.#restoreSource!;
+    const { prepareRestore } = await import("./restore.ts");
     const plan = await prepareRestore(this, spec, path);
     await using _held = await this.#holdOutputs(work, onFailure === "fresh");
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
@@ -710,6 +703,8 @@ export class Task {
   async checkpoint(work: Work, request: CheckpointRequest): Promise<void> {
     // A dump that ended the task, repeated because we crashed before the answer: its steps are remembered by the keeper.
     if (!(work.repeated && this.init.state === "stopped")) this.init.check("checkpoint");
+    // What only checkpoints and restores need is loaded with the first of them.
+    const { dump } = await import("./checkpoint.ts");
     await dump(this, work, request);
     if (!request.options.exit)
       this.publish(`checkpointed:${work.request}`, events.taskCheckpointed(this.id, request.imagePath));
@@ -931,6 +926,23 @@ export class Task {
   publish(key: string, event: events.Event): void {
     this.#pod.publish(this.id, key, event);
   }
+}
+
+/** Most containers aren't restored, and don't load what it takes. */
+async function restoreSourceOf(
+  pod: Pod,
+  request: CreateRequest,
+  criuImagePath: string,
+  spec: OciSpec,
+): Promise<RestoreSource | undefined> {
+  const asked = request.checkpoint || criuImagePath || undefined;
+  if (asked === undefined && !hasOurAnnotations(spec)) return undefined;
+  const { chooseRestoreSource } = await import("./restore-source.ts");
+  return await chooseRestoreSource(spec, asked, {
+    namespace: pod.namespace,
+    terminal: request.stdio.terminal,
+    log: taskLogger(pod.log, request.bundle, request.id),
+  });
 }
 
 function execIo(id: string, serial: number): string {
