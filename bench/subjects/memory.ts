@@ -1,7 +1,8 @@
 // Memory of everything that belongs to the shim: the proportional set sizes of all its processes; and for us cedanad with all
 // that is resident of it. Its PSS would flatter us: the measuring program runs on the same Node and shares 40 MB of text with it.
 
-import { memoryOf } from "../../test/live/harness/system.ts";
+import { isAlive, memoryOf } from "../../test/live/harness/system.ts";
+import { until } from "../../test/live/harness/until.ts";
 import { type Bench, median, type Samples, type Side, type Subject } from "../bench.ts";
 
 const COUNTS = [1, 10, 100];
@@ -28,6 +29,12 @@ export const memory: Subject = {
   warmUps: 0,
   async measure(bench, side) {
     const samples: Samples = {};
+    // Each round from a new cedanad: what one keeps of a hundred containers before is the soak's business.
+    const before = side === "ours" ? bench.live.cedanad() : undefined;
+    if (before) {
+      process.kill(before.pid, "SIGKILL");
+      await until(() => !isAlive(before.pid), { what: () => `the end of cedanad ${before.pid}` });
+    }
     {
       const sandbox = bench.live.newId("pod");
       await using _pod = await bench.addIdle(side, 3, (index) => ({
