@@ -211,7 +211,7 @@ describe.concurrent("start", () => {
     const program = ground.script("cedanad", `echo started >> ${ground.path("starts")}; exit 1`);
     const env = { CEDANA_DAEMON: program, CEDANA_KEEPER_PATIENCE_MS: "1000" };
     expect((await ground.launch([...ground.flags(), "start"], { env })).code).toBe(1);
-    expect(fs.readFileSync(ground.path("starts"), "utf8").split("\n").length).toBeLessThan(16);
+    expect(fs.readFileSync(ground.path("starts"), "utf8").split("\n").length).toBeLessThan(22); // 10 by the clock; 50 ms apart there would be 24 and more
   });
 
   it("works when its file is copied elsewhere: cedanad is found beside it, or where CEDANA_DAEMON says", async () => {
