@@ -138,7 +138,21 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
       "second",
       "",
     ]);
-    expect((await both("start", "--checkpoint", "second", "@")).status).toBe(0);
+    for (const runtime of checkpointing)
+      await until(
+        async () => {
+          const start = docker.ok("start", "--checkpoint", "second", `c-${runtime}`);
+          return await start.then(
+            () => true,
+            (error: Error) => {
+              // Docker stores a tar that may differ from the last one only in a time in seconds, and containerd refuses it then.
+              if (!/already exists/.test(error.message)) throw error;
+              return false;
+            },
+          );
+        },
+        { everyMs: 1_100, what: () => `${runtime}'s start` },
+      );
     for (const runtime of checkpointing) {
       const before = (await numbers(runtime)).length;
       await until(async () => (await numbers(runtime)).length > before + 1, {
