@@ -579,7 +579,8 @@ async function removeTree(directory: string): Promise<void> {
   });
 }
 
-async function unifiedPath(path: string): Promise<string> {
+/** A cgroup's directory in the hierarchy of version 2. @throws Unsupported on a host of version 1 */
+export async function unifiedPath(path: string): Promise<string> {
   const { version, byController } = await hierarchies();
   const hierarchy = byController.get("");
   if (version !== 2 || !hierarchy)

@@ -1,12 +1,10 @@
 import { mkdir, readFile, rmdir } from "node:fs/promises";
-import { posix } from "node:path";
-import { hostCgroupVersion, parseMembership } from "../../linux/cgroup.ts";
-import type { OciSpec } from "../spec.ts";
-
-const mountPoint = "/sys/fs/cgroup";
+import { hostCgroupVersion, parseMembership, unifiedPath } from "../../linux/cgroup.ts";
+import { criuConfig } from "../engine.ts";
+import { cgroupPathV2, type OciSpec } from "../spec.ts";
 
 export interface RestoreCgroup {
-  /** lines for CRIU's configuration file */
+  /** for CRIU's configuration file */
   readonly lines: string[];
   /** after a restore that failed */
   remove(): Promise<void>;
@@ -19,26 +17,29 @@ export interface RestoreCgroup {
  *
  * Nothing where that depends on what only the engine knows: version 1, a relative path, systemd's scopes.
  * @param pid  the wrapper
+ * @throws InvalidRequest for a path that would be another option to CRIU
  */
 export async function restoreCgroup(
   spec: OciSpec,
   cgroupsMode: string | undefined,
   pid: number,
 ): Promise<RestoreCgroup> {
-  const path = posix.normalize(spec.linux?.cgroupsPath ?? "").replace(/\/$/, "");
+  const path = cgroupPathV2(spec, "", false);
   const ours =
     ["soft", "ignore", undefined].includes(cgroupsMode) &&
-    path.startsWith("/") &&
+    path !== undefined &&
     (await hostCgroupVersion()) === 2;
   if (!ours) return { lines: [], remove: async () => {} };
-  const made = await mkdir(`${mountPoint}${path}`, { recursive: true }); // the engine gives it the container's limits
   const membership = parseMembership(await readFile(`/proc/${pid}/cgroup`, "utf8"));
+  const lines = criuConfig({
+    cgroupRoots: [...membership].map(([controller, at]) => [controller, controller === "" ? path : at]),
+  }).split("\n");
+  const directory = await unifiedPath(path);
+  const made = await mkdir(directory, { recursive: true }); // the engine gives it the container's limits
   return {
-    lines: [...membership].map(
-      ([controller, at]) => `cgroup-root "${controller}:${controller === "" ? path : at}"`,
-    ),
+    lines: lines.filter((line) => line !== ""),
     remove: async () => {
-      if (made) await rmdir(`${mountPoint}${path}`).catch(() => {}); // EBUSY, ENOENT: the engine's to remove, or done by it
+      if (made) await rmdir(directory).catch(() => {}); // EBUSY, ENOENT: the engine's to remove, or done by it
     },
   };
 }

@@ -30,6 +30,7 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
   ]);
   const scratch = scratchOf(call);
   const workPath = resolve(call.cwd, options.value("work-path") ?? join(scratch, "work"));
+  const cgroup = await restoreCgroup(spec, policy.cgroupsMode, call.pid); // refuses a senseless path before anything is noted
   await mkdir(scratch, { recursive: true, mode: 0o700 });
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
@@ -40,7 +41,6 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
   try {
     await mkdir(workPath, { recursive: true, mode: 0o700 });
     const since = Date.now();
-    const cgroup = await restoreCgroup(spec, policy.cgroupsMode, call.pid);
     const env = await criuConfigFile(join(scratch, "criu.conf"), [...criuConfig, ...cgroup.lines]);
     const command = [
       engine,
@@ -66,6 +66,10 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
     );
     const restored = !detached && failure.name === "RuntimeFailed"; // no error of CRIU's: then it is the container's own end
     return { status, message: restored ? undefined : failure.message };
+  } catch (error) {
+    if (known === undefined) removeMarker(call.marker);
+    await cgroup.remove();
+    throw error;
   } finally {
     await rm(scratch, { recursive: true, force: true });
   }
