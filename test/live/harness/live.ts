@@ -526,8 +526,10 @@ export class Live {
   shims(): ProcessInfo[] {
     return this.processes().filter((info) => info.kind === "shim" && info.state !== "Z");
   }
+  /** A keeper forks to start an engine or a cedanad: until its execve, the child looks like a second keeper. */
   shimOf(id: string): ProcessInfo {
-    const found = this.shims().filter((info) => info.argv[info.argv.indexOf("-id") + 1] === id);
+    const all = this.shims().filter((info) => info.argv[info.argv.indexOf("-id") + 1] === id);
+    const found = all.filter((info) => !all.some((other) => other.pid === info.ppid));
     if (found.length !== 1)
       throw new Error(
         `${found.length} shims of ${id}; there are: ${this.shims().map((info) => info.argv.join(" "))}`,
