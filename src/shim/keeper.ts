@@ -29,6 +29,8 @@ export interface SpawnOptions {
   outputPath?: string | undefined;
   schedCore?: boolean | undefined;
   timeoutMs?: number | undefined;
+  /** told its pid when it runs; not of one that a cedanad before us has started */
+  onSpawned?: ((pid: number) => void) | undefined;
 }
 
 /** How a spawned tool ended. `exitStatus` is 128 + signal when a signal ended it. */
@@ -64,6 +66,7 @@ export interface AdoptedExit {
 
 interface PendingOperation {
   what: string;
+  onSpawned?: ((pid: number) => void) | undefined;
   resolve: (result: Message) => void;
   reject: (error: Error) => void;
 }
@@ -98,7 +101,7 @@ export class Keeper {
 
   /** Runs a tool to its end. @throws SyscallFailed when it can't be started, TimedOut past `timeoutMs` */
   async run(tag: Tag, options: SpawnOptions): Promise<ToolExit> {
-    const result = await this.#operate(messageType.SPAWN, tag, options.argv[0] ?? "", {
+    const values = {
       argv: options.argv,
       env: options.env,
       cwd: options.cwd,
@@ -107,7 +110,9 @@ export class Keeper {
       outputPath: options.outputPath,
       schedCore: options.schedCore ? 1 : undefined,
       timeoutMs: options.timeoutMs,
-    });
+    };
+    const what = options.argv[0] ?? "";
+    const result = await this.#operate(messageType.SPAWN, tag, what, values, options.onSpawned);
     return { pid: result.int("pid"), exitStatus: exitStatusOf(result.int("waitStatus")) };
   }
 
@@ -208,6 +213,12 @@ export class Keeper {
     this.#send(messageType.WELCOME, { version: this.version, pid: process.pid, build });
   }
 
+  /** Takes a SPAWNED to whoever waits for it. */
+  spawned(message: Message): void {
+    const key = tagKey(message.int("request"), message.string("step"));
+    this.#pending.get(key)?.onSpawned?.(message.int("pid"));
+  }
+
   /** Takes a RESULT to whoever waits for it. */
   settle(result: Message): void {
     const key = tagKey(result.int("request"), result.string("step"));
@@ -237,13 +248,19 @@ export class Keeper {
     this.#pending.clear();
   }
 
-  #operate(type: number, tag: Tag, what: string, values: FieldValues): Promise<Message> {
+  #operate(
+    type: number,
+    tag: Tag,
+    what: string,
+    values: FieldValues,
+    onSpawned?: (pid: number) => void,
+  ): Promise<Message> {
     return new Promise((resolve, reject) => {
       if (this.#closed) {
         reject(new Unavailable(`${what}: the pod's keeper (pid ${this.pid}) is gone`));
         return;
       }
-      this.#pending.set(tagKey(tag.request, tag.step), { what, resolve, reject });
+      this.#pending.set(tagKey(tag.request, tag.step), { what, onSpawned, resolve, reject });
       this.#send(type, { request: tag.request, step: tag.step, ...values });
     });
   }

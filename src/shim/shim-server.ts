@@ -121,6 +121,9 @@ export class ShimServer {
       case messageType.RESULT:
         pod.keeper.settle(message);
         return;
+      case messageType.SPAWNED:
+        pod.keeper.spawned(message);
+        return;
       case messageType.REQUEST:
         pod.requested(message);
         return;
@@ -145,7 +148,7 @@ export class ShimServer {
       case messageType.EVENT_REFUSED:
         pod.eventRefused(message.string("id"), message.string("eventKey"), message.string("message"));
         return;
-      default: // SPAWNED, and what newer keepers may say
+      default: // what newer keepers may say
         return;
     }
   }
