@@ -6,6 +6,7 @@ import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts"
 import { compareToContainer, compareToNode, type RestoredContainer } from "./compare.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
+import type { LazyTarget } from "./lazy/begin.ts";
 import type { CheckpointManifest } from "./manifest.ts";
 import { findFaultsOfFiles, type OpenCheckpoint, openDirectoryOf } from "./open.ts";
 import type { CriuPolicy } from "./policy.ts";
@@ -39,6 +40,8 @@ export interface EngineRestore {
   readonly imagePath: string;
   readonly workPath: string;
   readonly policy: CriuPolicy;
+  /** memory is left to the page daemon that listens in the work path */
+  readonly lazy: boolean;
 }
 
 /** A container that may be restored, as its configuration has it. */
@@ -64,7 +67,9 @@ export interface RestoreTarget extends RestoreCandidate {
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
   /** After a failure: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
-  undoEngineRestore(): Promise<void>;
+  undoEngineRestore(options: Pick<EngineRestore, "lazy">): Promise<void>;
+  /** The container wants to start before its memory is there; undefined: it doesn't, or its owner can't. */
+  readonly lazy?: LazyTarget | undefined;
 }
 
 interface CheckContext extends ChainContext {
@@ -81,6 +86,10 @@ export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
   workPath: string;
+  /** from `startPageDaemon` on */
+  lazy: boolean;
+  /** set when a lazy restore has failed and an eager one may not */
+  whyNotLazy: string | undefined;
 }
 
 type RestoreStep = Step<RestoreContext>;
@@ -102,7 +111,7 @@ export const restoreSteps = [
   openRestoreWorkPath,
   prepareNetwork,
   prepareCgroup,
-  // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
+  startPageDaemon, // where the container wants it, and it can be had; from here on somebody fills memory
   criuRestore, // the container runs from here on; when what follows fails, it is ended
   // Devices: a step here restores them, before anybody is told that the container runs.
   // Hooks in the container: a step after that, the last one.
@@ -124,16 +133,28 @@ export async function restore(
   options: ChainOptions = {},
 ): Promise<Record<string, number>> {
   const attempt = await earlierRestore(target.directory, request);
-  const context: RestoreContext = {
+  const begin = (): RestoreContext => ({
     ...checkContext(target, request, options),
     ...attempt,
     target,
     request,
     workPath: "",
-  };
-  await runChain("restore", attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
+    lazy: false,
+    whyNotLazy: undefined,
+  });
+  const steps = attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps;
+  let context = begin();
+  try {
+    await runChain("restore", steps, context);
+  } catch (error) {
+    const { whyNotLazy } = context;
+    if (whyNotLazy === undefined) throw error;
+    target.log.warn({ err: error }, "the lazy restore failed; once more, eagerly");
+    context = { ...begin(), whyNotLazy };
+    await runChain("restore", restoreSteps, context);
+  }
   const times = timesByStep(context.times);
-  target.log.info({ checkpoint: request.path, times }, "restored");
+  target.log.info({ checkpoint: request.path, lazy: context.lazy, times }, "restored");
   return times;
 }
 
@@ -293,20 +314,55 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
   }
 }
 
+// ---- lazy pages ------------------------------------------------------------------------------------------------------
+
+/** Where a page daemon's guard and log are, below the owner's directory; whoever owns the daemon removes it. */
+export function pageDaemonDirectory(directory: string): string {
+  return join(directory, "lazy-pages");
+}
+
+async function startPageDaemon(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, request, target, workPath } = context;
+  if (!target.lazy) return await next();
+  const { beginLazyRestore } = await import("./lazy/begin.ts");
+  const begun =
+    context.whyNotLazy ??
+    (await beginLazyRestore(target.lazy, {
+      directory: pageDaemonDirectory(target.directory),
+      imagePath: checkpoint.imagePath,
+      workPath,
+      repeated: request.repeated,
+    }));
+  if (typeof begun === "string") {
+    context.whyNotLazy = undefined; // an eager restore's failure is final
+    target.log.warn({ reason: begun }, "restored eagerly, though cedana.io/lazy asks for a lazy restore");
+    target.lazy.refused(begun);
+    return await next();
+  }
+  context.lazy = true;
+  try {
+    await next();
+  } catch (error) {
+    await begun.stop();
+    context.whyNotLazy = await begun.toBlame(error);
+    throw error;
+  }
+}
+
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, policy, request, target, workPath } = context;
+  const { checkpoint, lazy, policy, request, target, workPath } = context;
   try {
     await target
-      .engineRestore({ imagePath: checkpoint.imagePath, workPath, policy })
+      .engineRestore({ imagePath: checkpoint.imagePath, workPath, policy, lazy })
       .catch(async (error: Error) => {
         const what = `restore of ${target.what} from ${request.path}`;
         throw await criuFailure(what, error, workPath, "restore.log");
       });
     await next();
   } catch (error) {
-    await target.undoEngineRestore();
+    await target.undoEngineRestore({ lazy });
     throw error;
   }
 }

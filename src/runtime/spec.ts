@@ -170,6 +170,11 @@ export function ownsNetworkNamespace(spec: OciSpec): boolean {
   return namespace !== undefined && !namespace.path;
 }
 
+/** Whether the container's processes are in a user namespace that isn't the host's. */
+export function hasUserNamespace(spec: OciSpec): boolean {
+  return spec.linux?.namespaces?.some(({ type }) => type === "user") ?? false;
+}
+
 /**
  * Path of the container's cgroup in the version 2 hierarchy, as both engines make it; undefined where that depends on the
  * cgroup that the engine runs in (a relative path, or none).
@@ -263,6 +268,8 @@ export interface CedanaAnnotations {
   readonly fileLocks?: boolean;
   readonly extUnix?: boolean;
   readonly shellJob?: boolean;
+  /** restored, it starts at once, and its memory is filled behind it */
+  readonly lazy?: boolean;
   /** what to restore instead of starting afresh: a name in the store, NAME@GENERATION, or a path */
   readonly restoreFrom?: string;
   /** what becomes of a container whose restore fails; default: it fails */
@@ -276,6 +283,7 @@ const policies = [
   ["file-locks", "fileLocks", flag],
   ["ext-unix", "extUnix", flag],
   ["shell-job", "shellJob", flag],
+  ["lazy", "lazy", flag],
   ["restore-from", "restoreFrom", "text"],
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
 ] as const satisfies readonly (readonly [

@@ -21,6 +21,7 @@ export interface CheckpointRequest {
 /** Dumps a running or paused task into `request.imagePath`; see `dump` of src/checkpoint. */
 export async function dump(task: Task, work: Work, request: CheckpointRequest): Promise<void> {
   const { options, imagePath } = request;
+  await task.memory.whole(); // what isn't there yet would be missing in the images
   const spec = await task.spec();
   const engine = await withFeatures(task);
   const target: DumpTarget = {

@@ -2,6 +2,7 @@ import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { BrokenImage, SyscallFailed } from "../errors/index.ts";
 import type { PendingEscalation } from "./escalation.ts";
+import type { LazyRecord } from "./lazy-memory.ts";
 
 /**
  * A task's state as the next cedanad will find it: one small JSON file in the bundle, replaced at each transition.
@@ -32,6 +33,8 @@ export interface TaskRecord {
   oomKills: number;
   exit?: ExitRecord;
   execs: ExecRecord[];
+  /** of a container that was, or was to be, restored lazily */
+  lazy?: LazyRecord;
   /** signals that are still to be sent after a kill */
   escalations?: PendingEscalation[];
   /** Answers given to calls with effects, so that a repeated call gets the same one; the newest last. */

@@ -6,9 +6,17 @@ import {
   restore as restoreContainer,
 } from "../checkpoint/restore.ts";
 import { hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
+import { readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
-import { cgroupPathV2, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
+import {
+  cedanaAnnotations,
+  cgroupPathV2,
+  hasUserNamespace,
+  type OciSpec,
+  ownsNetworkNamespace,
+  withHook,
+} from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
@@ -54,7 +62,12 @@ export async function restore(task: Task, work: Work, path: string): Promise<voi
     },
     removeCgroup: () => task.undo("remove the cgroup of a failed restore", task.removeCgroup()),
     engineRestore: (options) => engineRestore(task, work, engine, spec, options),
-    undoEngineRestore: () => task.undoEngineRestore(work),
+    undoEngineRestore: ({ lazy }) => task.undoEngineRestore(work, lazy),
+    lazy: (await wantsLazy(spec))
+      ? task.memory.target(hasUserNamespace(spec), (spawn) =>
+          task.pod.keeper.run(work.tag("lazy-pages"), spawn),
+        )
+      : undefined,
   };
   await restoreContainer(
     target,
@@ -68,16 +81,24 @@ export async function restore(task: Task, work: Work, path: string): Promise<voi
   );
 }
 
+/** As the container's annotation has it. What the administrator forbids is refused here, where it is asked for. */
+async function wantsLazy(spec: OciSpec): Promise<boolean> {
+  if (!cedanaAnnotations(spec).lazy) return false;
+  const { annotations } = await readConfiguration();
+  return cedanaAnnotations(spec, { denied: annotations.deny.filter((key) => key === "lazy") }).lazy === true;
+}
+
 async function engineRestore(
   task: Task,
   work: Work,
   engine: Engine,
   spec: OciSpec,
-  { imagePath, workPath, policy }: EngineRestore,
+  { imagePath, workPath, policy, lazy }: EngineRestore,
 ): Promise<void> {
   const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
+    lazyPages: lazy,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
   try {
@@ -86,6 +107,7 @@ async function engineRestore(
       workPath,
       ...policyOptions(policy),
       tcpClose: policy.tcp === "close",
+      lazyPages: lazy,
       ...configFile,
     });
   } finally {

@@ -37,6 +37,7 @@ import {
   writeTaskRecord,
 } from "./journal.ts";
 import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
+import { killProcesses, LazyMemory } from "./lazy-memory.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
 import type { RestoreSource } from "./restore-source.ts";
@@ -49,6 +50,8 @@ const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
 const OOM_COUNTER_ATTEMPTS = 10;
 const OOM_COUNTER_INTERVAL_MS = 20;
+/** How long a restore whose page daemon has ended may go on: it fails within milliseconds where it can. */
+const ABANDONED_RESTORE_MS = 3_000;
 
 /** The call on whose behalf something is done: gives its operations tags that a repetition derives again. */
 export interface Work {
@@ -101,6 +104,7 @@ export class Task {
   readonly engine: Engine;
   readonly options: RuntimeOptions;
   readonly execs = new Map<string, Process>();
+  readonly memory: LazyMemory;
   readonly #pod: Pod;
   readonly #log: TaskLogger;
   readonly #execSpecs = new Map<string, { serial: number; spec: string }>();
@@ -134,6 +138,12 @@ export class Task {
       namespace: pod.namespace,
     });
     this.#log = taskLogger(pod.log, bundle, id);
+    this.memory = new LazyMemory({
+      signal: (pid, signal) => pod.keeper.signal(pod.keeper.ownTag("lazy-pages"), pid, signal),
+      log: this.#log,
+      changed: () => this.record(),
+      kill: () => this.#killWithoutMemory(),
+    });
     this.#escalations = new Escalations({
       send: async (execId, signal) =>
         await this.#signal(pod.keeper.ownTag("escalate"), this.process(execId), signal),
@@ -242,6 +252,7 @@ export class Task {
       task.#execSpecs.set(exec.execId, { serial: exec.serial, spec: exec.spec });
     }
     task.#escalations.revive(record.escalations ?? []);
+    if (record.lazy) void task.memory.revive(record.lazy);
     return task;
   }
 
@@ -339,6 +350,7 @@ export class Task {
           ...exitRecord(process.exit),
         };
       }),
+      ...(this.memory.record && { lazy: this.memory.record }),
       ...(this.#escalations.pending && { escalations: this.#escalations.records() }),
       answers: this.#answers,
     });
@@ -414,25 +426,44 @@ export class Task {
       detach: true,
       noPivot: this.options.noPivotRoot,
     });
-    const exit = await this.#pod.keeper.run(work.tag("restore"), { argv, io: this.init.io, consoleSocket });
+    const step = options.lazyPages ? "restore-lazily" : "restore"; // the one may follow on the other
+    const exit = await this.#pod.keeper.run(work.tag(step), { argv, io: this.init.io, consoleSocket });
     if (exit.exitStatus !== 0) throw await engineFailure("restore", this.id, exit.exitStatus, logFile);
     this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);
   }
 
   /** Nothing of a container whose restore has failed may stay, its init included, where it was there already. */
-  async undoEngineRestore(work: Work): Promise<void> {
+  async undoEngineRestore(work: Work, lazy: boolean): Promise<void> {
     const { init } = this;
-    await this.undo("delete what a failed restore left", this.#engineDelete(work.tag("undo-restore"), true));
+    const tag = work.tag(lazy ? "undo-restore-lazily" : "undo-restore");
+    await this.undo("delete what a failed restore left", this.#engineDelete(tag, true));
     if (init.pid === 0) return;
     if (init.heldExit) this.#pod.keeper.acknowledge(init.heldExit.sequence); // told to nobody
     init.heldExit = undefined;
     init.pid = 0;
   }
 
+  /** The page daemon has ended too early: nothing may go on with what it has left out. */
+  async #killWithoutMemory(): Promise<void> {
+    const { init } = this;
+    const { keeper } = this.#pod;
+    const lost = () => this.memory.record?.state === "lost"; // not so when an eager restore follows on the lazy one
+    // A restore under way fails by itself, unless a process of it waits for memory already: then its engine does so for ever.
+    const limit = performance.now() + ABANDONED_RESTORE_MS;
+    while (lost() && init.pid === 0 && !init.exit && performance.now() < limit) await delay(20);
+    if (!lost() || init.exit || init.heldExit) return;
+    if (init.pid === 0) killProcesses(keeper.pid, this.#logFile("restore"));
+    else
+      await this.#signal(keeper.ownTag("kill-without-memory"), init, SIGKILL).catch((error) => {
+        if (!(error instanceof NotFound)) throw error; // it has just ended
+      });
+  }
+
   /** The start is on record, or the task goes: a restore won't be repeated. */
   async discardRestore(): Promise<void> {
     if (!this.#restoreSource) return;
+    this.memory.started();
     const { discardRestore } = await import("../checkpoint/restore.ts");
     await this.undo("remove what a restore has left", discardRestore(this.bundle));
   }
@@ -584,6 +615,8 @@ export class Task {
     const { status, atNs, sequence } = process.heldExit!;
     process.markExited({ status, atNs });
     this.#escalations.end(process.execId);
+    if (process.isInit)
+      void this.undo("end the page daemon of a container that has ended", this.memory.end());
     this.#publishExitEvent(process, sequence);
     if (this.record()) this.#pod.keeper.acknowledge(sequence); // else the keeper keeps it for the next cedanad
   }
@@ -761,6 +794,7 @@ export class Task {
     // The engine's part and the output of a process that has ended have nothing to do with each other.
     const drained = neverRan ? undefined : this.#drain(work, init);
     await Promise.all([this.#engineDelete(work.tag("delete"), neverRan), drained]);
+    await this.memory.end();
     if (neverRan && init.pid !== 0 && !init.exit) await Promise.race([init.waitForExit(), delay(2_000)]);
     await Promise.all([
       ...[...this.execs.values()].map((exec) => keeper.ioFree(work.tag(`io-free:${exec.io}`), exec.io)),
@@ -807,6 +841,7 @@ export class Task {
       await this.#engineDelete(keeper.ownTag("destroy"), true).catch((error) =>
         this.#log.warn({ err: error }, "delete the container of an abandoned task"),
       );
+      await this.undo("end the page daemon of an abandoned task", this.memory.end());
       for (const process of this.processes()) await keeper.ioFree(keeper.ownTag("io-free"), process.io);
       await this.removeCgroup();
       await this.discardRestore();

@@ -40,6 +40,8 @@ export interface PageDaemonHost {
   signal(pid: number, signal: number): Promise<void>;
 }
 
+type Signaller = Pick<PageDaemonHost, "signal">;
+
 /** What the next cedanad must know. */
 export interface PageDaemonRecord {
   /** of the guard's files */
@@ -73,10 +75,10 @@ export class PageDaemon {
   readonly record: PageDaemonRecord;
   /** Never rejects. */
   readonly ended: Promise<PageDaemonEnd>;
-  readonly #host: PageDaemonHost;
+  readonly #host: Signaller;
   #stopped = false;
 
-  private constructor(host: PageDaemonHost, record: PageDaemonRecord) {
+  private constructor(host: Signaller, record: PageDaemonRecord) {
     this.#host = host;
     this.record = record;
     this.ended = this.#watch();
@@ -87,6 +89,15 @@ export class PageDaemon {
    * @throws Unavailable saying why it can't be had; nothing of it is left then
    */
   static async start(host: PageDaemonHost, options: StartPageDaemon): Promise<PageDaemon> {
+    try {
+      return await PageDaemon.#start(host, options);
+    } catch (error) {
+      await rm(options.directory, { recursive: true, force: true });
+      throw error;
+    }
+  }
+
+  static async #start(host: PageDaemonHost, options: StartPageDaemon): Promise<PageDaemon> {
     const { directory, imagePath, workPath } = options;
     const library = findNative("libcedana-pages.so", "build/pages", "CEDANA_PAGES_LIBRARY");
     if (!options.repeated) await rm(directory, { recursive: true, force: true });
@@ -151,7 +162,7 @@ export class PageDaemon {
   }
 
   /** The daemon as the cedanad before us left it. */
-  static revive(host: PageDaemonHost, record: PageDaemonRecord): PageDaemon {
+  static revive(host: Signaller, record: PageDaemonRecord): PageDaemon {
     return new PageDaemon(host, record);
   }
 
