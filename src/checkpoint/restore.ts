@@ -330,6 +330,7 @@ async function startPageDaemon(context: RestoreContext, next: () => Promise<void
     (await beginLazyRestore(target.lazy, {
       directory: pageDaemonDirectory(target.directory),
       imagePath: checkpoint.imagePath,
+      checkpointPath: checkpoint.path,
       workPath,
       repeated: request.repeated,
     }));

@@ -66,8 +66,9 @@ export class LazyMemory {
   }
 
   /** What the cedanad before us has written down. */
-  async revive(record: LazyRecord): Promise<void> {
+  async revive(record: LazyRecord, started: boolean): Promise<void> {
     this.#record = record;
+    this.#started = started;
     if (!record.daemon) return;
     const { PageDaemon } = await import("../checkpoint/lazy/page-daemon.ts");
     if (this.#daemon === undefined)

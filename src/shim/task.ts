@@ -18,6 +18,7 @@ import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "
 import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import {
+  cedanaAnnotations,
   cgroupName,
   cgroupPathV2,
   hasOurAnnotations,
@@ -113,6 +114,8 @@ export class Task {
   #cgroup: Cgroup | undefined;
   #rootfsMounted = false;
   #restoreSource: RestoreSource | undefined;
+  /** on the checkpoint, until it is restored */
+  #claim: Disposable | undefined;
   #parentCheckpoint: string | undefined;
   #oomKills = 0;
   readonly #escalations: Escalations;
@@ -186,6 +189,7 @@ export class Task {
     const init = new Process("", request.id, request.stdio, state);
     const task = new Task(pod, request.id, request.bundle, options, init, restore);
     task.#spec = spec;
+    await task.#claimCheckpoint();
     if (options.warnings.length > 0) task.#log.warn({ warnings: options.warnings }, "runtime options");
     task.#parentCheckpoint = request.parentCheckpoint || undefined;
     writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
@@ -252,12 +256,13 @@ export class Task {
       task.#execSpecs.set(exec.execId, { serial: exec.serial, spec: exec.spec });
     }
     task.#escalations.revive(record.escalations ?? []);
-    if (record.lazy) void task.memory.revive(record.lazy);
+    if (record.lazy) void task.memory.revive(record.lazy, record.state !== "createdFromCheckpoint");
     return task;
   }
 
   /** What a record doesn't hold is found again. */
   async revived(): Promise<void> {
+    await this.undo("claim the checkpoint that a task is to be restored from", this.#claimCheckpoint());
     if (this.init.pid === 0 || this.init.exit) return;
     try {
       this.#spec = await readSpec(this.bundle);
@@ -389,7 +394,8 @@ export class Task {
   async #restore(work: Work): Promise<void> {
     const { path, onFailure } = this.#restoreSource!;
     const { restore } = await import("./restore.ts");
-    await using _held = await this.#holdOutputs(work, onFailure === "fresh");
+    const mayBeginAnew = onFailure === "fresh" || cedanaAnnotations(await this.spec()).lazy === true;
+    await using _held = await this.#holdOutputs(work, mayBeginAnew);
     try {
       await restore(this, work, path);
     } catch (error) {
@@ -438,6 +444,7 @@ export class Task {
     const { init } = this;
     const tag = work.tag(lazy ? "undo-restore-lazily" : "undo-restore");
     await this.undo("delete what a failed restore left", this.#engineDelete(tag, true));
+    if (lazy) await this.#reopenStdio(work, "lazily"); // an eager one may follow
     if (init.pid === 0) return;
     if (init.heldExit) this.#pod.keeper.acknowledge(init.heldExit.sequence); // told to nobody
     init.heldExit = undefined;
@@ -460,22 +467,29 @@ export class Task {
       });
   }
 
+  async #claimCheckpoint(): Promise<void> {
+    if (this.init.state !== "createdFromCheckpoint") return;
+    const { CheckpointClaim } = await import("../checkpoint/claim.ts");
+    this.#claim = CheckpointClaim.use(this.#restoreSource!.path);
+  }
+
   /** The start is on record, or the task goes: a restore won't be repeated. */
   async discardRestore(): Promise<void> {
     if (!this.#restoreSource) return;
+    this.#claim?.[Symbol.dispose]();
     this.memory.started();
     const { discardRestore } = await import("../checkpoint/restore.ts");
     await this.undo("remove what a restore has left", discardRestore(this.bundle));
   }
 
-  /** Waits for something that undoes; a failure of it is logged. */
+  /** Waits for something that may fail without anybody's call failing: it is logged then. */
   async undo(what: string, action: Promise<unknown>): Promise<void> {
     await action.catch((cause) => this.#log.warn({ err: cause }, what));
   }
 
   /**
    * Holds the FIFOs of stdout and stderr open: a failed restore closes its ends of them, which their readers would take for the end of
-   * a container that is yet to start afresh. A log program is not held: it ends, and another is started.
+   * a container that is yet to start afresh, or to be restored eagerly. A log program is not held: it ends, and another is started.
    */
   async #holdOutputs(work: Work, wanted: boolean): Promise<AsyncDisposable> {
     const { keeper } = this.#pod;
@@ -492,12 +506,17 @@ export class Task {
     };
   }
 
-  /** After a failed restore has been undone. Its stdio was given away with it, and is opened again. */
+  /** A failed restore's stdio was given away with it. */
+  async #reopenStdio(work: Work, after: string): Promise<void> {
+    await this.#pod.keeper.ioFree(work.tag(`io-free-${after}`), this.init.io);
+    const stdio = planStdio(this.init.io, this.init.stdio, this.id, this.namespace, this.options);
+    await this.#pod.keeper.ioOpen(work.tag(`io-${after}`), stdio);
+  }
+
+  /** After a failed restore has been undone. */
   async #startAfresh(work: Work): Promise<void> {
     try {
-      await this.#pod.keeper.ioFree(work.tag("io-free-restore"), this.init.io);
-      const stdio = planStdio(this.init.io, this.init.stdio, this.id, this.namespace, this.options);
-      await this.#pod.keeper.ioOpen(work.tag("io-afresh"), stdio);
+      await this.#reopenStdio(work, "afresh");
       await this.#createContainer(work);
       const command = this.engine.start({ id: this.id, logFile: this.#logFile("start") });
       await this.#runEngine(work.tag("start-afresh"), "start", command);
@@ -937,6 +956,7 @@ export class Task {
         if (!(error instanceof Unavailable)) this.#log.error({ err: error }, `undo a failed create: ${what}`);
       });
     };
+    this.#claim?.[Symbol.dispose]();
     await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
     await undo("remove the cgroup", this.removeCgroup());
     await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));

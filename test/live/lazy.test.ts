@@ -4,8 +4,11 @@
 import { existsSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { CheckpointStore } from "../../src/checkpoint/store.ts";
+import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
 import { bothEngines, missingFor } from "./harness/matrix.ts";
+import { generator } from "./harness/random.ts";
 import { isAlive } from "./harness/system.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
@@ -18,19 +21,21 @@ for (const combination of bothEngines) {
   const missing = missingFor(combination);
   const title = `a lazy restore with ${combination.engine}`;
   describe.skipIf(missing)(`${title}${missing ? ` (${missing})` : ""}`, () => {
+    let daemon: BreakableDaemon;
     let live: Live;
     let images: string;
     let last: number;
     const args = ["pattern", String(MIB), "5"];
 
     beforeAll(async () => {
-      live = await Live.start(combination);
+      daemon = new BreakableDaemon();
+      live = await Live.start({ ...combination, env: { CEDANA_DAEMON: daemon.program } });
       ({ images, last } = await dumped(args));
     });
     afterEach(() => live.expectNoLeftovers());
     afterAll(async () => {
-      if (images) rmSync(images, { recursive: true });
       await live?.stop();
+      daemon[Symbol.dispose]();
     });
 
     async function dumped(args: string[]): Promise<{ images: string; last: number }> {
@@ -39,43 +44,224 @@ for (const combination of bothEngines) {
       return { images: await task.checkpoint({ exit: true }), last };
     }
 
-    /** Pids of guard and daemon, as long as there is one that fills memory. */
-    function pageDaemon(task: LiveTask): { guard: number; daemon: number } | undefined {
-      const file = join(task.bundle, "lazy-pages/guard");
-      if (!existsSync(file)) return undefined;
-      const [guard = 0, daemon = 0] = readFileSync(file, "utf8").split(" ").map(Number);
+    /** Pids of guard and daemon. */
+    function pageDaemon(task: LiveTask): { guard: number; daemon: number } {
+      const [guard = 0, daemon = 0] = readFileSync(join(task.bundle, "lazy-pages/guard"), "utf8")
+        .split(" ")
+        .map(Number);
       return { guard, daemon };
     }
 
-    function lazyState(task: LiveTask): string | undefined {
-      return JSON.parse(readFileSync(join(task.bundle, "cedana-task.json"), "utf8")).lazy?.state;
+    function lazy(task: LiveTask): { state?: string; reason?: string } {
+      return JSON.parse(readFileSync(join(task.bundle, "cedana-task.json"), "utf8")).lazy ?? {};
     }
 
-    const isFilled = (task: LiveTask) =>
-      until(() => lazyState(task) === "filled" && !existsSync(join(task.bundle, "lazy-pages")), {
+    const filled = (task: LiveTask) =>
+      until(() => lazy(task).state === "filled" && !existsSync(join(task.bundle, "lazy-pages")), {
         timeoutMs: 60_000,
-        what: () => `all memory, state ${lazyState(task)}`,
+        what: () => `all memory: ${JSON.stringify(lazy(task))}`,
       });
 
-    it("goes on with the next number, and all memory is as it was", async () => {
+    /** Restored, with a page daemon that stands still before it has filled all. The machine may be too slow to catch it at once. */
+    async function halfFilled(from = images, command = args): Promise<LiveTask> {
+      for (let attempt = 0; attempt < 10; attempt++) {
+        const task = await live.create(command, { annotations: LAZY, criuImagePath: from });
+        const caught = stopEarly(task);
+        await task.start();
+        if (await caught) return task;
+        await task[Symbol.asyncDispose]();
+      }
+      throw new Error("the page daemon was never caught before it had filled all");
+    }
+
+    /** Stops the daemon as soon as the container's processes are there. */
+    async function stopEarly(task: LiveTask): Promise<boolean> {
+      await until(() => existsSync(join(task.bundle, "init.pid")), { everyMs: 1, timeoutMs: 20_000 });
+      const { daemon } = pageDaemon(task);
+      if (existsSync(join(task.bundle, "lazy-pages/ended"))) return false;
+      process.kill(daemon, "SIGSTOP");
+      return isAlive(daemon) && !existsSync(join(task.bundle, "lazy-pages/ended"));
+    }
+
+    const goOn = (task: LiveTask) => process.kill(pageDaemon(task).daemon, "SIGCONT");
+
+    /** It comes to something that is missing. */
+    async function blocked(task: LiveTask): Promise<void> {
+      for (let ticks = 0; ticks < 2 * MIB + 100; ticks++) {
+        const line = await task.stdout.line(2_000).catch(() => undefined);
+        if (line === undefined) return;
+        expect(line).not.toContain("WRONG");
+      }
+      throw new Error("the program goes on, though memory is missing");
+    }
+
+    /** Once around all memory, and nothing wrong. */
+    async function verified(task: LiveTask, mib = MIB): Promise<void> {
+      task.stdout.skip();
+      const now = await task.nextNumber();
+      while ((await task.nextNumber()) < now + mib);
+      expect(task.stdout.text).not.toContain("WRONG");
+    }
+
+    it("goes on with the next number, all memory is as it was, and nothing is left of the daemon", async () => {
       await using task = await live.restore(images, args, { annotations: LAZY });
       expect(await task.nextNumber()).toBeGreaterThanOrEqual(last);
-      await isFilled(task);
-      const now = await task.nextNumber();
-      while ((await task.nextNumber()) < now + MIB); // once around
-      expect(task.stdout.text).not.toContain("WRONG");
-      expect(readdirSync(task.bundle).filter((name) => /restore|lazy/.test(name))).toEqual([
-        "restore.log.json",
-      ]);
+      await filled(task);
+      await verified(task);
+      expect(readdirSync(task.bundle).filter((name) => /^criu|lazy|attempt/.test(name))).toEqual([]);
     });
 
-    it("blocks, and is killed, when the page daemon is killed; nothing wrong is ever read", async () => {
-      await using task = await live.restore(images, args, { annotations: LAZY });
-      const { guard, daemon } = pageDaemon(task)!;
-      process.kill(daemon, "SIGKILL");
+    it("never reads a wrong byte when the page daemon is killed, at any moment", async () => {
+      const random = generator(20_261_125);
+      const ends: number[] = [];
+      for (let round = 0; round < 6; round++) {
+        await using task = await live.create(args, { annotations: LAZY, criuImagePath: images });
+        const starting = task.start().catch(() => undefined); // a restore that lost it is tried again, eagerly
+        const guard = join(task.bundle, "lazy-pages/guard");
+        await until(() => existsSync(guard), { everyMs: 1, timeoutMs: 20_000, what: () => "a page daemon" });
+        const { daemon } = pageDaemon(task);
+        await new Promise((resolve) => setTimeout(resolve, random() * 250));
+        if (isAlive(daemon)) process.kill(daemon, "SIGKILL");
+        await starting;
+        // It was killed, restored in the ordinary way, or filled before.
+        const state = await until(
+          () => ["filled", "eager", "lost"].find((state) => state === lazy(task).state),
+          { timeoutMs: 60_000 },
+        );
+        if (state === "lost") expect(await task.wait()).toBe(137);
+        else await verified(task);
+        expect(task.stdout.text, state).not.toContain("WRONG");
+        ends.push(state.length);
+      }
+      expect(ends).toHaveLength(6);
+    }, 120_000);
+
+    it("blocks while the page daemon stands still, and goes on with it", async () => {
+      await using task = await halfFilled();
+      await blocked(task);
+      goOn(task);
+      await verified(task);
+      await filled(task);
+    }, 120_000);
+
+    it("is ended when the page daemon's guard is killed; the daemon goes, too", async () => {
+      await using task = await halfFilled();
+      const { guard, daemon } = pageDaemon(task);
+      process.kill(guard, "SIGKILL");
+      expect(await task.wait()).toBe(137);
+      await until(() => !isAlive(daemon), { what: () => "the daemon's end" });
+      expect(task.stdout.text).not.toContain("WRONG");
+      expect(lazy(task)).toMatchObject({ state: "lost", reason: expect.stringMatching(/guard/) });
+    });
+
+    it("goes on while cedanad is killed again and again", async () => {
+      await using task = await halfFilled();
+      await live.killCedanad();
+      expect(await task.status()).toBe("RUNNING");
+      goOn(task);
+      await live.killCedanad();
+      await filled(task);
+      await verified(task);
+    }, 120_000);
+
+    it("blocks when the page daemon is killed while there is no cedanad; the next one ends it", async () => {
+      await using task = await halfFilled();
+      const { daemon: pages, guard } = pageDaemon(task);
+      daemon.break();
+      try {
+        await live.killCedanad();
+        process.kill(pages, "SIGKILL");
+        await until(() => !isAlive(guard), { what: () => "the guard's word" });
+        await blocked(task);
+        expect(isAlive(task.pid)).toBe(true);
+      } finally {
+        daemon.mend();
+      }
       expect(await task.wait()).toBe(137);
       expect(task.stdout.text).not.toContain("WRONG");
-      await until(() => !isAlive(guard), { what: () => "the guard's end" });
+    }, 120_000);
+
+    it("is dumped only when all memory is there, also paused", async () => {
+      await using task = await halfFilled();
+      let done = false;
+      const dumping = task.checkpoint({ exit: true }).finally(() => {
+        done = true;
+      });
+      await until(() => /waits until the memory has been filled/.test(live.cedanadLog()));
+      expect(done).toBe(false);
+      goOn(task);
+      const second = await dumping;
+      await using again = await live.restore(second, args, { annotations: LAZY });
+      await verified(again);
+      await filled(again);
+      rmSync(second, { recursive: true });
+    }, 120_000);
+
+    it("leaves nothing when it is killed and deleted meanwhile", async () => {
+      await using task = await halfFilled();
+      const pids = Object.values(pageDaemon(task));
+      await task.kill(9);
+      expect(await task.wait()).toBe(137);
+      await task.delete();
+      await until(() => !pids.some((pid) => isAlive(pid)), { what: () => "the daemon's end" });
     });
+
+    it("keeps the checkpoint that it is filled from, in the store; images that go all the same were open", async () => {
+      const store = new CheckpointStore(join(live.dir, "var/checkpoints"));
+      const owner = { namespace: live.namespace };
+      {
+        await using source = await live.run(args);
+        await source.nextNumber();
+        await source.checkpoint({ imagePath: await store.placeFor(owner, "lazy"), exit: true });
+      }
+      const [stored] = await store.generations(owner, "lazy");
+      await using task = await halfFilled(stored!.path);
+      await expect(store.remove(stored!)).rejects.toThrow(/in use/);
+      rmSync(stored!.path, { recursive: true });
+      goOn(task);
+      await verified(task);
+      await filled(task);
+    }, 120_000);
+
+    it("fills several processes, and those that they fork meanwhile; killed, none reads a wrong byte", async () => {
+      const command = ["pattern", "96", "5", "3", "fork"];
+      const several = (await dumped(command)).images;
+      {
+        await using task = await live.restore(several, command, { annotations: LAZY });
+        await verified(task, 96);
+        await filled(task);
+      }
+      const random = generator(7);
+      for (let round = 0; round < 4; round++) {
+        await using task = await live.restore(several, command, { annotations: LAZY });
+        await new Promise((resolve) => setTimeout(resolve, random() * 120));
+        const file = join(task.bundle, "lazy-pages/guard");
+        const daemon = existsSync(file) ? Number(readFileSync(file, "utf8").split(" ")[1]) : 0;
+        if (daemon > 0 && isAlive(daemon)) process.kill(daemon, "SIGKILL");
+        const state = await until(() => ["filled", "lost"].find((state) => state === lazy(task).state), {
+          timeoutMs: 60_000,
+        });
+        if (state === "lost") expect(await task.wait()).toBe(137);
+        expect(task.stdout.text).not.toContain("WRONG");
+      }
+      rmSync(several, { recursive: true });
+    }, 120_000);
+
+    it("is one container, at a crash of cedanad between the steps", async () => {
+      for (const boundary of [
+        "restore.startPageDaemon.before",
+        "restore.criuRestore.before",
+        "restore.startPageDaemon.after",
+      ]) {
+        await using task = await live.create(args, { annotations: LAZY, criuImagePath: images });
+        daemon.crashNextAt(boundary);
+        await live.killCedanad();
+        await task.status(); // a delivery to the one that is dying would count
+        await task.start();
+        expect(await task.nextNumber(), boundary).toBeGreaterThanOrEqual(last);
+        await filled(task);
+        expect(task.stdout.text).not.toContain("WRONG");
+      }
+    }, 120_000);
   });
 }

@@ -65,6 +65,8 @@ export interface StartPageDaemon {
   /** for the guard's files and CRIU's log; made when missing */
   readonly directory: string;
   readonly imagePath: string;
+  /** directory of the checkpoint, which is claimed (see claim.ts) until the daemon has ended */
+  readonly checkpointPath: string;
   /** CRIU's work path, the same as the restore's */
   readonly workPath: string;
   /** the work was begun by a cedanad before us: what it left is gone on with */
@@ -98,7 +100,7 @@ export class PageDaemon {
   }
 
   static async #start(host: PageDaemonHost, options: StartPageDaemon): Promise<PageDaemon> {
-    const { directory, imagePath, workPath } = options;
+    const { directory, imagePath, checkpointPath, workPath } = options;
     const library = findNative("libcedana-pages.so", "build/pages", "CEDANA_PAGES_LIBRARY");
     if (!options.repeated) await rm(directory, { recursive: true, force: true });
     await mkdir(directory, { recursive: true, mode: 0o700 });
@@ -117,7 +119,7 @@ export class PageDaemon {
         env: [
           `LD_PRELOAD=${library}`,
           `CEDANA_PAGES_DIR=${directory}`,
-          `CEDANA_PAGES_IMAGES=${imagePath}`,
+          `CEDANA_PAGES_CLAIM=${checkpointPath}`,
           `CEDANA_PAGES_DEADLINE_MS=${RESTORE_LIMIT_MS}`,
         ],
         outputPath,
@@ -136,10 +138,11 @@ export class PageDaemon {
     const limit = performance.now() + READY_LIMIT_MS;
     for (;;) {
       if (failure) throw new Unavailable(`start criu lazy-pages: ${failure.message}`, { cause: failure });
-      // Repeated: it may have come to its end already, and well. Whoever asks for `ended` is told.
-      if (endedWith !== undefined && !(options.repeated && readEnd(directory)?.filled))
+      // Repeated: whoever asks for `ended` is told how, and the restore that it was for goes on from where it was.
+      if (options.repeated && existsSync(join(directory, "ended"))) break;
+      if (endedWith !== undefined)
         throw new Unavailable(`criu lazy-pages ended with status ${endedWith}${await lastWords(directory)}`);
-      if (endedWith !== undefined || isReady(outputPath)) break;
+      if (isReady(outputPath)) break;
       if (performance.now() > limit) {
         await kill(host, spawnedPid);
         throw new Unavailable(`criu lazy-pages does not listen after ${READY_LIMIT_MS} ms`);
