@@ -17,12 +17,13 @@ import { machineFacts } from "./machine.ts";
 import { type Result, resultOf, table } from "./report.ts";
 import { checkpoint } from "./subjects/checkpoint.ts";
 import { launcher } from "./subjects/launcher.ts";
+import { lazy } from "./subjects/lazy.ts";
 import { lifecycle, parallel } from "./subjects/lifecycle.ts";
 import { memory } from "./subjects/memory.ts";
 import { firstCall, gap } from "./subjects/recovery.ts";
 import { stdout } from "./subjects/stdout.ts";
 
-const subjects: Subject[] = [launcher, lifecycle, parallel, stdout, checkpoint, firstCall, memory, gap];
+const subjects: Subject[] = [launcher, lifecycle, parallel, stdout, checkpoint, lazy, firstCall, memory, gap];
 
 const { values: options } = parseArgs({
   options: {

@@ -230,6 +230,9 @@ export class ShimServer {
           pid: task.init.pid,
           engine: task.engine.binary,
           bundle: task.bundle,
+          ...(task.memory.record && {
+            lazy: { state: task.memory.record.state, reason: task.memory.record.reason },
+          }),
           execs: [...task.execs.values()].map(({ execId, state, pid }) => ({ execId, state, pid })),
         })),
       })),
@@ -254,6 +257,8 @@ export interface DaemonStatus {
       pid: number;
       engine: string;
       bundle: string;
+      /** of a container that was, or was to be, restored lazily */
+      lazy?: { state: string; reason?: string | undefined };
       execs: { execId: string; state: string; pid: number }[];
     }[];
   }[];

@@ -1,13 +1,23 @@
 // cedana.io/lazy: a restored container starts at once, and its memory is filled behind it. Whatever happens to the page daemon, the
 // program never sees a byte that it has not written: it goes on, or waits, or is ended.
 
-import { existsSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import {
+  copyFileSync,
+  existsSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { CheckpointStore } from "../../src/checkpoint/store.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
-import { bothEngines, missingFor } from "./harness/matrix.ts";
+import { bothEngines, missingFor, skipUnless } from "./harness/matrix.ts";
+import { compileProgram } from "./harness/programs.ts";
 import { generator } from "./harness/random.ts";
 import { isAlive } from "./harness/system.ts";
 import type { LiveTask } from "./harness/task.ts";
@@ -265,3 +275,84 @@ for (const combination of bothEngines) {
     }, 120_000);
   });
 }
+
+describe("a lazy restore that can't be had", () => {
+  const engine = "runc";
+  const args = ["pattern", "32", "5"];
+  const record = (task: LiveTask) =>
+    JSON.parse(readFileSync(join(task.bundle, "cedana-task.json"), "utf8")).lazy;
+
+  /** A containerd whose shims find another criu first. */
+  async function withCriu(install: (path: string) => Promise<void>, reason: RegExp): Promise<void> {
+    const directory = mkdtempSync(join(tmpdir(), "criu-"));
+    try {
+      await install(join(directory, "criu"));
+      await using live = await Live.start({ containerd: "1.7", engine, firstInPath: directory });
+      let images: string;
+      {
+        await using task = await live.run(args);
+        await task.nextNumber();
+        images = await task.checkpoint({ exit: true });
+      }
+      {
+        await using task = await live.restore(images, args, { annotations: LAZY });
+        const now = await task.nextNumber();
+        while ((await task.nextNumber()) < now + 32);
+        expect(task.stdout.text).not.toContain("WRONG");
+        expect(record(task)).toMatchObject({ state: "eager", reason: expect.stringMatching(reason) });
+        expect(readdirSync(task.bundle).filter((name) => /^criu-restore$|lazy|attempt/.test(name))).toEqual([]);
+      }
+      expect(live.cedanadLog()).toMatch(/restored eagerly, though cedana.io\/lazy asks/);
+      live.expectNoLeftovers();
+    } finally {
+      rmSync(directory, { recursive: true });
+    }
+  }
+
+  it("is an eager one where CRIU can't be guarded, and says so", async () => {
+    await withCriu(async (path) => {
+      writeFileSync(path, '#!/bin/sh\nexec /usr/sbin/criu "$@"\n', { mode: 0o755 });
+    }, /script around CRIU/);
+  });
+
+  it("is an eager one where the restored processes are refused a userfaultfd: the output goes on, too", async () => {
+    const source = join(import.meta.dirname, "programs/helpers/without-uffd.c");
+    const program = await compileProgram(source);
+    await withCriu(async (path) => copyFileSync(program, path), /userfault|uffd/i);
+  });
+
+  it("fills within the container's memory limit, and ends with it where that is too small", async (context) => {
+    skipUnless(
+      context,
+      existsSync("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+      "no version 1 memory controller",
+    );
+    await using live = await Live.start({ containerd: "1.7", engine });
+    const big = ["pattern", "96", "5"];
+    let images: string;
+    {
+      await using task = await live.run(big);
+      await task.nextNumber();
+      images = await task.checkpoint({ exit: true });
+    }
+    {
+      await using task = await live.restore(images, big, { annotations: LAZY, memoryLimit: 160 << 20 });
+      await until(() => record(task)?.state === "filled", { timeoutMs: 60_000 });
+      const cgroup = /^\d+:memory:(.*)$/m.exec(readFileSync(`/proc/${task.pid}/cgroup`, "utf8"))![1]!;
+      const used = Number(readFileSync(`/sys/fs/cgroup/memory${cgroup}/memory.usage_in_bytes`, "utf8"));
+      expect(used).toBeGreaterThan(96 << 20);
+      expect(used).toBeLessThan(120 << 20);
+    }
+    await using task = await live.create(big, {
+      annotations: LAZY,
+      memoryLimit: 48 << 20,
+      criuImagePath: images,
+    });
+    const failed = await task.start().then(
+      () => false,
+      () => true,
+    );
+    if (!failed) expect(await task.wait()).toBe(137);
+    expect(task.stdout.text).not.toContain("WRONG");
+  }, 60_000);
+});

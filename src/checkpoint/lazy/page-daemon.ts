@@ -3,7 +3,7 @@ import { mkdir, readFile, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { explainCriuLog } from "../../criu/log.ts";
 import { messageOf, SyscallFailed, Unavailable } from "../../errors/index.ts";
-import { findNative } from "../../linux/addon.ts";
+import { findNative, kcmp } from "../../linux/addon.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
 
 /*
@@ -140,8 +140,11 @@ export class PageDaemon {
       if (failure) throw new Unavailable(`start criu lazy-pages: ${failure.message}`, { cause: failure });
       // Repeated: whoever asks for `ended` is told how, and the restore that it was for goes on from where it was.
       if (options.repeated && existsSync(join(directory, "ended"))) break;
-      if (endedWith !== undefined)
-        throw new Unavailable(`criu lazy-pages ended with status ${endedWith}${await lastWords(directory)}`);
+      if (endedWith !== undefined) {
+        const end = readEnd(directory); // the guard's own status says no more than that it wasn't 0
+        const how = end && !end.filled ? end.why : `ended with status ${endedWith}`;
+        throw new Unavailable(`criu lazy-pages ${how}${await lastWords(directory)}`);
+      }
       if (isReady(outputPath)) break;
       if (performance.now() > limit) {
         await kill(host, spawnedPid);
@@ -157,6 +160,12 @@ export class PageDaemon {
       );
     }
     const [guard, daemon] = guarded;
+    if (!existsSync(join(directory, "ended")) && !shareDescriptors(guard, daemon)) {
+      await kill(host, guard);
+      throw new Unavailable(
+        "the guard has no part in CRIU's descriptors: criu in PATH is a script around CRIU",
+      );
+    }
     return new PageDaemon(host, {
       directory,
       guard: { pid: guard, started: startTime(guard) ?? 0 },
@@ -215,6 +224,15 @@ const LOG_NAME = "lazy-pages.log";
 async function kill(host: PageDaemonHost, pid: number): Promise<void> {
   // A guarded one's daemon is the guard's child, and would go on alone.
   if (pid > 0) await host.signal(pid, SIGTERM).catch(() => {}); // ESRCH: it has ended
+}
+
+/** A program that was executed by what the library had divided has a table of its own. */
+function shareDescriptors(guard: number, daemon: number): boolean {
+  try {
+    return kcmp(guard, daemon, "files") === 0;
+  } catch {
+    return false; // ESRCH: one has ended
+  }
 }
 
 function isReady(outputPath: string): boolean {
