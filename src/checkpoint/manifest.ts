@@ -30,6 +30,16 @@ export interface CheckpointManifest {
   /** the container's image, as the engine above names it */
   image?: { name?: string; digest?: string };
   cpu?: CpuFacts;
+  /** name of the checkpoint in the node's store; absent: the caller gave the place */
+  name?: string;
+  /** who asked for it: containerd or an engine's caller (also when absent), the command line, or `cedana.io/checkpoint-every` */
+  trigger?: "caller" | "command" | "schedule";
+  /** what the container changed in its root file system, when that was taken; absent: images alone */
+  rootfsDiff?: RootfsDiffFacts;
+  /**
+   * All but this file is in an archive beside it, which has a manifest of its own, of the checkpoint's files. `files` names the archive.
+   */
+  archive?: { file: string; compression: "none" | "gzip" | "lz4" | "zstd"; encrypted: boolean };
   /** the plugins that took part */
   plugins?: { name: string; version: string }[];
   /** of the container, as its spec names them; with a path: joined, not its own */
@@ -57,6 +67,24 @@ export interface CheckpointManifest {
   files: { path: string; size: number; digest?: string }[];
   /** milliseconds by step, which are the adapters' names where a chain of them took the checkpoint */
   timings: { totalMs: number } & Record<string, number>;
+}
+
+/**
+ * `rootfs-diff.tar` and `deleted.files` beside the manifest: taken while the container was frozen, so memory and files agree. A restore
+ * applies them to a fresh root file system of the same image before CRIU runs (`applyRootfsDiff`), or refuses.
+ */
+export interface RootfsDiffFacts {
+  /** an overlay's upper layer, with whiteouts in the tar */
+  source: "overlay";
+  /** of the tar */
+  bytes: number;
+  members: number;
+  /** how many paths were deleted */
+  deleted: number;
+  /** patterns of paths that were left out (see `excluder`): the container's new ones have what the image has there */
+  exclude: string[];
+  /** sockets, which no tar holds; their servers make them again */
+  sockets: string[];
 }
 
 /**
