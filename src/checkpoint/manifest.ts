@@ -93,14 +93,22 @@ export interface RootfsDiffFacts {
  * whoever commits the checkpoint.
  * @param imagePath  directory of CRIU's images, or of the whole checkpoint
  * @param options.digests  hash every file, in worker threads
+ * @param options.files    what is known already, every file
+ * @param options.synced   false: for a checkpoint whose files aren't synced either
  */
 export async function writeManifest(
   imagePath: string,
   manifest: Omit<CheckpointManifest, "version" | "files">,
-  options: { digests?: boolean; signal?: AbortSignal } = {},
+  options: {
+    digests?: boolean;
+    files?: CheckpointManifest["files"];
+    synced?: boolean;
+    signal?: AbortSignal;
+  } = {},
 ): Promise<void> {
-  const listed = await listFiles(imagePath);
-  const files = options.digests ? await hashFiles(imagePath, listed, options.signal) : listed;
+  const { synced = true, signal } = options;
+  const listed = options.files ?? (await listFiles(imagePath));
+  const files = options.digests && !options.files ? await hashFiles(imagePath, listed, signal) : listed;
   const whole: CheckpointManifest = { version: VERSION, ...manifest, files };
   const fault = findFault(JSON.parse(JSON.stringify(whole)), schema as Schema);
   if (fault !== undefined) throw new TypeError(`manifest of ${imagePath}: ${fault}`); // no later reader would take it
@@ -111,13 +119,14 @@ export async function writeManifest(
     {
       await using file = await open(temporary, "wx", 0o600);
       await file.writeFile(`${JSON.stringify(whole, undefined, 2)}\n`);
-      await file.sync();
+      if (synced) await file.sync();
     }
     await rename(temporary, path);
   } catch (error) {
     await rm(temporary, { force: true });
     throw error;
   }
+  if (!synced) return;
   await using directory = await open(imagePath, constants.O_RDONLY | constants.O_DIRECTORY);
   await directory.sync(); // the rename itself
 }

@@ -165,7 +165,8 @@ export class Staging implements AsyncDisposable {
     } catch (error) {
       if (made) removeMade(made, directory);
       const { code, message, syscall } = error as NodeJS.ErrnoException;
-      if (syscall !== undefined && !["ENOSPC", "EIO", "EDQUOT", "EMFILE"].includes(code ?? "")) // the machine's fault, not the caller's
+      if (syscall !== undefined && !["ENOSPC", "EIO", "EDQUOT", "EMFILE"].includes(code ?? ""))
+        // the machine's fault, not the caller's
         throw new InvalidRequest(`make image path ${directory}: ${message}`, { cause: error });
       throw error;
     }
