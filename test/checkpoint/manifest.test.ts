@@ -204,7 +204,7 @@ describe("compareSizes", () => {
     const manifest = (await readManifest(images))!;
     fs.appendFileSync(path.join(images, "pages-1.img"), "6");
     fs.rmSync(path.join(images, "core-1.img"));
-    expect(await compareSizes(images, manifest)).toEqual([
+    expect((await compareSizes(images, manifest)).map(({ message }) => message)).toEqual([
       "core-1.img is missing",
       "pages-1.img has 6 bytes instead of 5",
     ]);
@@ -300,6 +300,17 @@ describe("the schema in the repository", () => {
     cedanaVersion: "0.1.0",
     image: { name: "docker.io/library/busybox:latest", digest: `sha256:${"0".repeat(64)}` },
     cpu: { architecture: "x64", model: "some", features: ["avx", "sse"] },
+    name: "web",
+    trigger: "command",
+    rootfsDiff: {
+      source: "overlay",
+      bytes: 1024,
+      members: 0,
+      deleted: 0,
+      exclude: ["*.log"],
+      sockets: ["run/s"],
+    },
+    archive: { file: "checkpoint.tar.zst", compression: "zstd", encrypted: false },
     plugins: [{ name: "runc", version: "0.1.0" }],
     namespaces: [{ type: "network", path: "/run/netns/pod" }],
     options: { ...(written.options as Whole<CheckpointManifest["options"]>) },

@@ -300,7 +300,9 @@ describe("a lazy restore that can't be had", () => {
         while ((await task.nextNumber()) < now + 32);
         expect(task.stdout.text).not.toContain("WRONG");
         expect(record(task)).toMatchObject({ state: "eager", reason: expect.stringMatching(reason) });
-        expect(readdirSync(task.bundle).filter((name) => /^criu-restore$|lazy|attempt/.test(name))).toEqual([]);
+        expect(readdirSync(task.bundle).filter((name) => /^criu-restore$|lazy|attempt/.test(name))).toEqual(
+          [],
+        );
       }
       expect(live.cedanadLog()).toMatch(/restored eagerly, though cedana.io\/lazy asks/);
       live.expectNoLeftovers();
