@@ -6,21 +6,22 @@
  * processes that the container forks, which come into being inside the daemon's read(2). Only a shared table of file descriptors can do
  * that, and execve(2) ends the sharing. Hence a library, which divides the process when it has been executed already:
  *
- *   guard (the process that was spawned) ──shares its file descriptors with──▶ daemon (its child, which goes on to be CRIU)
+ *   guard (the process that was spawned) ─┬─ daemon (its child, which goes on to be CRIU)      all three with one table of
+ *                                         └─ holder (its child, in a session of its own)     file descriptors
  *
- * The guard waits for the daemon. Exit status 0, all memory is filled: the guard ends with 0. Any other end, by a signal too: the guard
- * leaves a holder, a process that does nothing but keep the descriptors, and ends with 1. A program that touches what is missing then
- * waits, until somebody kills it; a restore under way fails, because its socket is shut.
+ * The guard waits for the daemon. Exit status 0, all memory is filled: the guard ends the holder, and with 0. Any other end, by a signal
+ * too: the guard ends with 1, and the holder, which does nothing but keep the descriptors, stays as long as a process lives whose memory
+ * they are. A program that touches what is missing then waits, until somebody kills it; a restore under way fails, because its socket is
+ * shut. The holder stays in the same way when the guard is killed, or both are.
  *
  * The environment, which the daemon doesn't see any more:
  *   CEDANA_PAGES_DIR          absolute; without it the library does nothing
  *   CEDANA_PAGES_CLAIM        directory of the checkpoint, absolute: locked (flock(2), shared) as long as one of the three processes lives
  *   CEDANA_PAGES_DEADLINE_MS  how long the daemon may wait for a restore to connect
  * Files in CEDANA_PAGES_DIR, each put there by rename:
- *   guard   "GUARD DAEMON\n", their pids, before CRIU begins
- *   ended   "exit STATUS HOLDER\n", "signal NUMBER HOLDER\n" or "deadline 0 0\n"; HOLDER is 0 when there is nothing to hold
- * Signals: SIGTERM ends the daemon as SIGKILL does, all others that can be are blocked. The holder ends by itself when all the
- * processes whose memory it holds have.
+ *   guard   "GUARD DAEMON HOLDER\n", their pids, before CRIU begins
+ *   ended   "exit STATUS\n", "signal NUMBER\n" or "deadline 0\n"
+ * Signals: SIGTERM to the guard ends the daemon as SIGKILL does; all others that can be blocked are.
  *
  * No file descriptor may be closed here that isn't ours: they are the daemon's.
  */
@@ -147,13 +148,41 @@ static bool close_listener(int fd) {
 
 /* ---- the processes ---- */
 
-static void hold(void) {
-  prctl(PR_SET_NAME, "cedana-pages-h");
+/* main's arguments, which lie one after another; 0: the C library doesn't say (musl), and then the name alone changes */
+static char *arguments;
+static size_t arguments_room;
+
+/* So that who means CRIU doesn't mean the guard: `pkill -f criu` would end both at once. */
+static void change_name(void) {
+  prctl(PR_SET_NAME, "cedana-pages");
+  if (!arguments_room) return;
+  memset(arguments, 0, arguments_room);
+  snprintf(arguments, arguments_room, "cedana-pages");
+}
+
+/* What to do when the daemon has ended, and not well. */
+static void take_over(void) {
+  any_descriptor(close_listener);
+  any_descriptor(take_what_was_sent);
+}
+
+/* The holder: nothing to do while the guard lives. Without it, the daemon may go on, and end well: then it has closed what it had. */
+static void hold(pid_t parent, int daemon) {
+  setsid();
+  change_name();
+  sigset_t orphaned;
+  sigemptyset(&orphaned);
+  sigaddset(&orphaned, SIGUSR1);
+  prctl(PR_SET_PDEATHSIG, SIGUSR1);
+  while (getppid() == parent) sigtimedwait(&orphaned, NULL, NULL);
+  struct pollfd end = {.fd = daemon, .events = POLLIN};
+  while (poll(&end, 1, -1) < 0 && errno == EINTR) continue;
+  if (end.revents & POLLIN) take_over();
   while (any_descriptor(has_process)) poll(NULL, 0, HOLDER_LOOKS_MS);
   _exit(0);
 }
 
-static void guard(pid_t daemon, uint64_t deadline) {
+static void guard(pid_t daemon, pid_t holder, uint64_t deadline) {
   sigset_t waited;
   sigemptyset(&waited);
   sigaddset(&waited, SIGCHLD);
@@ -183,34 +212,15 @@ static void guard(pid_t daemon, uint64_t deadline) {
   }
   char text[64];
   bool good = WIFEXITED(status) && WEXITSTATUS(status) == 0;
-  pid_t holder = 0;
-  if (!good) {
-    any_descriptor(close_listener);
-    any_descriptor(take_what_was_sent);
-    if (any_descriptor(has_process)) {
-      holder = divide();
-      if (holder == 0) hold();
-    }
-  }
-  if (too_late) snprintf(text, sizeof text, "deadline 0 %d\n", (int)(holder > 0 ? holder : 0));
-  else if (WIFEXITED(status)) snprintf(text, sizeof text, "exit %d %d\n", WEXITSTATUS(status), (int)(holder > 0 ? holder : 0));
-  else snprintf(text, sizeof text, "signal %d %d\n", WTERMSIG(status), (int)(holder > 0 ? holder : 0));
+  if (!good) take_over();
+  if (too_late) snprintf(text, sizeof text, "deadline 0\n");
+  else if (WIFEXITED(status)) snprintf(text, sizeof text, "exit %d\n", WEXITSTATUS(status));
+  else snprintf(text, sizeof text, "signal %d\n", WTERMSIG(status));
   tell("ended", text);
-  if (holder < 0) hold(); /* no further process to be had: then this one holds them */
+  if (good || !any_descriptor(has_process)) kill(holder, SIGKILL);
   _exit(good ? 0 : 1);
 }
 
-/* So that who means CRIU doesn't mean the guard: `pkill -f criu` would end both at once. Arguments and environment lie one after another. */
-static void change_name(int argc, char **argv) {
-  prctl(PR_SET_NAME, "cedana-pages");
-  if (argc < 1) return;
-  char *end = argv[argc - 1] + strlen(argv[argc - 1]);
-  size_t room = (size_t)(end - argv[0]);
-  memset(argv[0], 0, room);
-  snprintf(argv[0], room, "cedana-pages");
-}
-
-/* The C library calls constructors with main's arguments; musl doesn't, and then the name alone changes. */
 __attribute__((constructor)) static void begin(int argc, char **argv) {
   directory = getenv("CEDANA_PAGES_DIR");
   if (!directory || directory[0] != '/') return;
@@ -242,11 +252,21 @@ __attribute__((constructor)) static void begin(int argc, char **argv) {
     sigprocmask(SIG_SETMASK, &before, NULL);
     return; /* on to be CRIU */
   }
-  bool glibc = argc > 0 && argv && argv[argc] == NULL;
-  change_name(glibc ? argc : 0, argv);
+  if (argc > 0 && argv && argv[argc] == NULL) {
+    arguments = argv[0];
+    arguments_room = (size_t)(argv[argc - 1] + strlen(argv[argc - 1]) - argv[0]);
+  }
+  int ended = (int)syscall(SYS_pidfd_open, daemon, 0);
+  pid_t holder = ended < 0 ? -1 : divide();
+  if (holder == 0) hold(self, ended);
+  change_name();
   char text[64];
-  snprintf(text, sizeof text, "%d %d\n", (int)self, (int)daemon);
-  if (!tell("guard", text)) kill(daemon, SIGKILL);
-  if (write(ready[1], "", 1) < 0) kill(daemon, SIGKILL);
-  guard(daemon, deadline);
+  snprintf(text, sizeof text, "%d %d %d\n", (int)self, (int)daemon, (int)holder);
+  /* A daemon that isn't guarded as it should be is none. */
+  if (holder < 0 || !tell("guard", text) || write(ready[1], "", 1) < 0) {
+    kill(daemon, SIGKILL);
+    if (holder > 0) kill(holder, SIGKILL);
+    _exit(1);
+  }
+  guard(daemon, holder, deadline);
 }

@@ -25,6 +25,7 @@ const RESTORE_LIMIT_MS = Number(process.env.CEDANA_LAZY_DEADLINE_MS) || 120_000;
 const END_LOOKS_MS = 20;
 /** How long it may take to end when it is told to. */
 const STOP_LIMIT_MS = 5_000;
+const STOP_LOOKS_MS = 5;
 
 /** Who starts and signals processes that outlive us. */
 export interface PageDaemonHost {
@@ -179,20 +180,14 @@ export class PageDaemon {
   }
 
   /**
-   * Ends it and removes its files: when the container has ended, or can't have come to run. Everything that holds memory of living
-   * processes stays with the holder, which ends with them.
+   * Ends it and removes its files: when the container has ended, or can't have come to run. The holder ends by itself, as soon as no
+   * process lives whose memory it holds.
    */
   async stop(): Promise<void> {
     this.#stopped = true;
     const { guard, daemon, directory } = this.record;
-    if (isAlive(guard.pid, guard.started)) {
-      await this.#signal(guard.pid, SIGTERM);
-      const limit = performance.now() + STOP_LIMIT_MS;
-      while (isAlive(guard.pid, guard.started) && performance.now() < limit) await delay(END_LOOKS_MS);
-      if (isAlive(guard.pid, guard.started)) await this.#signal(guard.pid, SIGKILL);
-    }
-    // Its guard was killed: it is on its own.
-    if (isAlive(daemon.pid, daemon.started)) await this.#signal(daemon.pid, SIGKILL);
+    if (!(await this.#end(guard, SIGTERM))) await this.#end(guard, SIGKILL);
+    await this.#end(daemon, SIGKILL); // its guard was killed: it is on its own
     await rm(directory, { recursive: true, force: true });
   }
 
@@ -207,6 +202,15 @@ export class PageDaemon {
       if (!alive) return { filled: false, why: "has lost its guard, which somebody killed" };
       await delay(END_LOOKS_MS);
     }
+  }
+
+  /** @returns whether it is there no longer */
+  async #end({ pid, started }: ProcessRecord, signal: number): Promise<boolean> {
+    if (!isAlive(pid, started)) return true;
+    await this.#signal(pid, signal);
+    const limit = performance.now() + STOP_LIMIT_MS;
+    while (isAlive(pid, started) && performance.now() < limit) await delay(STOP_LOOKS_MS);
+    return !isAlive(pid, started);
   }
 
   async #signal(pid: number, signal: number): Promise<void> {
@@ -246,14 +250,14 @@ function isReady(outputPath: string): boolean {
 function readGuard(directory: string): [guard: number, daemon: number] | undefined {
   const path = join(directory, "guard");
   if (!existsSync(path)) return undefined;
-  const [guard = 0, daemon = 0] = readFileSync(path, "utf8").split(" ").map(Number);
+  const [guard = 0, daemon = 0] = readFileSync(path, "utf8").split(/\s/).map(Number);
   return [guard, daemon];
 }
 
 function readEnd(directory: string): PageDaemonEnd | undefined {
   const path = join(directory, "ended");
   if (!existsSync(path)) return undefined;
-  const [how, number] = readFileSync(path, "utf8").split(" ");
+  const [how, number] = readFileSync(path, "utf8").split(/\s/);
   if (how === "exit" && number === "0") return { filled: true };
   if (how === "exit") return { filled: false, why: `ended with status ${number}` };
   if (how === "deadline")
