@@ -12,7 +12,8 @@ import { parseBytes, parseDuration } from "./spec.ts";
  *   {
  *     "annotations": { "deny": ["lazy"], "hooks": false },
  *     "restoreFromPaths": ["/srv/checkpoints"],
- *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" }
+ *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" },
+ *     "restore": { "verifyDigests": true, "keyFile": "/etc/cedana/key" }
  *   }
  */
 export interface Configuration {
@@ -40,6 +41,14 @@ export interface Configuration {
     /** what no rootfs diff may exceed, whatever the container says */
     readonly rootfsMaxBytes: number;
   };
+  readonly restore: {
+    /** hash every file of a checkpoint before it is restored, and not only look at sizes: reads all of it once more */
+    readonly verifyDigests: boolean;
+    /** restore on a CPU that lacks instructions which the dumped one had: what uses them is killed by SIGILL, at any time later */
+    readonly ignoreCpu: boolean;
+    /** opens encrypted archives; default: `checkpoints.keyFile` */
+    readonly keyFile?: string | undefined;
+  };
 }
 
 const MAX_BYTES = 1024 * 1024;
@@ -50,6 +59,11 @@ export function configurationPath(): string {
 
 function stateDirectory(): string {
   return process.env.CEDANA_STATE_DIR || "/var/lib/cedana";
+}
+
+/** Where archives are unpacked for restores. */
+export function unpackDirectory(): string {
+  return join(stateDirectory(), "unpacked");
 }
 
 function defaults(): Configuration {
@@ -63,6 +77,7 @@ function defaults(): Configuration {
       rootfsExclude: [],
       rootfsMaxBytes: 4 * 1024 ** 3,
     },
+    restore: { verifyDigests: false, ignoreCpu: false },
   };
 }
 
@@ -127,7 +142,7 @@ export function parseConfiguration(text: string, path: string): Configuration {
       wrong(`${name}: ${JSON.stringify(value)} is not an absolute path`);
     return normalize(value).replace(/(?<=.)\/$/, "");
   };
-  const top = object(json, "the file", ["annotations", "restoreFromPaths", "checkpoints"]);
+  const top = object(json, "the file", ["annotations", "restoreFromPaths", "checkpoints", "restore"]);
   const annotations = object(top.annotations, "annotations", ["deny", "hooks"]);
   const checkpoints = object(top.checkpoints, "checkpoints", [
     "directory",
@@ -138,9 +153,14 @@ export function parseConfiguration(text: string, path: string): Configuration {
     "rootfsExclude",
     "rootfsMaxBytes",
   ]);
+  const restore = object(top.restore, "restore", ["verifyDigests", "ignoreCpu", "keyFile"]);
   const otherwise = defaults();
   const { hooks = otherwise.annotations.hooks } = annotations;
   if (typeof hooks !== "boolean") return wrong("annotations.hooks is neither true nor false");
+  const { verifyDigests = otherwise.restore.verifyDigests, ignoreCpu = otherwise.restore.ignoreCpu } =
+    restore;
+  if (typeof verifyDigests !== "boolean") return wrong("restore.verifyDigests is neither true nor false");
+  if (typeof ignoreCpu !== "boolean") return wrong("restore.ignoreCpu is neither true nor false");
   const { keepLast = otherwise.checkpoints.keepLast, directory: root = otherwise.checkpoints.directory } =
     checkpoints;
   if (typeof keepLast !== "number" || !Number.isInteger(keepLast) || keepLast < 1 || keepLast > 1000)
@@ -159,6 +179,7 @@ export function parseConfiguration(text: string, path: string): Configuration {
   const keyFile = asText(checkpoints.keyFile, "checkpoints.keyFile");
   if (keyFile !== undefined && compression === undefined)
     return wrong("checkpoints.keyFile encrypts archives: checkpoints.compression must say which");
+  const restoreKeyFile = asText(restore.keyFile, "restore.keyFile");
   const size = asText(checkpoints.rootfsMaxBytes, "checkpoints.rootfsMaxBytes");
   const rootfsMaxBytes = size === undefined ? otherwise.checkpoints.rootfsMaxBytes : parseBytes(size);
   if (rootfsMaxBytes === undefined) return wrong('checkpoints.rootfsMaxBytes is not a size such as "512Mi"');
@@ -175,6 +196,11 @@ export function parseConfiguration(text: string, path: string): Configuration {
       ...(keyFile !== undefined && { keyFile: directory(keyFile, "checkpoints.keyFile") }),
       rootfsExclude: strings(checkpoints.rootfsExclude, "checkpoints.rootfsExclude") ?? [],
       rootfsMaxBytes,
+    },
+    restore: {
+      verifyDigests,
+      ignoreCpu,
+      ...(restoreKeyFile !== undefined && { keyFile: directory(restoreKeyFile, "restore.keyFile") }),
     },
   };
 }
