@@ -2,7 +2,7 @@ import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
 import { InvalidRequest, NotFound, Unsupported } from "../errors/index.ts";
-import { isDirectory } from "./archive/index.ts";
+import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import {
   compareToContainer,
@@ -236,7 +236,7 @@ async function openCheckpoint(context: CheckContext, next: () => Promise<void>):
         `checkpoint ${request.path} is an archive: extract it, and restore from the directory`,
       );
     // Fails closed: nothing is there to restore from until all of it has turned out authentic, complete and as its manifest says.
-    const secret = await request.unpack.secret();
+    const secret = (await isEncryptedArchive(archive)) ? await request.unpack.secret() : undefined;
     const unpacked = new UnpackedCheckpoint(request.unpack.root, target.directory);
     context.checkpoint = await openDirectoryOf(await unpacked.open(archive, secret, signal));
   }

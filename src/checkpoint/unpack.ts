@@ -1,5 +1,5 @@
 import { createHash } from "node:crypto";
-import { mkdir, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { mkdir, readdir, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { BrokenImage } from "../errors/index.ts";
 import { extractArchive } from "./archive/index.ts";
@@ -17,6 +17,8 @@ import { isThere } from "./open.ts";
 
 interface Note {
   owner: string;
+  /** in which the owner's path means something */
+  mountNamespace: string;
   archive: string;
   /** of the archive: another file of that name is another archive */
   identity: string;
@@ -44,7 +46,12 @@ export class UnpackedCheckpoint {
    */
   async open(archive: string, secret: Uint8Array | undefined, signal: AbortSignal): Promise<string> {
     const { dev, ino, size, mtimeNs } = await stat(archive, { bigint: true });
-    const wanted: Note = { owner: this.#owner, archive, identity: [dev, ino, size, mtimeNs].join(" ") };
+    const wanted: Note = {
+      owner: this.#owner,
+      mountNamespace: await mountNamespace(),
+      archive,
+      identity: [dev, ino, size, mtimeNs].join(" "),
+    };
     const noted = await readNote(this.#notePath);
     const isSame = noted && noted.archive === archive && noted.identity === wanted.identity;
     if (isSame && (await isThere(this.#path))) return this.#path;
@@ -72,17 +79,22 @@ export class UnpackedCheckpoint {
   }
 }
 
-/** Removes what belongs to nobody any more. @returns their owners */
+/** Removes what belongs to nobody any more, as far as can be seen from here. @returns their owners */
 export async function sweepUnpacked(root: string): Promise<string[]> {
   const swept: string[] = [];
+  const here = await mountNamespace();
   for (const name of await readdir(root).catch(() => [])) {
     const [, id] = /^([0-9a-f]{32})\.json$/.exec(name) ?? [];
     const note = id && (await readNote(join(root, name)));
-    if (!note || (await isThere(note.owner))) continue;
+    if (!note || note.mountNamespace !== here || (await isThere(note.owner))) continue;
     await new UnpackedCheckpoint(root, note.owner).remove();
     swept.push(note.owner);
   }
   return swept;
+}
+
+async function mountNamespace(): Promise<string> {
+  return await readlink("/proc/self/ns/mnt");
 }
 
 async function readNote(path: string): Promise<Note | undefined> {
