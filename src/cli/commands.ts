@@ -3,6 +3,7 @@ import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./arc
 import { Check } from "./check.ts";
 import { CheckpointInspect, CheckpointList, CheckpointVerify } from "./checkpoint.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
+import { DumpContainerd } from "./dump.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
 import { Features, PluginList } from "./plugin.ts";
 import { Preflight } from "./preflight.ts";
@@ -67,6 +68,7 @@ export const commands = {
   "plugin:features": Features,
   features: Features,
   "plugin:list": PluginList,
+  "dump:containerd": DumpContainerd,
   preflight: Preflight,
   setup: Setup,
 };

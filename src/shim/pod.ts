@@ -150,6 +150,7 @@ export class Pod {
       } else await task.revived();
     }
     this.#arriving = undefined;
+    for (const task of this.tasks.values()) task.resumeCheckpoint();
     this.#startsUnderWay += 1; // no exit is an orphan's before the repeated requests have learned their pids
     const served = requests.map((request) => this.#serve(request));
     await new Promise((resolve) => setImmediate(resolve));

@@ -7,6 +7,7 @@ const taskService = async () => (await import("../../shim/task-service.ts")).tas
 export const plugin: Plugin = {
   name: "containerd",
   features: {
+    dumpCommand: "dump:containerd",
     queryCommand: "status",
     helperCommand: "setup",
     dumpHandler: async () => (await import("../../shim/checkpoint.ts")).dump,
