@@ -12,12 +12,14 @@ interface Adapter<V> {
 /**
  * Adapters of all plugins as steps of a chain, named `plugin:adapter`. An adapter gets its time and no more: one that hangs must not
  * leave a container standing still.
+ * @param takesPart   told of each plugin whose adapter is run
  * @param patienceMs  for what it does before `next`, and again for what it does after it
  */
 export function adapterSteps<C, V>(
   feature: Feature<readonly Adapter<V>[]>,
   patienceMs: number,
   viewOf: (context: C) => Promise<V | undefined>,
+  takesPart?: (context: C, plugin: string) => void,
 ): Step<C>[] {
   return feature.all().flatMap(([plugin, adapters]) =>
     adapters.map((adapter) => {
@@ -25,6 +27,7 @@ export function adapterSteps<C, V>(
       const step: Step<C> = async (context, next) => {
         const view = await viewOf(context);
         if (view === undefined || adapter.when?.(view) === false) return await next();
+        takesPart?.(context, plugin);
         await bounded(what, patienceMs, (rest) => adapter.run(view, rest), next);
       };
       return Object.defineProperty(step, "name", { value: what });

@@ -14,7 +14,7 @@ import {
   Unsupported,
   WrongState,
 } from "../errors/index.ts";
-import { pluginsLoaded } from "../features/registry.ts";
+import { pluginsLoaded, pluginVersion } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
 import { adapterSteps } from "./adapters.ts";
@@ -127,6 +127,8 @@ interface DumpContext extends ChainContext {
   workPath: string;
   /** relative to the images where they are made */
   parentPath: string | undefined;
+  /** plugins whose adapters were run */
+  readonly adapters: NonNullable<CheckpointManifest["plugins"]>;
   networkLock: NetworkLock;
   criu: string | undefined;
   layers: Layers | undefined;
@@ -185,6 +187,7 @@ export async function dump(
     staging: begun?.staging as Staging,
     workPath: "",
     parentPath: undefined,
+    adapters: [],
     networkLock: "default",
     criu: undefined,
     layers: undefined,
@@ -214,10 +217,18 @@ const LATE_ADAPTER_PATIENCE_MS = 5_000;
 
 function withAdapters(step: DumpStep): DumpStep[] {
   if (step === adaptersOfPlugins)
-    return [step, ...adapterSteps(dumpFeatures.dumpMiddleware, ADAPTER_PATIENCE_MS, pluginView)];
+    return [step, ...adapterSteps(dumpFeatures.dumpMiddleware, ADAPTER_PATIENCE_MS, pluginView, notePart)];
   if (step === lateAdaptersOfPlugins)
-    return [step, ...adapterSteps(dumpFeatures.dumpMiddlewareLate, LATE_ADAPTER_PATIENCE_MS, pluginView)];
+    return [
+      step,
+      ...adapterSteps(dumpFeatures.dumpMiddlewareLate, LATE_ADAPTER_PATIENCE_MS, pluginView, notePart),
+    ];
   return [step];
+}
+
+/** The manifest names who took part. */
+function notePart({ adapters }: DumpContext, name: string): void {
+  if (!adapters.some((plugin) => plugin.name === name)) adapters.push({ name, version: pluginVersion(name) });
 }
 
 /** The adapters of plugins follow it. */
@@ -649,6 +660,7 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     {
       createdAt: new Date(startedAt).toISOString(),
       ...target.facts,
+      ...(context.adapters.length > 0 && { plugins: [...(target.facts.plugins ?? []), ...context.adapters] }),
       ...request.origin,
       ...(image && { image }),
       ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),

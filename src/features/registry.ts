@@ -50,6 +50,18 @@ export class Feature<T> {
   }
 }
 
+const versions = new Map<string, string>();
+
+/** Notes a plugin that is loaded. */
+export function notePlugin(name: string, version: string): void {
+  versions.set(name, version);
+}
+
+/** "" for one that isn't loaded */
+export function pluginVersion(name: string): string {
+  return versions.get(name) ?? "";
+}
+
 let load: (() => Promise<void>) | undefined;
 let loaded: Promise<void> | undefined;
 

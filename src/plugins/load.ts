@@ -1,6 +1,6 @@
 import type { Logger } from "pino";
 import { AlreadyExists, messageOf } from "../errors/index.ts";
-import type { Feature } from "../features/registry.ts";
+import { type Feature, notePlugin } from "../features/registry.ts";
 import { configurationPath, readConfiguration } from "../runtime/configuration.ts";
 import { type FeatureName, features } from "./features.ts";
 import type { Plugin, PluginState } from "./plugin.ts";
@@ -32,6 +32,7 @@ export async function loadPlugins(log: Logger, build: string): Promise<void> {
   for (const [name, load] of Object.entries(builtIn)) {
     const { plugin } = await load();
     provide(plugin);
+    notePlugin(name, build);
     states.push({ name, origin: "built-in", version: build });
   }
   const { named, directory } = await configured(log);
@@ -43,6 +44,7 @@ export async function loadPlugins(log: Logger, build: string): Promise<void> {
       if (states.some(({ name }) => name === plugin.name))
         throw new AlreadyExists(`there is a plugin ${plugin.name} already`);
       provide(plugin);
+      notePlugin(plugin.name, plugin.version);
       states.push({ name: plugin.name, origin: plugin.origin, version: plugin.version });
       log.info(
         { plugin: plugin.name, version: plugin.version, exports: Object.keys(plugin.features) },
