@@ -62,6 +62,7 @@ export interface OciSpec {
     readonly uidMappings?: readonly unknown[];
     readonly gidMappings?: readonly unknown[];
     readonly rootfsPropagation?: string;
+    readonly maskedPaths?: readonly string[];
   };
 }
 
