@@ -23,6 +23,8 @@ interface Owner {
   readonly log: TaskLogger;
   /** to be written down before anything else happens */
   changed(): void;
+  /** All of it is there, and the start on record: what the restore was made from isn't needed any more. */
+  filled(): Promise<void>;
   /** Its memory can't be had any more: it must not live on. Called again by the next cedanad, if we end meanwhile. */
   kill(): Promise<void>;
 }
@@ -38,6 +40,7 @@ export class LazyMemory {
   /** resolved when the daemon's end has been dealt with */
   #settled: Promise<void> = Promise.resolve();
   #ended = false;
+  #ending: Promise<void> | undefined;
   /** the start is on record: it won't be repeated, and a repetition needs nothing of the daemon's any more */
   #started = false;
 
@@ -97,6 +100,7 @@ export class LazyMemory {
 
   /** The start is on record. */
   started(): void {
+    if (this.#started) return;
     this.#started = true;
     if (this.#record?.state === "filled") void this.#discard();
   }
@@ -104,10 +108,14 @@ export class LazyMemory {
   /** The container has ended: nobody needs the daemon any more. */
   async end(): Promise<void> {
     this.#ended = true;
-    if (!this.#daemon) return;
+    await (this.#ending ??= this.#stop());
+  }
+
+  async #stop(): Promise<void> {
+    if (!this.#daemon || !this.#record) return;
     await this.#daemon.stop();
     this.#daemon = undefined;
-    const { state, reason } = this.#record!;
+    const { state, reason } = this.#record;
     this.#set(state === "filling" ? undefined : { state, ...(reason !== undefined && { reason }) });
   }
 
@@ -138,6 +146,7 @@ export class LazyMemory {
   async #discard(): Promise<void> {
     try {
       await this.end();
+      await this.#owner.filled();
     } catch (error) {
       this.#owner.log.warn({ err: error }, "remove what a page daemon has left");
     }
