@@ -108,7 +108,8 @@ export class LazyMemory {
   /** The container has ended: nobody needs the daemon any more. */
   async end(): Promise<void> {
     this.#ended = true;
-    await (this.#ending ??= this.#stop());
+    this.#ending ??= this.#stop();
+    await this.#ending;
   }
 
   async #stop(): Promise<void> {

@@ -262,6 +262,33 @@ for (const combination of bothEngines) {
       120_000,
     );
 
+    once("is what `ctr container restore --live` makes of a container that is annotated so", async () => {
+      const [before, after, image] = [live.newId("ctr"), live.newId("ctr"), "cedana.local/lazy:1"];
+      const output = join(live.dir, `${before}.out`);
+      await live.ctr(
+        ...["run", "--detach", ...live.ctrRuntimeFlags(), "--annotation", "cedana.io/lazy=true"],
+        ...["--log-uri", `file://${output}`],
+        ...["--mount", `type=bind,src=${live.programs},dst=/programs,options=rbind:ro`],
+        ...[live.image, before, "/programs/pattern", "32", "20"],
+      );
+      await until(() => existsSync(output) && /^3$/m.test(readFileSync(output, "utf8")));
+      await live.ctr("container", "checkpoint", "--rw", "--task", before, image);
+      const remove = async (id: string) => {
+        await live.ctr("task", "delete", "--force", id).catch(() => undefined); // ctr ends with the task's exit status
+        await live.ctr("container", "delete", id);
+      };
+      await remove(before);
+      try {
+        await live.ctr("container", "restore", "--rw", "--live", after, image);
+        const record = join(live.bundleOf(after), "cedana-task.json");
+        await until(() => JSON.parse(readFileSync(record, "utf8")).lazy?.state === "filled");
+        expect(await live.ctr("task", "ls")).toMatch(new RegExp(`${after}\\s+\\d+\\s+RUNNING`));
+      } finally {
+        await remove(after);
+        await live.ctr("images", "rm", "--sync", image);
+      }
+    });
+
     it("fills several processes, and those that they fork meanwhile; killed, none reads a wrong byte", async () => {
       const command = ["pattern", "96", "2", "3", "fork"];
       const several = (await dumped(command)).images;
