@@ -148,7 +148,7 @@ static bool close_listener(int fd) {
 
 /* ---- the processes ---- */
 
-/* main's arguments, which lie one after another; 0: the C library doesn't say (musl), and then the name alone changes */
+/* main's arguments, which lie one after another; 0: the C library doesn't give them to constructors (musl), and the name alone changes */
 static char *arguments;
 static size_t arguments_room;
 
@@ -252,10 +252,14 @@ __attribute__((constructor)) static void begin(int argc, char **argv) {
     sigprocmask(SIG_SETMASK, &before, NULL);
     return; /* on to be CRIU */
   }
-  if (argc > 0 && argv && argv[argc] == NULL) {
+#ifdef __GLIBC__
+  if (argc > 0) {
     arguments = argv[0];
     arguments_room = (size_t)(argv[argc - 1] + strlen(argv[argc - 1]) - argv[0]);
   }
+#else
+  (void)argc, (void)argv;
+#endif
   int ended = (int)syscall(SYS_pidfd_open, daemon, 0);
   pid_t holder = ended < 0 ? -1 : divide();
   if (holder == 0) hold(self, ended);

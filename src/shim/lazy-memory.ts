@@ -59,7 +59,9 @@ export class LazyMemory {
       userNamespace,
       spawn,
       signal: this.#owner.signal,
-      begun: (daemon) => this.#begun(daemon),
+      begun: (daemon) => {
+        this.#settled = this.#begun(daemon);
+      },
       undone: () => {
         this.#daemon = undefined;
         this.#set(undefined);
@@ -68,14 +70,27 @@ export class LazyMemory {
     };
   }
 
-  /** What the cedanad before us has written down. */
+  /** What the cedanad before us has written down. @param started  the start of the container is on record */
   async revive(record: LazyRecord, started: boolean): Promise<void> {
     this.#record = record;
     this.#started = started;
     if (!record.daemon) return;
-    const { PageDaemon } = await import("../checkpoint/lazy/page-daemon.ts");
-    if (this.#daemon === undefined)
-      this.#begun(PageDaemon.revive({ signal: this.#owner.signal }, record.daemon));
+    const daemon = import("../checkpoint/lazy/page-daemon.ts").then(({ PageDaemon }) =>
+      PageDaemon.revive({ signal: this.#owner.signal }, record.daemon!),
+    );
+    // Set at once: whoever asks whether memory is whole must wait for this.
+    if (record.state === "filled") this.#settled = this.#reviveFilled(daemon);
+    else
+      this.#settled = daemon.then(async (revived) => {
+        if (this.#record === record) await this.#begun(revived); // else the repeated start was quicker
+      });
+    await this.#settled;
+  }
+
+  /** What it has left may be gone already, and says nothing of how it ended. */
+  async #reviveFilled(daemon: Promise<PageDaemon>): Promise<void> {
+    this.#daemon ??= await daemon;
+    if (this.#started) await this.#discard();
   }
 
   /**
@@ -120,11 +135,12 @@ export class LazyMemory {
     this.#set(state === "filling" ? undefined : { state, ...(reason !== undefined && { reason }) });
   }
 
-  #begun(daemon: PageDaemon): void {
+  /** @returns when its end has been dealt with */
+  #begun(daemon: PageDaemon): Promise<void> {
     const since = performance.now();
     this.#daemon = daemon;
     this.#set({ state: "filling", daemon: daemon.record });
-    this.#settled = daemon.ended.then(async (end) => {
+    return daemon.ended.then(async (end) => {
       if (this.#daemon !== daemon || this.#ended) return; // a failed restore's, or the container has ended
       if (end.filled) {
         this.#owner.log.info({ ms: Math.round(performance.now() - since) }, "memory filled");

@@ -6,7 +6,7 @@ import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
-import { readSpec } from "../spec.ts";
+import { cedanaAnnotations, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
@@ -106,6 +106,10 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
     },
   };
 
+  if (cedanaAnnotations(spec).lazy)
+    wrapper.log.warn(
+      "restored eagerly, though cedana.io/lazy asks for a lazy restore: cedana-runtime has nobody to look after a page daemon",
+    );
   await mkdir(scratch, { recursive: true, mode: 0o700 });
   let failed = true;
   try {
