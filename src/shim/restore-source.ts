@@ -3,6 +3,7 @@ import { isAbsolute } from "node:path";
 import type { CheckpointManifest } from "../checkpoint/manifest.ts";
 import { checkRestore } from "../checkpoint/restore.ts";
 import { CheckpointStore } from "../checkpoint/store.ts";
+import { hasCriuFeature } from "../criu/probe.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 import { configurationPath, readConfiguration } from "../runtime/configuration.ts";
 import { engineVersion } from "../runtime/engine.ts";
@@ -51,6 +52,8 @@ export async function chooseRestoreSource(
   try {
     const path = asked ?? (await annotatedPath(spec, container.namespace));
     if (path === undefined) return undefined;
+    // Asked now, so that the start needn't wait for the answer; whoever wants it gets the error, too.
+    if (cedanaAnnotations(spec).lazy) hasCriuFeature("uffd-noncoop").catch(() => undefined);
     const candidate = {
       what: `task ${container.id}`,
       directory: container.bundle,

@@ -13,6 +13,7 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { createArchive } from "../../src/checkpoint/archive/index.ts";
 import { CheckpointStore } from "../../src/checkpoint/store.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
@@ -258,6 +259,24 @@ for (const combination of bothEngines) {
         goOn(task);
         await verified(task);
         await filled(task);
+      },
+      120_000,
+    );
+
+    once(
+      "is filled from what was unpacked of an archive, which goes when it is not needed any more",
+      async () => {
+        const archive = join(live.dir, "lazy.tar");
+        await createArchive(images, archive, { compression: "none" });
+        const unpacked = join(live.dir, "var/unpacked");
+        await using task = await halfFilled(archive);
+        expect(readdirSync(unpacked)).not.toEqual([]);
+        await live.killCedanad();
+        goOn(task);
+        await verified(task);
+        await filled(task);
+        await until(() => readdirSync(unpacked).length === 0);
+        rmSync(archive);
       },
       120_000,
     );
