@@ -12,6 +12,7 @@ import {
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { pino } from "pino";
+import { setPluginLoader } from "../features/registry.ts";
 import { flock, setCloexec } from "../linux/addon.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
 import { ShimServer } from "../shim/shim-server.ts";
@@ -48,6 +49,8 @@ const socketPath = join(runDirectory, daemonSocketName());
 const pidFile = join(runDirectory, "cedanad.pid");
 
 takeLock(`${socketPath}.lock`);
+
+setPluginLoader(async () => await (await import("../plugins/load.ts")).loadPlugins(log, BUILD));
 
 const runtime = new RuntimeServer({ log, endBelowConmon: () => end("conmon waits for its children") });
 await runtime.revive(runDirectory);

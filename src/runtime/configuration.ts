@@ -13,7 +13,8 @@ import { parseBytes, parseDuration } from "./spec.ts";
  *     "annotations": { "deny": ["lazy"], "hooks": false },
  *     "restoreFromPaths": ["/srv/checkpoints"],
  *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" },
- *     "restore": { "verifyDigests": true, "keyFile": "/etc/cedana/key" }
+ *     "restore": { "verifyDigests": true, "keyFile": "/etc/cedana/key" },
+ *     "plugins": { "load": ["cedana-plugin-audit"], "directory": "/var/lib/cedana/plugins" }
  *   }
  */
 export interface Configuration {
@@ -25,6 +26,12 @@ export interface Configuration {
   };
   /** directories below which `cedana.io/restore-from` may name a path; without one it may only name checkpoints of the store */
   readonly restoreFromPaths: readonly string[];
+  readonly plugins: {
+    /** npm packages from outside of our tree, by name or absolute path */
+    readonly named: readonly string[];
+    /** where those given by name are installed: `npm install --prefix` */
+    readonly directory: string;
+  };
   readonly checkpoints: {
     /** root of the store */
     readonly directory: string;
@@ -70,6 +77,7 @@ function defaults(): Configuration {
   return {
     annotations: { deny: [], hooks: false },
     restoreFromPaths: [],
+    plugins: { named: [], directory: join(stateDirectory(), "plugins") },
     checkpoints: {
       directory: join(stateDirectory(), "checkpoints"),
       keepLast: 3,
@@ -142,7 +150,13 @@ export function parseConfiguration(text: string, path: string): Configuration {
       wrong(`${name}: ${JSON.stringify(value)} is not an absolute path`);
     return normalize(value).replace(/(?<=.)\/$/, "");
   };
-  const top = object(json, "the file", ["annotations", "restoreFromPaths", "checkpoints", "restore"]);
+  const top = object(json, "the file", [
+    "annotations",
+    "restoreFromPaths",
+    "checkpoints",
+    "restore",
+    "plugins",
+  ]);
   const annotations = object(top.annotations, "annotations", ["deny", "hooks"]);
   const checkpoints = object(top.checkpoints, "checkpoints", [
     "directory",
@@ -154,6 +168,7 @@ export function parseConfiguration(text: string, path: string): Configuration {
     "rootfsMaxBytes",
   ]);
   const restore = object(top.restore, "restore", ["verifyDigests", "ignoreCpu", "keyFile"]);
+  const plugins = object(top.plugins, "plugins", ["load", "directory"]);
   const otherwise = defaults();
   const { hooks = otherwise.annotations.hooks } = annotations;
   if (typeof hooks !== "boolean") return wrong("annotations.hooks is neither true nor false");
@@ -188,6 +203,13 @@ export function parseConfiguration(text: string, path: string): Configuration {
     restoreFromPaths: (strings(top.restoreFromPaths, "restoreFromPaths") ?? []).map((one) =>
       directory(one, "restoreFromPaths"),
     ),
+    plugins: {
+      named: strings(plugins.load, "plugins.load") ?? [],
+      directory: directory(
+        asText(plugins.directory, "plugins.directory") ?? otherwise.plugins.directory,
+        "plugins.directory",
+      ),
+    },
     checkpoints: {
       directory: directory(root, "checkpoints.directory"),
       keepLast,

@@ -18,6 +18,7 @@ describe("the administrator's configuration", () => {
     expect(await readConfiguration(path)).toEqual({
       annotations: { deny: [], hooks: false },
       restoreFromPaths: [],
+      plugins: { named: [], directory: expect.stringMatching(/\/plugins$/) },
       checkpoints: {
         directory: expect.stringMatching(/\/checkpoints$/),
         keepLast: 3,
