@@ -11,7 +11,7 @@ export const plugin: Plugin = {
     queryCommand: "status",
     helperCommand: "setup",
     dumpHandler: async () => (await import("../../shim/checkpoint.ts")).dump,
-    restoreHandler: async () => (await import("../../shim/restore.ts")).prepareRestore,
+    restoreHandler: async () => (await import("../../shim/restore.ts")).restore,
     runHandler: async () => (await taskService()).Create!,
     freezeHandler: async () => (await taskService()).Pause!,
     unfreezeHandler: async () => (await taskService()).Resume!,
