@@ -21,7 +21,8 @@ const checkpointArg = {
   }),
 };
 
-function refOf(
+/** What people write, as the API has it. */
+export function checkpointRef(
   checkpoint: string,
   flags: { namespace: string; "pod-namespace"?: string | undefined },
 ): CheckpointRefInit {
@@ -83,7 +84,7 @@ export class CheckpointInspect extends CedanaCommand {
     const { Api } = await import("./api.ts");
     using api = await Api.open();
     const { manifestJson, ...rest } = await api.call("InspectCheckpoint", {
-      checkpoint: refOf(args.checkpoint, flags),
+      checkpoint: checkpointRef(args.checkpoint, flags),
     });
     const manifest = manifestJson === "" ? undefined : JSON.parse(manifestJson);
     if (flags.json) {
@@ -160,7 +161,7 @@ export class CheckpointVerify extends CedanaCommand {
     using api = await Api.open();
     using progress = new ProgressLine();
     const request = {
-      checkpoint: refOf(args.checkpoint, flags),
+      checkpoint: checkpointRef(args.checkpoint, flags),
       here: flags.here,
       ...(secret && { secret }),
     };
