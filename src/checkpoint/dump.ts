@@ -2,6 +2,7 @@ import { chmod, copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "n
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
+import { waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
 import {
@@ -23,7 +24,7 @@ import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts"
 import { cpuFacts } from "./cpu.ts";
 import { type Follower, followFiles } from "./digest.ts";
 import { dumpFeatures, type PluginDump } from "./features.ts";
-import { freezeMarker } from "./freeze-marker.ts";
+import { freezeMarker, readFreezeNote, thawNoted, thawWherever, writeFreezeNote } from "./freeze-marker.ts";
 import { type CheckpointManifest, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
@@ -132,6 +133,7 @@ interface DumpContext extends ChainContext {
   networkLock: NetworkLock;
   criu: string | undefined;
   layers: Layers | undefined;
+  cgroup: Cgroup | undefined;
   follower: Follower | undefined;
   frozenMs: number;
   /** the processes are in the images alone now */
@@ -191,6 +193,7 @@ export async function dump(
     networkLock: "default",
     criu: undefined,
     layers: undefined,
+    cgroup: undefined,
     follower: undefined,
     frozenMs: 0,
     ended: false,
@@ -487,28 +490,32 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
 async function freeze(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target } = context;
   if (target.hasEnded) {
-    await next(); // by this dump, before a crash: its end is only to be looked at again
+    await thawNoted(target.directory); // frozen before a crash, and ended while it was
+    await next(); // ended by this dump, before a crash: its end is only to be looked at again
     return;
   }
   const cgroup = await target.cgroup();
-  const marker = freezeMarker(target.directory);
   const frozen = !target.paused && context.attempt.phase === "begun" && !(await isDumping(context));
   const since = performance.now();
   if (frozen) {
-    await writeFile(marker, `${context.request.key}\n`, { mode: 0o600 });
+    await noteFreeze(context, cgroup, false);
     await cgroup.freeze(undefined, context.signal);
   }
+  context.cgroup = cgroup;
   try {
     await next();
   } finally {
-    // CRIU and the engine meddle with the freezer, too: paused if it was, running if it was. What ended has no cgroup any more.
-    if (!target.hasEnded)
-      await putFreezerBack(cgroup, target.paused && !context.ended).catch((error) =>
-        target.log.warn({ err: error }, "put the freezer back after a dump"),
-      );
+    // CRIU and the engine meddle with the freezer, too: paused if it was, running if it was. What has ended is thawed, too.
+    await putFreezerBack(cgroup, target.paused && !context.ended && !target.hasEnded).catch((error) =>
+      target.log.warn({ err: error }, "put the freezer back after a dump"),
+    );
     if (frozen) context.frozenMs = performance.now() - since;
-    await rm(marker, { force: true });
+    await rm(freezeMarker(target.directory), { force: true });
   }
+}
+
+async function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): Promise<void> {
+  await writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
 }
 
 /**
@@ -517,18 +524,13 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
  */
 async function isDumping({ target, request }: DumpContext): Promise<boolean> {
   if (!request.repeated) return false;
-  const text = await readFile(freezeMarker(target.directory), "utf8").catch(() => ""); // the crash came before it, or after all
-  return text === dumpingMark(request);
-}
-
-function dumpingMark(request: DumpRequest): string {
-  return `${request.key}\ndumping\n`;
+  const note = await readFreezeNote(target.directory); // the crash came before it, or after all
+  return note?.key === request.key && note.dumping;
 }
 
 async function putFreezerBack(cgroup: Cgroup, paused: boolean): Promise<void> {
-  const frozen = await cgroup.isFrozen();
-  if (frozen && !paused) await cgroup.thaw();
-  if (!frozen && paused) await cgroup.freeze();
+  if (!paused) await thawWherever(cgroup);
+  else if (!(await cgroup.isFrozen())) await cgroup.freeze();
 }
 
 // ---- network ---------------------------------------------------------------------------------------------------------
@@ -615,17 +617,33 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     await next();
     return;
   }
-  if (!target.paused && !target.hasEnded)
-    await writeFile(freezeMarker(target.directory), dumpingMark(request), { mode: 0o600 });
+  if (context.cgroup && !target.paused && !target.hasEnded) await noteFreeze(context, context.cgroup, true);
   try {
     await target.engineCheckpoint({ imagePath, workPath, parentPath, leaveRunning, policy, networkLock });
   } catch (error) {
     if (error instanceof WrongState) throw error; // before CRIU was asked
-    throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
+    // An engine that was killed leaves CRIU behind, which goes on: it may yet put the container to its end.
+    if (!(await waitForCriu(workPath, CRIU_ALONE_MS)))
+      target.log.error(
+        { workPath },
+        "CRIU goes on by itself after its engine has ended: not waited for any longer",
+      );
+    if (!(await saysDumped(workPath)))
+      throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
+    target.log.warn({ err: error }, "the engine has ended before it could say that CRIU's dump is whole");
   }
   context.ended = !leaveRunning;
   await noteAttempt(context, { phase: "dumped" });
   await next();
+}
+
+/** How long a CRIU without an engine may go on: it holds the processes, and has all of their memory to write. */
+const CRIU_ALONE_MS = 10 * 60_000;
+
+/** CRIU's last word, in its log alone where nobody was left to hear it. */
+async function saysDumped(workPath: string): Promise<boolean> {
+  const log = await explainCriuLog(join(workPath, "dump.log")).catch(() => undefined); // CRIU was not even started
+  return log?.lastLines.some((line) => /Dumping finished successfully/.test(line)) ?? false;
 }
 
 /** The engine's words, then what CRIU's log says was the reason. */

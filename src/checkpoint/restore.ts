@@ -3,6 +3,7 @@ import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
 import { InvalidRequest, NotFound, Unsupported } from "../errors/index.ts";
 import { pluginsLoaded } from "../features/registry.ts";
+import { readMountInfo } from "../linux/mount-options.ts";
 import { adapterSteps } from "./adapters.ts";
 import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
@@ -105,8 +106,14 @@ export interface RestoreTarget extends RestoreCandidate {
   removeCgroup(): Promise<void>;
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
-  /** After a failure: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
+  /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
+  endCriu(workPath: string): Promise<void>;
+  /** Then: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
   undoEngineRestore(): Promise<void>;
+  /** where the engine shows CRIU the root file system */
+  readonly criuRoots: readonly string[];
+  /** Unmounts what CRIU or the engine, killed, has left mounted. */
+  unmount(mountPoint: string): Promise<void>;
 }
 
 interface CheckContext extends ChainContext {
@@ -393,10 +400,25 @@ async function openRestoreWorkPath(context: RestoreContext, next: () => Promise<
     await next();
   } catch (error) {
     await keepLog(join(context.workPath, "restore.log"), join(target.directory, "criu-restore.log"));
+    await unmountLeft([context.workPath], target);
     throw error;
   } finally {
     if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
   }
+}
+
+/**
+ * CRIU mounts every cgroup hierarchy in its work path, and the engine the root file system in a place of its own; they unmount them
+ * unless they are killed. Whoever then removes the directories (we do, the engine, and containerd the bundle) would remove the host's
+ * cgroups, and the container's files.
+ */
+async function unmountLeft(directories: readonly string[], target: RestoreTarget): Promise<void> {
+  const mounts = (await readMountInfo("self"))
+    .map(({ mountPoint }) => mountPoint)
+    .filter((mountPoint) =>
+      directories.some((directory) => mountPoint === directory || mountPoint.startsWith(`${directory}/`)),
+    );
+  for (const mountPoint of mounts.reverse()) await target.unmount(mountPoint);
 }
 
 // ---- files -----------------------------------------------------------------------------------------------------------
@@ -455,6 +477,8 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
       });
     await next();
   } catch (error) {
+    await target.endCriu(workPath);
+    await unmountLeft(target.criuRoots, target);
     await target.undoEngineRestore();
     throw error;
   }

@@ -13,11 +13,8 @@ import { parseBytes, parseDuration } from "./spec.ts";
  *     "annotations": { "deny": ["lazy"], "hooks": false },
  *     "restoreFromPaths": ["/srv/checkpoints"],
  *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" },
-<<<<<<< HEAD
+ *     "restore": { "verifyDigests": true, "keyFile": "/etc/cedana/key" },
  *     "plugins": { "load": ["cedana-plugin-audit"], "directory": "/var/lib/cedana/plugins" }
-=======
- *     "restore": { "verifyDigests": true, "keyFile": "/etc/cedana/key" }
->>>>>>> h-restore
  *   }
  */
 export interface Configuration {
@@ -170,8 +167,8 @@ export function parseConfiguration(text: string, path: string): Configuration {
     "rootfsExclude",
     "rootfsMaxBytes",
   ]);
-  const plugins = object(top.plugins, "plugins", ["load", "directory"]);
   const restore = object(top.restore, "restore", ["verifyDigests", "ignoreCpu", "keyFile"]);
+  const plugins = object(top.plugins, "plugins", ["load", "directory"]);
   const otherwise = defaults();
   const { hooks = otherwise.annotations.hooks } = annotations;
   if (typeof hooks !== "boolean") return wrong("annotations.hooks is neither true nor false");

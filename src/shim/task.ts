@@ -1,7 +1,7 @@
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { freezeMarker } from "../checkpoint/freeze-marker.ts";
+import { freezeMarker, thawNoted } from "../checkpoint/freeze-marker.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -264,7 +264,7 @@ export class Task {
       this.#spec = await readSpec(this.bundle);
       this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
       void this.outOfMemory(1); // the keeper's notice may have gone to nobody
-      if (this.init.state === "running") this.#scheduleCheckpoints();
+      if (this.init.state === "running") this.#scheduleCheckpoints(true);
     } catch (error) {
       this.#log.warn({ err: error }, "revive the task: its exit is expected");
     }
@@ -380,14 +380,14 @@ export class Task {
       throw error;
     }
     this.publish(`start:${work.request}`, events.taskStart(this.id, this.init.pid));
-    this.#scheduleCheckpoints();
+    this.#scheduleCheckpoints(false);
     return this.init.pid;
   }
 
   /** Few containers ask for it, and only they load what it takes. */
-  #scheduleCheckpoints(): void {
+  #scheduleCheckpoints(revived: boolean): void {
     if (!this.#spec || !asksForCheckpoints(this.#spec)) return;
-    void import("./schedule.ts").then(({ scheduleCheckpoints }) => scheduleCheckpoints(this));
+    void import("./schedule.ts").then(({ scheduleCheckpoints }) => scheduleCheckpoints(this, revived));
   }
 
   /** The start is on record: an exit that came meanwhile may be told. */
@@ -774,6 +774,7 @@ export class Task {
     if (!existsSync(marker)) return;
     try {
       if (this.init.state === "running" && !this.init.exit) await (await this.cgroup()).thaw();
+      else if (this.init.exit) await thawNoted(this.bundle);
       await rm(marker, { force: true });
       const { abandonAttempt } = await import("../checkpoint/dump.ts");
       const kept = await abandonAttempt(this.bundle, async () => {});
