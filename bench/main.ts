@@ -21,9 +21,22 @@ import { lazy } from "./subjects/lazy.ts";
 import { lifecycle, parallel } from "./subjects/lifecycle.ts";
 import { memory } from "./subjects/memory.ts";
 import { firstCall, gap } from "./subjects/recovery.ts";
+import { archiving, standstill } from "./subjects/standstill.ts";
 import { stdout } from "./subjects/stdout.ts";
 
-const subjects: Subject[] = [launcher, lifecycle, parallel, stdout, checkpoint, lazy, firstCall, memory, gap];
+const subjects: Subject[] = [
+  launcher,
+  lifecycle,
+  parallel,
+  stdout,
+  checkpoint,
+  standstill,
+  archiving,
+  lazy,
+  firstCall,
+  memory,
+  gap,
+];
 
 const { values: options } = parseArgs({
   options: {

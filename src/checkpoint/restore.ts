@@ -2,6 +2,9 @@ import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
 import { InvalidRequest, NotFound, Unsupported } from "../errors/index.ts";
+import { pluginsLoaded } from "../features/registry.ts";
+import { readMountInfo } from "../linux/mount-options.ts";
+import { adapterSteps } from "./adapters.ts";
 import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import {
@@ -12,9 +15,10 @@ import {
   type RestoredContainer,
 } from "./compare.ts";
 import { criuFailure, keepLog } from "./dump.ts";
+import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
 import { readImageFacts } from "./image-facts.ts";
-import type { LazyTarget } from "./lazy/begin.ts";
+import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
 import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
 import {
   findArchive,
@@ -105,8 +109,14 @@ export interface RestoreTarget extends RestoreCandidate {
   removeCgroup(): Promise<void>;
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
-  /** After a failure: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
+  /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
+  endCriu(workPath: string): Promise<void>;
+  /** Then: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
   undoEngineRestore(options: Pick<EngineRestore, "lazy">): Promise<void>;
+  /** where the engine shows CRIU the root file system */
+  readonly criuRoots: readonly string[];
+  /** Unmounts what CRIU or the engine, killed, has left mounted. */
+  unmount(mountPoint: string): Promise<void>;
   /** The container wants to start before its memory is there; undefined: it doesn't, or its owner can't. */
   readonly lazy?: LazyTarget | undefined;
 }
@@ -126,8 +136,8 @@ export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
   workPath: string;
-  /** from `startPageDaemon` on */
-  lazy: boolean;
+  /** from `startPageDaemon` on, where there is one */
+  lazy: LazyRestore | undefined;
   /** set when a lazy restore has failed and an eager one may not */
   whyNotLazy: string | undefined;
 }
@@ -149,10 +159,12 @@ export const restoreSteps = [
   ...restoreChecks,
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
+  restoreAdaptersOfPlugins, // those of all plugins stand here
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
   startPageDaemon, // where the container wants it, and it can be had; from here on somebody fills memory
+  lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
   // Devices: a step here restores them, before anybody is told that the container runs.
   // Hooks in the container: a step after that, the last one.
@@ -180,22 +192,25 @@ export async function restore(
     target,
     request,
     workPath: "",
-    lazy: false,
+    lazy: undefined,
     whyNotLazy: undefined,
   });
-  const steps = attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps;
+  await pluginsLoaded();
+  const run = async (steps: readonly RestoreStep[], context: RestoreContext) => {
+    await runChain("restore", steps.flatMap(withRestoreAdapters), context);
+  };
   let context = begin();
   try {
-    await runChain("restore", steps, context);
+    await run(attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
   } catch (error) {
     const { whyNotLazy } = context;
     if (whyNotLazy === undefined) throw error;
     target.log.warn({ err: error }, "the lazy restore failed; once more, eagerly");
     context = { ...begin(), whyNotLazy };
-    await runChain("restore", restoreSteps, context);
+    await run(restoreSteps, context);
   }
   const times = timesByStep(context.times);
-  target.log.info({ checkpoint: request.path, lazy: context.lazy, times }, "restored");
+  target.log.info({ checkpoint: request.path, lazy: context.lazy !== undefined, times }, "restored");
   return times;
 }
 
@@ -315,6 +330,44 @@ async function refuseDifferences(context: CheckContext, next: () => Promise<void
   await next();
 }
 
+// ---- plugins ---------------------------------------------------------------------------------------------------------
+
+const ADAPTER_PATIENCE_MS = 60_000;
+
+function withRestoreAdapters(step: RestoreStep): RestoreStep[] {
+  if (step === restoreAdaptersOfPlugins)
+    return [step, ...adapterSteps(restoreFeatures.restoreMiddleware, ADAPTER_PATIENCE_MS, restoreView)];
+  if (step === lateRestoreAdaptersOfPlugins)
+    return [step, ...adapterSteps(restoreFeatures.restoreMiddlewareLate, ADAPTER_PATIENCE_MS, restoreView)];
+  return [step];
+}
+
+/** The adapters of plugins follow it. */
+async function restoreAdaptersOfPlugins(_context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+async function lateRestoreAdaptersOfPlugins(
+  _context: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  await next();
+}
+
+async function restoreView({ target, request, checkpoint, signal }: RestoreContext): Promise<PluginRestore> {
+  const { path, imagePath, manifest } = checkpoint;
+  return {
+    what: target.what,
+    bundle: target.directory,
+    directory: path,
+    imagePath,
+    dumped: manifest && { containerId: manifest.containerId, namespace: manifest.namespace },
+    repeated: request.repeated,
+    signal,
+    log: target.log,
+  };
+}
+
 // ---- the attempt -----------------------------------------------------------------------------------------------------
 
 /** What has been found and decided, on disk for whoever goes on after a crash. */
@@ -357,7 +410,7 @@ async function recordRestore(context: RestoreContext, next: () => Promise<void>)
 
 // ---- work path -------------------------------------------------------------------------------------------------------
 
-function defaultWorkPath(directory: string): string {
+export function defaultWorkPath(directory: string): string {
   return join(directory, "criu-restore");
 }
 
@@ -369,10 +422,25 @@ async function openRestoreWorkPath(context: RestoreContext, next: () => Promise<
     await next();
   } catch (error) {
     await keepLog(join(context.workPath, "restore.log"), join(target.directory, "criu-restore.log"));
+    await unmountLeft([context.workPath], target);
     throw error;
   } finally {
     if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
   }
+}
+
+/**
+ * CRIU mounts every cgroup hierarchy in its work path, and the engine the root file system in a place of its own; they unmount them
+ * unless they are killed. Whoever then removes the directories (we do, the engine, and containerd the bundle) would remove the host's
+ * cgroups, and the container's files.
+ */
+async function unmountLeft(directories: readonly string[], target: RestoreTarget): Promise<void> {
+  const mounts = (await readMountInfo("self"))
+    .map(({ mountPoint }) => mountPoint)
+    .filter((mountPoint) =>
+      directories.some((directory) => mountPoint === directory || mountPoint.startsWith(`${directory}/`)),
+    );
+  for (const mountPoint of mounts.reverse()) await target.unmount(mountPoint);
 }
 
 // ---- files -----------------------------------------------------------------------------------------------------------
@@ -444,12 +512,12 @@ async function startPageDaemon(context: RestoreContext, next: () => Promise<void
     target.lazy.refused(begun);
     return await next();
   }
-  context.lazy = true;
+  context.lazy = begun;
   try {
     await next();
   } catch (error) {
     await begun.stop();
-    context.whyNotLazy = await begun.toBlame(error);
+    context.whyNotLazy = begun.toBlame(error);
     throw error;
   }
 }
@@ -460,14 +528,23 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
   const { checkpoint, externalMounts, lazy, policy, request, target, workPath } = context;
   try {
     await target
-      .engineRestore({ imagePath: checkpoint.imagePath, workPath, policy, externalMounts, lazy })
+      .engineRestore({
+        imagePath: checkpoint.imagePath,
+        workPath,
+        policy,
+        externalMounts,
+        lazy: lazy !== undefined,
+      })
       .catch(async (error: Error) => {
         const what = `restore of ${target.what} from ${request.path}`;
         throw await criuFailure(what, error, workPath, "restore.log");
       });
     await next();
   } catch (error) {
-    await target.undoEngineRestore({ lazy });
+    lazy?.restoreHasFailed();
+    await target.endCriu(workPath);
+    await unmountLeft(target.criuRoots, target);
+    await target.undoEngineRestore({ lazy: lazy !== undefined });
     throw error;
   }
 }

@@ -167,8 +167,3 @@ export function childrenOf(pid: number): number[] {
     (readProc(`/proc/${pid}/task/${thread}/children`) ?? "").split(" ").filter(Boolean).map(Number),
   );
 }
-
-/** The arguments of a process; undefined when it has ended. */
-export function commandLine(pid: number): string[] | undefined {
-  return readProc(`/proc/${pid}/cmdline`)?.split("\0").slice(0, -1);
-}

@@ -1,7 +1,6 @@
 import type { LazyTarget } from "../checkpoint/lazy/begin.ts";
 import type { PageDaemon, PageDaemonHost, PageDaemonRecord } from "../checkpoint/lazy/page-daemon.ts";
 import { messageOf, WrongState } from "../errors/index.ts";
-import { childrenOf, commandLine } from "../linux/proc.ts";
 import type { TaskLogger } from "./task-log.ts";
 
 /**
@@ -172,30 +171,5 @@ export class LazyMemory {
   #set(record: LazyRecord | undefined): void {
     this.#record = record;
     this.#owner.changed();
-  }
-}
-
-/**
- * SIGKILL for a child of the keeper's, told by an argument that no other has, and for all that descends from it. What it has started
- * may be started on meanwhile: so until there is nobody left of it.
- */
-export function killProcesses(keeperPid: number, argument: string): void {
-  const isIt = (pid: number) => commandLine(pid)?.includes(argument) ?? false;
-  for (let round = 0; round < 100; round++) {
-    const found = childrenOf(keeperPid).filter(isIt).flatMap(withDescendants);
-    if (found.length === 0) return;
-    for (const pid of found.reverse()) kill(pid);
-  }
-}
-
-function withDescendants(pid: number): number[] {
-  return [pid, ...childrenOf(pid).flatMap(withDescendants)];
-}
-
-function kill(pid: number): void {
-  try {
-    process.kill(pid, "SIGKILL");
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error; // it has ended
   }
 }

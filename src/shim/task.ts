@@ -40,7 +40,7 @@ import {
   writeTaskRecord,
 } from "./journal.ts";
 import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
-import { killProcesses, LazyMemory } from "./lazy-memory.ts";
+import { LazyMemory } from "./lazy-memory.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
 import type { RestoreSource } from "./restore-source.ts";
@@ -489,8 +489,13 @@ export class Task {
     const limit = performance.now() + ABANDONED_RESTORE_MS;
     while (lost() && init.pid === 0 && !init.exit && performance.now() < limit) await delay(20);
     if (!lost() || init.exit || init.heldExit) return;
-    if (init.pid === 0) killProcesses(keeper.pid, this.#logFile("restore"));
-    else
+    if (init.pid === 0) {
+      const [{ killCriu }, { defaultWorkPath }] = await Promise.all([
+        import("../criu/leftovers.ts"),
+        import("../checkpoint/restore.ts"),
+      ]);
+      await killCriu(this.options.criuWorkPath || defaultWorkPath(this.bundle), keeper.pid);
+    } else
       await this.#signal(keeper.ownTag("kill-without-memory"), init, SIGKILL).catch((error) => {
         if (!(error instanceof NotFound)) throw error; // it has just ended
       });

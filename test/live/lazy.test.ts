@@ -366,7 +366,7 @@ describe("a lazy restore that can't be had", () => {
     const directory = mkdtempSync(join(tmpdir(), "criu-"));
     try {
       await install(join(directory, "criu"));
-      await using live = await Live.start({ containerd: "1.7", engine, firstInPath: directory });
+      await using live = await Live.start({ containerd: "1.7", engine, path: directory });
       let images: string;
       {
         await using task = await live.run(args);

@@ -1,12 +1,10 @@
-import { spawn } from "node:child_process";
-import { once } from "node:events";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { WrongState } from "../../src/errors/index.ts";
-import { childrenOf, isAlive, startTime } from "../../src/linux/proc.ts";
-import { killProcesses, LazyMemory, type LazyRecord } from "../../src/shim/lazy-memory.ts";
+import { startTime } from "../../src/linux/proc.ts";
+import { LazyMemory, type LazyRecord } from "../../src/shim/lazy-memory.ts";
 
 let directory: string;
 let events: string[];
@@ -76,20 +74,4 @@ describe("the memory of a task that a cedanad before us has restored lazily", ()
     await expect(waiting).rejects.toThrow("the caller has gone");
     expect(memory.record?.state).toBe("filling");
   });
-});
-
-it("kills a process that an argument names with all that it has started, and nobody else", async () => {
-  const name = `the-one-${process.pid}`;
-  const script = "sleep 1000 & (sleep 1000 & wait) & wait";
-  const [one, other] = [spawn("sh", ["-c", script, name]), spawn("sh", ["-c", script, "another"])];
-  await Promise.all([once(one, "spawn"), once(other, "spawn")]);
-  await vi.waitUntil(() => childrenOf(one.pid!).length === 2 && childrenOf(other.pid!).length === 2);
-  const all = [one.pid!, ...childrenOf(one.pid!)];
-  const exited = once(one, "exit");
-  killProcesses(process.pid, name);
-  await exited;
-  await vi.waitUntil(() => !all.some((pid) => isAlive(pid)));
-  expect(isAlive(other.pid!)).toBe(true);
-  killProcesses(process.pid, "another");
-  await once(other, "exit");
 });

@@ -1,6 +1,6 @@
 import { existsSync } from "node:fs";
 import { messageOf } from "../../errors/index.ts";
-import { PageDaemon, type PageDaemonHost, type StartPageDaemon } from "./page-daemon.ts";
+import { PageDaemon, type PageDaemonEnd, type PageDaemonHost, type StartPageDaemon } from "./page-daemon.ts";
 import { whyNotLazy } from "./suitable.ts";
 
 /** A container that wants its memory to be filled behind it. */
@@ -15,17 +15,16 @@ export interface LazyTarget extends PageDaemonHost {
 }
 
 export interface LazyRestore {
-  /** After a failure of the restore: nothing of the daemon stays. */
+  /** Called at once, before anything that is left of the restore is ended. */
+  restoreHasFailed(): void;
+  /** Then: nothing of the daemon stays. */
   stop(): Promise<void>;
-  /** Whether an eager restore may succeed where this one failed, and then why this one did; after `stop`. */
-  toBlame(failure: unknown): Promise<string | undefined>;
+  /** Whether an eager restore may succeed where this one has failed, and then why this one did. */
+  toBlame(failure: unknown): string | undefined;
 }
 
 /** What CRIU says where userfaultfds, or the daemon, are what it failed at. */
 const ABOUT_LAZY_PAGES = /userfault|uffd|lazy.pages/i;
-/** What the daemon says when the restore failed first. */
-const RESTORE_FAILED_FIRST = /Restorer unexpectedly closed|PID recv: short read/;
-
 /**
  * Starts a page daemon, if a container can be restored lazily at all.
  * @returns what to do about it after a failure of the restore; or the reason for an eager one
@@ -45,17 +44,17 @@ export async function beginLazyRestore(
     return messageOf(error);
   }
   target.begun(daemon);
-  let stopped = false;
-  const earlyEnd = daemon.ended.then((end) => (stopped || end.filled ? undefined : end.why));
+  let earlyEnd: PageDaemonEnd | undefined;
   return {
+    restoreHasFailed: () => {
+      earlyEnd = daemon.endSoFar();
+    },
     stop: async () => {
-      stopped = true;
       await daemon.stop();
       target.undone();
     },
-    toBlame: async (failure) => {
-      const end = await earlyEnd;
-      if (end !== undefined && !RESTORE_FAILED_FIRST.test(end)) return `the page daemon ${end}`;
+    toBlame: (failure) => {
+      if (earlyEnd && !earlyEnd.filled) return `the page daemon ${earlyEnd.why}`;
       const text = messageOf(failure);
       return ABOUT_LAZY_PAGES.test(text) ? text : undefined;
     },

@@ -41,6 +41,8 @@ export interface PageDaemonHost {
   signal(pid: number, signal: number): Promise<void>;
 }
 
+const LOST_GUARD: PageDaemonEnd = { filled: false, why: "has lost its guard, which somebody killed" };
+
 type Signaller = Pick<PageDaemonHost, "signal">;
 
 /** What the next cedanad must know. */
@@ -180,6 +182,16 @@ export class PageDaemon {
   }
 
   /**
+   * How it has ended by now, if it has, and before the restore that it was for: CRIU's daemon ends with status 1 when that fails, by
+   * signal or for want of a restore when somebody has ended it.
+   */
+  endSoFar(): PageDaemonEnd | undefined {
+    const end = readEnd(this.record.directory);
+    if (end && !end.filled && /^ended with status/.test(end.why)) return undefined;
+    return end ?? (isAlive(this.record.guard.pid, this.record.guard.started) ? undefined : LOST_GUARD);
+  }
+
+  /**
    * Ends it and removes its files: when the container has ended, or can't have come to run. The holder ends by itself, as soon as no
    * process lives whose memory it holds.
    */
@@ -199,7 +211,7 @@ export class PageDaemon {
       if (end?.filled) return end;
       if (end) return { filled: false, why: `${end.why}${await lastWords(directory)}` };
       if (this.#stopped) return { filled: false, why: "was stopped" };
-      if (!alive) return { filled: false, why: "has lost its guard, which somebody killed" };
+      if (!alive) return LOST_GUARD;
       await delay(END_LOOKS_MS);
     }
   }
