@@ -14,12 +14,15 @@ import {
   Unsupported,
   WrongState,
 } from "../errors/index.ts";
+import { pluginsLoaded, pluginVersion } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
+import { adapterSteps } from "./adapters.ts";
 import { IMAGES_DIRECTORY } from "./archive/layout.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { cpuFacts } from "./cpu.ts";
 import { type Follower, followFiles } from "./digest.ts";
+import { dumpFeatures, type PluginDump } from "./features.ts";
 import { freezeMarker, readFreezeNote, thawNoted, thawWherever, writeFreezeNote } from "./freeze-marker.ts";
 import { type CheckpointManifest, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
@@ -124,6 +127,8 @@ interface DumpContext extends ChainContext {
   workPath: string;
   /** relative to the images where they are made */
   parentPath: string | undefined;
+  /** plugins whose adapters were run */
+  readonly adapters: NonNullable<CheckpointManifest["plugins"]>;
   networkLock: NetworkLock;
   criu: string | undefined;
   layers: Layers | undefined;
@@ -143,6 +148,7 @@ export const dumpSteps = [
   openStaging, // what is made is beside its place, and put there on the way back, whole
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
+  adaptersOfPlugins, // those of all plugins stand here
   checkOptions, // before anything is frozen
   preflightDump, // every blocker and every option that is missing, while the container runs
   findLayers,
@@ -151,6 +157,7 @@ export const dumpSteps = [
   detectNetwork, // on the frozen container: nobody opens a socket any more
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
+  lateAdaptersOfPlugins, // their last word, on the frozen container
   criuDump,
 ] as const satisfies readonly DumpStep[];
 
@@ -182,6 +189,7 @@ export async function dump(
     staging: begun?.staging as Staging,
     workPath: "",
     parentPath: undefined,
+    adapters: [],
     networkLock: "default",
     criu: undefined,
     layers: undefined,
@@ -194,7 +202,8 @@ export async function dump(
     signal: options.signal ?? new AbortController().signal,
     onBoundary: options.onBoundary,
   };
-  await runChain("dump", dumpSteps, context);
+  await pluginsLoaded();
+  await runChain("dump", dumpSteps.flatMap(withAdapters), context);
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
@@ -202,6 +211,57 @@ export async function dump(
   };
   target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
   return outcome;
+}
+
+// ---- plugins ---------------------------------------------------------------------------------------------------------
+
+const ADAPTER_PATIENCE_MS = 60_000;
+/** The application stands still meanwhile. */
+const LATE_ADAPTER_PATIENCE_MS = 5_000;
+
+function withAdapters(step: DumpStep): DumpStep[] {
+  if (step === adaptersOfPlugins)
+    return [step, ...adapterSteps(dumpFeatures.dumpMiddleware, ADAPTER_PATIENCE_MS, pluginView, notePart)];
+  if (step === lateAdaptersOfPlugins)
+    return [
+      step,
+      ...adapterSteps(dumpFeatures.dumpMiddlewareLate, LATE_ADAPTER_PATIENCE_MS, pluginView, notePart),
+    ];
+  return [step];
+}
+
+/** The manifest names who took part. */
+function notePart({ adapters }: DumpContext, name: string): void {
+  if (!adapters.some((plugin) => plugin.name === name)) adapters.push({ name, version: pluginVersion(name) });
+}
+
+/** The adapters of plugins follow it. */
+async function adaptersOfPlugins(_context: DumpContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+async function lateAdaptersOfPlugins(_context: DumpContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+/** undefined: the images are whole already, or the engine is at work for them; nothing can be asked of the container. */
+async function pluginView(context: DumpContext): Promise<PluginDump | undefined> {
+  const { target, request, attempt, staging, signal } = context;
+  if (target.hasEnded || attempt.phase !== "begun" || (await isDumping(context))) return undefined;
+  const { containerId, namespace, engine } = target.facts;
+  return {
+    containerId,
+    namespace,
+    engine,
+    initPid: target.initPid,
+    leaveRunning: request.leaveRunning,
+    directory: staging.path,
+    imagePath: imagesIn(context),
+    repeated: request.repeated,
+    signal,
+    log: target.log,
+    pids: async () => await (await target.cgroup()).pids(),
+  };
 }
 
 async function validateDumpRequest(context: DumpContext, next: () => Promise<void>): Promise<void> {
@@ -609,6 +669,7 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     {
       createdAt: new Date(startedAt).toISOString(),
       ...target.facts,
+      ...(context.adapters.length > 0 && { plugins: [...(target.facts.plugins ?? []), ...context.adapters] }),
       ...request.origin,
       ...(image && { image }),
       ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),

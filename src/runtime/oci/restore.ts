@@ -4,6 +4,7 @@ import { type RestoreTarget, restore as restoreContainer } from "../../checkpoin
 import { CriuFailed } from "../../errors/index.ts";
 import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
+import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
 import { readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
@@ -114,6 +115,8 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
         key: call.marker,
         repeated: false,
         path,
+        ...(await restoreSettings()),
+        unpack: undefined, // the caller extracts archives, with the files of the container in them
         workPath: workPath && resolve(call.cwd, workPath),
       },
       { signal: wrapper.signal },
