@@ -161,13 +161,15 @@ export function withHook(text: string, stage: string, hook: OciHook, path = "con
 export function movedFrom(bundle: string, text: string): string {
   return withEdits(text, posix.join(bundle, "config.json"), (spec) => {
     spec.root = { ...spec.root, path: posix.resolve(bundle, spec.root?.path ?? "rootfs") };
-    const isBind = ({ type, options }: OciMount) =>
-      type === "bind" || (options?.some((option) => option === "bind" || option === "rbind") ?? false);
     if (spec.mounts)
       spec.mounts = spec.mounts.map((mount) =>
         mount.source && isBind(mount) ? { ...mount, source: posix.resolve(bundle, mount.source) } : mount,
       );
   });
+}
+
+export function isBind({ type, options }: OciMount): boolean {
+  return type === "bind" || (options ?? []).some((option) => option === "bind" || option === "rbind");
 }
 
 function withEdits(text: string, path: string, edit: (spec: Writable<OciSpec>) => void): string {
@@ -259,6 +261,11 @@ export function groupOf(spec: OciSpec): string | undefined {
 /** Kubernetes' namespace of the pod; undefined elsewhere. containerd's CRI sets it, the pod can't. */
 export function podNamespaceOf(spec: OciSpec): string | undefined {
   return annotationsOf(spec)["io.kubernetes.cri.sandbox-namespace"] || undefined;
+}
+
+/** Kubernetes' name of the pod; undefined elsewhere. */
+export function podNameOf(spec: OciSpec): string | undefined {
+  return annotationsOf(spec)["io.kubernetes.cri.sandbox-name"] || undefined;
 }
 
 /** Whether it is a pod's sandbox ("pause") container. CRI-O names the type like this too, with its own prefix. */

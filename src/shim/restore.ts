@@ -1,4 +1,4 @@
-import { link, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
+import { link, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import {
   type EngineRestore,
@@ -6,6 +6,7 @@ import {
   restore as restoreContainer,
 } from "../checkpoint/restore.ts";
 import { hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
+import { programOf } from "../linux/proc.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
 import { cgroupPathV2, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
@@ -124,7 +125,7 @@ class BundleConfig {
       if (error.code !== "EEXIST") throw error; // an attempt before a crash
     });
     const text = await readFile(this.#original, "utf8");
-    const hook = { path: await keeperProgram(keeperPid), args: ["cedana-loopback"], timeout: 10 };
+    const hook = { path: await programOf(keeperPid), args: ["cedana-loopback"], timeout: 10 };
     await writeFile(`${this.#path}.new`, withHook(text, "createRuntime", hook, this.#path), { mode: 0o600 });
     await rename(`${this.#path}.new`, this.#path);
   }
@@ -134,11 +135,4 @@ class BundleConfig {
       if (error.code !== "ENOENT") throw error; // it wasn't changed
     });
   }
-}
-
-/** The keeper's program as it is installed now; where it has gone, the one that runs. */
-async function keeperProgram(pid: number): Promise<string> {
-  const exe = `/proc/${pid}/exe`;
-  const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
-  return (await stat(installed).catch(() => undefined)) ? installed : exe;
 }
