@@ -226,12 +226,15 @@ function absoluteParent(request: DumpRequest): string {
 
 // ---- staging ---------------------------------------------------------------------------------------------------------
 
+const ATTEMPT_NAME = "checkpoint-attempt.json";
+
 /** What has been done, on disk, for whoever goes on after a crash. */
 interface Attempt {
   key: string;
   staging: StagingRecord;
   /** `dumped`: the images are whole; `committing`: the manifest, too, and they are being put in their place */
   phase: "begun" | "dumped" | "committing";
+  leaveRunning: boolean;
   rootfsDiff?: RootfsDiffFacts;
 }
 
@@ -243,7 +246,8 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
       "imagePath" in place
         ? await Staging.inside(place.imagePath)
         : await Staging.beside(place.directory, place.generation);
-    context.attempt = { key: request.key, staging: context.staging.record(), phase: "begun" };
+    const { key, leaveRunning } = request;
+    context.attempt = { key, leaveRunning, staging: context.staging.record(), phase: "begun" };
   }
   const { staging } = context;
   try {
@@ -301,6 +305,27 @@ async function earlierAttempt(
   return { attempt, staging };
 }
 
+/**
+ * After a crash, a dump that nobody goes on with: what was made is removed, or kept where the container is in it alone.
+ * @param quiet  waits until nobody writes into the staging directory any more
+ * @returns where it is kept
+ */
+export async function abandonAttempt(
+  directory: string,
+  quiet: (stagingPath: string) => Promise<void>,
+): Promise<string | undefined> {
+  const path = join(directory, ATTEMPT_NAME);
+  const text = await readFile(path, "utf8").catch(() => undefined); // none was begun
+  if (text === undefined) return undefined;
+  const { staging: record, phase, leaveRunning } = JSON.parse(text) as Attempt;
+  const staging = Staging.resume(record);
+  if (staging) await quiet(staging.path);
+  const kept = staging && phase !== "begun" && !leaveRunning && !staging.isEmpty ? staging.keep() : undefined;
+  await staging?.[Symbol.asyncDispose]();
+  await rm(path, { force: true });
+  return kept;
+}
+
 async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): Promise<void> {
   Object.assign(context.attempt, news);
   const path = attemptFile(context.target);
@@ -309,7 +334,7 @@ async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): P
 }
 
 function attemptFile(target: DumpTarget): string {
-  return join(target.directory, "checkpoint-attempt.json");
+  return join(target.directory, ATTEMPT_NAME);
 }
 
 /** The caller's path is at fault, unless it is the machine. */

@@ -224,6 +224,11 @@ export function hasOurAnnotations(spec: OciSpec): boolean {
   return Object.keys(annotationsOf(spec)).some((name) => name.startsWith("cedana.io/"));
 }
 
+/** Whether an annotation asks for checkpoints again and again; what exactly, `cedanaAnnotations` says. */
+export function asksForCheckpoints(spec: OciSpec): boolean {
+  return Object.keys(annotationsOf(spec)).some((name) => name.startsWith("cedana.io/checkpoint-every"));
+}
+
 /**
  * Whether the container has no pid namespace of its own (it has the host's, or joins one). The kernel then doesn't
  * end its other processes with its init: whoever kills init must kill the rest by cgroup.

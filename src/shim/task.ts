@@ -18,6 +18,7 @@ import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "
 import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import {
+  asksForCheckpoints,
   cgroupName,
   cgroupPathV2,
   hasOurAnnotations,
@@ -49,6 +50,9 @@ const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
 const OOM_COUNTER_ATTEMPTS = 10;
 const OOM_COUNTER_INTERVAL_MS = 20;
+
+/** In the bundle while a checkpoint is taken that containerd hasn't asked for. */
+export const TRIGGERED_DIRECTORY = "cedana-dump";
 
 /** The call on whose behalf something is done: gives its operations tags that a repetition derives again. */
 export interface Work {
@@ -252,6 +256,7 @@ export class Task {
       this.#spec = await readSpec(this.bundle);
       this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
       void this.outOfMemory(1); // the keeper's notice may have gone to nobody
+      if (this.init.state === "running") this.#scheduleCheckpoints();
     } catch (error) {
       this.#log.warn({ err: error }, "revive the task: its exit is expected");
     }
@@ -365,7 +370,14 @@ export class Task {
       throw error;
     }
     this.publish(`start:${work.request}`, events.taskStart(this.id, this.init.pid));
+    this.#scheduleCheckpoints();
     return this.init.pid;
+  }
+
+  /** Few containers ask for it, and only they load what it takes. */
+  #scheduleCheckpoints(): void {
+    if (!this.#spec || !asksForCheckpoints(this.#spec)) return;
+    void import("./schedule.ts").then(({ scheduleCheckpoints }) => scheduleCheckpoints(this));
   }
 
   /** The start is on record: an exit that came meanwhile may be told. */
@@ -732,10 +744,26 @@ export class Task {
     try {
       if (this.init.state === "running" && !this.init.exit) await (await this.cgroup()).thaw();
       await rm(marker, { force: true });
+      const { abandonAttempt } = await import("../checkpoint/dump.ts");
+      const kept = await abandonAttempt(this.bundle, async () => {});
+      if (kept !== undefined) this.#log.warn({ kept }, "kept the images of a dump that a crash cut off");
       this.#log.warn("thawed: it had been frozen for a dump that a crash cut off");
     } catch (error) {
       this.#log.error({ err: error }, "thaw a container that a dump cut off by a crash had frozen");
     }
+  }
+
+  /**
+   * A cedanad before us may have ended in the middle of a checkpoint of its own will: gone on with, before any call of containerd's
+   * changes the container.
+   */
+  resumeCheckpoint(): void {
+    if (!existsSync(join(this.bundle, TRIGGERED_DIRECTORY))) return;
+    const turn = Promise.withResolvers<void>();
+    void this.init.inTurn(() => turn.promise);
+    void import("./triggered.ts")
+      .then(({ resumeCheckpoint }) => resumeCheckpoint(this, turn.resolve))
+      .finally(turn.resolve);
   }
 
   async resizePty(work: Work, process: Process, width: number, height: number): Promise<void> {

@@ -16,6 +16,8 @@ export const methods: ApiMethods = {
       })),
     };
   },
+  DumpContainer: async (request, call, send) =>
+    await (await import("./dump.ts")).dumpContainer(request, call, send),
   ListCheckpoints: async (request, call) =>
     await (await import("./checkpoints.ts")).listCheckpoints(request, call),
   InspectCheckpoint: async (request) => await (await import("./checkpoints.ts")).inspectCheckpoint(request),
