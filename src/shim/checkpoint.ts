@@ -60,7 +60,7 @@ export function dumpTarget(
       return task.init.state === "paused";
     },
     get hasEnded() {
-      return task.init.exit !== undefined;
+      return task.init.exit !== undefined || task.init.heldExit !== undefined;
     },
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
