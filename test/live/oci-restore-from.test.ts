@@ -1,4 +1,4 @@
-import { readFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { CheckpointStore } from "../../src/checkpoint/store.ts";
@@ -74,32 +74,44 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       return before;
     }
 
-    it("are checkpointed instead of being ended, and end with the signal's status", {
-      timeout: 60_000,
+    const oci = (name: string) => entries(join(podman.place.dir, "var/checkpoints/oci/-", name));
+    const underWay = async (name: string) =>
+      await until(() => entries(join(podman.place.dir, "var/checkpoints/oci/-", name, "tmp")).length > 0, {
+        everyMs: 1,
+        what: () => "a checkpoint under way",
+      });
+
+    it("are checkpointed instead of being ended, and end with the signal's status; the next of the key goes on, once", {
+      timeout: 90_000,
     }, async () => {
-      await start("c", { "checkpoint-on": "SIGTERM" }, ["/programs/counter", "20", "7"]); // 7 is what TERM makes of it
-      await numbers("c", 3);
+      const keyed = { "checkpoint-on": "SIGTERM", "auto-resume": "key" };
+      await start("c", keyed, ["/programs/counter", "20", "7"]); // 7 is what TERM makes of it
+      const before = (await numbers("c", 3)).at(-1)!;
       await ok("kill", "--signal", "TERM", "c");
       expect(await ok("wait", "c")).toBe("143");
-      const id = await ok("inspect", "--format", "{{.Id}}", "c");
-      const [checkpoint, ...more] = await store.generations(owner, id);
-      expect(more, podman.place.cedanadLog()).toEqual([]);
-      expect(checkpoint, podman.place.cedanadLog()).toBeDefined();
+      const [checkpoint, ...more] = await store.generations(owner, "key");
+      expect(more).toEqual([]);
       const manifest = JSON.parse(readFileSync(join(checkpoint!.path, "cedana.json"), "utf8"));
-      expect(manifest).toMatchObject({ name: id, trigger: "signal", namespace: "oci" });
+      expect(manifest).toMatchObject({ name: "key", trigger: "signal", namespace: "oci" });
+      await start("d", keyed);
+      expect((await numbers("d"))[0]).toBeGreaterThan(before);
+      await start("e", keyed);
+      expect((await numbers("e"))[0]).toBe(0);
+      // podman stop waits for it, and the same container goes on where it was.
+      const second = (await numbers("d", 3)).at(-1)!;
+      await ok("stop", "--time", "30", "d");
+      expect(await ok("wait", "d")).toBe("143");
+      await ok("start", "d");
+      const count = (await numbers("d")).length;
+      const all = await numbers("d", count + 2);
+      expect(all.at(-1)).toBeGreaterThan(second);
+      expect(all).toEqual(Array.from({ length: all.length }, (_, at) => all[0]! + at)); // nothing is missing, nothing comes twice
     });
 
     it("go on from a checkpoint by its name, with create and start apart", { timeout: 90_000 }, async () => {
       const last = await checkpointInto("web");
-      await ok(
-        "create",
-        "--name",
-        "c",
-        ...flags({ "restore-from": "web" }),
-        IMAGE,
-        "/programs/counter",
-        "20",
-      );
+      const flagsOf = flags({ "restore-from": "web" });
+      await ok("create", "--name", "c", ...flagsOf, IMAGE, "/programs/counter", "20");
       await ok("init", "c"); // the runtime's create, without its start
       expect(await status("c")).toBe("initialized");
       expect(await ok("logs", "c")).toBe("");
@@ -111,18 +123,87 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       await ok("start", "c");
       await start("d", { "restore-from": "web" });
       expect((await numbers("d", 2))[0]).toBeGreaterThan(last);
-      expect(
-        await ok(
-          "run",
-          "--rm",
-          ...flags({ "restore-from": "web" }),
-          "--name",
-          "e",
-          "--detach",
-          IMAGE,
-          "true",
-        ),
-      ).toMatch(/^\w+$/);
+      // One that is removed before its start has not run.
+      await ok("create", "--name", "e", ...flagsOf, IMAGE, "/programs/counter", "20");
+      await ok("init", "e");
+      await ok("rm", "--force", "e");
+      // A checkpoint of a restored one.
+      await ok("container", "checkpoint", "d");
+      await ok("container", "restore", "d");
+      await ok("exec", "d", "true");
     });
+
+    // What the engine has no part in is tried with one.
+    it.skipIf(engine === "crun")(
+      "fail, or start afresh, as their annotation says",
+      { timeout: 60_000 },
+      async () => {
+        const missingName = { "restore-from": "nothing" };
+        const refused = await on("run", ...flags(missingName), "--name", "c", IMAGE, "true");
+        expect(refused.status).not.toBe(0);
+        expect(refused.stderr).toMatch(/checkpoint nothing of namespace oci\/- does not exist/);
+        await ok("rm", "c");
+        await start("c", { ...missingName, "on-restore-failure": "fresh" });
+        expect((await numbers("c"))[0]).toBe(0);
+        // Of the right size, so that only CRIU sees it.
+        await checkpointInto("broken");
+        const { path } = (await store.generations(owner, "broken"))[0]!;
+        for (const name of entries(join(path, "checkpoint")).filter((one) => /^pagemap-/.test(one))) {
+          const file = join(path, "checkpoint", name);
+          writeFileSync(file, readFileSync(file).fill(0xff, 8));
+        }
+        const broken = await on("run", ...flags({ "restore-from": "broken" }), "--name", "d", IMAGE, "true");
+        expect(broken.status).not.toBe(0);
+        expect(broken.stderr).toMatch(/CRIU: /);
+        await ok("rm", "d");
+        await start("d", { "restore-from": "broken", "on-restore-failure": "fresh" });
+        expect((await numbers("d", 2)).slice(0, 2)).toEqual([0, 1]);
+        const wrong = await on("run", ...flags({ "restore-from": "/etc" }), IMAGE, "true");
+        expect(wrong.stderr).toMatch(/this node allows only names of checkpoints/);
+      },
+    );
+
+    it.skipIf(engine === "crun")(
+      "get the signal when the dump fails, and end at a KILL in the middle of it",
+      {
+        timeout: 90_000,
+      },
+      async () => {
+        const keyed = { "checkpoint-on": "TERM", "auto-resume": "no" };
+        await start("locks", { ...keyed, "kill-signal": "KILL" }, ["/programs/locks"]); // a lock that nobody has allowed for
+        await numbers("locks");
+        await ok("kill", "--signal", "TERM", "locks");
+        expect(await ok("wait", "locks")).toBe("137");
+        await start("big", keyed, ["/programs/memory", "256"]);
+        await until(async () => (await ok("logs", "big")) !== "", { everyMs: 50 });
+        await ok("kill", "--signal", "TERM", "big");
+        await underWay("no");
+        await ok("kill", "--signal", "KILL", "big");
+        expect(await ok("wait", "big")).toBe("137");
+        await until(() => oci("no/tmp").length === 0, { what: () => `nothing half: ${oci("no/tmp")}` });
+        expect(await store.generations(owner, "no")).toEqual([]);
+      },
+    );
+
+    it.skipIf(engine === "crun")(
+      "get the signal from the next cedanad when one is killed in the middle",
+      {
+        timeout: 90_000,
+      },
+      async () => {
+        await start("big", { "checkpoint-on": "TERM", "checkpoint-name": "cut", "kill-signal": "KILL" }, [
+          "/programs/memory",
+          "256",
+        ]);
+        await until(async () => (await ok("logs", "big")) !== "", { everyMs: 50 });
+        await ok("kill", "--signal", "TERM", "big");
+        await underWay("cut");
+        const pid = Number(/"pid":(\d+)/.exec(podman.place.cedanadLog().trim().split("\n").at(-1)!)?.[1]);
+        process.kill(pid, "SIGKILL");
+        await on("kill", "--signal", "CONT", "big"); // whatever needs cedanad starts it
+        expect(await ok("wait", "big")).toBe("137");
+        expect(await store.generations(owner, "cut")).toEqual([]);
+      },
+    );
   },
 );

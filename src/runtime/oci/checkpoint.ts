@@ -8,9 +8,9 @@ import {
 } from "../../checkpoint/dump.ts";
 import { explainCriuLog } from "../../criu/log.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
-import { Cgroup } from "../../linux/cgroup.ts";
+import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
-import { type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
+import { criuLines, type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
 import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
@@ -32,6 +32,7 @@ interface Dump {
   readonly policy: Policy;
   readonly imagePath: string;
   readonly leaveRunning: boolean;
+  readonly pid: number;
 }
 
 /** A checkpoint that nobody's `checkpoint` has asked for. */
@@ -63,6 +64,7 @@ export async function checkpoint(
     policy: dumpPolicy(options, spec),
     imagePath: resolve(call.cwd, options.value("image-path") ?? "checkpoint"),
     leaveRunning: preDump || options.has("leave-running"),
+    pid: state.pid,
   };
   const { pid } = state;
   const started = startTime(pid);
@@ -131,7 +133,7 @@ export async function checkpoint(
 }
 
 async function runEngine(
-  { call, options, features, policy }: Dump,
+  { call, options, features, policy, pid }: Dump,
   wrapper: Conversation,
   {
     imagePath,
@@ -149,6 +151,7 @@ async function runEngine(
   ]);
   if (networkLock !== "default" && !options.has("network-lock"))
     criuConfig.push(`network-lock ${networkLock}`);
+  criuConfig.push(...criuLines({ cgroupRoots: await foreignHierarchies(pid) }));
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
   const outputPath = join(scratch, "output");

@@ -3,7 +3,7 @@ import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
 import { CriuFailed } from "../../errors/index.ts";
 import { programOf } from "../../linux/proc.ts";
-import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
+import { criuLines, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoredContainer } from "../restored-container.ts";
 import { movedFrom, ownsNetworkNamespace, readSpec, withHook } from "../spec.ts";
@@ -92,7 +92,7 @@ export async function restore(
         ...criuConfig,
         ...cgroup.lines,
         ...(extra.criuConfig ?? []),
-        ...criuSettings({ externalMounts }).split("\n").filter(Boolean),
+        ...criuLines({ externalMounts }),
       ]);
       const command = [
         engine,

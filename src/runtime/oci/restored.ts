@@ -152,7 +152,12 @@ async function restoreAsCreated(
       if (standsStill) stopped = await stoppedTasks(imagePath);
     },
   });
-  if (answer.message !== undefined || !standsStill) return answer;
+  if (answer.message !== undefined) return answer;
+  if (!standsStill) {
+    // Unlike `run`, crun's `restore` in the foreground leaves what has ended.
+    if (!createOptions(call.argv).has("detach")) await forget(call, wrapper);
+    return answer;
+  }
   // What the restore has noted itself, of a copied bundle, stays.
   const noted = readMarker(call.marker) ?? { ...marker, claim };
   const state = await containerState(call);
