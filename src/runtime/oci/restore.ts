@@ -1,7 +1,7 @@
 import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
-import { CriuFailed } from "../../errors/index.ts";
+import { restoreSucceeded } from "../../criu/log.ts";
 import { programOf } from "../../linux/proc.ts";
 import { criuLines, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
@@ -107,15 +107,17 @@ export async function restore(
       // In the foreground a status may be the container's: CRIU's log of this attempt says whether it was ever restored.
       const log = join(work, "restore.log");
       const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
-      const failure = await engineError(
+      const ofThis = written !== undefined && written.mtimeMs >= since - 1000;
+      if (!detached && ofThis && (await restoreSucceeded(log))) {
+        await cgroup.remove();
+        return;
+      }
+      throw await engineError(
         `restore of container ${id} from ${imagePath}`,
         status,
         undefined,
-        written && written.mtimeMs >= since - 1000 ? log : undefined,
+        ofThis ? log : undefined,
       );
-      const lived = !detached && !(failure instanceof CriuFailed); // then it is the container's own end
-      if (!lived) throw failure;
-      await cgroup.remove();
     },
     // What the engine failed to restore it has undone itself.
     undoEngineRestore: async () => {
