@@ -14,13 +14,16 @@ import {
   Unsupported,
   WrongState,
 } from "../errors/index.ts";
+import { pluginsLoaded, pluginVersion } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
+import { adapterSteps } from "./adapters.ts";
 import { IMAGES_DIRECTORY } from "./archive/layout.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { cpuFacts } from "./cpu.ts";
 import { type Follower, followFiles } from "./digest.ts";
-import { freezeMarker } from "./freeze-marker.ts";
+import { dumpFeatures, type PluginDump } from "./features.ts";
+import { freezeMarker, readFreezeNote, thawNoted, thawWherever, writeFreezeNote } from "./freeze-marker.ts";
 import { type CheckpointManifest, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
@@ -124,9 +127,12 @@ interface DumpContext extends ChainContext {
   workPath: string;
   /** relative to the images where they are made */
   parentPath: string | undefined;
+  /** plugins whose adapters were run */
+  readonly adapters: NonNullable<CheckpointManifest["plugins"]>;
   networkLock: NetworkLock;
   criu: string | undefined;
   layers: Layers | undefined;
+  cgroup: Cgroup | undefined;
   follower: Follower | undefined;
   frozenMs: number;
   /** the processes are in the images alone now */
@@ -141,6 +147,7 @@ export const dumpSteps = [
   openStaging, // what is made is beside its place, and put there on the way back, whole
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
+  adaptersOfPlugins, // those of all plugins stand here
   checkOptions, // before anything is frozen
   preflightDump, // every blocker and every option that is missing, while the container runs
   findLayers,
@@ -149,6 +156,7 @@ export const dumpSteps = [
   detectNetwork, // on the frozen container: nobody opens a socket any more
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
+  lateAdaptersOfPlugins, // their last word, on the frozen container
   criuDump,
 ] as const satisfies readonly DumpStep[];
 
@@ -180,9 +188,11 @@ export async function dump(
     staging: begun?.staging as Staging,
     workPath: "",
     parentPath: undefined,
+    adapters: [],
     networkLock: "default",
     criu: undefined,
     layers: undefined,
+    cgroup: undefined,
     follower: undefined,
     frozenMs: 0,
     ended: false,
@@ -190,7 +200,8 @@ export async function dump(
     signal: options.signal ?? new AbortController().signal,
     onBoundary: options.onBoundary,
   };
-  await runChain("dump", dumpSteps, context);
+  await pluginsLoaded();
+  await runChain("dump", dumpSteps.flatMap(withAdapters), context);
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
@@ -198,6 +209,57 @@ export async function dump(
   };
   target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
   return outcome;
+}
+
+// ---- plugins ---------------------------------------------------------------------------------------------------------
+
+const ADAPTER_PATIENCE_MS = 60_000;
+/** The application stands still meanwhile. */
+const LATE_ADAPTER_PATIENCE_MS = 5_000;
+
+function withAdapters(step: DumpStep): DumpStep[] {
+  if (step === adaptersOfPlugins)
+    return [step, ...adapterSteps(dumpFeatures.dumpMiddleware, ADAPTER_PATIENCE_MS, pluginView, notePart)];
+  if (step === lateAdaptersOfPlugins)
+    return [
+      step,
+      ...adapterSteps(dumpFeatures.dumpMiddlewareLate, LATE_ADAPTER_PATIENCE_MS, pluginView, notePart),
+    ];
+  return [step];
+}
+
+/** The manifest names who took part. */
+function notePart({ adapters }: DumpContext, name: string): void {
+  if (!adapters.some((plugin) => plugin.name === name)) adapters.push({ name, version: pluginVersion(name) });
+}
+
+/** The adapters of plugins follow it. */
+async function adaptersOfPlugins(_context: DumpContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+async function lateAdaptersOfPlugins(_context: DumpContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+/** undefined: the images are whole already, or the engine is at work for them; nothing can be asked of the container. */
+async function pluginView(context: DumpContext): Promise<PluginDump | undefined> {
+  const { target, request, attempt, staging, signal } = context;
+  if (target.hasEnded || attempt.phase !== "begun" || (await isDumping(context))) return undefined;
+  const { containerId, namespace, engine } = target.facts;
+  return {
+    containerId,
+    namespace,
+    engine,
+    initPid: target.initPid,
+    leaveRunning: request.leaveRunning,
+    directory: staging.path,
+    imagePath: imagesIn(context),
+    repeated: request.repeated,
+    signal,
+    log: target.log,
+    pids: async () => await (await target.cgroup()).pids(),
+  };
 }
 
 async function validateDumpRequest(context: DumpContext, next: () => Promise<void>): Promise<void> {
@@ -427,28 +489,32 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
 async function freeze(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target } = context;
   if (target.hasEnded) {
-    await next(); // by this dump, before a crash: its end is only to be looked at again
+    await thawNoted(target.directory); // frozen before a crash, and ended while it was
+    await next(); // ended by this dump, before a crash: its end is only to be looked at again
     return;
   }
   const cgroup = await target.cgroup();
-  const marker = freezeMarker(target.directory);
   const frozen = !target.paused && context.attempt.phase === "begun" && !(await isDumping(context));
   const since = performance.now();
   if (frozen) {
-    await writeFile(marker, `${context.request.key}\n`, { mode: 0o600 });
+    await noteFreeze(context, cgroup, false);
     await cgroup.freeze(undefined, context.signal);
   }
+  context.cgroup = cgroup;
   try {
     await next();
   } finally {
-    // CRIU and the engine meddle with the freezer, too: paused if it was, running if it was. What ended has no cgroup any more.
-    if (!target.hasEnded)
-      await putFreezerBack(cgroup, target.paused && !context.ended).catch((error) =>
-        target.log.warn({ err: error }, "put the freezer back after a dump"),
-      );
+    // CRIU and the engine meddle with the freezer, too: paused if it was, running if it was. What has ended is thawed, too.
+    await putFreezerBack(cgroup, target.paused && !context.ended && !target.hasEnded).catch((error) =>
+      target.log.warn({ err: error }, "put the freezer back after a dump"),
+    );
     if (frozen) context.frozenMs = performance.now() - since;
-    await rm(marker, { force: true });
+    await rm(freezeMarker(target.directory), { force: true });
   }
+}
+
+async function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): Promise<void> {
+  await writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
 }
 
 /**
@@ -457,18 +523,13 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
  */
 async function isDumping({ target, request }: DumpContext): Promise<boolean> {
   if (!request.repeated) return false;
-  const text = await readFile(freezeMarker(target.directory), "utf8").catch(() => ""); // the crash came before it, or after all
-  return text === dumpingMark(request);
-}
-
-function dumpingMark(request: DumpRequest): string {
-  return `${request.key}\ndumping\n`;
+  const note = await readFreezeNote(target.directory); // the crash came before it, or after all
+  return note?.key === request.key && note.dumping;
 }
 
 async function putFreezerBack(cgroup: Cgroup, paused: boolean): Promise<void> {
-  const frozen = await cgroup.isFrozen();
-  if (frozen && !paused) await cgroup.thaw();
-  if (!frozen && paused) await cgroup.freeze();
+  if (!paused) await thawWherever(cgroup);
+  else if (!(await cgroup.isFrozen())) await cgroup.freeze();
 }
 
 // ---- network ---------------------------------------------------------------------------------------------------------
@@ -555,8 +616,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     await next();
     return;
   }
-  if (!target.paused && !target.hasEnded)
-    await writeFile(freezeMarker(target.directory), dumpingMark(request), { mode: 0o600 });
+  if (context.cgroup && !target.paused && !target.hasEnded) await noteFreeze(context, context.cgroup, true);
   try {
     await target.engineCheckpoint({ imagePath, workPath, parentPath, leaveRunning, policy, networkLock });
   } catch (error) {
@@ -601,6 +661,7 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     {
       createdAt: new Date(startedAt).toISOString(),
       ...target.facts,
+      ...(context.adapters.length > 0 && { plugins: [...(target.facts.plugins ?? []), ...context.adapters] }),
       ...request.origin,
       ...(image && { image }),
       ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),

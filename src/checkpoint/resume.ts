@@ -2,7 +2,7 @@ import { constants } from "node:fs";
 import { type FileHandle, open, readFile, rename, rm } from "node:fs/promises";
 import { dirname } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
-import { SyscallFailed, TimedOut } from "../errors/index.ts";
+import { SyscallFailed, TimedOut, WrongState } from "../errors/index.ts";
 import { flock } from "../linux/addon.ts";
 import { bootId, isAlive } from "../linux/proc.ts";
 import type { CheckpointStore, StoredCheckpoint, StoreOwner } from "./store.ts";
@@ -94,9 +94,14 @@ function claimOf(path: string, by: string): { path: string; claim: Claim } {
   return { path, claim: { path, by } };
 }
 
-/** The container's processes may run from now on: whatever happens, nobody else continues from this checkpoint. */
+/**
+ * The container's processes may run from now on: whatever happens, nobody else continues from this checkpoint.
+ * @throws WrongState when it isn't the container's any more: it was given back in the middle of a crash
+ */
 export async function beginClaim({ path, by }: Claim): Promise<void> {
   using _lock = await lockDirectory(dirname(path));
+  const claim = await readRecord<ClaimRecord>(`${path}${claimSuffix}`);
+  if (claim?.by !== by) throw new WrongState(`checkpoint ${path} is no longer claimed by container ${by}`);
   await writeClaim(path, by, true);
 }
 

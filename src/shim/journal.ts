@@ -32,6 +32,10 @@ export interface TaskRecord {
   onRestoreFailure?: "fail" | "fresh";
   /** of the checkpoint to restore from */
   claim?: Claim;
+  /** what is mounted at the rootfs, where it may have to be mounted again */
+  rootfs?: { type: string; source: string; target: string; options: string[] }[];
+  /** a failed restore is given up: its files are (reset), or are to be (begun), as before it */
+  afresh?: "begun" | "reset";
   parentCheckpoint?: string;
   /** it is being checkpointed instead of being sent a signal */
   ending?: EndingRecord;

@@ -5,6 +5,7 @@ import { type Claim, returnClaim } from "../checkpoint/resume.ts";
 import { InvalidRequest } from "../errors/index.ts";
 import { annotatedCheckpoint, maySetAside } from "../runtime/annotated-checkpoint.ts";
 import { engineVersion } from "../runtime/engine.ts";
+import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
 import { cedanaAnnotations, type OciSpec } from "../runtime/spec.ts";
 import { restorePolicy } from "./criu-policy.ts";
@@ -50,13 +51,14 @@ export async function chooseRestoreSource(
     claim = found.claim;
     const candidate = {
       what: `task ${container.id}`,
+      directory: container.bundle,
       container: restoredContainer(spec, container.bundle, await engineVersion(container.engine), {
         terminal: container.terminal,
       }),
       log: container.log,
       policy: (manifest: CheckpointManifest | undefined) => restorePolicy(manifest, spec),
     };
-    await checkRestore(candidate, { path }, { onBoundary: reachBoundary });
+    await checkRestore(candidate, { path, ...(await restoreSettings()) }, { onBoundary: reachBoundary });
     return { path, onFailure, claim };
   } catch (error) {
     if (claim) await returnClaim(claim);

@@ -6,7 +6,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import type { Compression } from "../checkpoint/archive/compressions.ts";
 import { IMAGES_DIRECTORY } from "../checkpoint/archive/layout.ts";
 import { abandonAttempt, type DumpOutcome, dump, type EngineDump } from "../checkpoint/dump.ts";
-import { freezeMarker } from "../checkpoint/freeze-marker.ts";
+import { thawNoted } from "../checkpoint/freeze-marker.ts";
 import { MANIFEST_NAME, readManifest } from "../checkpoint/manifest.ts";
 import { offerCheckpoint } from "../checkpoint/resume.ts";
 import { CheckpointStore, type StoredCheckpoint, type StoreOwner } from "../checkpoint/store.ts";
@@ -368,8 +368,7 @@ async function giveUp(task: Task, record: DumpRecord): Promise<void> {
     scratch,
     async (staging) => await endOfDump(join(staging, IMAGES_DIRECTORY)),
   );
-  if (!task.init.exit && task.init.state === "running" && existsSync(freezeMarker(scratch)))
-    await (await task.cgroup()).thaw();
+  if (task.init.state !== "paused") await thawNoted(scratch);
   await rm(scratch, { recursive: true, force: true });
   task.log.error(
     { checkpoint: record.name, ...(kept !== undefined && { kept }) },

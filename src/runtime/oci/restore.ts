@@ -5,6 +5,7 @@ import { restoreSucceeded } from "../../criu/log.ts";
 import { programOf } from "../../linux/proc.ts";
 import { criuLines, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
+import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
 import { movedFrom, ownsNetworkNamespace, readSpec, withHook } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
@@ -136,6 +137,8 @@ export async function restore(
         key: call.marker,
         repeated: false,
         path,
+        ...(await restoreSettings()),
+        unpack: undefined, // the caller extracts archives, with the files of the container in them
         workPath: workPath && resolve(call.cwd, workPath),
       },
       { signal: wrapper.signal },
