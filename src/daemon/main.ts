@@ -12,6 +12,8 @@ import {
 import { createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { pino } from "pino";
+import { fillDeviceSlot } from "../checkpoint/device-slot.ts";
+import { gpuSlot } from "../gpu/slot.ts";
 import { flock, peerCredentials, setCloexec } from "../linux/addon.ts";
 import { ShimServer } from "../shim/shim-server.ts";
 import { daemonSocketName } from "../shim/socket-name.ts";
@@ -45,6 +47,8 @@ const socketPath = join(runDirectory, daemonSocketName());
 const pidFile = join(runDirectory, "cedanad.pid");
 
 takeLock(`${socketPath}.lock`);
+
+fillDeviceSlot(gpuSlot);
 
 const runtime = new RuntimeServer({ log, endBelowConmon: () => end("conmon waits for its children") });
 await runtime.revive(runDirectory);

@@ -120,6 +120,7 @@ async function runEngine(
     workPath,
     parentPath,
     networkLock = "default",
+    withoutPlugins = false,
   }: Pick<EngineDump, "imagePath" | "parentPath"> & Partial<EngineDump>,
 ): Promise<void> {
   const scratch = scratchOf(call);
@@ -132,6 +133,7 @@ async function runEngine(
   if (networkLock !== "default" && !options.has("network-lock"))
     criuConfig.push(`network-lock ${networkLock}`);
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
+  if (withoutPlugins) criuConfig.push(`libdir "${work}"`);
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
   const outputPath = join(scratch, "output");
   const command = [

@@ -1,16 +1,18 @@
 import { mkdir, rm, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
-import { CriuFailed } from "../../errors/index.ts";
+import { CriuFailed, NotFound } from "../../errors/index.ts";
+import { Cgroup } from "../../linux/cgroup.ts";
 import { engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoredContainer } from "../restored-container.ts";
-import { readSpec } from "../spec.ts";
+import { cedanaAnnotations, cgroupName, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
 import { readMarker, removeMarker, writeMarker } from "./marker.ts";
 import { restoreCgroup } from "./restore-cgroup.ts";
+import { containerState } from "./state.ts";
 
 /*
  * `restore`: the chain of src/checkpoint with a container for its target. The engine's own restore is run by the wrapper with the
@@ -55,7 +57,14 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       await cgroup.make();
     },
     removeCgroup: () => cgroup.remove(),
-    engineRestore: async ({ imagePath, workPath: work, policy }) => {
+    deviceMap: cedanaAnnotations(spec).gpuMap,
+    inForeground: !detached,
+    cgroup: async () => {
+      const state = await containerState(call);
+      if (state === undefined) throw new NotFound(`container ${id} has ended`);
+      return await Cgroup.of(state.pid, cgroupName(spec, id));
+    },
+    engineRestore: async ({ imagePath, workPath: work, policy, withoutPlugins }) => {
       const { argv, criuConfig } = engineArguments(
         "restore",
         features,
@@ -67,7 +76,11 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       if (kill && known === undefined)
         writeMarker(call.marker, { version: 1, id, root, engine, globalArgv, kill });
       const since = Date.now();
-      const env = await criuConfigFile(join(scratch, "criu.conf"), [...criuConfig, ...cgroup.lines]);
+      const env = await criuConfigFile(join(scratch, "criu.conf"), [
+        ...criuConfig,
+        ...cgroup.lines,
+        ...(withoutPlugins ? [`libdir "${work}"`] : []),
+      ]);
       const command = [
         engine,
         ...globalArgv,
