@@ -12,17 +12,27 @@ import { until } from "../live/harness/until.ts";
 const run = promisify(execFile);
 const sources = import.meta.dirname;
 
-/** Directory with libcuda.so.1, r550/libcuda.so.1, libnvidia-ml.so.1, cuda-checkpoint and the clients. */
+/** Directory with libcuda.so.1, r550/libcuda.so.1, libnvidia-ml.so.1, cuda-checkpoint, the clients, and in rt/ all that these load. */
 export function standIn(): Promise<string> {
   const inputs = ["libcuda", "clients", "nvml"].flatMap((name) =>
     readdirSync(join(sources, name))
       .filter((file) => /\.[ch]$/.test(file))
       .map((file) => join(sources, name, file)),
   );
-  return cached("gpu", [...inputs, join(sources, "cuda-abi.h"), join(sources, "Makefile")], (directory) =>
-    run("make", ["-s", "-C", sources, `OUT=${directory}`]),
-  );
+  const all = [...inputs, join(sources, "cuda-abi.h"), join(sources, "Makefile"), LINKER];
+  return cached("gpu", all, async (directory) => {
+    await run("make", ["-s", "-C", sources, `OUT=${directory}`]);
+    // For containers, whose image has no libraries at all.
+    const runtime = makeDirectory(join(directory, "rt"));
+    const { stdout } = await run("ldd", [join(directory, "client-dlsym")]);
+    const libraries = [...stdout.matchAll(/=> (\/\S+)/g)].map((match) => match[1]!);
+    await run("cp", ["-L", LINKER, ...libraries, join(directory, "libcuda.so.1"), runtime]);
+  });
 }
+
+/** The dynamic linker, at the path that programs name. */
+export const LINKER =
+  process.arch === "arm64" ? "/lib/ld-linux-aarch64.so.1" : "/lib64/ld-linux-x86-64.so.2";
 
 /** The opt-in tier: the same clients on the machine's own driver and GPU. */
 export const onRealGpu = process.env.CEDANA_TEST_REAL_GPU === "1";
