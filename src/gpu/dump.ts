@@ -76,6 +76,7 @@ export async function findForDump(owner: DeviceOwner): Promise<DeviceDump | unde
 interface Client extends GpuProcess {
   readonly restoreThread: number;
   readonly before: JournalEntry["before"];
+  abandoned?: boolean;
   lockMs?: number;
   checkpointMs?: number;
 }
@@ -214,7 +215,10 @@ class GpuDump implements DeviceDump {
     const results = await Promise.allSettled(
       this.#clients.map(async (client) => {
         const since = performance.now();
-        await work(client);
+        await work(client).catch((error) => {
+          client.abandoned = true; // the driver's answer, or none: asking again is sure
+          throw error;
+        });
         client[time] = hundredths(performance.now() - since);
       }),
     );
@@ -230,7 +234,10 @@ class GpuDump implements DeviceDump {
 
   async resume(): Promise<void> {
     if (!this.#touched || this.#owner.hasEnded) return;
-    const entries = this.#clients.length > 0 ? this.#clients : this.#earlier;
+    const entries =
+      this.#clients.length > 0
+        ? this.#clients
+        : this.#earlier.map((entry) => ({ ...entry, abandoned: true }));
     const failures: string[] = [];
     await this.#whileRunning(async () => {
       failures.push(...(await giveBack(this.#means, entries, this.#back)));

@@ -2,7 +2,7 @@
 
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { once } from "node:events";
-import { mkdirSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { promisify } from "node:util";
@@ -31,8 +31,7 @@ export function standIn(): Promise<string> {
 }
 
 /** The dynamic linker, at the path that programs name. */
-export const LINKER =
-  process.arch === "arm64" ? "/lib/ld-linux-aarch64.so.1" : "/lib64/ld-linux-x86-64.so.2";
+export const LINKER = process.arch === "arm64" ? "/lib/ld-linux-aarch64.so.1" : "/lib64/ld-linux-x86-64.so.2";
 
 /** The opt-in tier: the same clients on the machine's own driver and GPU. */
 export const onRealGpu = process.env.CEDANA_TEST_REAL_GPU === "1";
@@ -58,6 +57,13 @@ export class Gpus implements Disposable {
     rmSync(join(this.path, "faults"), { force: true });
     if (switches.length > 0) writeFileSync(join(this.path, "faults"), `${switches.join("\n")}\n`);
     rmSync(join(this.path, "faults.new"));
+  }
+
+  /** The driver's calls from now on, each as "OPERATION NAME". */
+  watchCalls(): () => string[] {
+    const path = join(this.path, "calls");
+    writeFileSync(path, "", { mode: 0o666 });
+    return () => readFileSync(path, "utf8").split("\n").filter(Boolean);
   }
 
   /** What is on the GPUs goes, as at a reboot or on another machine. */
