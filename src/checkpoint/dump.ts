@@ -629,7 +629,12 @@ export async function criuFailure(
 async function recordDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const facts = Promise.all([cpuFacts(), context.target.image?.()]);
   facts.catch(() => {}); // looked at below
-  await next();
+  try {
+    await next();
+  } catch (error) {
+    context.follower?.abandon(); // CRIU had done its part, and what came after it failed: nobody asks for the digests any more
+    throw error;
+  }
   const { target, request, startedAt, staging } = context;
   const [cpu, image] = await facts;
   const files = await context.follower?.finish();

@@ -220,6 +220,7 @@ static void peer_close(struct peer *peer) {
 static CUresult wait_completed(int pid, struct mailbox *box, uint32_t target) {
   for (uint32_t seen; (int32_t)((seen = box->completed) - target) < 0;) {
     struct timespec look = {0, 50 * 1000000};
+    syscall(SYS_futex, &box->submitted, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); /* a caller may have died before its own */
     syscall(SYS_futex, &box->completed, FUTEX_WAIT, seen, &look, NULL, 0);
     char path[64], link[16];
     snprintf(path, sizeof path, "/proc/%d/exe", pid);
