@@ -9,15 +9,19 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import { createServer, type Socket } from "node:net";
+import { createServer } from "node:net";
 import { join } from "node:path";
 import { pino } from "pino";
 import { fillDeviceSlot } from "../checkpoint/device-slot.ts";
+import { setPluginLoader } from "../features/registry.ts";
 import { gpuSlot } from "../gpu/slot.ts";
-import { flock, peerCredentials, setCloexec } from "../linux/addon.ts";
+import { flock, setCloexec } from "../linux/addon.ts";
+import { unpackDirectory } from "../runtime/configuration.ts";
 import { ShimServer } from "../shim/shim-server.ts";
-import { daemonSocketName } from "../shim/socket-name.ts";
+import { apiSocketName, daemonSocketName } from "../shim/socket-name.ts";
+import { listenForApi } from "./api/listener.ts";
 import { leaveOwnCgroups } from "./own-cgroup.ts";
+import { isAllowedPeer } from "./peer.ts";
 import { RuntimeServer } from "./runtime-server.ts";
 
 /*
@@ -49,6 +53,7 @@ const pidFile = join(runDirectory, "cedanad.pid");
 takeLock(`${socketPath}.lock`);
 
 fillDeviceSlot(gpuSlot);
+setPluginLoader(async () => await (await import("../plugins/load.ts")).loadPlugins(log, BUILD));
 
 const runtime = new RuntimeServer({ log, endBelowConmon: () => end("conmon waits for its children") });
 await runtime.revive(runDirectory);
@@ -62,13 +67,16 @@ const shim = new ShimServer({
 });
 
 const server = createServer((socket) => {
-  if (isAllowed(socket)) shim.accept(socket);
+  if (isAllowedPeer(socket, log)) shim.accept(socket);
   else socket.destroy();
 });
 server.on("error", (error) => {
   log.fatal({ err: error, socketPath }, "listen");
   process.exit(69);
 });
+// Before the shims' socket is served: whoever has had an answer there finds this one, too.
+const apiPath = join(runDirectory, apiSocketName());
+listenForApi(apiPath, { log, shim, runDirectory });
 const passed = process.env.LISTEN_FDS === "1";
 if (!passed) rmSync(socketPath, { force: true });
 server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
@@ -78,23 +86,21 @@ server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
   log.info({ socketPath, build: BUILD, node: process.version }, "cedanad serves");
 });
 
+// What a restore that a crash of the machine has cut off had unpacked.
+if (existsSync(unpackDirectory()))
+  void import("../checkpoint/unpack.ts")
+    .then(({ sweepUnpacked }) => sweepUnpacked(unpackDirectory()))
+    .catch((error) => log.warn({ err: error }, "sweep unpacked checkpoints"));
+
 for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => end(signal));
 
 function end(why: string): never {
   log.info({ why, tasks: shim.taskCount }, "cedanad ends; containers go on");
   rmSync(pidFile, { force: true });
+  rmSync(apiPath, { force: true });
   if (!passed || !process.env.LISTEN_PID) rmSync(socketPath, { force: true });
   leaveOwnCgroups();
   process.exit(0);
-}
-
-/** Only root, or who we are: the directory says so already, the kernel's word is final. */
-function isAllowed(socket: Socket): boolean {
-  const { fd } = (socket as unknown as { _handle: { fd: number } })._handle;
-  const peer = peerCredentials(fd);
-  if (peer.uid === 0 || peer.uid === process.getuid!()) return true;
-  log.warn({ peer }, "a connection from another user is refused");
-  return false;
 }
 
 /** One cedanad for a socket. Who passed us the lock holds it for us; else we take it, and end when another has it. */

@@ -1,7 +1,9 @@
 import { constants } from "node:fs";
 import { open, stat } from "node:fs/promises";
 import { isAbsolute, join, normalize } from "node:path";
+import { type Compression, compressions } from "../checkpoint/archive/compressions.ts";
 import { InvalidRequest, PermissionDenied, SyscallFailed } from "../errors/index.ts";
+import { parseBytes, parseDuration } from "./spec.ts";
 
 /*
  * What the administrator allows, in one JSON file. Whoever may annotate a pod must not thereby read or run another's memory, nor run
@@ -10,7 +12,9 @@ import { InvalidRequest, PermissionDenied, SyscallFailed } from "../errors/index
  *   {
  *     "annotations": { "deny": ["lazy"], "hooks": false },
  *     "restoreFromPaths": ["/srv/checkpoints"],
- *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3 }
+ *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" },
+ *     "restore": { "verifyDigests": true, "keyFile": "/etc/cedana/key" },
+ *     "plugins": { "load": ["cedana-plugin-audit"], "directory": "/var/lib/cedana/plugins" }
  *   }
  */
 export interface Configuration {
@@ -22,11 +26,35 @@ export interface Configuration {
   };
   /** directories below which `cedana.io/restore-from` may name a path; without one it may only name checkpoints of the store */
   readonly restoreFromPaths: readonly string[];
+  readonly plugins: {
+    /** npm packages from outside of our tree, by name or absolute path */
+    readonly named: readonly string[];
+    /** where those given by name are installed: `npm install --prefix` */
+    readonly directory: string;
+  };
   readonly checkpoints: {
     /** root of the store */
     readonly directory: string;
     /** how many checkpoints of a name `cedana.io/checkpoint-every` keeps, where `cedana.io/keep-last` doesn't say */
     readonly keepLast: number;
+    /** what `cedana.io/checkpoint-every` may not be shorter than */
+    readonly shortestIntervalMs: number;
+    /** how those that nobody asks for are archived; undefined: they are directories */
+    readonly compression?: Compression | undefined;
+    /** what those archives are encrypted with */
+    readonly keyFile?: string | undefined;
+    /** patterns that no rootfs diff holds, beside those of the container */
+    readonly rootfsExclude: readonly string[];
+    /** what no rootfs diff may exceed, whatever the container says */
+    readonly rootfsMaxBytes: number;
+  };
+  readonly restore: {
+    /** hash every file of a checkpoint before it is restored, and not only look at sizes: reads all of it once more */
+    readonly verifyDigests: boolean;
+    /** restore on a CPU that lacks instructions which the dumped one had: what uses them is killed by SIGILL, at any time later */
+    readonly ignoreCpu: boolean;
+    /** opens encrypted archives; default: `checkpoints.keyFile` */
+    readonly keyFile?: string | undefined;
   };
 }
 
@@ -40,11 +68,24 @@ function stateDirectory(): string {
   return process.env.CEDANA_STATE_DIR || "/var/lib/cedana";
 }
 
+/** Where archives are unpacked for restores. */
+export function unpackDirectory(): string {
+  return join(stateDirectory(), "unpacked");
+}
+
 function defaults(): Configuration {
   return {
     annotations: { deny: [], hooks: false },
     restoreFromPaths: [],
-    checkpoints: { directory: join(stateDirectory(), "checkpoints"), keepLast: 3 },
+    plugins: { named: [], directory: join(stateDirectory(), "plugins") },
+    checkpoints: {
+      directory: join(stateDirectory(), "checkpoints"),
+      keepLast: 3,
+      shortestIntervalMs: 10_000,
+      rootfsExclude: [],
+      rootfsMaxBytes: 4 * 1024 ** 3,
+    },
+    restore: { verifyDigests: false, ignoreCpu: false },
   };
 }
 
@@ -109,22 +150,79 @@ export function parseConfiguration(text: string, path: string): Configuration {
       wrong(`${name}: ${JSON.stringify(value)} is not an absolute path`);
     return normalize(value).replace(/(?<=.)\/$/, "");
   };
-  const top = object(json, "the file", ["annotations", "restoreFromPaths", "checkpoints"]);
+  const top = object(json, "the file", [
+    "annotations",
+    "restoreFromPaths",
+    "checkpoints",
+    "restore",
+    "plugins",
+  ]);
   const annotations = object(top.annotations, "annotations", ["deny", "hooks"]);
-  const checkpoints = object(top.checkpoints, "checkpoints", ["directory", "keepLast"]);
+  const checkpoints = object(top.checkpoints, "checkpoints", [
+    "directory",
+    "keepLast",
+    "shortestInterval",
+    "compression",
+    "keyFile",
+    "rootfsExclude",
+    "rootfsMaxBytes",
+  ]);
+  const restore = object(top.restore, "restore", ["verifyDigests", "ignoreCpu", "keyFile"]);
+  const plugins = object(top.plugins, "plugins", ["load", "directory"]);
   const otherwise = defaults();
   const { hooks = otherwise.annotations.hooks } = annotations;
   if (typeof hooks !== "boolean") return wrong("annotations.hooks is neither true nor false");
+  const { verifyDigests = otherwise.restore.verifyDigests, ignoreCpu = otherwise.restore.ignoreCpu } =
+    restore;
+  if (typeof verifyDigests !== "boolean") return wrong("restore.verifyDigests is neither true nor false");
+  if (typeof ignoreCpu !== "boolean") return wrong("restore.ignoreCpu is neither true nor false");
   const { keepLast = otherwise.checkpoints.keepLast, directory: root = otherwise.checkpoints.directory } =
     checkpoints;
   if (typeof keepLast !== "number" || !Number.isInteger(keepLast) || keepLast < 1 || keepLast > 1000)
     return wrong("checkpoints.keepLast is not a number from 1 to 1000");
   if (typeof root !== "string") return wrong("checkpoints.directory is not a string");
+  const asText = (value: unknown, name: string): string | undefined =>
+    value === undefined || typeof value === "string" ? value : wrong(`${name} is not a string`);
+  const interval = asText(checkpoints.shortestInterval, "checkpoints.shortestInterval");
+  const shortestIntervalMs =
+    interval === undefined ? otherwise.checkpoints.shortestIntervalMs : parseDuration(interval);
+  if (shortestIntervalMs === undefined)
+    return wrong('checkpoints.shortestInterval is not a time such as "10s"');
+  const compression = asText(checkpoints.compression, "checkpoints.compression") as Compression | undefined;
+  if (compression !== undefined && !compressions.includes(compression))
+    return wrong(`checkpoints.compression is not one of ${compressions.join(", ")}`);
+  const keyFile = asText(checkpoints.keyFile, "checkpoints.keyFile");
+  if (keyFile !== undefined && compression === undefined)
+    return wrong("checkpoints.keyFile encrypts archives: checkpoints.compression must say which");
+  const restoreKeyFile = asText(restore.keyFile, "restore.keyFile");
+  const size = asText(checkpoints.rootfsMaxBytes, "checkpoints.rootfsMaxBytes");
+  const rootfsMaxBytes = size === undefined ? otherwise.checkpoints.rootfsMaxBytes : parseBytes(size);
+  if (rootfsMaxBytes === undefined) return wrong('checkpoints.rootfsMaxBytes is not a size such as "512Mi"');
   return {
     annotations: { deny: strings(annotations.deny, "annotations.deny") ?? otherwise.annotations.deny, hooks },
     restoreFromPaths: (strings(top.restoreFromPaths, "restoreFromPaths") ?? []).map((one) =>
       directory(one, "restoreFromPaths"),
     ),
-    checkpoints: { directory: directory(root, "checkpoints.directory"), keepLast },
+    plugins: {
+      named: strings(plugins.load, "plugins.load") ?? [],
+      directory: directory(
+        asText(plugins.directory, "plugins.directory") ?? otherwise.plugins.directory,
+        "plugins.directory",
+      ),
+    },
+    checkpoints: {
+      directory: directory(root, "checkpoints.directory"),
+      keepLast,
+      shortestIntervalMs,
+      ...(compression && { compression }),
+      ...(keyFile !== undefined && { keyFile: directory(keyFile, "checkpoints.keyFile") }),
+      rootfsExclude: strings(checkpoints.rootfsExclude, "checkpoints.rootfsExclude") ?? [],
+      rootfsMaxBytes,
+    },
+    restore: {
+      verifyDigests,
+      ignoreCpu,
+      ...(restoreKeyFile !== undefined && { keyFile: directory(restoreKeyFile, "restore.keyFile") }),
+    },
   };
 }

@@ -346,6 +346,8 @@ export function criuConfig(options: {
   readonly networkLock?: "skip" | "nftables" | undefined;
   /** where CRIU looks for plugins; a directory without any keeps those of the machine away */
   readonly pluginDirectory?: string | undefined;
+  /** What is mounted from outside, besides what the engine says. */
+  readonly externalMounts?: readonly { readonly key: string; readonly source: string }[] | undefined;
   /** What cgroups are restored below instead of where they were, by controller; that of version 2 is "". */
   readonly cgroupRoots?: readonly (readonly [controller: string, path: string])[] | undefined;
 }): string {
@@ -356,6 +358,9 @@ export function criuConfig(options: {
     options.networkLock && `network-lock ${options.networkLock}`,
     options.pluginDirectory !== undefined &&
       `libdir "${absolute("plugin directory", options.pluginDirectory)}"`,
+    ...(options.externalMounts ?? []).map(
+      ({ key, source }) => `external ${quoted(`mnt[${key}]:${source}`, "mount")}`,
+    ),
     ...(options.cgroupRoots ?? []).map(([controller, path]) => cgroupRoot(controller, path)),
   ]
     .filter(Boolean)
@@ -363,12 +368,16 @@ export function criuConfig(options: {
     .join("");
 }
 
-// A path comes from the container's configuration and must not become another option.
 function cgroupRoot(controller: string, path: string): string {
+  return `cgroup-root ${quoted(`${controller}:${path}`, "cgroup path")}`;
+}
+
+// What comes from a container's configuration or from images must not become another option.
+function quoted(text: string, what: string): string {
   // biome-ignore lint/suspicious/noControlCharactersInRegex: these are what is to be refused
-  if (/["\\\u0000-\u001f\u007f]/.test(path))
-    throw new InvalidRequest(`cgroup path ${JSON.stringify(path)} has characters that CRIU can't be told`);
-  return `cgroup-root "${controller}:${path}"`;
+  if (/["\\\u0000-\u001f\u007f]/.test(text))
+    throw new InvalidRequest(`${what} ${JSON.stringify(text)} has characters that CRIU can't be told`);
+  return `"${text}"`;
 }
 
 // env(1) becomes the engine by exec, so whoever starts this still has the engine for a child.
@@ -437,7 +446,8 @@ export function longOptions(help: string): Set<string> {
   return new Set([...help.matchAll(/^\s+(?:-\S, )?--([a-z][a-z0-9-]+)/gm)].map((found) => found[1]!));
 }
 
-async function findBinary(binary: string): Promise<string> {
+/** @throws Unavailable */
+export async function findBinary(binary: string): Promise<string> {
   const directories = (
     process.env.PATH ?? "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
   ).split(":");

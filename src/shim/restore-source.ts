@@ -5,6 +5,8 @@ import { checkRestore } from "../checkpoint/restore.ts";
 import { CheckpointStore } from "../checkpoint/store.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 import { configurationPath, readConfiguration } from "../runtime/configuration.ts";
+import { engineVersion } from "../runtime/engine.ts";
+import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
 import {
   cedanaAnnotations,
@@ -33,7 +35,15 @@ export interface RestoreSource {
 export async function chooseRestoreSource(
   spec: OciSpec,
   asked: string | undefined,
-  container: { id: string; namespace: string; terminal: boolean; log: TaskLogger },
+  container: {
+    id: string;
+    namespace: string;
+    bundle: string;
+    /** name or path of its engine */
+    engine: string;
+    terminal: boolean;
+    log: TaskLogger;
+  },
 ): Promise<RestoreSource | undefined> {
   if (asked !== undefined && !isAbsolute(asked))
     throw new InvalidRequest(`checkpoint ${asked} is not an absolute path`);
@@ -43,11 +53,14 @@ export async function chooseRestoreSource(
     if (path === undefined) return undefined;
     const candidate = {
       what: `task ${container.id}`,
-      container: restoredContainer(spec, container.terminal),
+      directory: container.bundle,
+      container: restoredContainer(spec, container.bundle, await engineVersion(container.engine), {
+        terminal: container.terminal,
+      }),
       log: container.log,
       policy: (manifest: CheckpointManifest | undefined) => restorePolicy(manifest, spec),
     };
-    await checkRestore(candidate, { path }, { onBoundary: reachBoundary });
+    await checkRestore(candidate, { path, ...(await restoreSettings()) }, { onBoundary: reachBoundary });
     return { path, onFailure };
   } catch (error) {
     // Only what is wrong with the checkpoint: a forbidden or senseless annotation stays an error.

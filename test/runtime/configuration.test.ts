@@ -18,7 +18,15 @@ describe("the administrator's configuration", () => {
     expect(await readConfiguration(path)).toEqual({
       annotations: { deny: [], hooks: false },
       restoreFromPaths: [],
-      checkpoints: { directory: expect.stringMatching(/\/checkpoints$/), keepLast: 3 },
+      plugins: { named: [], directory: expect.stringMatching(/\/plugins$/) },
+      checkpoints: {
+        directory: expect.stringMatching(/\/checkpoints$/),
+        keepLast: 3,
+        shortestIntervalMs: 10_000,
+        rootfsExclude: [],
+        rootfsMaxBytes: 4 * 2 ** 30,
+      },
+      restore: { verifyDigests: false, ignoreCpu: false },
     });
   });
 
@@ -44,6 +52,12 @@ describe("the administrator's configuration", () => {
     ["a relative path", `{ "restoreFromPaths": ["a"] }`, /"a" is not an absolute path/],
     ["a number for a switch", `{ "annotations": { "hooks": 1 } }`, /neither true nor false/],
     ["a text for a list", `{ "annotations": { "deny": "tcp" } }`, /not a list/],
+    ["no time", `{ "checkpoints": { "shortestInterval": "5 s" } }`, /not a time/],
+    ["an unknown compression", `{ "checkpoints": { "compression": "xz" } }`, /none, gzip, lz4, zstd/],
+    ["a key for nothing", `{ "checkpoints": { "keyFile": "/k" } }`, /encrypts archives/],
+    ["no size", `{ "checkpoints": { "rootfsMaxBytes": "much" } }`, /not a size/],
+    ["a text for a switch", `{ "restore": { "ignoreCpu": "yes" } }`, /ignoreCpu is neither/],
+    ["a key that is nowhere", `{ "restore": { "keyFile": "key" } }`, /"key" is not an absolute path/],
     ["nothing to keep", `{ "checkpoints": { "keepLast": 0 } }`, /from 1 to 1000/],
   ])("refuses %s", (_what, text, message) => {
     expect(() => parseConfiguration(text, path)).toThrow(InvalidRequest);

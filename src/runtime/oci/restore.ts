@@ -3,8 +3,9 @@ import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
 import { CriuFailed, NotFound } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
-import { engineVersion } from "../engine.ts";
+import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
+import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
 import { cedanaAnnotations, cgroupName, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
@@ -39,7 +40,9 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
   const target: RestoreTarget = {
     what: `container ${id}`,
     directory: scratch,
-    container: restoredContainer(spec),
+    container: restoredContainer(spec, bundle, features, {
+      rootfs: resolve(bundle, spec.root?.path ?? "rootfs"),
+    }),
     log: wrapper.log,
     policy: (manifest) => {
       const policy = restorePolicy(options, spec, manifest);
@@ -64,7 +67,7 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       if (state === undefined) throw new NotFound(`container ${id} has ended`);
       return await Cgroup.of(state.pid, cgroupName(spec, id));
     },
-    engineRestore: async ({ imagePath, workPath: work, policy, withoutPlugins }) => {
+    engineRestore: async ({ imagePath, workPath: work, policy, externalMounts, withoutPlugins }) => {
       const { argv, criuConfig } = engineArguments(
         "restore",
         features,
@@ -79,7 +82,9 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       const env = await criuConfigFile(join(scratch, "criu.conf"), [
         ...criuConfig,
         ...cgroup.lines,
-        ...(withoutPlugins ? [`libdir "${work}"`] : []),
+        ...criuSettings({ externalMounts, pluginDirectory: withoutPlugins ? work : undefined })
+          .split("\n")
+          .filter(Boolean),
       ]);
       const command = [
         engine,
@@ -121,6 +126,8 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
         key: call.marker,
         repeated: false,
         path,
+        ...(await restoreSettings()),
+        unpack: undefined, // the caller extracts archives, with the files of the container in them
         workPath: workPath && resolve(call.cwd, workPath),
       },
       { signal: wrapper.signal },
