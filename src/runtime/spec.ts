@@ -306,6 +306,8 @@ export interface CedanaAnnotations {
   readonly autoResume?: string;
   /** signals upon which the container is checkpointed instead of dying: kill-policy.ts reads them */
   readonly checkpointOn?: string;
+  /** it ends with a checkpoint whose caller says nothing of that: Docker can't tell a runtime like ours */
+  readonly checkpointExit?: boolean;
   /** a checkpoint is taken again and again, in the store */
   readonly checkpointEveryMs?: number;
   /** how many of those are kept */
@@ -330,6 +332,7 @@ const policies = [
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
   ["auto-resume", "autoResume", "text"],
   ["checkpoint-on", "checkpointOn", "text"],
+  ["checkpoint-exit", "checkpointExit", flag],
   [
     "checkpoint-every",
     "checkpointEveryMs",
