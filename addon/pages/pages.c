@@ -16,7 +16,7 @@
  *
  * The environment, which the daemon doesn't see any more:
  *   CEDANA_PAGES_DIR          absolute; without it the library does nothing
- *   CEDANA_PAGES_CLAIM        directory of the checkpoint, absolute: locked (flock(2), shared) as long as one of the three processes lives
+ *   CEDANA_PAGES_CHECKPOINT        directory of the checkpoint, absolute: locked (flock(2), shared) as long as one of the three processes lives
  *   CEDANA_PAGES_DEADLINE_MS  how long the daemon may wait for a restore to connect
  * Files in CEDANA_PAGES_DIR, each put there by rename:
  *   guard   "GUARD DAEMON HOLDER\n", their pids, before CRIU begins
@@ -225,16 +225,16 @@ __attribute__((constructor)) static void begin(int argc, char **argv) {
   directory = getenv("CEDANA_PAGES_DIR");
   if (!directory || directory[0] != '/') return;
   directory = strdup(directory);
-  const char *claimed = getenv("CEDANA_PAGES_CLAIM"), *patience = getenv("CEDANA_PAGES_DEADLINE_MS");
-  int lock = claimed ? open(claimed, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+  const char *checkpoint = getenv("CEDANA_PAGES_CHECKPOINT"), *patience = getenv("CEDANA_PAGES_DEADLINE_MS");
+  int lock = checkpoint ? open(checkpoint, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
   uint64_t deadline = patience && atoll(patience) > 0 ? now_ms() + (uint64_t)atoll(patience) : 0;
   if (!directory || lock < 0 || flock(lock, LOCK_SH | LOCK_NB) < 0) {
-    static const char text[] = "cedana-pages: claim the checkpoint: it is gone, or being removed\n";
+    static const char text[] = "cedana-pages: lock the checkpoint: it is gone, or being removed\n";
     if (write(STDERR_FILENO, text, sizeof text - 1) < 0) { /* nobody to tell */
     }
     _exit(1);
   }
-  for (const char *const *name = (const char *const[]){"CEDANA_PAGES_DIR", "CEDANA_PAGES_CLAIM", "CEDANA_PAGES_DEADLINE_MS", "LD_PRELOAD", NULL}; *name; name++)
+  for (const char *const *name = (const char *const[]){"CEDANA_PAGES_DIR", "CEDANA_PAGES_CHECKPOINT", "CEDANA_PAGES_DEADLINE_MS", "LD_PRELOAD", NULL}; *name; name++)
     unsetenv(*name);
   sigset_t all, before;
   sigfillset(&all);

@@ -1,8 +1,9 @@
 import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
-import { InvalidRequest, NotFound, Unsupported } from "../errors/index.ts";
+import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/index.ts";
 import { pluginsLoaded } from "../features/registry.ts";
+import type { Cgroup } from "../linux/cgroup.ts";
 import { readMountInfo } from "../linux/mount-options.ts";
 import { adapterSteps } from "./adapters.ts";
 import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
@@ -14,6 +15,7 @@ import {
   nodeFacts,
   type RestoredContainer,
 } from "./compare.ts";
+import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
@@ -79,6 +81,8 @@ export interface EngineRestore {
   readonly policy: CriuPolicy;
   /** memory is left to the page daemon that listens in the work path */
   readonly lazy: boolean;
+  /** CRIU's own plugins keep away: what they would do is done by others */
+  readonly withoutPlugins: boolean;
   /** besides those that the engine tells CRIU of */
   readonly externalMounts: readonly ExternalMount[];
 }
@@ -107,6 +111,12 @@ export interface RestoreTarget extends RestoreCandidate {
   /** The container's cgroup is where its configuration says, whatever the images say. */
   prepareCgroup(policy: CriuPolicy): Promise<void>;
   removeCgroup(): Promise<void>;
+  /** which device becomes which (`cedana.io/gpu-map`) */
+  readonly deviceMap?: string | undefined;
+  /** the engine's restore returns when the container has ended, not when it runs */
+  readonly inForeground?: boolean;
+  /** Of the restored container. */
+  cgroup(): Promise<Cgroup>;
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
   /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
@@ -136,6 +146,7 @@ export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
   workPath: string;
+  devices: DeviceRestore | undefined;
   /** from `startPageDaemon` on, where there is one */
   lazy: LazyRestore | undefined;
   /** set when a lazy restore has failed and an eager one may not */
@@ -160,13 +171,14 @@ export const restoreSteps = [
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
   restoreAdaptersOfPlugins, // those of all plugins stand here
+  prepareDevices, // whether they can be had here
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
   startPageDaemon, // where the container wants it, and it can be had; from here on somebody fills memory
   lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
-  // Devices: a step here restores them, before anybody is told that the container runs.
+  restoreDevices, // before anybody is told that the container runs
   // Hooks in the container: a step after that, the last one.
 ] as const satisfies readonly RestoreStep[];
 
@@ -192,6 +204,7 @@ export async function restore(
     target,
     request,
     workPath: "",
+    devices: undefined,
     lazy: undefined,
     whyNotLazy: undefined,
   });
@@ -443,6 +456,29 @@ async function unmountLeft(directories: readonly string[], target: RestoreTarget
   for (const mountPoint of mounts.reverse()) await target.unmount(mountPoint);
 }
 
+// ---- devices ---------------------------------------------------------------------------------------------------------
+
+async function prepareDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, target } = context;
+  const facts = checkpoint.manifest?.gpu;
+  if (facts) {
+    const slot = deviceSlot();
+    if (!slot) throw new Unavailable("the checkpoint has GPU state, and this program can't restore any");
+    if (target.inForeground && facts.means !== "criu-plugin")
+      throw new Unsupported(
+        `the checkpoint has GPU state, which is restored when the container runs: restore ${target.what} in the background (--detach)`,
+      );
+    context.devices = await slot.prepareRestore(target, facts);
+  }
+  await using _ = { [Symbol.asyncDispose]: async () => await context.devices?.close() };
+  await next();
+}
+
+async function restoreDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await context.devices?.restore();
+  await next();
+}
+
 // ---- files -----------------------------------------------------------------------------------------------------------
 
 /** The rootfs diff is applied: a repetition finds the engine at work on these files. */
@@ -499,6 +535,7 @@ async function startPageDaemon(context: RestoreContext, next: () => Promise<void
   const { beginLazyRestore } = await import("./lazy/begin.ts");
   const begun =
     context.whyNotLazy ??
+    (context.devices && "it has GPU state, whose restore needs all of its memory") ??
     (await beginLazyRestore(target.lazy, {
       directory: pageDaemonDirectory(target.directory),
       imagePath: checkpoint.imagePath,
@@ -525,7 +562,7 @@ async function startPageDaemon(context: RestoreContext, next: () => Promise<void
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, externalMounts, lazy, policy, request, target, workPath } = context;
+  const { checkpoint, devices, externalMounts, lazy, policy, request, target, workPath } = context;
   try {
     await target
       .engineRestore({
@@ -533,6 +570,7 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
         workPath,
         policy,
         externalMounts,
+        withoutPlugins: devices?.withoutCriuPlugins ?? false,
         lazy: lazy !== undefined,
       })
       .catch(async (error: Error) => {

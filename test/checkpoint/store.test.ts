@@ -2,8 +2,8 @@ import { chmodSync, existsSync, mkdirSync, mkdtempSync, rmSync, symlinkSync, wri
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { CheckpointClaim } from "../../src/checkpoint/claim.ts";
 import { CheckpointStore, generationAt } from "../../src/checkpoint/store.ts";
+import { CheckpointUse } from "../../src/checkpoint/use.ts";
 import { InvalidRequest, NotFound, PermissionDenied } from "../../src/errors/index.ts";
 
 let directory: string;
@@ -98,15 +98,15 @@ describe("a store of checkpoints", () => {
     const paths: string[] = [];
     for (let n = 1; n <= 3; n++) paths.push(await make(alice, "web", at(n)));
     {
-      using _claim = CheckpointClaim.use(paths[0]!);
-      using _second = CheckpointClaim.use(paths[0]!);
+      using _first = CheckpointUse.use(paths[0]!);
+      using _second = CheckpointUse.use(paths[0]!);
       const [oldest] = await store.generations(alice, "web");
       await expect(store.remove(oldest!)).rejects.toThrow(/is in use/);
       expect((await store.prune(alice, "web", 1)).map(({ path }) => path)).toEqual([paths[1]]);
       expect(paths.map((path) => existsSync(path))).toEqual([true, false, true]);
     }
     expect((await store.prune(alice, "web", 1)).map(({ path }) => path)).toEqual([paths[0]]);
-    expect(() => CheckpointClaim.use(paths[0]!)).toThrow(NotFound);
+    expect(() => CheckpointUse.use(paths[0]!)).toThrow(NotFound);
   });
 
   it("prunes the oldest, and never the last", async () => {

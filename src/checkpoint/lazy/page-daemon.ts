@@ -68,7 +68,7 @@ export interface StartPageDaemon {
   /** for the guard's files and CRIU's log; made when missing */
   readonly directory: string;
   readonly imagePath: string;
-  /** directory of the checkpoint, which is claimed (see claim.ts) until the daemon has ended */
+  /** directory of the checkpoint, which is in use (see use.ts) until the daemon has ended */
   readonly checkpointPath: string;
   /** CRIU's work path, the same as the restore's */
   readonly workPath: string;
@@ -122,7 +122,7 @@ export class PageDaemon {
         env: [
           `LD_PRELOAD=${library}`,
           `CEDANA_PAGES_DIR=${directory}`,
-          `CEDANA_PAGES_CLAIM=${checkpointPath}`,
+          `CEDANA_PAGES_CHECKPOINT=${checkpointPath}`,
           `CEDANA_PAGES_DEADLINE_MS=${RESTORE_LIMIT_MS}`,
         ],
         outputPath,

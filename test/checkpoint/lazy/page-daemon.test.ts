@@ -15,9 +15,9 @@ import {
 import { tmpdir } from "node:os";
 import { delimiter, join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, vi } from "vitest";
-import { CheckpointClaim } from "../../../src/checkpoint/claim.ts";
 import { PageDaemon, type PageDaemonHost } from "../../../src/checkpoint/lazy/page-daemon.ts";
 import { whyNotLazy } from "../../../src/checkpoint/lazy/suitable.ts";
+import { CheckpointUse } from "../../../src/checkpoint/use.ts";
 import { CriuWorker } from "../../../src/criu/worker.ts";
 import { SyscallFailed } from "../../../src/errors/index.ts";
 import { isAlive } from "../../../src/linux/proc.ts";
@@ -95,17 +95,17 @@ const nobodyLives = () =>
   );
 
 describe.skipIf(reason)(`the page daemon${reason ? ` (${reason})` : ""}`, () => {
-  it("listens, claims the checkpoint as long as it lives, and is gone when it is stopped", async () => {
+  it("listens, locks the checkpoint as long as it lives, and is gone when it is stopped", async () => {
     const daemon = await start();
     const { guard, daemon: pages } = daemon.record;
     expect(existsSync(join(base, "work/lazy-pages.socket"))).toBe(true);
     expect(readFileSync(`/proc/${guard.pid}/cmdline`, "latin1")).toMatch(/^cedana-pages\0+$/);
     expect(readFileSync(`/proc/${pages.pid}/cmdline`, "latin1")).toMatch(/^criu\0lazy-pages\0/);
-    expect(CheckpointClaim.remove(join(base, "images"))).toBeUndefined();
+    expect(CheckpointUse.remove(join(base, "images"))).toBeUndefined();
     await daemon.stop();
     expect(await daemon.ended).toMatchObject({ filled: false });
     expect([guard, pages].map(({ pid }) => isAlive(pid))).toEqual([false, false]);
-    CheckpointClaim.remove(join(base, "images"))![Symbol.dispose]();
+    CheckpointUse.remove(join(base, "images"))![Symbol.dispose]();
     expect(existsSync(join(base, "lazy-pages"))).toBe(false);
   });
 
@@ -162,7 +162,7 @@ describe.skipIf(reason)(`the page daemon${reason ? ` (${reason})` : ""}`, () => 
     await expect(start()).rejects.toThrow(/script around CRIU|without the guard/);
     rmSync(join(base, "images"), { recursive: true });
     host.path = process.env.PATH ?? "";
-    await expect(start()).rejects.toThrow(/claim the checkpoint: it is gone/);
+    await expect(start()).rejects.toThrow(/lock the checkpoint: it is gone/);
     await nobodyLives();
     expect(existsSync(join(base, "lazy-pages"))).toBe(false);
   });

@@ -8,7 +8,7 @@ import { flock } from "../linux/addon.ts";
  */
 
 /** A lock on a checkpoint's directory, until it is disposed of. */
-export class CheckpointClaim implements Disposable {
+export class CheckpointUse implements Disposable {
   #fd: number | undefined;
 
   private constructor(fd: number) {
@@ -19,18 +19,18 @@ export class CheckpointClaim implements Disposable {
    * Says that the checkpoint is in use; others may say so, too.
    * @throws NotFound when it isn't there, or is being removed
    */
-  static use(directory: string): CheckpointClaim {
-    const claim = CheckpointClaim.#take(directory, "shared");
-    if (!claim) throw new NotFound(`checkpoint ${directory} is being removed`);
-    return claim;
+  static use(directory: string): CheckpointUse {
+    const use = CheckpointUse.#take(directory, "shared");
+    if (!use) throw new NotFound(`checkpoint ${directory} is being removed`);
+    return use;
   }
 
   /** Takes the checkpoint away from everybody. @returns undefined when it is in use. @throws NotFound */
-  static remove(directory: string): CheckpointClaim | undefined {
-    return CheckpointClaim.#take(directory, "exclusive");
+  static remove(directory: string): CheckpointUse | undefined {
+    return CheckpointUse.#take(directory, "exclusive");
   }
 
-  static #take(directory: string, operation: "shared" | "exclusive"): CheckpointClaim | undefined {
+  static #take(directory: string, operation: "shared" | "exclusive"): CheckpointUse | undefined {
     let fd: number;
     try {
       fd = openSync(directory, constants.O_RDONLY | constants.O_NONBLOCK);
@@ -39,7 +39,7 @@ export class CheckpointClaim implements Disposable {
         throw new NotFound(`checkpoint ${directory} does not exist`, { cause: error });
       throw SyscallFailed.from(error);
     }
-    if (flock(fd, operation)) return new CheckpointClaim(fd);
+    if (flock(fd, operation)) return new CheckpointUse(fd);
     closeSync(fd);
     return undefined;
   }
