@@ -58,5 +58,5 @@ describe("a crash of cedanad in a restore", () => {
     const crashes = restoreChecks.length * 2 - 1 + restoreSteps.length * 2 - 1;
     expect(live.cedanadLog().match(/cedanad serves/g)!.length).toBeGreaterThan(2 * crashes);
     await live.expectNoLeftovers();
-  });
+  }, 240_000); // more than a second for each boundary, when others compute
 });
