@@ -308,10 +308,11 @@ for (const combination of bothEngines) {
       }
     });
 
-    it.each([
+    const changing: [what: string, command: string[]][] = [
       ["several processes, and those that they fork meanwhile", ["pattern", "96", "2", "3", "fork"]],
       ["memory that moves and is given back meanwhile", ["pattern", "96", "2", "0", "move"]],
-    ])(
+    ];
+    it.each(changing.slice(0, combination.engine === "runc" ? 2 : 1))(
       "fills %s; killed, none reads a wrong byte",
       async (_what, command) => {
         const several = (await dumped(command)).images;
@@ -321,7 +322,7 @@ for (const combination of bothEngines) {
           await filled(task);
         }
         const random = generator(7);
-        for (let round = 0; round < 3; round++) {
+        for (let round = 0; round < 2; round++) {
           await using task = await live.restore(several, command, { annotations: LAZY });
           await new Promise((resolve) => setTimeout(resolve, random() * 120));
           const file = join(task.bundle, "lazy-pages/guard");
