@@ -322,15 +322,18 @@ for (const combination of bothEngines) {
           await filled(task);
         }
         const random = generator(7);
-        for (let round = 0; round < 2; round++) {
-          await using task = await live.restore(several, command, { annotations: LAZY });
-          await new Promise((resolve) => setTimeout(resolve, random() * 120));
-          const file = join(task.bundle, "lazy-pages/guard");
-          const daemon = existsSync(file) ? Number(readFileSync(file, "utf8").split(" ")[1]) : 0;
-          if (daemon > 0 && isAlive(daemon)) process.kill(daemon, "SIGKILL");
+        for (const goesOnFirst of [false, true]) {
+          await using task = await halfFilled(several, command);
+          const { daemon } = pageDaemon(task);
+          if (goesOnFirst) {
+            goOn(task);
+            await new Promise((resolve) => setTimeout(resolve, random() * 40));
+          }
+          if (isAlive(daemon)) process.kill(daemon, "SIGKILL");
           const state = await until(() => ["filled", "lost"].find((state) => state === lazy(task).state), {
             timeoutMs: 60_000,
           });
+          if (!goesOnFirst) expect(state).toBe("lost");
           if (state === "lost") expect(await task.wait()).toBe(137);
           expect(task.stdout.text).not.toContain("WRONG");
         }
