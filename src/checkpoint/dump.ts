@@ -3,6 +3,7 @@ import { copyFile, mkdir, readFile, rm, stat } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
+import { waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
 import {
@@ -632,11 +633,28 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     await target.engineCheckpoint({ imagePath, workPath, parentPath, leaveRunning, policy, networkLock });
   } catch (error) {
     if (error instanceof WrongState) throw error; // before CRIU was asked
-    throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
+    // An engine that was killed leaves CRIU behind, which goes on: it may yet put the container to its end.
+    if (!(await waitForCriu(workPath, CRIU_ALONE_MS)))
+      target.log.error(
+        { workPath },
+        "CRIU goes on by itself after its engine has ended: not waited for any longer",
+      );
+    if (!(await saysDumped(workPath)))
+      throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
+    target.log.warn({ err: error }, "the engine has ended before it could say that CRIU's dump is whole");
   }
   context.ended = !leaveRunning;
   noteAttempt(context, { phase: "dumped" });
   await next();
+}
+
+/** How long a CRIU without an engine may go on: it holds the processes, and has all of their memory to write. */
+const CRIU_ALONE_MS = 10 * 60_000;
+
+/** CRIU's last word, in its log alone where nobody was left to hear it. */
+async function saysDumped(workPath: string): Promise<boolean> {
+  const log = await explainCriuLog(join(workPath, "dump.log")).catch(() => undefined); // CRIU was not even started
+  return log?.lastLines.some((line) => /Dumping finished successfully/.test(line)) ?? false;
 }
 
 /** The engine's words, then what CRIU's log says was the reason. */
