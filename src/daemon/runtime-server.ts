@@ -30,20 +30,27 @@ export class RuntimeServer {
   readonly #log: Logger;
   readonly #escalator: Escalator;
   readonly #endBelowConmon: () => void;
+  readonly #isBusy: () => boolean;
   #active = 0;
   #check: NodeJS.Timeout | undefined;
 
-  /** @param options.endBelowConmon  ends this cedanad */
-  constructor(options: { log: Logger; endBelowConmon: () => void }) {
+  /**
+   * @param options.endBelowConmon  ends this cedanad
+   * @param options.isBusy          whether something else than our calls is under way in it
+   */
+  constructor(options: { log: Logger; endBelowConmon: () => void; isBusy: () => boolean }) {
     this.#log = options.log;
     this.#endBelowConmon = options.endBelowConmon;
+    this.#isBusy = options.isBusy;
     this.#escalator = new Escalator(options.log, () => this.#checkSoon());
   }
 
   #checkSoon(): void {
     clearTimeout(this.#check);
     this.#check = setTimeout(() => {
-      if (this.#active === 0 && this.#escalator.pending === 0 && parentIsConmon()) this.#endBelowConmon();
+      if (this.#active > 0 || this.#escalator.pending > 0 || !parentIsConmon()) return; // what ends asks again
+      if (this.#isBusy()) this.#checkSoon();
+      else this.#endBelowConmon();
     }, SETTLE_MS);
   }
 

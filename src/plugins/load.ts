@@ -29,11 +29,11 @@ export function pluginStates(): readonly PluginState[] {
  * that can't be loaded has exported nothing, and the others don't notice.
  */
 export async function loadPlugins(log: Logger, build: string): Promise<void> {
-  for (const [name, load] of Object.entries(builtIn)) {
-    const { plugin } = await load();
+  // Side by side: the first dump waits for it.
+  for (const { plugin } of await Promise.all(Object.values(builtIn).map((load) => load()))) {
     provide(plugin);
-    notePlugin(name, build);
-    states.push({ name, origin: "built-in", version: build });
+    notePlugin(plugin.name, build);
+    states.push({ name: plugin.name, origin: "built-in", version: build });
   }
   const { named, directory } = await configured(log);
   if (named.length === 0) return;

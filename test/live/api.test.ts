@@ -153,6 +153,28 @@ describe.skipIf(isControl)("the management API", () => {
     ]);
   });
 
+  it("freezes and continues a container, which containerd sees, and shows its processes", async () => {
+    await using task = await live.run(["counter"]);
+    await task.nextNumber();
+    expect(await live.cedana("freeze", "containerd", task.id)).toBe(`${task.id} is paused\n`);
+    expect(await task.status()).toBe("PAUSED");
+    await live.events.waitFor(task.id, "paused");
+    const again = call("FreezeContainer", { id: task.id });
+    await expect(again).rejects.toMatchObject({ code: grpc.status.FAILED_PRECONDITION });
+    expect(await live.cedana("query", "containerd", task.id, "--tree")).toMatch(
+      new RegExp(`^${live.namespace}/${task.id}  paused .*\n  ${task.pid} \\(1\\)  [A-Z]  counter`),
+    );
+    expect(await call("UnfreezeContainer", { id: task.id })).toMatchObject({ state: "running" });
+    expect(await task.status()).toBe("RUNNING");
+    const before = await task.nextNumber();
+    expect(await task.nextNumber()).toBe(before + 1);
+    await expect(call("UnfreezeContainer", { id: task.id })).rejects.toThrow(/is not frozen/);
+    expect(await call("QueryContainers", { ids: [task.id, "nobody"] })).toMatchObject({
+      containers: [{ id: task.id, state: "running", checkpoints: [] }],
+      missing: ["nobody"],
+    });
+  });
+
   it("fails with the status of the error's class, and its details", async () => {
     const missing = { checkpoint: { namespace: "x", name: "nothing" } };
     const error = (await call("InspectCheckpoint", missing).catch((one) => one)) as grpc.ServiceError;
