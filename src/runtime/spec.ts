@@ -149,11 +149,35 @@ function isArrayOfObjects(value: unknown): boolean {
  * @throws InvalidRequest when it isn't a spec
  */
 export function withHook(text: string, stage: string, hook: OciHook, path = "config.json"): string {
+  return withEdits(text, path, (spec) => {
+    spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
+  });
+}
+
+/**
+ * The text of a config.json for a copy of it in another directory: paths that are relative to the bundle become absolute.
+ * @throws InvalidRequest when it isn't a spec
+ */
+export function movedFrom(bundle: string, text: string): string {
+  return withEdits(text, posix.join(bundle, "config.json"), (spec) => {
+    spec.root = { ...spec.root, path: posix.resolve(bundle, spec.root?.path ?? "rootfs") };
+    if (spec.mounts)
+      spec.mounts = spec.mounts.map((mount) =>
+        mount.source && isBind(mount) ? { ...mount, source: posix.resolve(bundle, mount.source) } : mount,
+      );
+  });
+}
+
+export function isBind({ type, options }: OciMount): boolean {
+  return type === "bind" || (options ?? []).some((option) => option === "bind" || option === "rbind");
+}
+
+function withEdits(text: string, path: string, edit: (spec: Writable<OciSpec>) => void): string {
   parseSpec(text, path);
   const exactly = (_key: string, value: unknown, { source }: { source?: string }) =>
     typeof value === "number" && !Number.isSafeInteger(value) ? rawJson(source!) : value;
   const spec = (JSON.parse as (text: string, reviver: typeof exactly) => Writable<OciSpec>)(text, exactly);
-  spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
+  edit(spec);
   return JSON.stringify(spec);
 }
 
@@ -276,8 +300,14 @@ export interface CedanaAnnotations {
   readonly shellJob?: boolean;
   /** what to restore instead of starting afresh: a name in the store, NAME@GENERATION, or a path */
   readonly restoreFrom?: string;
+  /** which GPU of the checkpoint becomes which here: OLD=NEW,… of UUIDs or indexes */
+  readonly gpuMap?: string;
   /** what becomes of a container whose restore fails; default: it fails */
   readonly onRestoreFailure?: "fail" | "fresh";
+  /** continue from the last container of this key that was checkpointed instead of being ended */
+  readonly autoResume?: string;
+  /** signals upon which the container is checkpointed instead of dying: kill-policy.ts reads them */
+  readonly checkpointOn?: string;
   /** a checkpoint is taken again and again, in the store */
   readonly checkpointEveryMs?: number;
   /** how many of those are kept */
@@ -299,7 +329,10 @@ const policies = [
   ["ext-unix", "extUnix", flag],
   ["shell-job", "shellJob", flag],
   ["restore-from", "restoreFrom", "text"],
+  ["gpu-map", "gpuMap", "text"],
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
+  ["auto-resume", "autoResume", "text"],
+  ["checkpoint-on", "checkpointOn", "text"],
   [
     "checkpoint-every",
     "checkpointEveryMs",
