@@ -14,7 +14,8 @@ import {
 } from "./compare.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
-import { readImageFacts } from "./image-facts.ts";
+import { adaptedImages, adaptHostname } from "./identity.ts";
+import { type ImageFacts, readImageFacts } from "./image-facts.ts";
 import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
 import {
   findArchive,
@@ -120,6 +121,8 @@ interface CheckContext extends ChainContext {
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
   externalMounts: readonly ExternalMount[];
+  /** undefined: the images are broken, or a cedanad before us has read them */
+  facts: ImageFacts | undefined;
   /** what is wrong, and what differs: all of it, judged by `refuseDifferences` */
   readonly findings: Finding[];
 }
@@ -128,6 +131,8 @@ export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
   workPath: string;
+  /** the images as CRIU is to see them: those of the checkpoint, or links to them */
+  engineImages: string | undefined;
 }
 
 type RestoreStep = Step<RestoreContext>;
@@ -145,6 +150,7 @@ export const restoreChecks = [
 /** The restore, in order. Each step undoes its own work when a later one fails. */
 export const restoreSteps = [
   ...restoreChecks,
+  adaptImages, // for another host name
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
   prepareRootfs,
@@ -178,6 +184,7 @@ export async function restore(
     target,
     request,
     workPath: "",
+    engineImages: attempt?.engineImages,
   };
   await runChain("restore", attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
   const times = timesByStep(context.times);
@@ -204,6 +211,7 @@ export async function checkRestore(
 export async function discardRestore(directory: string, unpackRoot: string | undefined): Promise<void> {
   // Lazy pages: what is unpacked is read until the page daemon ends.
   if (unpackRoot !== undefined) await new UnpackedCheckpoint(unpackRoot, directory).remove();
+  await rm(adaptedImages(directory), { recursive: true, force: true });
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
   await rm(appliedMark(directory), { force: true });
@@ -216,6 +224,7 @@ function checkContext(target: RestoreCandidate, request: RestoreLook, options: C
     checkpoint: { path: request.path, imagePath: "", manifest: undefined, manifestPath: undefined },
     policy: target.policy(undefined),
     externalMounts: [],
+    facts: undefined,
     findings: [],
     times: [],
     signal: options.signal ?? new AbortController().signal,
@@ -280,6 +289,9 @@ async function compareWithContainer(context: CheckContext, next: () => Promise<v
   const compared = await compareToContainer(checkpoint, facts, target.container);
   findings.push(...compared.findings);
   context.externalMounts = compared.externalMounts;
+  context.facts = facts;
+  if (compared.closesTcp && ["keep", "skip-in-flight"].includes(context.policy.tcp ?? ""))
+    context.policy = { ...context.policy, tcp: "close" };
   await next();
 }
 
@@ -301,6 +313,20 @@ async function refuseDifferences(context: CheckContext, next: () => Promise<void
   await next();
 }
 
+// ---- images ----------------------------------------------------------------------------------------------------------
+
+async function adaptImages(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, facts, target } = context;
+  const { container, directory } = target;
+  try {
+    if (facts && (await adaptHostname(checkpoint.imagePath, facts, container.hostname, directory)))
+      context.engineImages = adaptedImages(directory);
+    await next();
+  } finally {
+    await rm(adaptedImages(directory), { recursive: true, force: true });
+  }
+}
+
 // ---- the attempt -----------------------------------------------------------------------------------------------------
 
 /** What has been found and decided, on disk for whoever goes on after a crash. */
@@ -309,6 +335,7 @@ interface RestoreAttempt {
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
   externalMounts: readonly ExternalMount[];
+  engineImages: string | undefined;
 }
 
 function restoreAttemptFile(directory: string): string {
@@ -323,14 +350,14 @@ async function earlierRestore(
   const text = await readFile(restoreAttemptFile(directory), "utf8").catch(() => undefined); // the crash came before it
   const attempt = text === undefined ? undefined : (JSON.parse(text) as RestoreAttempt);
   if (attempt?.key !== key) return undefined;
-  const { checkpoint, policy, externalMounts } = attempt;
-  return { checkpoint, policy, externalMounts };
+  const { checkpoint, policy, externalMounts, engineImages } = attempt;
+  return { checkpoint, policy, externalMounts, engineImages };
 }
 
 async function recordRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, externalMounts, policy, request, target } = context;
+  const { checkpoint, engineImages, externalMounts, policy, request, target } = context;
   const file = restoreAttemptFile(target.directory);
-  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts };
+  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts, engineImages };
   await writeFile(`${file}.new`, JSON.stringify(attempt), { mode: 0o600 });
   await rename(`${file}.new`, file);
   try {
@@ -422,10 +449,11 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, externalMounts, policy, request, target, workPath } = context;
+  const { checkpoint, engineImages, externalMounts, policy, request, target, workPath } = context;
+  const imagePath = engineImages ?? checkpoint.imagePath;
   try {
     await target
-      .engineRestore({ imagePath: checkpoint.imagePath, workPath, policy, externalMounts })
+      .engineRestore({ imagePath, workPath, policy, externalMounts })
       .catch(async (error: Error) => {
         const what = `restore of ${target.what} from ${request.path}`;
         throw await criuFailure(what, error, workPath, "restore.log");
