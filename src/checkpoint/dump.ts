@@ -1,4 +1,4 @@
-import { chmod, copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
@@ -136,6 +136,7 @@ interface DumpContext extends ChainContext {
   cgroup: Cgroup | undefined;
   follower: Follower | undefined;
   frozenMs: number;
+  criuFrozenMs: number | undefined;
   /** the processes are in the images alone now */
   ended: boolean;
 }
@@ -196,6 +197,7 @@ export async function dump(
     cgroup: undefined,
     follower: undefined,
     frozenMs: 0,
+    criuFrozenMs: undefined,
     ended: false,
     times: [],
     signal: options.signal ?? new AbortController().signal,
@@ -416,12 +418,20 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
   });
   try {
     await next();
+    if (request.digests === "afterwards") context.criuFrozenMs = await criuFrozenMs(context.workPath);
   } catch (error) {
     await keepLog(join(context.workPath, "dump.log"), join(target.directory, "criu-dump.log"));
     throw error;
   } finally {
     if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
   }
+}
+
+/** How long CRIU held the container by its own count: the part of the standstill that is not ours. */
+async function criuFrozenMs(workPath: string): Promise<number | undefined> {
+  const { readDumpStats } = await import("../criu/stats.ts");
+  const stats = await readDumpStats(workPath).catch(() => undefined); // what can't be read is left out: nobody needs it to restore
+  return stats && inHundredths((stats.freezingUs + stats.frozenUs) / 1000);
 }
 
 export async function keepLog(from: string, to: string): Promise<void> {
@@ -670,10 +680,8 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
   facts.catch(() => {}); // looked at below
   await next();
   const { target, request, startedAt, staging } = context;
-  // As the engines write it, everybody may read it.
-  await chmod(join(imagesIn(context), "descriptors.json"), 0o600).catch(() => undefined); // ENOENT: CRIU without an engine
   const [cpu, image] = await facts;
-  const files = await context.follower?.finish();
+  const files = await (context.follower ?? followFiles(staging.path, context.signal)).finish();
   await writeManifest(
     staging.path,
     {
@@ -691,10 +699,11 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
       timings: {
         ...timesByStep(context.times),
         frozenMs: inHundredths(context.frozenMs),
+        ...(context.criuFrozenMs !== undefined && { criuFrozenMs: context.criuFrozenMs }),
         totalMs: Date.now() - startedAt,
       },
     },
-    { digests: true, synced: await mustSync(context), ...(files && { files }) },
+    { files, synced: await mustSync(context) },
   );
 }
 

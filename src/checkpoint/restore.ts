@@ -2,7 +2,9 @@ import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
 import { InvalidRequest, NotFound, Unsupported } from "../errors/index.ts";
+import { pluginsLoaded } from "../features/registry.ts";
 import { readMountInfo } from "../linux/mount-options.ts";
+import { adapterSteps } from "./adapters.ts";
 import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import {
@@ -13,6 +15,7 @@ import {
   type RestoredContainer,
 } from "./compare.ts";
 import { criuFailure, keepLog } from "./dump.ts";
+import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
 import { adaptedImages, adaptHostname } from "./identity.ts";
 import { type ImageFacts, readImageFacts } from "./image-facts.ts";
@@ -153,10 +156,12 @@ export const restoreSteps = [
   adaptImages, // for another host name
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
+  restoreAdaptersOfPlugins, // those of all plugins stand here
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
   // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
+  lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
   // Devices: a step here restores them, before anybody is told that the container runs.
   // Hooks in the container: a step after that, the last one.
@@ -186,7 +191,9 @@ export async function restore(
     workPath: "",
     engineImages: attempt?.engineImages,
   };
-  await runChain("restore", attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
+  await pluginsLoaded();
+  const steps: readonly RestoreStep[] = attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps;
+  await runChain("restore", steps.flatMap(withRestoreAdapters), context);
   const times = timesByStep(context.times);
   target.log.info({ checkpoint: request.path, times }, "restored");
   return times;
@@ -325,6 +332,44 @@ async function adaptImages(context: RestoreContext, next: () => Promise<void>): 
   } finally {
     await rm(adaptedImages(directory), { recursive: true, force: true });
   }
+}
+
+// ---- plugins ---------------------------------------------------------------------------------------------------------
+
+const ADAPTER_PATIENCE_MS = 60_000;
+
+function withRestoreAdapters(step: RestoreStep): RestoreStep[] {
+  if (step === restoreAdaptersOfPlugins)
+    return [step, ...adapterSteps(restoreFeatures.restoreMiddleware, ADAPTER_PATIENCE_MS, restoreView)];
+  if (step === lateRestoreAdaptersOfPlugins)
+    return [step, ...adapterSteps(restoreFeatures.restoreMiddlewareLate, ADAPTER_PATIENCE_MS, restoreView)];
+  return [step];
+}
+
+/** The adapters of plugins follow it. */
+async function restoreAdaptersOfPlugins(_context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+async function lateRestoreAdaptersOfPlugins(
+  _context: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  await next();
+}
+
+async function restoreView({ target, request, checkpoint, signal }: RestoreContext): Promise<PluginRestore> {
+  const { path, imagePath, manifest } = checkpoint;
+  return {
+    what: target.what,
+    bundle: target.directory,
+    directory: path,
+    imagePath,
+    dumped: manifest && { containerId: manifest.containerId, namespace: manifest.namespace },
+    repeated: request.repeated,
+    signal,
+    log: target.log,
+  };
 }
 
 // ---- the attempt -----------------------------------------------------------------------------------------------------
