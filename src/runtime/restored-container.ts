@@ -1,7 +1,7 @@
 import { posix, resolve } from "node:path";
 import type { RestoredContainer } from "../checkpoint/compare.ts";
 import type { EngineFeatures } from "./engine.ts";
-import { annotationsOf, type OciMount, type OciSpec } from "./spec.ts";
+import { annotationsOf, isBind, type OciMount, type OciSpec } from "./spec.ts";
 
 /** Where containerd's CRI, CRI-O and Podman name a container's image. */
 const imageAnnotations = [
@@ -53,10 +53,6 @@ function networkOf(spec: OciSpec, engine: string): RestoredContainer["network"] 
   if (!network) return "host";
   if (network.path) return { path: network.path };
   return engine === "crun" ? "dumped" : "empty";
-}
-
-function isBind({ type, options }: OciMount): boolean {
-  return type === "bind" || (options ?? []).some((option) => option === "bind" || option === "rbind");
 }
 
 function destinationOf({ destination }: OciMount): string {

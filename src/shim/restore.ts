@@ -1,15 +1,4 @@
-import {
-  chmod,
-  chown,
-  link,
-  readdir,
-  readFile,
-  readlink,
-  rename,
-  rm,
-  stat,
-  writeFile,
-} from "node:fs/promises";
+import { chmod, chown, link, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import {
   type EngineRestore,
@@ -20,10 +9,17 @@ import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
 import { descendsFrom, kill, killCriu, watchForDeadCriu } from "../criu/leftovers.ts";
 import { Unsupported } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
+import { programOf } from "../linux/proc.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
-import { cgroupPathV2, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
+import {
+  cedanaAnnotations,
+  cgroupPathV2,
+  type OciSpec,
+  ownsNetworkNamespace,
+  withHook,
+} from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
@@ -77,6 +73,8 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
         await makeCgroup(cgroup);
     },
     removeCgroup: () => task.undo("remove the cgroup of a failed restore", removeCgroups(task, spec)),
+    deviceMap: cedanaAnnotations(spec).gpuMap,
+    cgroup: () => task.cgroup(),
     engineRestore: (options) => engineRestore(task, work, engine, spec, options),
     endCriu: (workPath) => task.undo("end what is left of CRIU", endCriu(task, spec, workPath)),
     undoEngineRestore: () => task.undoEngineRestore(work),
@@ -198,11 +196,12 @@ async function engineRestore(
   work: Work,
   engine: Engine,
   spec: OciSpec,
-  { imagePath, workPath, policy, externalMounts }: EngineRestore,
+  { imagePath, workPath, policy, externalMounts, withoutPlugins }: EngineRestore,
 ): Promise<void> {
   const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
+    pluginDirectory: withoutPlugins ? workPath : undefined,
     externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
@@ -259,7 +258,7 @@ class BundleConfig {
       if (error.code !== "EEXIST") throw error; // an attempt before a crash
     });
     const text = await readFile(this.#original, "utf8");
-    const hook = { path: await keeperProgram(keeperPid), args: ["cedana-loopback"], timeout: 10 };
+    const hook = { path: await programOf(keeperPid), args: ["cedana-loopback"], timeout: 10 };
     await writeFile(`${this.#path}.new`, withHook(text, "createRuntime", hook, this.#path), { mode: 0o600 });
     await rename(`${this.#path}.new`, this.#path);
   }
@@ -269,11 +268,4 @@ class BundleConfig {
       if (error.code !== "ENOENT") throw error; // it wasn't changed
     });
   }
-}
-
-/** The keeper's program as it is installed now; where it has gone, the one that runs. */
-async function keeperProgram(pid: number): Promise<string> {
-  const exe = `/proc/${pid}/exe`;
-  const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
-  return (await stat(installed).catch(() => undefined)) ? installed : exe;
 }

@@ -54,6 +54,7 @@ export class CallerPlace {
   readonly runDir = join(this.dir, "run");
   readonly config = join(this.dir, "runtime.json");
   readonly env: Record<string, string>;
+  #daemonEnv: Record<string, string> = {};
   #holder: ChildProcess | undefined;
   #reaper: ChildProcess | undefined;
 
@@ -69,14 +70,25 @@ export class CallerPlace {
       PODMAN_IGNORE_CGROUPSV1_WARNING: "1",
       CEDANA_RUN_DIR: this.runDir,
       CEDANA_STATE_DIR: join(this.dir, "var"),
+      CEDANA_CONFIG: join(this.dir, "config.json"),
     };
   }
 
-  static async start(engine: EngineName): Promise<CallerPlace> {
+  /** @param daemonEnv  of the cedanad that cedana-runtime starts here */
+  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
+    place.#daemonEnv = daemonEnv;
     for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
-    writeFileSync(place.config, JSON.stringify({ engine, runDirectory: place.runDir }));
+    writeFileSync(
+      place.config,
+      JSON.stringify({
+        engine,
+        runDirectory: place.runDir,
+        stateDirectory: place.env.CEDANA_STATE_DIR,
+        configuration: place.env.CEDANA_CONFIG,
+      }),
+    );
     const v2 = engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers");
     const script = `${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
     place.#holder = spawn("unshare", ["--mount", "--propagation", "private", "sh", "-c", script], {
@@ -180,7 +192,12 @@ export class CallerPlace {
   /** cedana-runtime with our configuration, for Podman: its clean-up after a container passes neither environment nor runtime flags on. */
   #configuredWrapper(): string {
     const path = join(this.dir, "wrapper");
-    writeFileSync(path, `#!/bin/sh\nexec ${wrapper} --cedana-config ${this.config} "$@"\n`, { mode: 0o755 });
+    const exports = Object.entries(this.#daemonEnv).map(([name, value]) => `export ${name}='${value}'\n`);
+    writeFileSync(
+      path,
+      `#!/bin/sh\n${exports.join("")}exec ${wrapper} --cedana-config ${this.config} "$@"\n`,
+      { mode: 0o755 },
+    );
     return path;
   }
 
@@ -244,8 +261,8 @@ export class Podman {
     this.#dir = place.dir;
   }
 
-  static async start(engine: EngineName): Promise<Podman> {
-    const place = await CallerPlace.start(engine);
+  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<Podman> {
+    const place = await CallerPlace.start(engine, daemonEnv);
     const podman = new Podman(place);
     try {
       place.configureContainers();
