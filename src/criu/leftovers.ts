@@ -106,6 +106,7 @@ export async function watchForDeadCriu(
 
 /** @returns false when the time is up because of the signal */
 async function sleepUnless(signal: AbortSignal): Promise<boolean> {
+  if (signal.aborted) return false;
   await new Promise<void>((resolve) => {
     const timer = setTimeout(resolve, WATCH_MS);
     signal.addEventListener("abort", () => {
