@@ -62,4 +62,26 @@ describe("a crash of cedanad in a restore", () => {
     expect(live.cedanadLog().match(/cedanad serves/g)!.length).toBeGreaterThan(2 * crashes);
     await live.expectNoLeftovers();
   });
+
+  it("that ends two cedanads leaves a task that can be deleted, with the container that runs already", async () => {
+    // Where the engine has restored it, and nobody has been told.
+    const fault = `restore.${restoreSteps.at(-1)!.name}.before`;
+    await using live = await Live.start({
+      containerd: "1.7",
+      engine: "runc",
+      env: { CEDANA_FAULT: `crash:${fault}` },
+    });
+    const image = mkdtempSync(join(live.dir, "image-"));
+    {
+      await using task = await live.run(["counter"]);
+      await task.nextNumber();
+      await task.checkpoint({ imagePath: image });
+    }
+    const task = await live.create(["counter"], { criuImagePath: image });
+    await expect(task.start()).rejects.toThrow(/was in work when cedanad ended, twice/);
+    expect(await task.status()).toBe("CREATED");
+    await task.delete();
+    await task.destroy();
+    await live.expectNoLeftovers();
+  });
 });
