@@ -3,7 +3,7 @@ import { copyFile, mkdir, readFile, rm, stat } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
-import { waitForCriu } from "../criu/leftovers.ts";
+import { unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
 import {
@@ -703,7 +703,12 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
         { workPath },
         "CRIU goes on by itself after its engine has ended: not waited for any longer",
       );
-    if (!(await saysDumped(workPath)))
+    const last = await lastWord(workPath);
+    if (last === undefined && networkLock !== "skip" && target.ownNetwork && !target.hasEnded)
+      await unlockNetwork(target.initPid).catch((cause) =>
+        target.log.warn({ err: cause }, "unlock the network of a container whose dump was cut off"),
+      );
+    if (last !== "finished")
       throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
     target.log.warn({ err: error }, "the engine has ended before it could say that CRIU's dump is whole");
   }
@@ -715,10 +720,12 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
 /** How long a CRIU without an engine may go on: it holds the processes, and has all of their memory to write. */
 const CRIU_ALONE_MS = 10 * 60_000;
 
-/** CRIU's last word, in its log alone where nobody was left to hear it. */
-async function saysDumped(workPath: string): Promise<boolean> {
-  const log = await explainCriuLog(join(workPath, "dump.log")).catch(() => undefined); // CRIU was not even started
-  return log?.lastLines.some((line) => /Dumping finished successfully/.test(line)) ?? false;
+/** CRIU's last word, in its log alone where nobody was left to hear it; undefined: it was killed, or not even started. */
+async function lastWord(workPath: string): Promise<"finished" | "failed" | undefined> {
+  const log = await explainCriuLog(join(workPath, "dump.log")).catch(() => undefined); // it was not even started
+  const says = (word: RegExp) => log?.lastLines.some((line) => word.test(line));
+  if (says(/Dumping finished successfully/)) return "finished";
+  return says(/FAILED/) ? "failed" : undefined;
 }
 
 /** The engine's words, then what CRIU's log says was the reason. */
@@ -731,6 +738,14 @@ export async function criuFailure(
   if (failure instanceof CriuFailed) return failure; // its owner has looked there
   const summary = await explainCriuLog(join(workPath, logName)).catch(() => undefined); // no log: CRIU was not even started
   if (!summary || summary.errors.length === 0) return failure;
+  const isCutOff = !summary.lastLines.some((line) => /FAILED|finished successfully/.test(line));
+  if (isCutOff && summary.cause === undefined)
+    return new CriuFailed(
+      `${what} failed in the engine's step (${failure.message}): CRIU was killed: its log is cut off`,
+      {
+        cause: failure,
+      },
+    );
   const lines = [...new Set([summary.firstError, ...summary.errors.slice(-5)])].join("; ");
   const advice = summary.cause ? `. ${summary.cause.advice}` : "";
   return new CriuFailed(`${what} failed in the engine's step (${failure.message}): CRIU: ${lines}${advice}`, {

@@ -19,7 +19,8 @@ import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
-import { readImageFacts } from "./image-facts.ts";
+import { adaptedImages, adaptHostname } from "./identity.ts";
+import { type ImageFacts, readImageFacts } from "./image-facts.ts";
 import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
 import {
   findArchive,
@@ -133,6 +134,8 @@ interface CheckContext extends ChainContext {
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
   externalMounts: readonly ExternalMount[];
+  /** undefined: the images are broken, or a cedanad before us has read them */
+  facts: ImageFacts | undefined;
   /** what is wrong, and what differs: all of it, judged by `refuseDifferences` */
   readonly findings: Finding[];
 }
@@ -141,6 +144,8 @@ export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
   workPath: string;
+  /** the images as CRIU is to see them: those of the checkpoint, or links to them */
+  engineImages: string | undefined;
   devices: DeviceRestore | undefined;
 }
 
@@ -159,6 +164,7 @@ export const restoreChecks = [
 /** The restore, in order. Each step undoes its own work when a later one fails. */
 export const restoreSteps = [
   ...restoreChecks,
+  adaptImages, // for another host name
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
   restoreAdaptersOfPlugins, // those of all plugins stand here
@@ -195,6 +201,7 @@ export async function restore(
     target,
     request,
     workPath: "",
+    engineImages: attempt?.engineImages,
     devices: undefined,
   };
   await pluginsLoaded();
@@ -224,6 +231,7 @@ export async function checkRestore(
 export async function discardRestore(directory: string, unpackRoot: string | undefined): Promise<void> {
   // Lazy pages: what is unpacked is read until the page daemon ends.
   if (unpackRoot !== undefined) await new UnpackedCheckpoint(unpackRoot, directory).remove();
+  await rm(adaptedImages(directory), { recursive: true, force: true });
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
   await rm(appliedMark(directory), { force: true });
@@ -236,6 +244,7 @@ function checkContext(target: RestoreCandidate, request: RestoreLook, options: C
     checkpoint: { path: request.path, imagePath: "", manifest: undefined, manifestPath: undefined },
     policy: target.policy(undefined),
     externalMounts: [],
+    facts: undefined,
     findings: [],
     times: [],
     signal: options.signal ?? new AbortController().signal,
@@ -300,6 +309,9 @@ async function compareWithContainer(context: CheckContext, next: () => Promise<v
   const compared = await compareToContainer(checkpoint, facts, target.container);
   findings.push(...compared.findings);
   context.externalMounts = compared.externalMounts;
+  context.facts = facts;
+  if (compared.closesTcp && ["keep", "skip-in-flight"].includes(context.policy.tcp ?? ""))
+    context.policy = { ...context.policy, tcp: "close" };
   await next();
 }
 
@@ -319,6 +331,20 @@ async function refuseDifferences(context: CheckContext, next: () => Promise<void
   for (const { kind, message } of findings)
     target.log.warn({ checkpoint: request.path, kind }, `restore all the same: ${message}`);
   await next();
+}
+
+// ---- images ----------------------------------------------------------------------------------------------------------
+
+async function adaptImages(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, facts, target } = context;
+  const { container, directory } = target;
+  try {
+    if (facts && (await adaptHostname(checkpoint.imagePath, facts, container.hostname, directory)))
+      context.engineImages = adaptedImages(directory);
+    await next();
+  } finally {
+    await rm(adaptedImages(directory), { recursive: true, force: true });
+  }
 }
 
 // ---- plugins ---------------------------------------------------------------------------------------------------------
@@ -367,6 +393,7 @@ interface RestoreAttempt {
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
   externalMounts: readonly ExternalMount[];
+  engineImages: string | undefined;
 }
 
 function restoreAttemptFile(directory: string): string {
@@ -381,14 +408,14 @@ async function earlierRestore(
   const text = await readFile(restoreAttemptFile(directory), "utf8").catch(() => undefined); // the crash came before it
   const attempt = text === undefined ? undefined : (JSON.parse(text) as RestoreAttempt);
   if (attempt?.key !== key) return undefined;
-  const { checkpoint, policy, externalMounts } = attempt;
-  return { checkpoint, policy, externalMounts };
+  const { checkpoint, policy, externalMounts, engineImages } = attempt;
+  return { checkpoint, policy, externalMounts, engineImages };
 }
 
 async function recordRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, externalMounts, policy, request, target } = context;
+  const { checkpoint, engineImages, externalMounts, policy, request, target } = context;
   const file = restoreAttemptFile(target.directory);
-  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts };
+  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts, engineImages };
   await writeFile(`${file}.new`, JSON.stringify(attempt), { mode: 0o600 });
   await rename(`${file}.new`, file);
   try {
@@ -503,11 +530,11 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, devices, externalMounts, policy, request, target, workPath } = context;
+  const { checkpoint, devices, engineImages, externalMounts, policy, request, target, workPath } = context;
   try {
     await target
       .engineRestore({
-        imagePath: checkpoint.imagePath,
+        imagePath: engineImages ?? checkpoint.imagePath,
         workPath,
         policy,
         externalMounts,
