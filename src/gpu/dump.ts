@@ -1,4 +1,3 @@
-import { readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceDump, DeviceOwner } from "../checkpoint/device-slot.ts";
 import type { GpuFacts } from "../checkpoint/manifest.ts";
@@ -16,6 +15,7 @@ import { isAlive } from "../linux/proc.ts";
 import { type BackTimes, giveBack, hundredths, reach } from "./back.ts";
 import type { ProcessStateName } from "./codes.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
+import { availableMemory } from "./host-memory.ts";
 import { type JournalEntry, readJournal, removeJournal, writeJournal } from "./journal.ts";
 import { chooseMeans, type GpuDevice, HelperKeeper, type Means } from "./means.ts";
 import { askNvml, devicesOf } from "./nvml.ts";
@@ -351,8 +351,7 @@ function refuseMig(found: readonly GpuProcess[], nvml: NvmlAnswer, what: string)
 /** GPU memory goes to host memory for the time of the dump. */
 function refuseShortMemory(found: readonly GpuProcess[], nvml: NvmlAnswer, what: string): void {
   const needed = found.reduce((sum, { pid }) => sum + (useOf(pid, nvml)?.bytes ?? 0), 0);
-  const free =
-    Number(/^MemAvailable:\s+(\d+) kB/m.exec(readFileSync("/proc/meminfo", "utf8"))?.[1] ?? 0) * 1024;
+  const free = availableMemory();
   if (needed > free)
     throw new ResourceExhausted(
       `${what} uses ${mib(needed)} MiB of GPU memory, which must fit into host memory for a checkpoint: ${mib(free)} MiB are available`,

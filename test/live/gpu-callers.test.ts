@@ -98,7 +98,8 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
         programs: directory,
       });
       writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
-      const runtime = (...args: string[]) => place.runtime("wrapper", "--root", join(place.dir, "runc"), ...args);
+      const runtime = (...args: string[]) =>
+        place.runtime("wrapper", "--root", join(place.dir, "runc"), ...args);
       const output = join(place.dir, "output");
       // A pipe, whose other end goes to a file: CRIU knows a pipe of the engine's stdio again, not a file of the host.
       const shell = (command: string[]) => [
