@@ -1,7 +1,8 @@
-import { chmod, copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
+import { waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
 import {
@@ -139,6 +140,7 @@ interface DumpContext extends ChainContext {
   follower: Follower | undefined;
   devices: DeviceDump | undefined;
   frozenMs: number;
+  criuFrozenMs: number | undefined;
   /** the processes are in the images alone now */
   ended: boolean;
 }
@@ -203,6 +205,7 @@ export async function dump(
     follower: undefined,
     devices: undefined,
     frozenMs: 0,
+    criuFrozenMs: undefined,
     ended: false,
     times: [],
     signal: options.signal ?? new AbortController().signal,
@@ -425,12 +428,20 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
   });
   try {
     await next();
+    if (request.digests === "afterwards") context.criuFrozenMs = await criuFrozenMs(context.workPath);
   } catch (error) {
     await keepLog(join(context.workPath, "dump.log"), join(target.directory, "criu-dump.log"));
     throw error;
   } finally {
     if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
   }
+}
+
+/** How long CRIU held the container by its own count: the part of the standstill that is not ours. */
+async function criuFrozenMs(workPath: string): Promise<number | undefined> {
+  const { readDumpStats } = await import("../criu/stats.ts");
+  const stats = await readDumpStats(workPath).catch(() => undefined); // what can't be read is left out: nobody needs it to restore
+  return stats && inHundredths((stats.freezingUs + stats.frozenUs) / 1000);
 }
 
 export async function keepLog(from: string, to: string): Promise<void> {
@@ -685,11 +696,28 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     });
   } catch (error) {
     if (error instanceof WrongState) throw error; // before CRIU was asked
-    throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
+    // An engine that was killed leaves CRIU behind, which goes on: it may yet put the container to its end.
+    if (!(await waitForCriu(workPath, CRIU_ALONE_MS)))
+      target.log.error(
+        { workPath },
+        "CRIU goes on by itself after its engine has ended: not waited for any longer",
+      );
+    if (!(await saysDumped(workPath)))
+      throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
+    target.log.warn({ err: error }, "the engine has ended before it could say that CRIU's dump is whole");
   }
   context.ended = !leaveRunning;
   await noteAttempt(context, { phase: "dumped" });
   await next();
+}
+
+/** How long a CRIU without an engine may go on: it holds the processes, and has all of their memory to write. */
+const CRIU_ALONE_MS = 10 * 60_000;
+
+/** CRIU's last word, in its log alone where nobody was left to hear it. */
+async function saysDumped(workPath: string): Promise<boolean> {
+  const log = await explainCriuLog(join(workPath, "dump.log")).catch(() => undefined); // CRIU was not even started
+  return log?.lastLines.some((line) => /Dumping finished successfully/.test(line)) ?? false;
 }
 
 /** The engine's words, then what CRIU's log says was the reason. */
@@ -721,10 +749,8 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     throw error;
   }
   const { target, request, startedAt, staging } = context;
-  // As the engines write it, everybody may read it.
-  await chmod(join(imagesIn(context), "descriptors.json"), 0o600).catch(() => undefined); // ENOENT: CRIU without an engine
   const [cpu, image] = await facts;
-  const files = await context.follower?.finish();
+  const files = await (context.follower ?? followFiles(staging.path, context.signal)).finish();
   await writeManifest(
     staging.path,
     {
@@ -743,10 +769,11 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
       timings: {
         ...timesByStep(context.times),
         frozenMs: inHundredths(context.frozenMs),
+        ...(context.criuFrozenMs !== undefined && { criuFrozenMs: context.criuFrozenMs }),
         totalMs: Date.now() - startedAt,
       },
     },
-    { digests: true, synced: await mustSync(context), ...(files && { files }) },
+    { files, synced: await mustSync(context) },
   );
 }
 

@@ -132,7 +132,8 @@ export async function writeManifest(
   } = {},
 ): Promise<void> {
   const { synced = true, signal } = options;
-  const listed = options.files ?? (await listFiles(imagePath));
+  // A manifest may be there already, of a writer that a crash cut off.
+  const listed = options.files?.filter(({ path }) => !isOurs(path)) ?? (await listFiles(imagePath));
   const files = options.digests && !options.files ? await hashFiles(imagePath, listed, signal) : listed;
   const whole: CheckpointManifest = { version: VERSION, ...manifest, files };
   const fault = findFault(JSON.parse(JSON.stringify(whole)), schema as Schema);

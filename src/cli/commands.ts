@@ -7,6 +7,7 @@ import { DumpContainerd } from "./dump.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
 import { Features, PluginList } from "./plugin.ts";
 import { Preflight } from "./preflight.ts";
+import { RestoreContainerd } from "./restore.ts";
 import { Setup } from "./setup.ts";
 
 class Status extends Command {
@@ -69,6 +70,7 @@ export const commands = {
   features: Features,
   "plugin:list": PluginList,
   "dump:containerd": DumpContainerd,
+  "restore:containerd": RestoreContainerd,
   preflight: Preflight,
   setup: Setup,
 };

@@ -48,7 +48,7 @@ export async function findForDump(owner: DeviceOwner): Promise<DeviceDump | unde
     if (journal) removeJournal(owner);
     return undefined;
   }
-  if (!journal) for (const process of found) refuseMps(process, owner.what);
+  if (!journal) for (const process of found) await refuseMps(process, owner.what);
   const limits = deadlines();
   const helpers = new HelperKeeper();
   try {
@@ -173,6 +173,7 @@ class GpuDump implements DeviceDump {
     const states = await Promise.all(this.#clients.map(({ pid }) => this.#means.state(pid)));
     if (states.every((state) => state === "checkpointed")) return; // CRIU may be at work on them
     const cgroup = await this.#owner.cgroup();
+    let failure: unknown;
     try {
       await this.#holdOthers(cgroup);
       await cgroup.thaw();
@@ -181,11 +182,17 @@ class GpuDump implements DeviceDump {
         if ((await this.#means.state(pid)) === "checkpointed") return;
         await reach(this.#means, pid, "checkpointed", this.#means.checkpoint(pid));
       });
-    } finally {
-      // In this order nobody runs in between. A helper that was ended has let go of them already.
+    } catch (error) {
+      failure = error;
+    }
+    // In this order nobody runs in between. A helper that was ended has let go of them already.
+    try {
       await cgroup.freeze();
       await this.#helpers.helper().call("releaseThreads", {}, this.#limits.ask);
+    } catch (error) {
+      failure ??= error;
     }
+    if (failure) throw failure;
   }
 
   async #holdOthers(cgroup: Cgroup): Promise<void> {

@@ -88,6 +88,17 @@ export class Cgroup {
     return new Cgroup(found.version, found.paths);
   }
 
+  /**
+   * The cgroup of a path, in every hierarchy that has it.
+   * @param path  with a leading slash, in the hierarchies
+   */
+  static async at(path: string): Promise<Cgroup> {
+    const { version, byController } = await hierarchies();
+    const everywhere = new Map([...byController.keys()].map((controller) => [controller, path]));
+    const { paths } = resolve(everywhere, { version, byController });
+    return new Cgroup(version, new Map([...paths].filter(([, directory]) => existsSync(directory))));
+  }
+
   /** From what `toJSON` gave. */
   static fromPaths(json: CgroupPaths): Cgroup {
     return new Cgroup(json.version, new Map(Object.entries(json.paths)));

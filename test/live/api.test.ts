@@ -177,7 +177,7 @@ describe.skipIf(isControl)("the management API", () => {
     expect(inspected.manifest).toMatchObject({ containerId: task.id, name: "seen" });
 
     const verify = async () =>
-      await new Promise<{ ok: boolean; findings: { kind: string; file: string }[] }>((resolve, reject) => {
+      await new Promise<{ ok: boolean; findings: { fault: string; file: string }[] }>((resolve, reject) => {
         const stream = events("VerifyCheckpoint", {
           checkpoint: { namespace: live.namespace, name: "seen" },
         });
@@ -192,7 +192,7 @@ describe.skipIf(isControl)("the management API", () => {
     const { ok, findings } = await verify();
     expect(ok).toBe(false);
     expect(findings).toContainEqual(
-      expect.objectContaining({ severity: "error", kind: "digest", file: "checkpoint/pages-1.img" }),
+      expect.objectContaining({ severity: "error", fault: "digest", file: "checkpoint/pages-1.img" }),
     );
     await expect(live.cedana("checkpoint", "verify", path)).rejects.toMatchObject({
       code: 2,

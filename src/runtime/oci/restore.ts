@@ -1,6 +1,7 @@
 import { mkdir, rm, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
+import { killCriu } from "../../criu/leftovers.ts";
 import { CriuFailed, NotFound } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
@@ -110,10 +111,18 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       await cgroup.remove();
     },
     // What the engine failed to restore it has undone itself.
+    // A directory of the caller's may have another CRIU at work in it.
+    endCriu: async (work) => {
+      if (workPath === undefined) await killCriu(work);
+    },
+    criuRoots: [join(bundle, "criu-root"), join(root, id, "criu-root")],
     undoEngineRestore: async () => {
       if (status !== 0) return;
       const outputPath = join(scratch, "output");
       await wrapper.run([engine, ...globalArgv, "delete", "--force", id], { outputPath });
+    },
+    unmount: async (mountPoint) => {
+      await wrapper.run(["umount", "--lazy", mountPoint], { outputPath: join(scratch, "output") });
     },
   };
 
