@@ -139,6 +139,29 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
     expect(calls()).toEqual([]);
   });
 
+  it("fails when a process begins to use a GPU in the middle of it, and all run on", async () => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    gpus.faults("lock@client2=slow:900");
+    const seen = gpus.watchCalls();
+    const failed = task.checkpoint().then(
+      () => undefined,
+      (error: Error) => error,
+    );
+    await until(() => seen().includes("lock client2"), { everyMs: 2, what: () => `the call: ${seen()}` });
+    await using late = await task.exec([`${directory}/client-dlsym`, "--name", "late"], {
+      env: [`LD_LIBRARY_PATH=${directory}/rt`, `CEDANA_TEST_GPU_DIR=${gpus.path}`],
+    });
+    await late.stdout.lineMatching(/^late \d+/);
+    expect(String(await failed)).toMatch(
+      /process \d+ \(late\) of task .* has begun to use a GPU in the middle/,
+    );
+    gpus.faults();
+    late.stdout.skip();
+    await late.stdout.lineMatching(/^late \d+/);
+    await bothRun(task, "a newcomer");
+  });
+
   it("says that a process is lost when the driver says so, and the other one runs on", async () => {
     await using task = await runClient(live, directory, gpus, both);
     await countsOn(task, "client2");
@@ -321,7 +344,23 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
       await task[Symbol.asyncDispose]();
       gpus.wipe();
     }
-  });
+    for (const call of ["restore", "unlock"]) {
+      gpus.faults(`${call}@client2=slow:700`);
+      const seen = gpus.watchCalls();
+      await using task = await live.create(
+        [`${directory}/client-dlsym`],
+        gpuOptions(directory, gpus, { criuImagePath: image }),
+      );
+      const started = task.start();
+      await until(() => seen().includes(`${call} client2`), { everyMs: 2, what: () => `${call}: ${seen()}` });
+      await live.killCedanad();
+      await started;
+      await countsOn(task, "client");
+      await countsOn(task, "client2");
+      await task[Symbol.asyncDispose]();
+      gpus.wipe();
+    }
+  }, 120_000);
 });
 
 function commandOf(pid: number): string {
