@@ -1,4 +1,5 @@
-import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { renameSync, writeFileSync } from "node:fs";
+import { copyFile, mkdir, readFile, rm, stat } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
@@ -326,11 +327,11 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
   }
   const { staging } = context;
   try {
-    await noteAttempt(context);
+    noteAttempt(context);
     context.parentPath = request.parentPath && relative(imagesIn(context), absoluteParent(request));
     await mkdir(imagesIn(context), { recursive: true, mode: 0o700 });
     await next();
-    await noteAttempt(context, { phase: "committing" });
+    noteAttempt(context, { phase: "committing" });
     await staging.commit({ synced: !(await mustSync(context)) });
   } catch (error) {
     if (!context.ended) throw error;
@@ -401,11 +402,12 @@ export async function abandonAttempt(
   return kept;
 }
 
-async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): Promise<void> {
+function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): void {
   Object.assign(context.attempt, news);
   const path = attemptFile(context.target);
-  await writeFile(`${path}.new`, JSON.stringify(context.attempt), { mode: 0o600 });
-  await rename(`${path}.new`, path);
+  // At once, some 100 us: the container stands still, and a trip through a busy thread pool may take milliseconds.
+  writeFileSync(`${path}.new`, JSON.stringify(context.attempt), { mode: 0o600 });
+  renameSync(`${path}.new`, path);
 }
 
 function attemptFile(target: DumpTarget): string {
@@ -564,7 +566,7 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
   const frozen = !target.paused && context.attempt.phase === "begun" && !(await isDumping(context));
   const since = performance.now();
   if (frozen) {
-    await noteFreeze(context, cgroup, false);
+    noteFreeze(context, cgroup, false);
     await cgroup.freeze(undefined, context.signal);
   }
   context.cgroup = cgroup;
@@ -580,8 +582,8 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
   }
 }
 
-async function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): Promise<void> {
-  await writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
+function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): void {
+  writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
 }
 
 /**
@@ -607,8 +609,7 @@ async function detectNetwork(context: DumpContext, next: () => Promise<void>): P
   const { target } = context;
   const canSkip =
     !target.hasEnded && context.criu !== undefined && !isOlder(context.criu, NETWORK_LOCK_SKIP_SINCE);
-  if (canSkip && target.ownNetwork && !(await hasNetworkSockets(target.initPid)))
-    context.networkLock = "skip";
+  if (canSkip && target.ownNetwork && !hasNetworkSockets(target.initPid)) context.networkLock = "skip";
   await next();
 }
 
@@ -645,7 +646,7 @@ async function takeRootfs(context: DumpContext, next: () => Promise<void>): Prom
       maxBytes,
       signal,
     });
-    await noteAttempt(context, {
+    noteAttempt(context, {
       rootfsDiff: { source: "overlay", bytes, members, deleted, exclude: [...exclude], sockets },
     });
   }
@@ -683,7 +684,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     await next();
     return;
   }
-  if (context.cgroup && !target.paused && !target.hasEnded) await noteFreeze(context, context.cgroup, true);
+  if (context.cgroup && !target.paused && !target.hasEnded) noteFreeze(context, context.cgroup, true);
   try {
     await target.engineCheckpoint({
       imagePath,
@@ -707,7 +708,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     target.log.warn({ err: error }, "the engine has ended before it could say that CRIU's dump is whole");
   }
   context.ended = !leaveRunning;
-  await noteAttempt(context, { phase: "dumped" });
+  noteAttempt(context, { phase: "dumped" });
   await next();
 }
 

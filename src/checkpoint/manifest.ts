@@ -32,8 +32,8 @@ export interface CheckpointManifest {
   cpu?: CpuFacts;
   /** name of the checkpoint in the node's store; absent: the caller gave the place */
   name?: string;
-  /** who asked for it: containerd or an engine's caller (also when absent), the command line, or `cedana.io/checkpoint-every` */
-  trigger?: "caller" | "command" | "schedule";
+  /** who asked for it: containerd or an engine's caller (also when absent), the command line, `cedana.io/checkpoint-every`, or a signal */
+  trigger?: "caller" | "command" | "schedule" | "signal";
   /** what the container changed in its root file system, when that was taken; absent: images alone */
   rootfsDiff?: RootfsDiffFacts;
   /**

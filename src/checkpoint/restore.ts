@@ -161,8 +161,8 @@ export const restoreSteps = [
   ...restoreChecks,
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
-  prepareDevices, // whether they can be had here
   restoreAdaptersOfPlugins, // those of all plugins stand here
+  prepareDevices, // whether they can be had here
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
@@ -420,6 +420,20 @@ async function openRestoreWorkPath(context: RestoreContext, next: () => Promise<
   }
 }
 
+/**
+ * CRIU mounts every cgroup hierarchy in its work path, and the engine the root file system in a place of its own; they unmount them
+ * unless they are killed. Whoever then removes the directories (we do, the engine, and containerd the bundle) would remove the host's
+ * cgroups, and the container's files.
+ */
+async function unmountLeft(directories: readonly string[], target: RestoreTarget): Promise<void> {
+  const mounts = (await readMountInfo("self"))
+    .map(({ mountPoint }) => mountPoint)
+    .filter((mountPoint) =>
+      directories.some((directory) => mountPoint === directory || mountPoint.startsWith(`${directory}/`)),
+    );
+  for (const mountPoint of mounts.reverse()) await target.unmount(mountPoint);
+}
+
 // ---- devices ---------------------------------------------------------------------------------------------------------
 
 async function prepareDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
@@ -441,20 +455,6 @@ async function prepareDevices(context: RestoreContext, next: () => Promise<void>
 async function restoreDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
   await context.devices?.restore();
   await next();
-}
-
-/**
- * CRIU mounts every cgroup hierarchy in its work path, and the engine the root file system in a place of its own; they unmount them
- * unless they are killed. Whoever then removes the directories (we do, the engine, and containerd the bundle) would remove the host's
- * cgroups, and the container's files.
- */
-async function unmountLeft(directories: readonly string[], target: RestoreTarget): Promise<void> {
-  const mounts = (await readMountInfo("self"))
-    .map(({ mountPoint }) => mountPoint)
-    .filter((mountPoint) =>
-      directories.some((directory) => mountPoint === directory || mountPoint.startsWith(`${directory}/`)),
-    );
-  for (const mountPoint of mounts.reverse()) await target.unmount(mountPoint);
 }
 
 // ---- files -----------------------------------------------------------------------------------------------------------

@@ -603,3 +603,15 @@ export async function unifiedPath(path: string): Promise<string> {
 export async function hostCgroupVersion(): Promise<1 | 2> {
   return (await hierarchies()).version;
 }
+
+/**
+ * Version 1 hierarchies of a host whose containers have cgroups of version 2 (a hybrid host seen without them). The container
+ * is in somebody else's cgroup there, and CRIU would take that with everything below it into the images, make what is missing
+ * at the restore, and give it the limits of then. Told that a file is where to look, it finds no cgroup.
+ */
+export async function foreignHierarchies(pid: number): Promise<[controller: string, path: string][]> {
+  if (pid === 0 || (await hostCgroupVersion()) !== 2) return [];
+  const text = await readFile(`/proc/${pid}/cgroup`, "utf8").catch(() => ""); // it has ended: the engine says so
+  const controllers = [...parseMembership(text).keys()].filter((controller) => controller !== "");
+  return controllers.map((controller) => [controller, "/cgroup.procs"]);
+}

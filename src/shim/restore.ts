@@ -1,15 +1,4 @@
-import {
-  chmod,
-  chown,
-  link,
-  readdir,
-  readFile,
-  readlink,
-  rename,
-  rm,
-  stat,
-  writeFile,
-} from "node:fs/promises";
+import { chmod, chown, link, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import {
   type EngineRestore,
@@ -20,6 +9,7 @@ import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
 import { descendsFrom, kill, killCriu, watchForDeadCriu } from "../criu/leftovers.ts";
 import { Unsupported } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
+import { programOf } from "../linux/proc.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
@@ -82,9 +72,9 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
       if (cgroup !== undefined && !engine.systemdCgroup && !["full", "strict"].includes(cgroupsMode))
         await makeCgroup(cgroup);
     },
+    removeCgroup: () => task.undo("remove the cgroup of a failed restore", removeCgroups(task, spec)),
     deviceMap: cedanaAnnotations(spec).gpuMap,
     cgroup: () => task.cgroup(),
-    removeCgroup: () => task.undo("remove the cgroup of a failed restore", removeCgroups(task, spec)),
     engineRestore: (options) => engineRestore(task, work, engine, spec, options),
     endCriu: (workPath) => task.undo("end what is left of CRIU", endCriu(task, spec, workPath)),
     undoEngineRestore: () => task.undoEngineRestore(work),
@@ -268,7 +258,7 @@ class BundleConfig {
       if (error.code !== "EEXIST") throw error; // an attempt before a crash
     });
     const text = await readFile(this.#original, "utf8");
-    const hook = { path: await keeperProgram(keeperPid), args: ["cedana-loopback"], timeout: 10 };
+    const hook = { path: await programOf(keeperPid), args: ["cedana-loopback"], timeout: 10 };
     await writeFile(`${this.#path}.new`, withHook(text, "createRuntime", hook, this.#path), { mode: 0o600 });
     await rename(`${this.#path}.new`, this.#path);
   }
@@ -278,11 +268,4 @@ class BundleConfig {
       if (error.code !== "ENOENT") throw error; // it wasn't changed
     });
   }
-}
-
-/** The keeper's program as it is installed now; where it has gone, the one that runs. */
-async function keeperProgram(pid: number): Promise<string> {
-  const exe = `/proc/${pid}/exe`;
-  const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
-  return (await stat(installed).catch(() => undefined)) ? installed : exe;
 }
