@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "cuda.h"
+#include "sealed.h"
 #include "seqpacket.h"
 #include "sockets.h"
 #include "support.h"
@@ -221,6 +222,7 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
     Napi::Value (*function)(const Napi::CallbackInfo&);
   } bindings[] = {
       {"netlinkDump", NetlinkDump},
+      {"sealedCopy", SealedCopy},
       {"socketOf", SocketOf},
       {"kcmp", Kcmp},
       {"tryHandle", TryHandle},

@@ -1,4 +1,4 @@
-import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { chmod, copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
@@ -72,8 +72,8 @@ export interface DumpRequest {
 export type DumpPlace =
   /** A directory of the caller's, absolute, made when missing: CRIU's images lie in it. `temporary`: the caller reads and removes it. */
   | { readonly imagePath: string; readonly temporary?: boolean }
-  /** A directory of our store: the checkpoint becomes a directory in it, with CRIU's images in `checkpoint/`. */
-  | { readonly directory: string; readonly generation: string };
+  /** A directory of our store: the checkpoint becomes a directory in it, with CRIU's images in `checkpoint/`. `temporary`: for now. */
+  | { readonly directory: string; readonly generation: string; readonly temporary?: boolean };
 
 /** What CRIU is told by way of the engine. */
 export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunning" | "policy"> {
@@ -271,8 +271,8 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
  * older checkpoint gives way. Otherwise a machine that fails loses nothing that was there, and the caller doesn't wait for the disk.
  */
 async function mustSync({ request: { place }, staging }: DumpContext): Promise<boolean> {
-  if (!("imagePath" in place)) return true;
-  return !place.temporary && (await staging.replaces());
+  if (place.temporary) return false;
+  return !("imagePath" in place) || (await staging.replaces());
 }
 
 /** Where CRIU's images are made. */
@@ -567,6 +567,8 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
   facts.catch(() => {}); // looked at below
   await next();
   const { target, request, startedAt, staging } = context;
+  // As the engines write it, everybody may read it.
+  await chmod(join(imagesIn(context), "descriptors.json"), 0o600).catch(() => undefined); // ENOENT: CRIU without an engine
   const [cpu, image] = await facts;
   const files = await context.follower?.finish();
   await writeManifest(

@@ -171,7 +171,7 @@ export class Task {
     const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
     killPolicy(spec); // a signal that doesn't exist is refused now, not when it is needed
     execKillPolicy(spec, {});
-    const restore = await restoreSourceOf(pod, request, options.criuImagePath, spec);
+    const restore = await restoreSourceOf(pod, request, options, spec);
     const state = restore ? "createdFromCheckpoint" : "created";
     const init = new Process("", request.id, request.stdio, state);
     const task = new Task(pod, request.id, request.bundle, options, init, restore);
@@ -949,7 +949,7 @@ export class Task {
 async function restoreSourceOf(
   pod: Pod,
   request: CreateRequest,
-  criuImagePath: string,
+  { criuImagePath, binaryName }: RuntimeOptions,
   spec: OciSpec,
 ): Promise<RestoreSource | undefined> {
   const asked = request.checkpoint || criuImagePath || undefined;
@@ -957,6 +957,8 @@ async function restoreSourceOf(
   const { chooseRestoreSource } = await import("./restore-source.ts");
   return await chooseRestoreSource(spec, asked, {
     id: request.id,
+    bundle: request.bundle,
+    engine: binaryName || "runc",
     namespace: pod.namespace,
     terminal: request.stdio.terminal,
     log: taskLogger(pod.log, request.bundle, request.id),

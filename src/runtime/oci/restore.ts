@@ -2,7 +2,7 @@ import { mkdir, rm, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
 import { CriuFailed } from "../../errors/index.ts";
-import { engineVersion } from "../engine.ts";
+import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoredContainer } from "../restored-container.ts";
 import { readSpec } from "../spec.ts";
@@ -37,7 +37,9 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
   const target: RestoreTarget = {
     what: `container ${id}`,
     directory: scratch,
-    container: restoredContainer(spec),
+    container: restoredContainer(spec, bundle, features, {
+      rootfs: resolve(bundle, spec.root?.path ?? "rootfs"),
+    }),
     log: wrapper.log,
     policy: (manifest) => {
       const policy = restorePolicy(options, spec, manifest);
@@ -55,7 +57,7 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       await cgroup.make();
     },
     removeCgroup: () => cgroup.remove(),
-    engineRestore: async ({ imagePath, workPath: work, policy }) => {
+    engineRestore: async ({ imagePath, workPath: work, policy, externalMounts }) => {
       const { argv, criuConfig } = engineArguments(
         "restore",
         features,
@@ -67,7 +69,11 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       if (kill && known === undefined)
         writeMarker(call.marker, { version: 1, id, root, engine, globalArgv, kill });
       const since = Date.now();
-      const env = await criuConfigFile(join(scratch, "criu.conf"), [...criuConfig, ...cgroup.lines]);
+      const env = await criuConfigFile(join(scratch, "criu.conf"), [
+        ...criuConfig,
+        ...cgroup.lines,
+        ...criuSettings({ externalMounts }).split("\n").filter(Boolean),
+      ]);
       const command = [
         engine,
         ...globalArgv,
