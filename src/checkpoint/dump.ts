@@ -21,6 +21,7 @@ import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts"
 import { cpuFacts } from "./cpu.ts";
 import { type Follower, followFiles } from "./digest.ts";
 import { freezeMarker } from "./freeze-marker.ts";
+import { findGpuMounts } from "./gpu-mounts.ts";
 import { type CheckpointManifest, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
@@ -81,6 +82,8 @@ export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunni
   readonly imagePath: string;
   readonly workPath: string;
   readonly networkLock: NetworkLock;
+  /** mounts that the engine doesn't know to come from outside, and what CRIU is to call them */
+  readonly externalMounts: readonly { readonly key: string; readonly source: string }[];
 }
 
 /** What is dumped, as its owner has it: the shim a task, the OCI runtime a container. */
@@ -380,11 +383,12 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
   // A repetition has been looked at, and may be in the middle of CRIU's work.
   if (!target.hasEnded && !request.repeated) {
     const { engine, terminal } = target.facts;
+    const gpuMounts = await findGpuMounts(target.initPid, target.mountPoints);
     const report = await findBlockers(
       {
         pids: await (await target.cgroup()).pids(),
         rootPid: target.initPid,
-        spec: { mountPoints: target.mountPoints, terminal },
+        spec: { mountPoints: [...target.mountPoints, ...gpuMounts.map((one) => one.mountPoint)], terminal },
         destination: context.staging.path,
         policy: request.policy,
         engine: engine.name === "runc" || engine.name === "crun" ? engine.name : undefined,
@@ -532,8 +536,18 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
   }
   if (!target.paused && !target.hasEnded)
     await writeFile(freezeMarker(target.directory), dumpingMark(request), { mode: 0o600 });
+  const gpuMounts = target.hasEnded ? [] : await findGpuMounts(target.initPid, target.mountPoints);
+  const externalMounts = gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key }));
   try {
-    await target.engineCheckpoint({ imagePath, workPath, parentPath, leaveRunning, policy, networkLock });
+    await target.engineCheckpoint({
+      imagePath,
+      workPath,
+      parentPath,
+      leaveRunning,
+      policy,
+      networkLock,
+      externalMounts,
+    });
   } catch (error) {
     if (error instanceof WrongState) throw error; // before CRIU was asked
     throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");

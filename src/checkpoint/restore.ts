@@ -12,6 +12,7 @@ import {
 } from "./compare.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
+import { makeMountPoint } from "./gpu-mounts.ts";
 import { readImageFacts } from "./image-facts.ts";
 import type { CheckpointManifest } from "./manifest.ts";
 import { findFaultsOfFiles, type OpenCheckpoint, openDirectoryOf } from "./open.ts";
@@ -112,6 +113,7 @@ export const restoreSteps = [
   openRestoreWorkPath,
   prepareNetwork,
   prepareCgroup,
+  prepareMountPoints,
   // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
   criuRestore, // the container runs from here on; when what follows fails, it is ended
   // Devices: a step here restores them, before anybody is told that the container runs.
@@ -309,6 +311,17 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
     await target.removeCgroup();
     throw error;
   }
+}
+
+/** CRIU mounts on what is there. In a fresh root file system it isn't, where somebody past the engine had made it in the old one. */
+async function prepareMountPoints(
+  { externalMounts, target }: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  const { rootfs } = target.container;
+  for (const { mountPoint, source } of externalMounts)
+    if (rootfs !== undefined && mountPoint !== undefined) await makeMountPoint(rootfs, mountPoint, source);
+  await next();
 }
 
 // ---- CRIU ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import { Command, Flags } from "@oclif/core";
 import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./archive.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
+import { GpuReport, GpuTrace } from "./gpu.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
 import { Preflight } from "./preflight.ts";
 import { Setup } from "./setup.ts";
@@ -55,6 +56,8 @@ export const commands = {
   "archive:extract": ArchiveExtract,
   "archive:show": ArchiveShow,
   "archive:verify": ArchiveVerify,
+  "gpu:report": GpuReport,
+  "gpu:trace": GpuTrace,
   preflight: Preflight,
   setup: Setup,
 };

@@ -12,7 +12,8 @@ import { parseBytes, parseDuration } from "./spec.ts";
  *   {
  *     "annotations": { "deny": ["lazy"], "hooks": false },
  *     "restoreFromPaths": ["/srv/checkpoints"],
- *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" }
+ *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" },
+ *     "gpu": { "tracing": true, "traceMaxBytes": "64Mi" }
  *   }
  */
 export interface Configuration {
@@ -40,6 +41,12 @@ export interface Configuration {
     /** what no rootfs diff may exceed, whatever the container says */
     readonly rootfsMaxBytes: number;
   };
+  readonly gpu: {
+    /** `cedana.io/gpu-tracing` lets containers write into a directory of this node */
+    readonly tracing: boolean;
+    /** of one process's traces; a program that means ill can write more */
+    readonly traceMaxBytes: number;
+  };
 }
 
 const MAX_BYTES = 1024 * 1024;
@@ -63,6 +70,7 @@ function defaults(): Configuration {
       rootfsExclude: [],
       rootfsMaxBytes: 4 * 1024 ** 3,
     },
+    gpu: { tracing: false, traceMaxBytes: 64 * 1024 ** 2 },
   };
 }
 
@@ -127,7 +135,7 @@ export function parseConfiguration(text: string, path: string): Configuration {
       wrong(`${name}: ${JSON.stringify(value)} is not an absolute path`);
     return normalize(value).replace(/(?<=.)\/$/, "");
   };
-  const top = object(json, "the file", ["annotations", "restoreFromPaths", "checkpoints"]);
+  const top = object(json, "the file", ["annotations", "restoreFromPaths", "checkpoints", "gpu"]);
   const annotations = object(top.annotations, "annotations", ["deny", "hooks"]);
   const checkpoints = object(top.checkpoints, "checkpoints", [
     "directory",
@@ -162,6 +170,12 @@ export function parseConfiguration(text: string, path: string): Configuration {
   const size = asText(checkpoints.rootfsMaxBytes, "checkpoints.rootfsMaxBytes");
   const rootfsMaxBytes = size === undefined ? otherwise.checkpoints.rootfsMaxBytes : parseBytes(size);
   if (rootfsMaxBytes === undefined) return wrong('checkpoints.rootfsMaxBytes is not a size such as "512Mi"');
+  const gpu = object(top.gpu, "gpu", ["tracing", "traceMaxBytes"]);
+  const { tracing = otherwise.gpu.tracing } = gpu;
+  if (typeof tracing !== "boolean") return wrong("gpu.tracing is neither true nor false");
+  const traceSize = asText(gpu.traceMaxBytes, "gpu.traceMaxBytes");
+  const traceMaxBytes = traceSize === undefined ? otherwise.gpu.traceMaxBytes : parseBytes(traceSize);
+  if (traceMaxBytes === undefined) return wrong('gpu.traceMaxBytes is not a size such as "64Mi"');
   return {
     annotations: { deny: strings(annotations.deny, "annotations.deny") ?? otherwise.annotations.deny, hooks },
     restoreFromPaths: (strings(top.restoreFromPaths, "restoreFromPaths") ?? []).map((one) =>
@@ -176,5 +190,6 @@ export function parseConfiguration(text: string, path: string): Configuration {
       rootfsExclude: strings(checkpoints.rootfsExclude, "checkpoints.rootfsExclude") ?? [],
       rootfsMaxBytes,
     },
+    gpu: { tracing, traceMaxBytes },
   };
 }

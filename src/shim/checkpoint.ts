@@ -86,13 +86,14 @@ export async function engineCheckpoint(
   engine: Engine,
   options: EngineDump,
 ): Promise<void> {
-  const { imagePath, workPath, parentPath, leaveRunning, policy, networkLock } = options;
+  const { imagePath, workPath, parentPath, leaveRunning, policy, networkLock, externalMounts } = options;
   const logFile = join(task.bundle, "checkpoint.log.json");
   const outputPath = join(task.bundle, "checkpoint.out");
   const configFile = await criuConfigFile(task.bundle, "dump", {
     tcpClose: policy.tcp === "close",
     skipInFlight: policy.tcp === "skip-in-flight",
     networkLock: networkLock === "default" ? undefined : networkLock,
+    externalMounts,
     cgroupRoots: await foreignHierarchies(task.init.pid),
   });
   try {

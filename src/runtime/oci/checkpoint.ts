@@ -5,7 +5,13 @@ import { explainCriuLog } from "../../criu/log.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
-import { type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
+import {
+  criuConfig as criuSettings,
+  type EngineFeatures,
+  engineVersion,
+  failureFrom,
+  lastErrorIn,
+} from "../engine.ts";
 import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
@@ -120,6 +126,7 @@ async function runEngine(
     workPath,
     parentPath,
     networkLock = "default",
+    externalMounts = [],
   }: Pick<EngineDump, "imagePath" | "parentPath"> & Partial<EngineDump>,
 ): Promise<void> {
   const scratch = scratchOf(call);
@@ -131,6 +138,7 @@ async function runEngine(
   ]);
   if (networkLock !== "default" && !options.has("network-lock"))
     criuConfig.push(`network-lock ${networkLock}`);
+  criuConfig.push(...criuSettings({ externalMounts }).split("\n").filter(Boolean));
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
   const outputPath = join(scratch, "output");
