@@ -19,10 +19,11 @@ import { hasNetworkSockets } from "../linux/net.ts";
 import { IMAGES_DIRECTORY } from "./archive/layout.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { cpuFacts } from "./cpu.ts";
+import { type DeviceDump, deviceSlot } from "./device-slot.ts";
 import { type Follower, followFiles } from "./digest.ts";
 import { freezeMarker } from "./freeze-marker.ts";
 import { findGpuMounts } from "./gpu-mounts.ts";
-import { type CheckpointManifest, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
+import { type CheckpointManifest, type GpuFacts, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
@@ -80,6 +81,8 @@ export type DumpPlace =
 export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunning" | "policy"> {
   /** directory of CRIU's images */
   readonly imagePath: string;
+  /** CRIU's own plugins keep away: what they would do is done */
+  readonly withoutPlugins: boolean;
   readonly workPath: string;
   readonly networkLock: NetworkLock;
   /** mounts that the engine doesn't know to come from outside, and what CRIU is to call them */
@@ -131,6 +134,7 @@ interface DumpContext extends ChainContext {
   criu: string | undefined;
   layers: Layers | undefined;
   follower: Follower | undefined;
+  devices: DeviceDump | undefined;
   frozenMs: number;
   /** the processes are in the images alone now */
   ended: boolean;
@@ -145,11 +149,14 @@ export const dumpSteps = [
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
   checkOptions, // before anything is frozen
+  findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
   findLayers,
   takeTurn, // from here on no other call changes the container's state
+  lockDevices, // while the processes run; on the way back they get them again
   freeze, // nothing below may wait for the container: it stands still
   detectNetwork, // on the frozen container: nobody opens a socket any more
+  checkpointDevices, // their state goes to the processes' memory, and the devices are let go
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
   criuDump,
@@ -187,6 +194,7 @@ export async function dump(
     criu: undefined,
     layers: undefined,
     follower: undefined,
+    devices: undefined,
     frozenMs: 0,
     ended: false,
     times: [],
@@ -236,6 +244,8 @@ interface Attempt {
   /** `dumped`: the images are whole; `committing`: the manifest, too, and they are being put in their place */
   phase: "begun" | "dumped" | "committing";
   rootfsDiff?: RootfsDiffFacts;
+  /** the devices' state is in the processes' memory; null: it turned out that nobody has any */
+  gpu?: GpuFacts | null;
 }
 
 async function openStaging(context: DumpContext, next: () => Promise<void>): Promise<void> {
@@ -393,10 +403,56 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
         policy: request.policy,
         engine: engine.name === "runc" || engine.name === "crun" ? engine.name : undefined,
         ...(criu !== undefined && { criu: { version: criu } }),
+        ...(context.devices && { pluginDevices: context.devices.devices }),
       },
       { signal: context.signal },
     );
     if (!report.ok) throw new WrongState(refusalOf(target.what, report));
+  }
+  await next();
+}
+
+// ---- devices ---------------------------------------------------------------------------------------------------------
+
+async function findDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target } = context;
+  if (!target.hasEnded) context.devices = await deviceSlot()?.findForDump(target);
+  await using _ = { [Symbol.asyncDispose]: async () => await context.devices?.close() };
+  await next();
+}
+
+async function lockDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { devices, attempt, target } = context;
+  if (!devices) {
+    await next();
+    return;
+  }
+  try {
+    if (attempt.gpu === undefined) await devices.lock();
+    await next();
+  } catch (error) {
+    if (!context.ended) {
+      const also = await devices.resume().then(
+        () => undefined,
+        (failure: Error) => failure,
+      );
+      if (also) {
+        target.log.error({ err: also }, "give devices back after a failed dump");
+        if (error instanceof Error) error.message += `; ${also.message}`;
+      }
+    }
+    throw error;
+  }
+  if (context.ended) return; // nobody is left to get them
+  await devices.resume();
+  if (attempt.gpu) Object.assign(attempt.gpu, devices.facts(attempt.gpu));
+}
+
+async function checkpointDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { devices, attempt } = context;
+  if (devices && attempt.gpu === undefined) {
+    await devices.checkpoint();
+    await noteAttempt(context, { gpu: devices.facts() ?? null });
   }
   await next();
 }
@@ -547,6 +603,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
       policy,
       networkLock,
       externalMounts,
+      withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
     });
   } catch (error) {
     if (error instanceof WrongState) throw error; // before CRIU was asked
@@ -593,6 +650,7 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
       ...request.origin,
       ...(image && { image }),
       ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),
+      ...(context.attempt.gpu && { gpu: context.attempt.gpu }),
       cpu,
       kernel: release(),
       ...(process.env.CEDANA_BUILD && { cedanaVersion: process.env.CEDANA_BUILD }),

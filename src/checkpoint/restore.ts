@@ -1,7 +1,8 @@
 import { mkdir, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
-import { InvalidRequest } from "../errors/index.ts";
+import { InvalidRequest, Unavailable, Unsupported } from "../errors/index.ts";
+import type { Cgroup } from "../linux/cgroup.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import {
   compareToContainer,
@@ -10,6 +11,7 @@ import {
   nodeFacts,
   type RestoredContainer,
 } from "./compare.ts";
+import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
 import { makeMountPoint } from "./gpu-mounts.ts";
@@ -49,6 +51,8 @@ export interface EngineRestore {
   readonly policy: CriuPolicy;
   /** besides those that the engine tells CRIU of */
   readonly externalMounts: readonly ExternalMount[];
+  /** CRIU's own plugins keep away: what they would do is done by others */
+  readonly withoutPlugins: boolean;
 }
 
 /** A container that may be restored, as its configuration has it. */
@@ -71,6 +75,12 @@ export interface RestoreTarget extends RestoreCandidate {
   /** The container's cgroup is where its configuration says, whatever the images say. */
   prepareCgroup(policy: CriuPolicy): Promise<void>;
   removeCgroup(): Promise<void>;
+  /** which device becomes which (`cedana.io/gpu-map`) */
+  readonly deviceMap?: string | undefined;
+  /** the engine's restore returns when the container has ended, not when it runs */
+  readonly inForeground?: boolean;
+  /** Of the restored container. */
+  cgroup(): Promise<Cgroup>;
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
   /** After a failure: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
@@ -92,6 +102,7 @@ export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
   workPath: string;
+  devices: DeviceRestore | undefined;
 }
 
 type RestoreStep = Step<RestoreContext>;
@@ -111,12 +122,13 @@ export const restoreSteps = [
   ...restoreChecks,
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
+  prepareDevices, // whether they can be had here
   prepareNetwork,
   prepareCgroup,
   prepareMountPoints,
   // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
   criuRestore, // the container runs from here on; when what follows fails, it is ended
-  // Devices: a step here restores them, before anybody is told that the container runs.
+  restoreDevices, // before anybody is told that the container runs
   // Hooks in the container: a step after that, the last one.
 ] as const satisfies readonly RestoreStep[];
 
@@ -142,6 +154,7 @@ export async function restore(
     target,
     request,
     workPath: "",
+    devices: undefined,
   };
   await runChain("restore", attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
   const times = timesByStep(context.times);
@@ -292,6 +305,29 @@ async function openRestoreWorkPath(context: RestoreContext, next: () => Promise<
   }
 }
 
+// ---- devices ---------------------------------------------------------------------------------------------------------
+
+async function prepareDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, target } = context;
+  const facts = checkpoint.manifest?.gpu;
+  if (facts) {
+    const slot = deviceSlot();
+    if (!slot) throw new Unavailable("the checkpoint has GPU state, and this program can't restore any");
+    if (target.inForeground && facts.means !== "criu-plugin")
+      throw new Unsupported(
+        `the checkpoint has GPU state, which is restored when the container runs: restore ${target.what} in the background (--detach)`,
+      );
+    context.devices = await slot.prepareRestore(target, facts);
+  }
+  await using _ = { [Symbol.asyncDispose]: async () => await context.devices?.close() };
+  await next();
+}
+
+async function restoreDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await context.devices?.restore();
+  await next();
+}
+
 // ---- the container's surroundings ------------------------------------------------------------------------------------
 
 async function prepareNetwork({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
@@ -327,10 +363,16 @@ async function prepareMountPoints(
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, externalMounts, policy, request, target, workPath } = context;
+  const { checkpoint, devices, externalMounts, policy, request, target, workPath } = context;
   try {
     await target
-      .engineRestore({ imagePath: checkpoint.imagePath, workPath, policy, externalMounts })
+      .engineRestore({
+        imagePath: checkpoint.imagePath,
+        workPath,
+        policy,
+        externalMounts,
+        withoutPlugins: devices?.withoutCriuPlugins ?? false,
+      })
       .catch(async (error: Error) => {
         const what = `restore of ${target.what} from ${request.path}`;
         throw await criuFailure(what, error, workPath, "restore.log");

@@ -12,6 +12,8 @@ import {
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { pino } from "pino";
+import { fillDeviceSlot } from "../checkpoint/device-slot.ts";
+import { gpuSlot } from "../gpu/slot.ts";
 import { flock, setCloexec } from "../linux/addon.ts";
 import { ShimServer } from "../shim/shim-server.ts";
 import { apiSocketName, daemonSocketName } from "../shim/socket-name.ts";
@@ -47,6 +49,8 @@ const socketPath = join(runDirectory, daemonSocketName());
 const pidFile = join(runDirectory, "cedanad.pid");
 
 takeLock(`${socketPath}.lock`);
+
+fillDeviceSlot(gpuSlot);
 
 const runtime = new RuntimeServer({ log, endBelowConmon: () => end("conmon waits for its children") });
 await runtime.revive(runDirectory);

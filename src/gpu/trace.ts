@@ -128,8 +128,7 @@ function readSums(line: string, trace: Trace): void {
   trace.otherData.dropped = dropped;
   for (const [name, total] of Object.entries(calls)) {
     const numbers = [total?.calls, total?.bytes, total?.ns, total?.errors];
-    if (numbers.every((number) => typeof number === "number"))
-      trace.otherData.calls[name] = total;
+    if (numbers.every((number) => typeof number === "number")) trace.otherData.calls[name] = total;
   }
 }
 

@@ -276,6 +276,8 @@ export interface CedanaAnnotations {
   readonly shellJob?: boolean;
   /** what to restore instead of starting afresh: a name in the store, NAME@GENERATION, or a path */
   readonly restoreFrom?: string;
+  /** which GPU of the checkpoint becomes which here: OLD=NEW,… of UUIDs or indexes */
+  readonly gpuMap?: string;
   /** what becomes of a container whose restore fails; default: it fails */
   readonly onRestoreFailure?: "fail" | "fresh";
   /** a checkpoint is taken again and again, in the store */
@@ -303,6 +305,7 @@ const policies = [
   ["ext-unix", "extUnix", flag],
   ["shell-job", "shellJob", flag],
   ["restore-from", "restoreFrom", "text"],
+  ["gpu-map", "gpuMap", "text"],
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
   [
     "checkpoint-every",

@@ -86,7 +86,16 @@ export async function engineCheckpoint(
   engine: Engine,
   options: EngineDump,
 ): Promise<void> {
-  const { imagePath, workPath, parentPath, leaveRunning, policy, networkLock, externalMounts } = options;
+  const {
+    imagePath,
+    workPath,
+    parentPath,
+    leaveRunning,
+    policy,
+    networkLock,
+    externalMounts,
+    withoutPlugins,
+  } = options;
   const logFile = join(task.bundle, "checkpoint.log.json");
   const outputPath = join(task.bundle, "checkpoint.out");
   const configFile = await criuConfigFile(task.bundle, "dump", {
@@ -94,6 +103,7 @@ export async function engineCheckpoint(
     skipInFlight: policy.tcp === "skip-in-flight",
     networkLock: networkLock === "default" ? undefined : networkLock,
     externalMounts,
+    pluginDirectory: withoutPlugins ? workPath : undefined,
     cgroupRoots: await foreignHierarchies(task.init.pid),
   });
   try {

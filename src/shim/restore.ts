@@ -8,7 +8,13 @@ import {
 import { hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
-import { cgroupPathV2, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
+import {
+  cedanaAnnotations,
+  cgroupPathV2,
+  type OciSpec,
+  ownsNetworkNamespace,
+  withHook,
+} from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
@@ -55,6 +61,8 @@ export async function restore(task: Task, work: Work, path: string): Promise<voi
       if (cgroup !== undefined && !engine.systemdCgroup && !["full", "strict"].includes(cgroupsMode))
         await makeCgroup(cgroup);
     },
+    deviceMap: cedanaAnnotations(spec).gpuMap,
+    cgroup: () => task.cgroup(),
     removeCgroup: () => task.undo("remove the cgroup of a failed restore", task.removeCgroup()),
     engineRestore: (options) => engineRestore(task, work, engine, spec, options),
     undoEngineRestore: () => task.undoEngineRestore(work),
@@ -76,12 +84,13 @@ async function engineRestore(
   work: Work,
   engine: Engine,
   spec: OciSpec,
-  { imagePath, workPath, policy, externalMounts }: EngineRestore,
+  { imagePath, workPath, policy, externalMounts, withoutPlugins }: EngineRestore,
 ): Promise<void> {
   const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
     externalMounts,
+    pluginDirectory: withoutPlugins ? workPath : undefined,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
   try {

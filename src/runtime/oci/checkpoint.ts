@@ -127,6 +127,7 @@ async function runEngine(
     parentPath,
     networkLock = "default",
     externalMounts = [],
+    withoutPlugins = false,
   }: Pick<EngineDump, "imagePath" | "parentPath"> & Partial<EngineDump>,
 ): Promise<void> {
   const scratch = scratchOf(call);
@@ -140,6 +141,7 @@ async function runEngine(
     criuConfig.push(`network-lock ${networkLock}`);
   criuConfig.push(...criuSettings({ externalMounts }).split("\n").filter(Boolean));
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
+  if (withoutPlugins) criuConfig.push(`libdir "${work}"`);
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
   const outputPath = join(scratch, "output");
   const command = [

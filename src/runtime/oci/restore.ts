@@ -1,16 +1,18 @@
 import { mkdir, rm, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
-import { CriuFailed } from "../../errors/index.ts";
+import { CriuFailed, NotFound } from "../../errors/index.ts";
+import { Cgroup } from "../../linux/cgroup.ts";
 import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoredContainer } from "../restored-container.ts";
-import { readSpec } from "../spec.ts";
+import { cedanaAnnotations, cgroupName, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
 import { readMarker, removeMarker, writeMarker } from "./marker.ts";
 import { restoreCgroup } from "./restore-cgroup.ts";
+import { containerState } from "./state.ts";
 
 /*
  * `restore`: the chain of src/checkpoint with a container for its target. The engine's own restore is run by the wrapper with the
@@ -57,7 +59,14 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       await cgroup.make();
     },
     removeCgroup: () => cgroup.remove(),
-    engineRestore: async ({ imagePath, workPath: work, policy, externalMounts }) => {
+    deviceMap: cedanaAnnotations(spec).gpuMap,
+    inForeground: !detached,
+    cgroup: async () => {
+      const state = await containerState(call);
+      if (state === undefined) throw new NotFound(`container ${id} has ended`);
+      return await Cgroup.of(state.pid, cgroupName(spec, id));
+    },
+    engineRestore: async ({ imagePath, workPath: work, policy, externalMounts, withoutPlugins }) => {
       const { argv, criuConfig } = engineArguments(
         "restore",
         features,
@@ -73,6 +82,7 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
         ...criuConfig,
         ...cgroup.lines,
         ...criuSettings({ externalMounts }).split("\n").filter(Boolean),
+        ...(withoutPlugins ? [`libdir "${work}"`] : []),
       ]);
       const command = [
         engine,

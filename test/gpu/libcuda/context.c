@@ -21,6 +21,7 @@ static CUcontext make(int device, unsigned flags) {
     return NULL;
   }
   pthread_mutex_lock(&mutex);
+  device_hold(); /* who makes no context, but controls others, holds none */
   context->next = contexts;
   contexts = context;
   pthread_mutex_unlock(&mutex);

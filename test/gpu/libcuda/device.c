@@ -105,11 +105,7 @@ EXPORT CUresult cuInit(unsigned flags) {
   if (!initialised) {
     devices = devices_now();
     result = devices.count == 0 ? CUDA_ERROR_NO_DEVICE : control_start();
-    if (result == CUDA_SUCCESS) {
-      /* Who only controls others (CEDANA_TEST_GPU_CALLER) uses no GPU. */
-      if (!getenv("CEDANA_TEST_GPU_CALLER")) device_hold();
-      initialised = true;
-    }
+    initialised = result == CUDA_SUCCESS;
   }
   pthread_mutex_unlock(&once);
   return result;
