@@ -61,7 +61,7 @@ function run(program: string, standIn: string, variant: (typeof variants)[number
       CEDANA_TEST_GPU_DIR: join(place, "gpu"),
       ...(variant !== "driver" && {
         LD_PRELOAD: join(root, "build/gpu/libcuda.so.1"),
-        CEDANA_GPU_DRIVER: join(standIn, "libcuda.so.1"),
+        CEDANA_GPU_LIBCUDA: join(standIn, "libcuda.so.1"),
       }),
       ...(variant === "tracing" && { CEDANA_GPU_TRACE: join(place, "trace") }),
     },

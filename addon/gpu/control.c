@@ -27,7 +27,11 @@ static struct {
   int error;     /* the driver's first */
 } synchronisation;
 
-static uint64_t lease_until; /* 0: none */
+/*
+ * How long a quiesced process still waits; 0: it has no lease. Counted down rather than a time on the clock, which is another one after a
+ * restore on another machine.
+ */
+static uint64_t lease_left_ns, lease_looked_ns;
 
 static int driver1(const char *name, uint64_t a) {
   void *target = driver_symbol(name);
@@ -119,7 +123,7 @@ static void set_state(struct mailbox *out, uint32_t state) {
 }
 
 static void resume(struct mailbox *out) {
-  lease_until = 0;
+  lease_left_ns = 0;
   gate_open();
   set_state(out, MAILBOX_RUNNING);
 }
@@ -134,7 +138,8 @@ static uint32_t quiesce(struct mailbox *out) {
     return status;
   }
   set_state(out, MAILBOX_QUIESCED);
-  lease_until = out->lease_ms ? now_ns() + out->lease_ms * MS : 0;
+  lease_left_ns = out->lease_ms * MS;
+  lease_looked_ns = now_ns();
   return MAILBOX_OK;
 }
 
@@ -165,9 +170,16 @@ static void answer(struct mailbox *out, uint32_t request) {
 
 static uint64_t patience(void) {
   uint64_t period = process->tracing ? TRACE_PERIOD_NS : 0;
-  if (lease_until == 0) return period;
-  uint64_t now = now_ns(), left = lease_until > now ? lease_until - now : 1;
-  return period && period < left ? period : left;
+  if (lease_left_ns == 0) return period;
+  return period && period < lease_left_ns ? period : lease_left_ns;
+}
+
+static void look_at_lease(struct mailbox *mailbox) {
+  if (lease_left_ns == 0) return;
+  uint64_t now = now_ns(), gone = now > lease_looked_ns ? now - lease_looked_ns : 0;
+  lease_looked_ns = now;
+  if (gone < lease_left_ns) lease_left_ns -= gone;
+  else resume(mailbox);
 }
 
 static void *control(void *argument) {
@@ -177,7 +189,7 @@ static void *control(void *argument) {
     uint32_t request = __atomic_load_n(&mailbox->request, __ATOMIC_ACQUIRE);
     if (request != seen) answer(mailbox, seen = request);
     else futex_wait(&mailbox->request, seen, patience(), true);
-    if (lease_until && now_ns() >= lease_until) resume(mailbox);
+    look_at_lease(mailbox);
     if (process->tracing) trace_drain();
   }
   return NULL;
@@ -185,7 +197,7 @@ static void *control(void *argument) {
 
 /* Without a mailbox or a thread (a limit on processes, a seccomp filter) the program runs as it would; it only can't be asked. */
 void control_begin(void) {
-  lease_until = 0;
+  lease_left_ns = 0;
   memset(&synchronisation, 0, sizeof synchronisation);
   long fd = kernel(SYS_memfd_create, (long)MAILBOX_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING, 0, 0, 0, 0);
   if (fd < 0) return;

@@ -3,7 +3,7 @@
  *
  * By name nobody can open it any more: the dynamic linker takes us for libcuda.so.1, which is the purpose. By an absolute path it
  * can, and keeps both apart (glibc compares paths and inodes there, not SONAMEs). A namespace of its own (dlmopen) would bring a second
- * libc with its own threads and is no way. So its directory must be found as the linker would have: CEDANA_GPU_DRIVER (a
+ * libc with its own threads and is no way. So its directory must be found as the linker would have: CEDANA_GPU_LIBCUDA (a
  * file), LD_LIBRARY_PATH, the linker's cache, the usual places. An rpath of the program is not looked at.
  *
  * cuGetProcAddress is how newer programs, and every runtime library since 11.3, come by their functions. The driver is asked first, with
@@ -13,7 +13,6 @@
  */
 #include "gpu.h"
 
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,10 +35,10 @@ static uint32_t looked;
 
 static void *try_open(const char *path) {
   if (kernel(SYS_access, (long)path, 4 /* R_OK */, 0, 0, 0, 0) != 0) return NULL;
-  void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  void *handle = library_open(path);
   if (!handle) return NULL;
-  if (!dlsym(handle, "cedana_gpu_interception") && dlsym(handle, "cuInit")) return handle;
-  dlclose(handle);
+  if (!library_symbol(handle, "cedana_gpu_interception") && library_symbol(handle, "cuInit")) return handle;
+  library_close(handle);
   return NULL;
 }
 
@@ -119,7 +118,7 @@ static void *find_driver(void) {
   static const char usual[] =
       "/usr/lib/x86_64-linux-gnu:/usr/lib64:/usr/lib:/lib/x86_64-linux-gnu:/lib64:/usr/local/nvidia/lib64:/usr/lib/nvidia:"
       "/run/opengl-driver/lib:/usr/lib/wsl/lib";
-  const char *file = getenv("CEDANA_GPU_DRIVER");
+  const char *file = getenv("CEDANA_GPU_LIBCUDA");
   if (file && *file == '/') return try_open(file); /* named: no other will do */
   void *handle = try_directories(getenv("LD_LIBRARY_PATH"));
   if (!handle) handle = try_linker_cache();
@@ -143,7 +142,7 @@ bool driver_present(void) {
 
 void *driver_symbol(const char *name) {
   void *handle = driver_handle();
-  return handle ? dlsym(handle, name) : NULL;
+  return handle ? library_symbol(handle, name) : NULL;
 }
 
 void *driver_entry(uint32_t index) {

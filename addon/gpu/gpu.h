@@ -8,8 +8,8 @@
  * and how long it took (trace.c), and calls the driver with the caller's arguments untouched. A thread of ours, started with the
  * first call, does what is asked of it through shared memory (control.c).
  *
- * It needs nothing but a libc, and of that only what every glibc since 2.17 and musl have, without versions of symbols: so one binary
- * works in every container. It opens no descriptor that stays, so a program may close all it has. It writes nothing to stderr.
+ * It needs no library by name, and of the libc that is there only what every glibc since 2.17 and musl have, without versions of symbols: so
+ * one binary works in every container. It opens no descriptor that stays, so a program may close all it has. It writes nothing to stderr.
  *
  * Forks: everything that must not be believed in a child lies on one page that the kernel wipes there (MADV_WIPEONFORK); a child that
  * calls the driver begins anew. No lock of ours is ever held over a call of the driver or of the dynamic linker.
@@ -141,6 +141,11 @@ uint64_t trace_dropped(void);
 
 /* control.c */
 void control_begin(void);
+
+/* support.c */
+void *library_open(const char *path);
+void *library_symbol(void *handle, const char *name);
+void library_close(void *handle);
 
 /* support.c: no errno, nothing of libc where the kernel will do */
 long kernel(long number, long a, long b, long c, long d, long e, long f);

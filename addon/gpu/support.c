@@ -1,7 +1,7 @@
 #include "gpu.h"
 
+#include <dlfcn.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
@@ -9,6 +9,46 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
+
+/*
+ * Before glibc 2.34 these are in libdl and libpthread, which a program may not have. Then the libraries are asked for, by what libc has for
+ * its own use. musl has them all.
+ */
+#pragma weak dlopen
+#pragma weak dlsym
+#pragma weak dlclose
+#pragma weak pthread_create
+#pragma weak pthread_detach
+void *__libc_dlopen_mode(const char *name, int mode) __attribute__((weak));
+void *__libc_dlsym(void *handle, const char *name) __attribute__((weak));
+#define RTLD_OF_LIBC 0x80000000 /* __RTLD_DLOPEN, without which it asserts */
+
+static void *from_library(const char *library, const char *name) {
+  void *handle = __libc_dlopen_mode && __libc_dlsym ? __libc_dlopen_mode(library, (int)(RTLD_NOW | RTLD_OF_LIBC)) : NULL;
+  return handle ? __libc_dlsym(handle, name) : NULL;
+}
+
+void *library_open(const char *path) {
+  void *(*function)(const char *, int) = dlopen;
+  if (!function) {
+    void *found = from_library("libdl.so.2", "dlopen");
+    memcpy(&function, &found, sizeof function);
+  }
+  return function ? function(path, RTLD_NOW | RTLD_LOCAL) : NULL;
+}
+
+void *library_symbol(void *handle, const char *name) {
+  void *(*function)(void *, const char *) = dlsym;
+  if (!function) {
+    void *found = from_library("libdl.so.2", "dlsym");
+    memcpy(&function, &found, sizeof function);
+  }
+  return function ? function(handle, name) : NULL;
+}
+
+void library_close(void *handle) {
+  if (dlclose) dlclose(handle); /* without it, a library that isn't the driver stays */
+}
 
 /* Straight to the kernel: the caller's errno is the caller's. Returns -errno. */
 long kernel(long number, long a, long b, long c, long d, long e, long f) {
@@ -93,8 +133,15 @@ int start_thread(void *(*body)(void *), void *argument) {
   /* The kernel's mask: the program's signals are for the program's threads. Inherited by the new one. */
   kernel(SYS_rt_sigprocmask, SIG_SETMASK, (long)&all, (long)&before, 8, 0, 0);
   pthread_t thread;
-  int failed = pthread_create(&thread, NULL, body, argument);
-  if (!failed) pthread_detach(thread);
+  int (*create)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *) = pthread_create;
+  int (*detach)(pthread_t) = pthread_detach;
+  if (!create || !detach) {
+    void *found[] = {from_library("libpthread.so.0", "pthread_create"), from_library("libpthread.so.0", "pthread_detach")};
+    memcpy(&create, &found[0], sizeof create);
+    memcpy(&detach, &found[1], sizeof detach);
+  }
+  int failed = create && detach ? create(&thread, NULL, body, argument) : ENOSYS;
+  if (!failed) detach(thread);
   kernel(SYS_rt_sigprocmask, SIG_SETMASK, (long)&before, 0, 8, 0, 0);
   return failed;
 }

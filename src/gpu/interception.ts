@@ -1,6 +1,7 @@
 import { execFile } from "node:child_process";
-import { TimedOut, Unavailable, WrongState } from "../errors/index.ts";
-import { findGpuFile } from "../runtime/gpu-injection.ts";
+import { readFileSync } from "node:fs";
+import { TimedOut, Unavailable, Unsupported, WrongState } from "../errors/index.ts";
+import { findGpuFile, PRELOADED } from "../runtime/gpu-injection.ts";
 
 /*
  * The interception library in a process, spoken to by cedana-gpu-control (addon/gpu/PROTOCOL.md): what the process has on its GPUs, and
@@ -112,3 +113,74 @@ export function deviceBytes(report: InterceptionReport): number {
 export function blockersOf(report: InterceptionReport): string[] {
   return report.blockers.map(({ what, count }) => (count === 1 ? what : `${what}, ${count} times`));
 }
+
+// ---- around the driver's lock ----------------------------------------------------------------------------------------
+
+/** Since r610 the driver takes memory that processes share by IPC. */
+const IPC_SINCE = 13020;
+const ipc = ["ipcMemory", "ipcEvent", "exportedMemory", "exportedEvent", "importedPool"];
+
+interface NamedProcess {
+  readonly pid: number;
+  readonly comm: string;
+}
+
+function isIntercepted(pid: number): boolean {
+  try {
+    return readFileSync(`/proc/${pid}/maps`, "utf8").includes(` ${PRELOADED}\n`);
+  } catch {
+    return false; // it has ended
+  }
+}
+
+/**
+ * Refuses what the driver is known not to checkpoint, by what the processes' libraries have counted: the driver would say so only when
+ * asked for it, and leave the process broken.
+ * @throws Unsupported naming the process and what it has
+ */
+export async function refuseUncheckpointable(
+  processes: readonly NamedProcess[],
+  what: string,
+): Promise<void> {
+  await Promise.all(
+    processes.map(async ({ pid, comm }) => {
+      if (!isIntercepted(pid)) return;
+      const report = await interceptionReport(pid);
+      const found = (report?.blockers ?? []).filter(
+        ({ kind }) => kind === "managed" || (ipc.includes(kind) && report!.driverVersion < IPC_SINCE),
+      );
+      if (!report || found.length === 0) return;
+      throw new Unsupported(
+        `process ${pid} (${comm}) of ${what} has on its GPUs what the driver can't checkpoint: ${blockersOf({ ...report, blockers: found }).join("; ")}`,
+      );
+    }),
+  );
+}
+
+/**
+ * Brings those that have the library to the boundary of the driver's API and holds them there until disposed of: while the driver locks
+ * them, none is in the middle of cuInit or of a long call. All at once: they may wait for each other's work.
+ * @throws WrongState, TimedOut when one isn't quiet by the deadline: then all of them run on
+ */
+export async function holdAtBoundary(
+  processes: readonly NamedProcess[],
+  deadlineMs: number,
+): Promise<AsyncDisposable> {
+  const intercepted = processes.filter(({ pid }) => isIntercepted(pid));
+  const release = async () => {
+    // One that doesn't answer has ended, or goes on when its lease is over.
+    await Promise.all(intercepted.map(({ pid }) => resume(pid).catch(() => undefined)));
+  };
+  const held = await Promise.allSettled(
+    intercepted.map(({ pid }) => quiesce(pid, { deadlineMs, leaseMs: deadlineMs + LEASE_MARGIN_MS })),
+  );
+  const failure = held.find((result) => result.status === "rejected");
+  if (failure) {
+    await release();
+    throw failure.reason as Error;
+  }
+  return { [Symbol.asyncDispose]: release };
+}
+
+/** For the driver's lock that follows, and for us to say that it is over. */
+const LEASE_MARGIN_MS = 20_000;

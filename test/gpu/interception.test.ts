@@ -100,7 +100,7 @@ describe("the names of the interface", () => {
     const driver = join(programs, "echo/libcuda.so.1");
     const { stdout, stderr } = spawnSync(join(programs, "every-name"), [driver], {
       encoding: "utf8",
-      env: environment({ CEDANA_GPU_DRIVER: driver }),
+      env: environment({ CEDANA_GPU_LIBCUDA: driver }),
     });
     const listed = readFileSync(join(root, "addon/gpu/names.list"), "utf8").match(/^cu.*$/gm)!;
     expect(stderr).toBe("");
@@ -136,15 +136,11 @@ describe("the names of the interface", () => {
 });
 
 describe("the library", () => {
-  it("refers to libc without versions, so that it works with any", () => {
+  it("needs no library by name and no version of a symbol, so that any libc will do", () => {
     const symbols = execFileSync("readelf", ["--dyn-syms", "-W", library], { encoding: "utf8" });
     expect(symbols).not.toMatch(/@+GLIBC/);
     const dynamic = execFileSync("readelf", ["-d", library], { encoding: "utf8" });
-    expect([...dynamic.matchAll(/NEEDED.*\[(.*)\]/g)].map((match) => match[1])).toEqual([
-      "libc.so.6",
-      "libpthread.so.0",
-      "libdl.so.2",
-    ]);
+    expect(dynamic).not.toContain("NEEDED");
   });
 
   it("leaves a program alone that doesn't call the driver", async () => {
@@ -158,7 +154,7 @@ describe("the library", () => {
   it("answers as a machine without GPUs does where there is no driver", () => {
     const { stdout } = spawnSync(join(programs, "things"), ["init"], {
       encoding: "utf8",
-      env: environment({ LD_LIBRARY_PATH: "", CEDANA_GPU_DRIVER: "/nowhere/libcuda.so.1" }),
+      env: environment({ LD_LIBRARY_PATH: "", CEDANA_GPU_LIBCUDA: "/nowhere/libcuda.so.1" }),
     });
     expect(stdout).toBe("cuInit 100\n");
   });
