@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import { chmod, mkdir, readFile, rename, stat, writeFile } from "node:fs/promises";
+import { chmod, link, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { gpuLibraries, gpuTraces, LIBRARY_MOUNT, TRACE_MOUNT } from "../checkpoint/gpu-mounts.ts";
 import { PermissionDenied, Unavailable } from "../errors/index.ts";
@@ -112,6 +112,34 @@ export async function injectGpu(
   if (uid === process.getuid!()) await chmod(temporary, mode & 0o777);
   await rename(temporary, path);
   return await readSpec(bundle);
+}
+
+/**
+ * A bundle's config.json changed for an engine's create. Disposed of, it is the caller's again, who may read it or give it to others; a crash in
+ * between leaves the original beside it, for the next one to put back.
+ */
+export async function injectedConfig(
+  bundle: string,
+  spec: OciSpec,
+  owner: { namespace: string; id: string },
+): Promise<AsyncDisposable> {
+  const [path, original] = [join(bundle, "config.json"), join(bundle, "config.json.before-cedana-gpu")];
+  const putBack = () => rename(original, path).catch(absent);
+  if (!(await wanted(spec))) return { [Symbol.asyncDispose]: async () => {} };
+  if (hasInterception(spec)) await putBack();
+  await rm(original, { force: true });
+  await link(path, original);
+  try {
+    await injectGpu(bundle, await readSpec(bundle), owner);
+  } catch (error) {
+    await putBack();
+    throw error;
+  }
+  return { [Symbol.asyncDispose]: putBack };
+}
+
+function absent(error: NodeJS.ErrnoException): void {
+  if (error.code !== "ENOENT") throw error; // the bundle has gone with its container
 }
 
 /** Whether the container has the library in its configuration. */

@@ -3,7 +3,7 @@ import type { Logger } from "pino";
 import { InvalidRequest, Unsupported } from "../../errors/index.ts";
 import { Pidfd } from "../../linux/addon.ts";
 import { startTime } from "../../linux/proc.ts";
-import { injectGpu } from "../gpu-injection.ts";
+import { injectedConfig } from "../gpu-injection.ts";
 import { type EscalationStep, execKillPolicy, killPolicy, planKill, signalNumber } from "../kill-policy.ts";
 import { annotationsOf, readSpec } from "../spec.ts";
 import { asGiven, type Conversation, type OciAnswer, type OciCall } from "./call.ts";
@@ -34,7 +34,7 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
       `annotation ${unknown} of container ${call.id} by cedana-runtime: it needs a store of checkpoints`,
     );
   const { id, root, engine, globalArgv } = call;
-  await injectGpu(bundle, spec, { namespace: "", id });
+  await using _config = await injectedConfig(bundle, spec, { namespace: "", id });
   const known = readMarker(call.marker);
   // The marker first: a kill right after create must find it. One that is there may be of a container that the engine still has, or
   // of one that somebody deleted past us.
