@@ -180,7 +180,10 @@ export class CallerPlace {
   /** cedana-runtime with our configuration, for Podman: its clean-up after a container passes neither environment nor runtime flags on. */
   #configuredWrapper(): string {
     const path = join(this.dir, "wrapper");
-    writeFileSync(path, `#!/bin/sh\nexec ${wrapper} --cedana-config ${this.config} "$@"\n`, { mode: 0o755 });
+    const environment = `export CEDANA_STATE_DIR=${this.env.CEDANA_STATE_DIR}`; // of a cedanad that this call may start
+    writeFileSync(path, `#!/bin/sh\n${environment}\nexec ${wrapper} --cedana-config ${this.config} "$@"\n`, {
+      mode: 0o755,
+    });
     return path;
   }
 
