@@ -195,6 +195,12 @@ static void *control(void *argument) {
   return NULL;
 }
 
+/* There is something for it to do that nobody has asked for. */
+void control_wake(void) {
+  struct mailbox *mailbox = process->mailbox;
+  if (mailbox) futex_wake(&mailbox->request, true);
+}
+
 /* Without a mailbox or a thread (a limit on processes, a seccomp filter) the program runs as it would; it only can't be asked. */
 void control_begin(void) {
   lease_left_ns = 0;

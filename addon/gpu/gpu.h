@@ -141,6 +141,7 @@ uint64_t trace_dropped(void);
 
 /* control.c */
 void control_begin(void);
+void control_wake(void);
 
 /* support.c */
 void *library_open(const char *path);

@@ -1,8 +1,8 @@
 /*
  * The trace: each call with its time, duration and bytes, and per entry point the sums, in Chrome's trace event format.
  *
- * A thread writes into a ring of its own, without a lock; the control thread empties the rings every 200 ms into one file of the process,
- * below the directory that CEDANA_GPU_TRACE names. What finds no place in a ring is counted, not waited for; the sums are kept beside
+ * A thread writes into a ring of its own, without a lock; the control thread empties the rings every 200 ms, or when one is half full, into one
+ * file of the process, below the directory that CEDANA_GPU_TRACE names. What finds no place in a ring is counted, not waited for; the sums are kept beside
  * the rings, and are whole.
  *
  * The file is a whole JSON document after each write: the end of the document is part of every write, and the next one begins by
@@ -26,7 +26,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 
-#define RING_EVENTS 4096u /* a power of two; at the longest pause of the control thread, 50 us a call */
+#define RING_EVENTS 4096u /* a power of two */
 #define BUFFER_BYTES (256 * 1024)
 #define EVENT_BYTES 384 /* more than one event takes */
 #define DEFAULT_BYTES (64ull * 1024 * 1024)
@@ -74,11 +74,12 @@ void trace_call(struct call *call) {
   total->ns += ns;
   total->bytes += bytes;
   total->errors += call->result != CUDA_SUCCESS;
-  uint32_t head = ring->head;
-  if (head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) == RING_EVENTS) {
+  uint32_t head = ring->head, used = head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
+  if (used == RING_EVENTS) {
     ring->dropped++;
     return;
   }
+  if (used == RING_EVENTS / 2) control_wake();
   ring->events[head % RING_EVENTS] = (struct event){call->began_ns, ns, bytes, call->index, (uint32_t)call->result};
   __atomic_store_n(&ring->head, head + 1, __ATOMIC_RELEASE);
 }

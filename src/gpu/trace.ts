@@ -59,7 +59,14 @@ export async function readTraces(path: string): Promise<Trace> {
     traceEvents: [],
     otherData: { dropped: 0, broken: 0, calls: {} },
   };
-  for (const file of files) addTrace(whole, parseTrace(await readBounded(file)), file.endsWith(".old.json"));
+  // Both parts of a process have the sums of all its calls: the newer's count, where it has come to have some.
+  const summed = new Set<string>();
+  for (const file of files.toSorted((a, b) => Number(isOlder(a)) - Number(isOlder(b)))) {
+    const trace = parseTrace(await readBounded(file));
+    const process = file.replace(/(\.old)?\.json$/, "");
+    addTrace(whole, trace, !summed.has(process));
+    if (Object.keys(trace.otherData.calls).length > 0) summed.add(process);
+  }
   return whole;
 }
 
@@ -140,11 +147,12 @@ function parseOrNothing(text: string): unknown {
   }
 }
 
-/** @param older  of the same process: its sums are in the newer part's */
-function addTrace(whole: Trace, { traceEvents, otherData }: Trace, older: boolean): void {
+const isOlder = (file: string) => file.endsWith(".old.json");
+
+function addTrace(whole: Trace, { traceEvents, otherData }: Trace, withSums: boolean): void {
   for (const event of traceEvents) whole.traceEvents.push(event);
   whole.otherData.broken += otherData.broken;
-  if (older) return;
+  if (!withSums) return;
   whole.otherData.dropped += otherData.dropped;
   for (const [name, total] of Object.entries(otherData.calls)) {
     const sum = Object.hasOwn(whole.otherData.calls, name)

@@ -303,6 +303,12 @@ describe("processes", () => {
     }
   });
 
+  it("that pretend to have a mailbox are not believed", async () => {
+    const { pid, says } = start("things", ["impostor"]);
+    await says("ready");
+    expect(await interceptionReport(pid)).toBeUndefined();
+  });
+
   it("may close all their descriptors", async () => {
     const { pid, says } = start("things", ["close"]);
     await says("ready");

@@ -81,6 +81,13 @@ describe("a directory of traces", () => {
     ]);
   });
 
+  it("has the sums of a process whose newer part has none yet", async () => {
+    writeFileSync(join(place, "gpu-7-1.old.json"), whole);
+    expect((await readTraces(place)).otherData.calls.cuMemcpyHtoD_v2?.calls).toBe(2);
+    writeFileSync(join(place, "gpu-7-1.json"), `${head}\n${meta}`);
+    expect((await readTraces(place)).otherData.calls.cuMemcpyHtoD_v2?.calls).toBe(2);
+  });
+
   it("may hold links and other things that a container has put there: none is followed or waited for", async () => {
     symlinkSync("/etc/passwd", join(place, "gpu-1-1.json"));
     execFileSync("mkfifo", [join(place, "gpu-2-1.json")]);

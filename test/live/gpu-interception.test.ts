@@ -72,6 +72,8 @@ for (const combination of enginesForCheckpoints) {
         state: "running",
         devices: [{ memory: { device: { count: 2 } } }, {}],
       });
+      // A child that it forks now must still begin anew.
+      expect(readFileSync(`/proc/${after.pid}/smaps`, "utf8")).toMatch(/^VmFlags:.* wf/m);
       const again = await after.checkpoint({ exit: true });
       await after.exited;
       await after[Symbol.asyncDispose]();

@@ -6,12 +6,16 @@
  *   close      closes every descriptor but stdout, then says "ready"
  *   none       calls nothing
  *   error      calls that fail
+ *   impostor   a mailbox that is none: it can be cut off, or has another's pid
  */
+#define _GNU_SOURCE
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -147,6 +151,21 @@ int main(int argc, char **argv) {
     return 0;
   }
   if (!strcmp(mode, "none")) {
+    say("ready");
+    wait_for_line();
+    return 0;
+  }
+  if (!strcmp(mode, "impostor")) {
+    for (int sealed = 0; sealed < 2; sealed++) {
+      struct {
+        uint64_t magic;
+        uint32_t version, pid;
+      } head = {0x3155504741444543ull, 1, sealed ? 1 : (uint32_t)getpid()};
+      int fd = memfd_create("cedana-gpu", MFD_ALLOW_SEALING);
+      if (fd < 0 || ftruncate(fd, 16384) || pwrite(fd, &head, sizeof head, 0) != sizeof head) return 1;
+      if (sealed && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)) return 1;
+      if (mmap(NULL, 16384, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) == MAP_FAILED) return 1;
+    }
     say("ready");
     wait_for_line();
     return 0;
