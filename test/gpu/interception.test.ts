@@ -4,11 +4,13 @@ import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync }
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { createInterface } from "node:readline";
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
+import { afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { blockersOf, deviceBytes, interceptionReport, quiesce, resume } from "../../src/gpu/interception.ts";
 import { readTraces, type Trace } from "../../src/gpu/trace.ts";
 import { isAlive } from "../../src/linux/proc.ts";
+import { cached } from "../live/harness/programs.ts";
 import { until } from "../live/harness/until.ts";
+import { standIn } from "./harness.ts";
 
 /*
  * The interception library as it is built, in front of the stand-in driver, and in front of one that only says what it was called with.
@@ -19,31 +21,35 @@ const built = join(root, "build/gpu");
 const library = join(built, "libcuda.so.1");
 const MIB = 1024 * 1024;
 
+let driver: string;
 let programs: string;
 let place: string;
 const children: ChildProcess[] = [];
 
-beforeAll(() => {
-  programs = mkdtempSync(join(tmpdir(), "cedana-gpu-programs-"));
-  const run = (command: string, ...args: string[]) => execFileSync(command, args, { stdio: "pipe" });
-  run("make", "-s", "-C", join(root, "test/gpu"), `OUT=${programs}`);
-  const source = (name: string) => join(import.meta.dirname, "interception", name);
-  const warnings = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unused-function"];
-  const names = ["-I", join(built, "obj")];
-  mkdirSync(join(programs, "echo"));
-  run(
-    "cc",
-    ...[...warnings, ...names, "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"],
-    ...[source("echo-driver.c"), source("echo-lookup.c"), "-o", join(programs, "echo/libcuda.so.1"), "-ldl"],
-  );
-  run("cc", ...warnings, ...names, source("every-name.c"), "-o", join(programs, "every-name"), "-ldl");
-  run(
-    "cc",
-    ...[...warnings, "-pthread", source("things.c"), "-o", join(programs, "things")],
-    join(programs, "libcuda.so.1"),
-  );
+beforeAll(async () => {
+  driver = await standIn();
+  programs = await ownPrograms();
 }, 120_000);
-afterAll(() => rmSync(programs, { recursive: true, force: true }));
+
+/** The echo driver and the programs of interception/, built once per content. */
+async function ownPrograms(): Promise<string> {
+  const sources = join(import.meta.dirname, "interception");
+  const [names, library] = [join(built, "obj/names.h"), join(driver, "libcuda.so.1")];
+  const inputs = readdirSync(sources).map((name) => join(sources, name));
+  return await cached("gpu-interception", [...inputs, names, library], async (directory) => {
+    const compile = (...args: string[]) =>
+      execFileSync("cc", ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-I", join(built, "obj"), ...args], {
+        cwd: sources,
+        stdio: "pipe",
+      });
+    mkdirSync(join(directory, "echo"));
+    const echo = ["-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"];
+    const libraryOf = (name: string) => join(directory, name, "libcuda.so.1");
+    compile(...echo, "echo-driver.c", "echo-lookup.c", "-o", libraryOf("echo"), "-ldl");
+    compile("every-name.c", "-o", join(directory, "every-name"), "-ldl");
+    compile("-pthread", "things.c", "-o", join(directory, "things"), library);
+  });
+}
 
 beforeEach(() => {
   place = mkdtempSync(join(tmpdir(), "cedana-gpu-"));
@@ -61,7 +67,7 @@ afterEach(async () => {
 function environment(more: Record<string, string> = {}): Record<string, string> {
   return {
     PATH: process.env.PATH!,
-    LD_LIBRARY_PATH: programs,
+    LD_LIBRARY_PATH: driver,
     LD_PRELOAD: library,
     CEDANA_TEST_GPU_DIR: join(place, "gpu"),
     ...more,
@@ -72,7 +78,7 @@ const tracing = () => ({ CEDANA_GPU_TRACE: join(place, "trace") });
 
 /** A program in a process group of its own, and the lines that it says. */
 function start(name: string, args: string[], more: Record<string, string> = {}) {
-  const child = spawn(join(programs, name), args, {
+  const child = spawn(join(name.startsWith("client") ? driver : programs, name), args, {
     env: environment(more),
     stdio: ["pipe", "pipe", "inherit"],
   });
@@ -97,10 +103,10 @@ const reportOf = async (pid: number) => (await interceptionReport(pid, { deadlin
 
 describe("the names of the interface", () => {
   it("are all exported, and each call comes to the driver with its arguments and back with its result", () => {
-    const driver = join(programs, "echo/libcuda.so.1");
-    const { stdout, stderr } = spawnSync(join(programs, "every-name"), [driver], {
+    const echo = join(programs, "echo/libcuda.so.1");
+    const { stdout, stderr } = spawnSync(join(programs, "every-name"), [echo], {
       encoding: "utf8",
-      env: environment({ CEDANA_GPU_LIBCUDA: driver }),
+      env: environment({ CEDANA_GPU_LIBCUDA: echo }),
     });
     const listed = readFileSync(join(root, "addon/gpu/names.list"), "utf8").match(/^cu.*$/gm)!;
     expect(stderr).toBe("");
@@ -112,7 +118,7 @@ describe("the names of the interface", () => {
 
   it("are all those of the stand-in driver", () => {
     const control = join(built, "cedana-gpu-control");
-    const { status, stdout } = spawnSync(control, ["names", join(programs, "libcuda.so.1")], {
+    const { status, stdout } = spawnSync(control, ["names", join(driver, "libcuda.so.1")], {
       encoding: "utf8",
     });
     expect(stdout).toBe("");
