@@ -1,15 +1,16 @@
 import { stat } from "node:fs/promises";
 import { arch, release } from "node:os";
-import { join, normalize, relative } from "node:path";
+import { normalize, relative } from "node:path";
 import { installedPlugins, pluginsNeeded } from "../criu/suitability.ts";
 import { criuVersion } from "../criu/version.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { type CpuFacts, cpuFacts, instructionsMissing } from "./cpu.ts";
 import { isOlder } from "./dump.ts";
-import type { Finding } from "./finding.ts";
+import { type Finding, Found } from "./finding.ts";
 import { explainMissing, gpuMountSource } from "./gpu-mounts.ts";
 import type { DumpedFile, DumpedMount, ImageFacts } from "./image-facts.ts";
 import type { OpenCheckpoint } from "./open.ts";
+import { hasRootfsDiff } from "./rootfs-diff/index.ts";
 
 /*
  * What differs between a checkpoint and where it is to be restored. An error is what CRIU or the engine would stumble over, or what the
@@ -58,42 +59,26 @@ export async function compareToContainer(
   const found = new Found("container");
   if (manifest && manifest.terminal !== container.terminal)
     found.error(
+      "terminal",
       manifest.terminal
         ? "it is of a container with a terminal: create the new one with a terminal"
         : "it is of a container without a terminal: create the new one without",
     );
   const { engine } = container;
   if (manifest && manifest.engine.name !== engine.name)
-    found.warning(`it was taken with ${manifest.engine.name}, this container has ${engine.name}`);
+    found.warning("engine", `it was taken with ${manifest.engine.name}, this container has ${engine.name}`);
   const dumpedImage = manifest?.image?.name;
   if (dumpedImage !== undefined && container.image !== undefined && dumpedImage !== container.image)
     found.warning(
+      "image",
       `it is of the image ${dumpedImage}, this container of ${container.image}: files that the program has open or mapped must be the same`,
     );
   if (!facts) return { findings: found.list, externalMounts: [] };
   const externalMounts = await compareMounts(facts.mounts, container, found);
-  const diff = await stat(join(path, "rootfs-diff.tar")).catch(() => undefined);
   // What a rootfs diff brings isn't there yet.
-  if (container.rootfs !== undefined && !diff) await compareFiles(facts, container, found);
+  if (container.rootfs !== undefined && !(await hasRootfsDiff(path)))
+    await compareFiles(facts, container, found);
   return { findings: found.list, externalMounts };
-}
-
-/** Findings of one kind. */
-class Found {
-  readonly list: Finding[] = [];
-  readonly #kind: Finding["kind"];
-
-  constructor(kind: Finding["kind"]) {
-    this.#kind = kind;
-  }
-
-  error(message: string): void {
-    this.list.push({ kind: this.#kind, severity: "error", message });
-  }
-
-  warning(message: string): void {
-    this.list.push({ kind: this.#kind, severity: "warning", message });
-  }
 }
 
 // ---- mounts ----------------------------------------------------------------------------------------------------------
@@ -116,18 +101,24 @@ async function compareMounts(
     if (gpuSource !== undefined) {
       const source = container.binds.get(mountPoint) ?? gpuSource;
       if (!(await stat(source).catch(() => undefined)))
-        found.list.push({ kind: "node", severity: "error", message: explainMissing(mountPoint, source) });
+        found.list.push({
+          kind: "node",
+          fault: "mount",
+          severity: "error",
+          message: explainMissing(mountPoint, source),
+        });
       external.push({ key, source, ...(parentId === rootMount && { mountPoint }) });
       continue;
     }
     const source = container.binds.get(key);
     if (source !== undefined) {
       if (!(await stat(source).catch(() => undefined)))
-        found.error(`the source of the bind mount ${key}, ${source}, does not exist`);
+        found.error("mount", `the source of the bind mount ${key}, ${source}, does not exist`);
     } else if (isMask(key, root)) {
       if (!isMaskOfEngine(key, container)) external.push({ key, source: "/dev/null" });
     } else if (!container.devices.includes(key) && !isBelowAny(key, container.cgroupMountPoints))
       found.error(
+        "mount",
         `it has a mount from outside at ${key} (${root} of its file system), which the new container lacks: give it the same mount`,
       );
   }
@@ -135,7 +126,10 @@ async function compareMounts(
   const dumped = new Set(mounts.map(({ mountPoint }) => mountPoint));
   for (const mountPoint of container.mountPoints)
     if (!dumped.has(mountPoint) && !isBelowAny(mountPoint, container.cgroupMountPoints))
-      found.warning(`the container's mount at ${mountPoint} will not be there: the checkpoint has none`);
+      found.warning(
+        "mount",
+        `the container's mount at ${mountPoint} will not be there: the checkpoint has none`,
+      );
   return external;
 }
 
@@ -167,7 +161,7 @@ async function compareFiles(facts: ImageFacts, container: RestoredContainer, fou
     if (parentId !== root?.id || externalKey !== undefined || container.mountPoints.includes(mountPoint))
       continue;
     if (!(await statIn(rootfs, mountPoint)))
-      found.error(`the container's image has no ${mountPoint}, where the checkpoint has a mount`);
+      found.error("file", `the container's image has no ${mountPoint}, where the checkpoint has a mount`);
   }
   const seen = new Set<string>();
   for (const file of facts.files) {
@@ -180,6 +174,7 @@ async function compareFiles(facts: ImageFacts, container: RestoredContainer, fou
     const fault = await faultOf(file, base, relative(mount.mountPoint, file.path));
     if (fault)
       found.error(
+        "file",
         `${file.path} ${fault}${mount === root ? ": it needs the same image" : ": it needs the same versions of mounted files"}`,
       );
   }
@@ -232,25 +227,30 @@ export async function compareToNode(
 ): Promise<Finding[]> {
   const found = new Found("node");
   for (const plugin of await pluginsNeeded(imagePath))
-    if (!node.plugins.has(plugin)) found.error(`CRIU's plugin ${plugin}, which it needs, is not installed`);
+    if (!node.plugins.has(plugin))
+      found.error("plugin", `CRIU's plugin ${plugin}, which it needs, is not installed`);
   if (!manifest) return found.list;
   const { cpu, criuVersion: dumpedBy, kernel } = manifest;
   if (cpu && cpu.architecture !== node.cpu.architecture)
-    found.error(`it is of a ${cpu.architecture} machine, this one is ${node.cpu.architecture || arch()}`);
+    found.error(
+      "cpu",
+      `it is of a ${cpu.architecture} machine, this one is ${node.cpu.architecture || arch()}`,
+    );
   else if (cpu) {
     const missing = instructionsMissing(cpu, node.cpu);
     const what = `this CPU lacks ${missing.join(", ")}, which the program may use since it was started`;
-    if (missing.length > 0 && options.ignoreCpu) found.warning(what);
-    else if (missing.length > 0) found.error(`${what} (an administrator may allow it: restore.ignoreCpu)`);
+    if (missing.length > 0 && options.ignoreCpu) found.warning("cpu", what);
+    else if (missing.length > 0)
+      found.error("cpu", `${what} (an administrator may allow it: restore.ignoreCpu)`);
   }
   if (dumpedBy !== undefined && node.criu !== undefined && isOlder(node.criu, dumpedBy)) {
     const what = `it was taken by CRIU ${dumpedBy}, this node has ${node.criu}`;
     // Within a major version images gain fields that an older CRIU passes over.
-    if (majorOf(node.criu) < majorOf(dumpedBy)) found.error(`${what}: install ${dumpedBy} or newer`);
-    else found.warning(what);
+    if (majorOf(node.criu) < majorOf(dumpedBy)) found.error("criu", `${what}: install ${dumpedBy} or newer`);
+    else found.warning("criu", what);
   }
   if (isOlder(node.kernel.replace(/-.*$/, ""), kernel.replace(/-.*$/, "")))
-    found.warning(`it was taken on kernel ${kernel}, this node has ${node.kernel}`);
+    found.warning("kernel", `it was taken on kernel ${kernel}, this node has ${node.kernel}`);
   return found.list;
 }
 

@@ -14,14 +14,17 @@ import {
   Unsupported,
   WrongState,
 } from "../errors/index.ts";
+import { pluginsLoaded, pluginVersion } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
+import { adapterSteps } from "./adapters.ts";
 import { IMAGES_DIRECTORY } from "./archive/layout.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { cpuFacts } from "./cpu.ts";
 import { type DeviceDump, deviceSlot } from "./device-slot.ts";
 import { type Follower, followFiles } from "./digest.ts";
-import { freezeMarker } from "./freeze-marker.ts";
+import { dumpFeatures, type PluginDump } from "./features.ts";
+import { freezeMarker, readFreezeNote, thawNoted, thawWherever, writeFreezeNote } from "./freeze-marker.ts";
 import { findGpuMounts } from "./gpu-mounts.ts";
 import { type CheckpointManifest, type GpuFacts, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
@@ -130,9 +133,12 @@ interface DumpContext extends ChainContext {
   workPath: string;
   /** relative to the images where they are made */
   parentPath: string | undefined;
+  /** plugins whose adapters were run */
+  readonly adapters: NonNullable<CheckpointManifest["plugins"]>;
   networkLock: NetworkLock;
   criu: string | undefined;
   layers: Layers | undefined;
+  cgroup: Cgroup | undefined;
   follower: Follower | undefined;
   devices: DeviceDump | undefined;
   frozenMs: number;
@@ -148,6 +154,7 @@ export const dumpSteps = [
   openStaging, // what is made is beside its place, and put there on the way back, whole
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
+  adaptersOfPlugins, // those of all plugins stand here
   checkOptions, // before anything is frozen
   findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
@@ -159,6 +166,7 @@ export const dumpSteps = [
   checkpointDevices, // their state goes to the processes' memory, and the devices are let go
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
+  lateAdaptersOfPlugins, // their last word, on the frozen container
   criuDump,
 ] as const satisfies readonly DumpStep[];
 
@@ -190,9 +198,11 @@ export async function dump(
     staging: begun?.staging as Staging,
     workPath: "",
     parentPath: undefined,
+    adapters: [],
     networkLock: "default",
     criu: undefined,
     layers: undefined,
+    cgroup: undefined,
     follower: undefined,
     devices: undefined,
     frozenMs: 0,
@@ -201,7 +211,8 @@ export async function dump(
     signal: options.signal ?? new AbortController().signal,
     onBoundary: options.onBoundary,
   };
-  await runChain("dump", dumpSteps, context);
+  await pluginsLoaded();
+  await runChain("dump", dumpSteps.flatMap(withAdapters), context);
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
@@ -209,6 +220,57 @@ export async function dump(
   };
   target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
   return outcome;
+}
+
+// ---- plugins ---------------------------------------------------------------------------------------------------------
+
+const ADAPTER_PATIENCE_MS = 60_000;
+/** The application stands still meanwhile. */
+const LATE_ADAPTER_PATIENCE_MS = 5_000;
+
+function withAdapters(step: DumpStep): DumpStep[] {
+  if (step === adaptersOfPlugins)
+    return [step, ...adapterSteps(dumpFeatures.dumpMiddleware, ADAPTER_PATIENCE_MS, pluginView, notePart)];
+  if (step === lateAdaptersOfPlugins)
+    return [
+      step,
+      ...adapterSteps(dumpFeatures.dumpMiddlewareLate, LATE_ADAPTER_PATIENCE_MS, pluginView, notePart),
+    ];
+  return [step];
+}
+
+/** The manifest names who took part. */
+function notePart({ adapters }: DumpContext, name: string): void {
+  if (!adapters.some((plugin) => plugin.name === name)) adapters.push({ name, version: pluginVersion(name) });
+}
+
+/** The adapters of plugins follow it. */
+async function adaptersOfPlugins(_context: DumpContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+async function lateAdaptersOfPlugins(_context: DumpContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+/** undefined: the images are whole already, or the engine is at work for them; nothing can be asked of the container. */
+async function pluginView(context: DumpContext): Promise<PluginDump | undefined> {
+  const { target, request, attempt, staging, signal } = context;
+  if (target.hasEnded || attempt.phase !== "begun" || (await isDumping(context))) return undefined;
+  const { containerId, namespace, engine } = target.facts;
+  return {
+    containerId,
+    namespace,
+    engine,
+    initPid: target.initPid,
+    leaveRunning: request.leaveRunning,
+    directory: staging.path,
+    imagePath: imagesIn(context),
+    repeated: request.repeated,
+    signal,
+    log: target.log,
+    pids: async () => await (await target.cgroup()).pids(),
+  };
 }
 
 async function validateDumpRequest(context: DumpContext, next: () => Promise<void>): Promise<void> {
@@ -237,12 +299,15 @@ function absoluteParent(request: DumpRequest): string {
 
 // ---- staging ---------------------------------------------------------------------------------------------------------
 
+const ATTEMPT_NAME = "checkpoint-attempt.json";
+
 /** What has been done, on disk, for whoever goes on after a crash. */
 interface Attempt {
   key: string;
   staging: StagingRecord;
   /** `dumped`: the images are whole; `committing`: the manifest, too, and they are being put in their place */
   phase: "begun" | "dumped" | "committing";
+  leaveRunning: boolean;
   rootfsDiff?: RootfsDiffFacts;
   /** the devices' state is in the processes' memory; null: it turned out that nobody has any */
   gpu?: GpuFacts | null;
@@ -256,7 +321,8 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
       "imagePath" in place
         ? await Staging.inside(place.imagePath)
         : await Staging.beside(place.directory, place.generation);
-    context.attempt = { key: request.key, staging: context.staging.record(), phase: "begun" };
+    const { key, leaveRunning } = request;
+    context.attempt = { key, leaveRunning, staging: context.staging.record(), phase: "begun" };
   }
   const { staging } = context;
   try {
@@ -314,6 +380,27 @@ async function earlierAttempt(
   return { attempt, staging };
 }
 
+/**
+ * After a crash, a dump that nobody goes on with: what was made is removed, or kept where the container is in it alone.
+ * @param quiet  waits until nobody writes into the staging directory any more
+ * @returns where it is kept
+ */
+export async function abandonAttempt(
+  directory: string,
+  quiet: (stagingPath: string) => Promise<void>,
+): Promise<string | undefined> {
+  const path = join(directory, ATTEMPT_NAME);
+  const text = await readFile(path, "utf8").catch(() => undefined); // none was begun
+  if (text === undefined) return undefined;
+  const { staging: record, phase, leaveRunning } = JSON.parse(text) as Attempt;
+  const staging = Staging.resume(record);
+  if (staging) await quiet(staging.path);
+  const kept = staging && phase !== "begun" && !leaveRunning && !staging.isEmpty ? staging.keep() : undefined;
+  await staging?.[Symbol.asyncDispose]();
+  await rm(path, { force: true });
+  return kept;
+}
+
 async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): Promise<void> {
   Object.assign(context.attempt, news);
   const path = attemptFile(context.target);
@@ -322,7 +409,7 @@ async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): P
 }
 
 function attemptFile(target: DumpTarget): string {
-  return join(target.directory, "checkpoint-attempt.json");
+  return join(target.directory, ATTEMPT_NAME);
 }
 
 /** The caller's path is at fault, unless it is the machine. */
@@ -462,28 +549,32 @@ async function checkpointDevices(context: DumpContext, next: () => Promise<void>
 async function freeze(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target } = context;
   if (target.hasEnded) {
-    await next(); // by this dump, before a crash: its end is only to be looked at again
+    await thawNoted(target.directory); // frozen before a crash, and ended while it was
+    await next(); // ended by this dump, before a crash: its end is only to be looked at again
     return;
   }
   const cgroup = await target.cgroup();
-  const marker = freezeMarker(target.directory);
   const frozen = !target.paused && context.attempt.phase === "begun" && !(await isDumping(context));
   const since = performance.now();
   if (frozen) {
-    await writeFile(marker, `${context.request.key}\n`, { mode: 0o600 });
+    await noteFreeze(context, cgroup, false);
     await cgroup.freeze(undefined, context.signal);
   }
+  context.cgroup = cgroup;
   try {
     await next();
   } finally {
-    // CRIU and the engine meddle with the freezer, too: paused if it was, running if it was. What ended has no cgroup any more.
-    if (!target.hasEnded)
-      await putFreezerBack(cgroup, target.paused && !context.ended).catch((error) =>
-        target.log.warn({ err: error }, "put the freezer back after a dump"),
-      );
+    // CRIU and the engine meddle with the freezer, too: paused if it was, running if it was. What has ended is thawed, too.
+    await putFreezerBack(cgroup, target.paused && !context.ended && !target.hasEnded).catch((error) =>
+      target.log.warn({ err: error }, "put the freezer back after a dump"),
+    );
     if (frozen) context.frozenMs = performance.now() - since;
-    await rm(marker, { force: true });
+    await rm(freezeMarker(target.directory), { force: true });
   }
+}
+
+async function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): Promise<void> {
+  await writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
 }
 
 /**
@@ -492,18 +583,13 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
  */
 async function isDumping({ target, request }: DumpContext): Promise<boolean> {
   if (!request.repeated) return false;
-  const text = await readFile(freezeMarker(target.directory), "utf8").catch(() => ""); // the crash came before it, or after all
-  return text === dumpingMark(request);
-}
-
-function dumpingMark(request: DumpRequest): string {
-  return `${request.key}\ndumping\n`;
+  const note = await readFreezeNote(target.directory); // the crash came before it, or after all
+  return note?.key === request.key && note.dumping;
 }
 
 async function putFreezerBack(cgroup: Cgroup, paused: boolean): Promise<void> {
-  const frozen = await cgroup.isFrozen();
-  if (frozen && !paused) await cgroup.thaw();
-  if (!frozen && paused) await cgroup.freeze();
+  if (!paused) await thawWherever(cgroup);
+  else if (!(await cgroup.isFrozen())) await cgroup.freeze();
 }
 
 // ---- network ---------------------------------------------------------------------------------------------------------
@@ -590,8 +676,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     await next();
     return;
   }
-  if (!target.paused && !target.hasEnded)
-    await writeFile(freezeMarker(target.directory), dumpingMark(request), { mode: 0o600 });
+  if (context.cgroup && !target.paused && !target.hasEnded) await noteFreeze(context, context.cgroup, true);
   const gpuMounts = target.hasEnded ? [] : await findGpuMounts(target.initPid, target.mountPoints);
   const externalMounts = gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key }));
   try {
@@ -636,7 +721,12 @@ export async function criuFailure(
 async function recordDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const facts = Promise.all([cpuFacts(), context.target.image?.()]);
   facts.catch(() => {}); // looked at below
-  await next();
+  try {
+    await next();
+  } catch (error) {
+    context.follower?.abandon(); // CRIU had done its part, and what came after it failed: nobody asks for the digests any more
+    throw error;
+  }
   const { target, request, startedAt, staging } = context;
   // As the engines write it, everybody may read it.
   await chmod(join(imagesIn(context), "descriptors.json"), 0o600).catch(() => undefined); // ENOENT: CRIU without an engine
@@ -647,6 +737,7 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     {
       createdAt: new Date(startedAt).toISOString(),
       ...target.facts,
+      ...(context.adapters.length > 0 && { plugins: [...(target.facts.plugins ?? []), ...context.adapters] }),
       ...request.origin,
       ...(image && { image }),
       ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),

@@ -1,8 +1,9 @@
-import { mkdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
-import { InvalidRequest, Unavailable, Unsupported } from "../errors/index.ts";
+import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/index.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
+import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import {
   compareToContainer,
@@ -16,9 +17,18 @@ import { criuFailure, keepLog } from "./dump.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
 import { makeMountPoint } from "./gpu-mounts.ts";
 import { readImageFacts } from "./image-facts.ts";
-import type { CheckpointManifest } from "./manifest.ts";
-import { findFaultsOfFiles, type OpenCheckpoint, openDirectoryOf } from "./open.ts";
+import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
+import {
+  findArchive,
+  findFaultsOfFiles,
+  findingsOf,
+  isThere,
+  type OpenCheckpoint,
+  openDirectoryOf,
+} from "./open.ts";
 import type { CriuPolicy } from "./policy.ts";
+import { applyRootfsDiff, hasRootfsDiff } from "./rootfs-diff/index.ts";
+import { UnpackedCheckpoint } from "./unpack.ts";
 
 /*
  * A restore of a container: what is asked for, what it becomes, and the steps in their order.
@@ -37,11 +47,27 @@ export interface RestoreRequest {
   readonly key: string;
   /** the request was begun by a cedanad before us */
   readonly repeated: boolean;
-  /** directory of a checkpoint: absolute */
+  /** a checkpoint's directory, or an archive of one: absolute */
   readonly path: string;
+  /** of the restore of what lies in an archive */
+  readonly unpack?: UnpackRequest | undefined;
+  /** a CPU with fewer instructions than at the dump is only worth a warning */
+  readonly ignoreCpu?: boolean | undefined;
+  /** every file is hashed before anything is made */
+  readonly verifyDigests?: boolean | undefined;
   /** CRIU's log and scratch; default: one that is removed */
   readonly workPath?: string | undefined;
 }
+
+export interface UnpackRequest {
+  /** where archives are unpacked to: absolute, made when missing */
+  readonly root: string;
+  /** The key of encrypted archives; undefined: there is none. */
+  secret(): Promise<Uint8Array | undefined>;
+}
+
+/** What can be asked of `checkRestore`. */
+export type RestoreLook = Pick<RestoreRequest, "path" | "unpack" | "ignoreCpu" | "verifyDigests">;
 
 /** What CRIU is told by way of the engine. */
 export interface EngineRestore {
@@ -49,16 +75,18 @@ export interface EngineRestore {
   readonly imagePath: string;
   readonly workPath: string;
   readonly policy: CriuPolicy;
-  /** besides those that the engine tells CRIU of */
-  readonly externalMounts: readonly ExternalMount[];
   /** CRIU's own plugins keep away: what they would do is done by others */
   readonly withoutPlugins: boolean;
+  /** besides those that the engine tells CRIU of */
+  readonly externalMounts: readonly ExternalMount[];
 }
 
 /** A container that may be restored, as its configuration has it. */
 export interface RestoreCandidate {
   /** for messages: "task c1" */
   readonly what: string;
+  /** directory of the owner's for small files that outlive a crash: the bundle */
+  readonly directory: string;
   readonly container: RestoredContainer;
   readonly log: Pick<Logger, "info" | "warn" | "error">;
   /** What the images were taken with, changed by what the new container asks for. */
@@ -67,8 +95,10 @@ export interface RestoreCandidate {
 
 /** What is restored, as its owner has it: the shim a task, the OCI runtime a container. */
 export interface RestoreTarget extends RestoreCandidate {
-  /** directory of the owner's for small files that outlive a crash: the bundle */
-  readonly directory: string;
+  /** root of the file system that the container will have, when a checkpoint's rootfs diff goes there; else its owner has seen to that */
+  readonly rootfs?: string | undefined;
+  /** Before the rootfs diff is applied: what can't be undone then is refused. */
+  allowRootfsDiff?(): Promise<void>;
   /** The network namespace that the engine is about to make will be as it should be; put back when the engine is done. */
   prepareNetwork(): Promise<void>;
   putNetworkBack(): Promise<void>;
@@ -89,7 +119,7 @@ export interface RestoreTarget extends RestoreCandidate {
 
 interface CheckContext extends ChainContext {
   readonly target: RestoreCandidate;
-  readonly request: Pick<RestoreRequest, "path" | "workPath">;
+  readonly request: RestoreLook & Pick<RestoreRequest, "workPath">;
   /** from `openCheckpoint` on */
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
@@ -123,6 +153,7 @@ export const restoreSteps = [
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
   prepareDevices, // whether they can be had here
+  prepareRootfs,
   prepareNetwork,
   prepareCgroup,
   prepareMountPoints,
@@ -168,23 +199,25 @@ export async function restore(
  */
 export async function checkRestore(
   target: RestoreCandidate,
-  request: Pick<RestoreRequest, "path">,
+  request: RestoreLook,
   options: ChainOptions = {},
 ): Promise<void> {
   await runChain("checkRestore", restoreChecks, checkContext(target, request, options));
 }
 
-/** Removes what a restore keeps for a repetition, when there can be none any more: it is on record as done, or its owner goes. */
-export async function discardRestore(directory: string): Promise<void> {
+/**
+ * Removes what a restore keeps for a repetition, when there can be none any more: it is on record as done, or its owner goes.
+ * @param unpackRoot  as in the request
+ */
+export async function discardRestore(directory: string, unpackRoot: string | undefined): Promise<void> {
+  // Lazy pages: what is unpacked is read until the page daemon ends.
+  if (unpackRoot !== undefined) await new UnpackedCheckpoint(unpackRoot, directory).remove();
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
+  await rm(appliedMark(directory), { force: true });
 }
 
-function checkContext(
-  target: RestoreCandidate,
-  request: Pick<RestoreRequest, "path">,
-  options: ChainOptions,
-): CheckContext {
+function checkContext(target: RestoreCandidate, request: RestoreLook, options: ChainOptions): CheckContext {
   return {
     target,
     request,
@@ -209,13 +242,43 @@ async function validateRestoreRequest(context: CheckContext, next: () => Promise
 // ---- the checkpoint --------------------------------------------------------------------------------------------------
 
 async function openCheckpoint(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  context.checkpoint = await openDirectoryOf(context.request.path);
+  const { request, signal, target } = context;
+  const archive = await archiveOf(request.path);
+  if (archive === undefined) context.checkpoint = await openDirectoryOf(request.path);
+  else {
+    if (!request.unpack)
+      throw new Unsupported(
+        `checkpoint ${request.path} is an archive: extract it, and restore from the directory`,
+      );
+    // Fails closed: nothing is there to restore from until all of it has turned out authentic, complete and as its manifest says.
+    const secret = (await isEncryptedArchive(archive)) ? await request.unpack.secret() : undefined;
+    const unpacked = new UnpackedCheckpoint(request.unpack.root, target.directory);
+    context.checkpoint = await openDirectoryOf(await unpacked.open(archive, secret, signal));
+  }
   context.policy = context.target.policy(context.checkpoint.manifest);
   await next();
 }
 
+/** @returns undefined for a directory that holds the checkpoint's files */
+async function archiveOf(path: string): Promise<string | undefined> {
+  if (!(await isDirectory(path))) {
+    const found = await stat(path).catch(() => undefined);
+    if (!found) throw new NotFound(`checkpoint ${path} does not exist`);
+    return path;
+  }
+  const stored = await findArchive(path);
+  if (!stored) return undefined;
+  const faults = findingsOf(await compareSizes(path, stored.manifest));
+  if (faults.length > 0) throw refusalOfRestore(path, faults);
+  return stored.archive;
+}
+
 async function checkFilesOfCheckpoint(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  context.findings.push(...(await findFaultsOfFiles(context.checkpoint)));
+  const { checkpoint, findings, request, signal } = context;
+  const { manifest, manifestPath } = checkpoint;
+  if (request.verifyDigests && manifest && manifestPath)
+    findings.push(...findingsOf(await verifyFiles(manifest, manifestPath, signal)));
+  else findings.push(...(await findFaultsOfFiles(checkpoint)));
   await next();
 }
 
@@ -230,9 +293,10 @@ async function compareWithContainer(context: CheckContext, next: () => Promise<v
 
 async function compareWithNode(context: CheckContext, next: () => Promise<void>): Promise<void> {
   const { checkpoint, findings } = context;
+  const { ignoreCpu = false } = context.request;
   // Of broken images nothing more can be told.
   if (!findings.some(({ kind }) => kind === "checkpoint"))
-    findings.push(...(await compareToNode(checkpoint, await nodeFacts())));
+    findings.push(...(await compareToNode(checkpoint, await nodeFacts(), { ignoreCpu })));
   await next();
 }
 
@@ -325,6 +389,28 @@ async function prepareDevices(context: RestoreContext, next: () => Promise<void>
 
 async function restoreDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
   await context.devices?.restore();
+  await next();
+}
+
+// ---- files -----------------------------------------------------------------------------------------------------------
+
+/** The rootfs diff is applied: a repetition finds the engine at work on these files. */
+function appliedMark(directory: string): string {
+  return join(directory, "rootfs-applied");
+}
+
+/** What the container had changed in its root file system, in the new one's; strictly: nothing of it leads out, or else it fails. */
+async function prepareRootfs(
+  { checkpoint, signal, target }: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  const mark = appliedMark(target.directory);
+  if (target.rootfs !== undefined && (await hasRootfsDiff(checkpoint.path)) && !(await isThere(mark))) {
+    await target.allowRootfsDiff?.();
+    // From its beginning also where a crash has cut it off: each member is made anew.
+    await applyRootfsDiff(checkpoint.path, target.rootfs, { signal });
+    await writeFile(mark, "", { mode: 0o600 });
+  }
   await next();
 }
 

@@ -13,6 +13,19 @@ export abstract class CedanaCommand extends Command {
     this.log(JSON.stringify(value, (_key, one) => (typeof one === "bigint" ? Number(one) : one), 2));
   }
 
+  /** Columns as wide as they must be; the last is as long as it is. */
+  protected printTable(head: readonly string[], rows: readonly (readonly string[])[]): void {
+    const lines = [head, ...rows];
+    const widths = head.map((_, at) => Math.max(...lines.map((cells) => cells[at]?.length ?? 0)));
+    for (const cells of lines)
+      this.log(
+        cells
+          .map((cell, at) => cell.padEnd(at === cells.length - 1 ? 0 : widths[at]!))
+          .join("  ")
+          .trimEnd(),
+      );
+  }
+
   /** Aborted by Ctrl-C, so that what runs in cedanad for us ends, too. A second one kills us. */
   protected interruptible(): AbortSignal {
     const stop = new AbortController();
@@ -39,3 +52,5 @@ export class ProgressLine implements Disposable {
     if (this.#enabled) process.stderr.write("\r\x1b[K");
   }
 }
+
+export const mib = (bytes: number) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;

@@ -1,8 +1,12 @@
 import { Command, Flags } from "@oclif/core";
 import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./archive.ts";
+import { Check } from "./check.ts";
+import { CheckpointInspect, CheckpointList, CheckpointVerify } from "./checkpoint.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
+import { DumpContainerd } from "./dump.ts";
 import { GpuReport, GpuTrace } from "./gpu.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
+import { Features, PluginList } from "./plugin.ts";
 import { Preflight } from "./preflight.ts";
 import { Setup } from "./setup.ts";
 
@@ -58,6 +62,16 @@ export const commands = {
   "archive:verify": ArchiveVerify,
   "gpu:report": GpuReport,
   "gpu:trace": GpuTrace,
+  check: Check,
+  "checkpoint:list": CheckpointList,
+  "checkpoint:inspect": CheckpointInspect,
+  "checkpoint:verify": CheckpointVerify,
+  "checkpoint:decode": ImageDecode,
+  "checkpoint:encode": ImageEncode,
+  "plugin:features": Features,
+  features: Features,
+  "plugin:list": PluginList,
+  "dump:containerd": DumpContainerd,
   preflight: Preflight,
   setup: Setup,
 };

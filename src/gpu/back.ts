@@ -1,6 +1,7 @@
-import { messageOf, TimedOut } from "../errors/index.ts";
+import { messageOf, WrongState } from "../errors/index.ts";
 import { isAlive } from "../linux/proc.ts";
 import type { ProcessStateName } from "./codes.ts";
+import { StuckCall } from "./helper.ts";
 import type { JournalEntry } from "./journal.ts";
 import type { Means } from "./means.ts";
 
@@ -25,20 +26,22 @@ export async function giveBack(
   const failed = new Set<number>();
   const attempt = async (
     { pid, startTime, comm }: JournalEntry,
-    what: keyof BackTimes,
+    what: keyof BackTimes | undefined,
     work: () => Promise<boolean>,
   ) => {
     if (failed.has(pid) || !isAlive(pid, startTime)) return;
     const since = performance.now();
     try {
       const did = await work();
-      if (did) times.set(pid, { ...times.get(pid), [what]: hundredths(performance.now() - since) });
+      if (did && what) times.set(pid, { ...times.get(pid), [what]: hundredths(performance.now() - since) });
     } catch (error) {
       if (!isAlive(pid, startTime)) return; // it has ended: that is another matter
       failed.add(pid);
       failures.push(`process ${pid} (${comm}): ${messageOf(error)}`);
     }
   };
+  for (const process of reversed)
+    if (process.abandoned) await attempt(process, undefined, () => settle(means, process));
   for (const process of reversed)
     await attempt(process, "restoreMs", async () => {
       const { pid, before } = process;
@@ -63,6 +66,17 @@ export async function giveBack(
 }
 
 /**
+ * The driver does one call after another, so that when this one has returned, an abandoned one has, too. It is one that changes nothing, or
+ * what is to be changed anyway.
+ */
+async function settle(means: Means, { pid, before }: JournalEntry): Promise<boolean> {
+  await (before === "running" ? means.unlock(pid) : means.lock(pid, 1)).catch((error) => {
+    if (!(error instanceof WrongState)) throw error; // what it says of a state that needs none of it
+  });
+  return true;
+}
+
+/**
  * Waits for a call. One that fails because a call before it, whose caller has died, has just done the work is no failure.
  * @throws what the call throws, when the process is in another state than was wanted
  */
@@ -75,7 +89,7 @@ export async function reach(
   try {
     await call;
   } catch (error) {
-    if (error instanceof TimedOut || (await means.state(pid).catch(() => undefined)) !== wanted) throw error;
+    if (error instanceof StuckCall || (await means.state(pid).catch(() => undefined)) !== wanted) throw error;
   }
 }
 

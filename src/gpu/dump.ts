@@ -1,4 +1,3 @@
-import { readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceDump, DeviceOwner } from "../checkpoint/device-slot.ts";
 import type { GpuFacts } from "../checkpoint/manifest.ts";
@@ -16,6 +15,7 @@ import { isAlive } from "../linux/proc.ts";
 import { type BackTimes, giveBack, hundredths, reach } from "./back.ts";
 import type { ProcessStateName } from "./codes.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
+import { availableMemory } from "./host-memory.ts";
 import { holdAtBoundary, refuseUncheckpointable } from "./interception.ts";
 import { type JournalEntry, readJournal, removeJournal, writeJournal } from "./journal.ts";
 import { chooseMeans, type GpuDevice, HelperKeeper, type Means } from "./means.ts";
@@ -77,6 +77,7 @@ export async function findForDump(owner: DeviceOwner): Promise<DeviceDump | unde
 interface Client extends GpuProcess {
   readonly restoreThread: number;
   readonly before: JournalEntry["before"];
+  abandoned?: boolean;
   lockMs?: number;
   checkpointMs?: number;
 }
@@ -217,7 +218,10 @@ class GpuDump implements DeviceDump {
     const results = await Promise.allSettled(
       this.#clients.map(async (client) => {
         const since = performance.now();
-        await work(client);
+        await work(client).catch((error) => {
+          client.abandoned = true; // the driver's answer, or none: asking again is sure
+          throw error;
+        });
         client[time] = hundredths(performance.now() - since);
       }),
     );
@@ -233,7 +237,10 @@ class GpuDump implements DeviceDump {
 
   async resume(): Promise<void> {
     if (!this.#touched || this.#owner.hasEnded) return;
-    const entries = this.#clients.length > 0 ? this.#clients : this.#earlier;
+    const entries =
+      this.#clients.length > 0
+        ? this.#clients
+        : this.#earlier.map((entry) => ({ ...entry, abandoned: true }));
     const failures: string[] = [];
     await this.#whileRunning(async () => {
       failures.push(...(await giveBack(this.#means, entries, this.#back)));
@@ -347,8 +354,7 @@ function refuseMig(found: readonly GpuProcess[], nvml: NvmlAnswer, what: string)
 /** GPU memory goes to host memory for the time of the dump. */
 function refuseShortMemory(found: readonly GpuProcess[], nvml: NvmlAnswer, what: string): void {
   const needed = found.reduce((sum, { pid }) => sum + (useOf(pid, nvml)?.bytes ?? 0), 0);
-  const free =
-    Number(/^MemAvailable:\s+(\d+) kB/m.exec(readFileSync("/proc/meminfo", "utf8"))?.[1] ?? 0) * 1024;
+  const free = availableMemory();
   if (needed > free)
     throw new ResourceExhausted(
       `${what} uses ${mib(needed)} MiB of GPU memory, which must fit into host memory for a checkpoint: ${mib(free)} MiB are available`,

@@ -8,6 +8,9 @@ const THREADS = 64;
 /** Of what it says on stderr, which is nothing but a crash. */
 const MAX_ERROR_TEXT = 4096;
 
+/** The helper had to be ended in the middle of a call: what the call was to do may still come to be done. */
+export class StuckCall extends TimedOut {}
+
 interface Waiting {
   resolve(output: unknown): void;
   reject(error: Error): void;
@@ -72,7 +75,7 @@ export class GpuHelper implements AsyncDisposable {
 
   /**
    * @param deadlineMs  then the helper is killed
-   * @throws TimedOut, Unavailable when the helper ends meanwhile, SyscallFailed for what the call itself fails with
+   * @throws StuckCall, Unavailable when the helper ends meanwhile, SyscallFailed for what the call itself fails with
    */
   async call<C extends HelperCall>(
     call: C,
@@ -85,7 +88,7 @@ export class GpuHelper implements AsyncDisposable {
     const timer = setTimeout(() => {
       const on = "pid" in input ? ` on process ${input.pid}` : "";
       this.#fail(
-        new TimedOut(
+        new StuckCall(
           `the GPU driver's ${call}${on} did not return in ${deadlineMs} ms; the helper that called it was ended`,
         ),
       );

@@ -15,6 +15,8 @@ export interface JournalEntry {
   readonly comm: string;
   /** to what it is to come back */
   readonly before: "running" | "locked" | "checkpointed";
+  /** a call for it was given up and may still be at work: its state is to be believed only after another call */
+  readonly abandoned?: boolean;
 }
 
 export interface Journal {

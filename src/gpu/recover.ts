@@ -61,7 +61,8 @@ async function recover(owner: DeviceOwner): Promise<void> {
   for (let pauseMs = FIRST_PAUSE_MS; ; pauseMs = Math.min(2 * pauseMs, LAST_PAUSE_MS)) {
     const journal = readJournal(owner);
     if (!journal || journal.processes.length === 0 || owner.hasEnded) break;
-    const failures = await attempt(owner, journal.processes);
+    const processes = journal.processes.map((entry) => ({ ...entry, abandoned: true }));
+    const failures = await attempt(owner, processes);
     if (failures.length === 0) {
       const pids = journal.processes.map(({ pid }) => pid);
       owner.log.warn(

@@ -210,6 +210,11 @@ export function hasOurAnnotations(spec: OciSpec): boolean {
   return Object.keys(annotationsOf(spec)).some((name) => name.startsWith("cedana.io/"));
 }
 
+/** Whether an annotation asks for checkpoints again and again; what exactly, `cedanaAnnotations` says. */
+export function asksForCheckpoints(spec: OciSpec): boolean {
+  return Object.keys(annotationsOf(spec)).some((name) => name.startsWith("cedana.io/checkpoint-every"));
+}
+
 /**
  * Whether the container has no pid namespace of its own (it has the host's, or joins one). The kernel then doesn't
  * end its other processes with its init: whoever kills init must kill the rest by cgroup.
@@ -247,6 +252,11 @@ export function groupOf(spec: OciSpec): string | undefined {
 /** Kubernetes' namespace of the pod; undefined elsewhere. containerd's CRI sets it, the pod can't. */
 export function podNamespaceOf(spec: OciSpec): string | undefined {
   return annotationsOf(spec)["io.kubernetes.cri.sandbox-namespace"] || undefined;
+}
+
+/** Kubernetes' name of the pod; undefined elsewhere. */
+export function podNameOf(spec: OciSpec): string | undefined {
+  return annotationsOf(spec)["io.kubernetes.cri.sandbox-name"] || undefined;
 }
 
 /** Whether it is a pod's sandbox ("pause") container. CRI-O names the type like this too, with its own prefix. */

@@ -25,9 +25,10 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
   const { options, imagePath } = request;
   const spec = await task.spec();
   const engine = await withFeatures(task);
-  const target = dumpTarget(task, spec, engine, (engineDump) =>
-    engineCheckpoint(task, work.tag("checkpoint"), engine, engineDump),
-  );
+  const target = dumpTarget(task, spec, engine, {
+    directory: task.bundle,
+    engineCheckpoint: (engineDump) => engineCheckpoint(task, work.tag("checkpoint"), engine, engineDump),
+  });
   await dumpContainer(
     target,
     {
@@ -50,7 +51,7 @@ export function dumpTarget(
   task: Task,
   spec: OciSpec,
   engine: Engine,
-  engineCheckpoint: DumpTarget["engineCheckpoint"],
+  own: Pick<DumpTarget, "directory" | "engineCheckpoint" | "inTurn">,
 ): DumpTarget {
   return {
     what: `task ${task.id}`,
@@ -61,7 +62,6 @@ export function dumpTarget(
     get hasEnded() {
       return task.init.exit !== undefined;
     },
-    directory: task.bundle,
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
     rootfs: join(task.bundle, spec.root?.path ?? "rootfs"),
@@ -76,7 +76,7 @@ export function dumpTarget(
     image: () => imageOf(task, spec),
     log: task.log,
     cgroup: () => task.cgroup(),
-    engineCheckpoint,
+    ...own,
   };
 }
 

@@ -28,6 +28,10 @@ export interface TaskRecord {
   /** directory of the images to restore from at start */
   restoreFrom?: string;
   onRestoreFailure?: "fail" | "fresh";
+  /** what is mounted at the rootfs, where it may have to be mounted again */
+  rootfs?: { type: string; source: string; target: string; options: string[] }[];
+  /** a failed restore is given up: its files are (reset), or are to be (begun), as before it */
+  afresh?: "begun" | "reset";
   parentCheckpoint?: string;
   oomKills: number;
   exit?: ExitRecord;

@@ -6,6 +6,7 @@ import { CheckpointStore } from "../checkpoint/store.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 import { configurationPath, readConfiguration } from "../runtime/configuration.ts";
 import { engineVersion } from "../runtime/engine.ts";
+import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
 import {
   cedanaAnnotations,
@@ -52,13 +53,14 @@ export async function chooseRestoreSource(
     if (path === undefined) return undefined;
     const candidate = {
       what: `task ${container.id}`,
+      directory: container.bundle,
       container: restoredContainer(spec, container.bundle, await engineVersion(container.engine), {
         terminal: container.terminal,
       }),
       log: container.log,
       policy: (manifest: CheckpointManifest | undefined) => restorePolicy(manifest, spec),
     };
-    await checkRestore(candidate, { path }, { onBoundary: reachBoundary });
+    await checkRestore(candidate, { path, ...(await restoreSettings()) }, { onBoundary: reachBoundary });
     return { path, onFailure };
   } catch (error) {
     // Only what is wrong with the checkpoint: a forbidden or senseless annotation stays an error.

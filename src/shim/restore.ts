@@ -1,12 +1,26 @@
-import { link, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
+import {
+  chmod,
+  chown,
+  link,
+  readdir,
+  readFile,
+  readlink,
+  rename,
+  rm,
+  stat,
+  writeFile,
+} from "node:fs/promises";
 import { join, resolve } from "node:path";
 import {
   type EngineRestore,
   type RestoreTarget,
   restore as restoreContainer,
 } from "../checkpoint/restore.ts";
+import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
+import { Unsupported } from "../errors/index.ts";
 import { hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
 import type { Engine } from "../runtime/engine.ts";
+import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
 import {
   cedanaAnnotations,
@@ -18,6 +32,7 @@ import {
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
+import type { RestoreSource } from "./restore-source.ts";
 import type { Task, Work } from "./task.ts";
 
 /*
@@ -37,18 +52,23 @@ import type { Task, Work } from "./task.ts";
  * Restores a task that was created from a checkpoint; see `restore` of src/checkpoint. The engine runs as an operation of the keeper,
  * whose tag comes from the request: a repetition after a crash waits for the engine that was started before, or finds how it ended.
  */
-export async function restore(task: Task, work: Work, path: string): Promise<void> {
+export async function restore(task: Task, work: Work, source: RestoreSource): Promise<void> {
   const spec = await task.spec();
   const engine = await withFeatures(task);
   const config = new BundleConfig(task.bundle);
   const keeperPid = task.pod.keeper.pid;
+  const rootfs = resolve(task.bundle, spec.root?.path ?? "rootfs");
   const target: RestoreTarget = {
     what: `task ${task.id}`,
     directory: task.bundle,
     container: restoredContainer(spec, task.bundle, engine.features, {
       terminal: task.init.stdio.terminal,
-      rootfs: resolve(task.bundle, spec.root?.path ?? "rootfs"),
+      rootfs,
     }),
+    rootfs,
+    allowRootfsDiff: async () => {
+      if (source.onFailure === "fresh") await noteFreshUpper(task.bundle, rootfs);
+    },
     log: task.log,
     policy: (manifest) => restorePolicy(manifest, spec),
     prepareNetwork: async () => {
@@ -72,12 +92,72 @@ export async function restore(task: Task, work: Work, path: string): Promise<voi
     {
       key: String(work.request),
       repeated: work.repeated,
-      path,
+      path: source.path,
+      ...(await restoreSettings()),
       workPath: task.options.criuWorkPath || undefined,
     },
     { onBoundary: reachBoundary },
   );
 }
+
+// ---- files, and back -------------------------------------------------------------------------------------------------
+
+/** The upper layer as it was before a checkpoint's changed files were written to it: there was nothing in it. */
+interface FreshUpper {
+  path: string;
+  mode: number;
+  uid: number;
+  gid: number;
+}
+
+const freshUpperFile = (bundle: string) => join(bundle, "rootfs-upper.json");
+
+/**
+ * A container that may have to start afresh after all gets its files back as they were by emptying its upper layer: there must be one,
+ * and nothing in it. What it was is on disk before anything is written.
+ */
+async function noteFreshUpper(bundle: string, rootfs: string): Promise<void> {
+  if (await readFreshUpper(bundle)) return; // noted before a crash
+  const { upper } = await overlayLayers(rootfs).catch((cause: unknown) => {
+    throw new Unsupported(
+      `the checkpoint's changed files can't be taken back on ${rootfs}, as cedana.io/on-restore-failure: fresh would have it`,
+      { cause },
+    );
+  });
+  if ((await readdir(upper)).length > 0)
+    throw new Unsupported(
+      `the checkpoint's changed files are for a new root file system, and ${rootfs} has changes already (cedana.io/on-restore-failure: fresh)`,
+    );
+  const { mode, uid, gid } = await stat(upper);
+  const note: FreshUpper = { path: upper, mode: mode & 0o7777, uid, gid };
+  await writeFile(`${freshUpperFile(bundle)}.new`, JSON.stringify(note), { mode: 0o600 });
+  await rename(`${freshUpperFile(bundle)}.new`, freshUpperFile(bundle));
+}
+
+async function readFreshUpper(bundle: string): Promise<FreshUpper | undefined> {
+  const text = await readFile(freshUpperFile(bundle), "utf8").catch(() => undefined); // ENOENT: it didn't come to that
+  return text === undefined ? undefined : (JSON.parse(text) as FreshUpper);
+}
+
+/**
+ * Takes back the files that a failed restore has written, if it has.
+ * @param unmounted  unmounts the rootfs, and mounts it again when its work is done: overlay has no changes of its layers under it
+ */
+export async function takeFilesBack(
+  bundle: string,
+  unmounted: (work: () => Promise<void>) => Promise<void>,
+): Promise<void> {
+  const upper = await readFreshUpper(bundle);
+  if (!upper) return;
+  await unmounted(async () => {
+    for (const name of await readdir(upper.path))
+      await rm(join(upper.path, name), { recursive: true, force: true });
+    await chown(upper.path, upper.uid, upper.gid);
+    await chmod(upper.path, upper.mode);
+  });
+}
+
+// ---- engine ----------------------------------------------------------------------------------------------------------
 
 async function engineRestore(
   task: Task,
@@ -89,8 +169,8 @@ async function engineRestore(
   const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
-    externalMounts,
     pluginDirectory: withoutPlugins ? workPath : undefined,
+    externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
   try {

@@ -2,7 +2,7 @@ import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
-import { freezeMarker } from "../checkpoint/freeze-marker.ts";
+import { freezeMarker, thawNoted } from "../checkpoint/freeze-marker.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -15,10 +15,12 @@ import {
 import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
 import { pathInRoot } from "../linux/root-path.ts";
+import { unpackDirectory } from "../runtime/configuration.ts";
 import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
 import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import {
+  asksForCheckpoints,
   cgroupName,
   cgroupPathV2,
   hasOurAnnotations,
@@ -50,6 +52,9 @@ const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
 const OOM_COUNTER_ATTEMPTS = 10;
 const OOM_COUNTER_INTERVAL_MS = 20;
+
+/** In the bundle while a checkpoint is taken that containerd hasn't asked for. */
+export const TRIGGERED_DIRECTORY = "cedana-dump";
 
 /** The call on whose behalf something is done: gives its operations tags that a repetition derives again. */
 export interface Work {
@@ -110,6 +115,10 @@ export class Task {
   #cgroup: Cgroup | undefined;
   #rootfsMounted = false;
   #restoreSource: RestoreSource | undefined;
+  /** a failed restore is given up: its files are (reset), or are to be, as before it */
+  #afresh: "begun" | "reset" | undefined;
+  /** what was mounted at the rootfs, where it may have to be mounted again */
+  #rootfs: RootfsMount[] = [];
   #parentCheckpoint: string | undefined;
   #oomKills = 0;
   readonly #escalations: Escalations;
@@ -179,6 +188,7 @@ export class Task {
     task.#spec = spec;
     if (options.warnings.length > 0) task.#log.warn({ warnings: options.warnings }, "runtime options");
     task.#parentCheckpoint = request.parentCheckpoint || undefined;
+    if (restore?.onFailure === "fresh") task.#rootfs = request.rootfs;
     writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
     init.starting = true; // an exit waits until the create event is out
     pod.creating.add(task);
@@ -227,6 +237,8 @@ export class Task {
     init.pid = record.pid;
     if (record.exit) init.markExited({ status: record.exit.status, atNs: BigInt(record.exit.atNs) });
     task.#rootfsMounted = record.rootfsMounted;
+    task.#rootfs = record.rootfs ?? [];
+    task.#afresh = record.afresh;
     task.#parentCheckpoint = record.parentCheckpoint;
     task.#oomKills = record.oomKills;
     task.#answers = record.answers;
@@ -253,6 +265,7 @@ export class Task {
       this.#spec = await readSpec(this.bundle);
       this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
       void this.outOfMemory(1); // the keeper's notice may have gone to nobody
+      if (this.init.state === "running") this.#scheduleCheckpoints(true);
     } catch (error) {
       this.#log.warn({ err: error }, "revive the task: its exit is expected");
     }
@@ -325,6 +338,8 @@ export class Task {
         restoreFrom: this.#restoreSource.path,
         onRestoreFailure: this.#restoreSource.onFailure,
       }),
+      ...(this.#rootfs.length > 0 && { rootfs: this.#rootfs }),
+      ...(this.#afresh && { afresh: this.#afresh }),
       ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
       oomKills: this.#oomKills,
       ...exitRecord(this.init.exit),
@@ -366,7 +381,14 @@ export class Task {
       throw error;
     }
     this.publish(`start:${work.request}`, events.taskStart(this.id, this.init.pid));
+    this.#scheduleCheckpoints(false);
     return this.init.pid;
+  }
+
+  /** Few containers ask for it, and only they load what it takes. */
+  #scheduleCheckpoints(revived: boolean): void {
+    if (!this.#spec || !asksForCheckpoints(this.#spec)) return;
+    void import("./schedule.ts").then(({ scheduleCheckpoints }) => scheduleCheckpoints(this, revived));
   }
 
   /** The start is on record: an exit that came meanwhile may be told. */
@@ -376,13 +398,17 @@ export class Task {
   }
 
   async #restore(work: Work): Promise<void> {
-    const { path, onFailure } = this.#restoreSource!;
+    const source = this.#restoreSource!;
     const { restore } = await import("./restore.ts");
-    await using _held = await this.#holdOutputs(work, onFailure === "fresh");
+    await using _held = await this.#holdOutputs(work, source.onFailure === "fresh");
+    if (this.#afresh) {
+      await this.#startAfresh(work); // as a cedanad before us had begun to
+      return;
+    }
     try {
-      await restore(this, work, path);
+      await restore(this, work, source);
     } catch (error) {
-      if (onFailure !== "fresh") {
+      if (source.onFailure !== "fresh") {
         // The task must be deletable: it has ended without having lived.
         this.init.markExited({ status: 255, atNs: nowNs() });
         this.record();
@@ -392,6 +418,8 @@ export class Task {
         { err: error },
         "restore failed; as cedana.io/on-restore-failure says, it starts afresh",
       );
+      this.#afresh = "begun"; // on record: a repetition must not restore into a container that runs
+      this.#writeRecord();
       await this.#startAfresh(work);
     }
   }
@@ -435,7 +463,7 @@ export class Task {
   async discardRestore(): Promise<void> {
     if (!this.#restoreSource) return;
     const { discardRestore } = await import("../checkpoint/restore.ts");
-    await this.undo("remove what a restore has left", discardRestore(this.bundle));
+    await this.undo("remove what a restore has left", discardRestore(this.bundle, unpackDirectory()));
   }
 
   /** Waits for something that undoes; a failure of it is logged. */
@@ -465,6 +493,11 @@ export class Task {
   /** After a failed restore has been undone. Its stdio was given away with it, and is opened again. */
   async #startAfresh(work: Work): Promise<void> {
     try {
+      if (this.#afresh === "begun") {
+        await this.#resetRootfs(work);
+        this.#afresh = "reset";
+        this.#writeRecord();
+      }
       await this.#pod.keeper.ioFree(work.tag("io-free-restore"), this.init.io);
       const stdio = planStdio(this.init.io, this.init.stdio, this.id, this.namespace, this.options);
       await this.#pod.keeper.ioOpen(work.tag("io-afresh"), stdio);
@@ -479,6 +512,16 @@ export class Task {
       this.record();
       throw error;
     }
+  }
+
+  /** Before the record says that the files are back nothing runs on them, so a repetition may do this again. */
+  async #resetRootfs(work: Work): Promise<void> {
+    const { takeFilesBack } = await import("./restore.ts");
+    await takeFilesBack(this.bundle, async (empty) => {
+      await this.#pod.keeper.unmount(work.tag("unmount-restore"), join(this.bundle, "rootfs"));
+      await empty();
+      await this.#mountRootfs(work, this.#rootfs, "remount");
+    });
   }
 
   /** Starts an exec'd process. @returns its pid */
@@ -739,7 +782,11 @@ export class Task {
     if (!existsSync(marker)) return;
     try {
       if (this.init.state === "running" && !this.init.exit) await (await this.cgroup()).thaw();
+      else if (this.init.exit) await thawNoted(this.bundle);
       await rm(marker, { force: true });
+      const { abandonAttempt } = await import("../checkpoint/dump.ts");
+      const kept = await abandonAttempt(this.bundle, async () => {});
+      if (kept !== undefined) this.#log.warn({ kept }, "kept the images of a dump that a crash cut off");
       this.#log.warn("thawed: it had been frozen for a dump that a crash cut off");
     } catch (error) {
       this.#log.error({ err: error }, "thaw a container that a dump cut off by a crash had frozen");
@@ -762,6 +809,19 @@ export class Task {
         return init.exit !== undefined;
       },
     });
+  }
+
+  /**
+   * A cedanad before us may have ended in the middle of a checkpoint of its own will: gone on with, before any call of containerd's
+   * changes the container.
+   */
+  resumeCheckpoint(): void {
+    if (!existsSync(join(this.bundle, TRIGGERED_DIRECTORY))) return;
+    const turn = Promise.withResolvers<void>();
+    void this.init.inTurn(() => turn.promise);
+    void import("./triggered.ts")
+      .then(({ resumeCheckpoint }) => resumeCheckpoint(this, turn.resolve))
+      .finally(turn.resolve);
   }
 
   async resizePty(work: Work, process: Process, width: number, height: number): Promise<void> {
@@ -865,22 +925,22 @@ export class Task {
 
   // ---- parts ---------------------------------------------------------------------------------------------------------
 
-  async #mountRootfs(work: Work, mounts: CreateRequest["rootfs"]): Promise<void> {
+  async #mountRootfs(work: Work, mounts: CreateRequest["rootfs"], step = "mount"): Promise<void> {
     const root = join(this.bundle, "rootfs");
     for (const [index, mount] of mounts.entries()) {
       this.#rootfsMounted = true;
       const target = await pathInRoot(root, mount.target);
       const plan = planMount(mount, target);
       if (plan.helper) {
-        const exit = await this.#pod.keeper.run(work.tag(`mount:${index}`), { argv: plan.helper.argv });
+        const exit = await this.#pod.keeper.run(work.tag(`${step}:${index}`), { argv: plan.helper.argv });
         if (exit.exitStatus !== 0)
           throw new RuntimeFailed(`mount ${mount.type} at ${target}: ${plan.helper.argv[0]} failed`, {
             exitStatus: exit.exitStatus,
           });
         continue;
       }
-      for (const [step, call] of mountCalls(plan).entries())
-        await this.#pod.keeper.mount(work.tag(`mount:${index}.${step}`), call);
+      for (const [part, call] of mountCalls(plan).entries())
+        await this.#pod.keeper.mount(work.tag(`${step}:${index}.${part}`), call);
     }
   }
 
@@ -938,6 +998,7 @@ export class Task {
     await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));
     if (this.#rootfsMounted)
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
+    await undo("remove what was unpacked", this.discardRestore());
     await rm(join(this.bundle, "cedana-engine"), { force: true });
     this.#pod.keeper.taskGone(this.id); // it may watch for out-of-memory kills
     if (this.init.heldExit) this.#pod.keeper.acknowledge(this.init.heldExit.sequence); // told to nobody

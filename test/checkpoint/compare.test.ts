@@ -189,8 +189,10 @@ describe("a checkpoint and a node", () => {
 describe("the refusal of a restore", () => {
   it("has all errors in one, and the class of the worst", () => {
     const error = (kind: "checkpoint" | "container" | "node", message: string) =>
-      ({ kind, severity: "error", message }) as const;
-    expect(refusalOfRestore("/cp", [{ kind: "node", severity: "warning", message: "old" }])).toBeUndefined();
+      ({ kind, fault: "mount", severity: "error", message }) as const;
+    expect(
+      refusalOfRestore("/cp", [{ kind: "node", fault: "kernel", severity: "warning", message: "old" }]),
+    ).toBeUndefined();
     const both = refusalOfRestore("/cp", [error("container", "no mount"), error("node", "no CPU")]);
     expect(both).toBeInstanceOf(Unsupported);
     expect(both!.message).toBe("checkpoint /cp can't be restored on this node: no mount; no CPU");

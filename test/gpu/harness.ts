@@ -2,7 +2,7 @@
 
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { once } from "node:events";
-import { mkdirSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { promisify } from "node:util";
@@ -57,6 +57,13 @@ export class Gpus implements Disposable {
     rmSync(join(this.path, "faults"), { force: true });
     if (switches.length > 0) writeFileSync(join(this.path, "faults"), `${switches.join("\n")}\n`);
     rmSync(join(this.path, "faults.new"));
+  }
+
+  /** The driver's calls from now on, each as "OPERATION NAME". */
+  watchCalls(): () => string[] {
+    const path = join(this.path, "calls");
+    writeFileSync(path, "", { mode: 0o666 });
+    return () => readFileSync(path, "utf8").split("\n").filter(Boolean);
   }
 
   /** What is on the GPUs goes, as at a reboot or on another machine. */

@@ -1,14 +1,13 @@
 // Containers with GPUs (the stand-in driver of test/gpu/libcuda) under containerd: what their GPUs hold comes back with them.
 
-import { mkdtempSync, readdirSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import type { CheckpointManifest } from "../../src/checkpoint/manifest.ts";
-import { countsOn, gpuOptions, nextOf, runClient } from "../gpu/container.ts";
+import { countsOn, nextOf, runClient } from "../gpu/container.ts";
 import { driverEnvironment, Gpus, standIn, UUIDS } from "../gpu/harness.ts";
 import { Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
-import { until } from "./harness/until.ts";
 
 const [a0, a1, b0, b1] = UUIDS;
 
@@ -27,9 +26,9 @@ for (const combination of enginesForCheckpoints) {
       gpus.faults();
       gpus.plug([a0, "one", 16], [a1, "one", 16]);
     });
-    afterEach(() => {
+    afterEach(async () => {
       gpus.wipe();
-      live.expectNoLeftovers();
+      await live.expectNoLeftovers();
     });
     afterAll(async () => {
       await live?.stop();

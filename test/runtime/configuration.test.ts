@@ -18,6 +18,7 @@ describe("the administrator's configuration", () => {
     expect(await readConfiguration(path)).toEqual({
       annotations: { deny: [], hooks: false },
       restoreFromPaths: [],
+      plugins: { named: [], directory: expect.stringMatching(/\/plugins$/) },
       checkpoints: {
         directory: expect.stringMatching(/\/checkpoints$/),
         keepLast: 3,
@@ -26,6 +27,7 @@ describe("the administrator's configuration", () => {
         rootfsMaxBytes: 4 * 2 ** 30,
       },
       gpu: { tracing: false, traceMaxBytes: 64 * 2 ** 20 },
+      restore: { verifyDigests: false, ignoreCpu: false },
     });
   });
 
@@ -57,6 +59,8 @@ describe("the administrator's configuration", () => {
     ["no size", `{ "checkpoints": { "rootfsMaxBytes": "much" } }`, /not a size/],
     ["a text for the switch of tracing", `{ "gpu": { "tracing": "yes" } }`, /gpu.tracing is neither/],
     ["no size of traces", `{ "gpu": { "traceMaxBytes": 5 } }`, /gpu.traceMaxBytes is not a string/],
+    ["a text for a switch", `{ "restore": { "ignoreCpu": "yes" } }`, /ignoreCpu is neither/],
+    ["a key that is nowhere", `{ "restore": { "keyFile": "key" } }`, /"key" is not an absolute path/],
     ["nothing to keep", `{ "checkpoints": { "keepLast": 0 } }`, /from 1 to 1000/],
   ])("refuses %s", (_what, text, message) => {
     expect(() => parseConfiguration(text, path)).toThrow(InvalidRequest);

@@ -16,9 +16,13 @@ export const methods: ApiMethods = {
       })),
     };
   },
+  DumpContainer: async (request, call, send) =>
+    await (await import("./dump.ts")).dumpContainer(request, call, send),
   ListCheckpoints: async (request, call) =>
     await (await import("./checkpoints.ts")).listCheckpoints(request, call),
   InspectCheckpoint: async (request) => await (await import("./checkpoints.ts")).inspectCheckpoint(request),
+  ListPlugins: async () => await (await import("./plugins.ts")).listPlugins(),
+  Check: async (request, call, send) => await (await import("./plugins.ts")).check(request, call, send),
   VerifyCheckpoint: async (request, call, send) =>
     await (await import("./checkpoints.ts")).verifyCheckpoint(request, call, send),
 };

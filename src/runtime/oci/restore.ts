@@ -5,6 +5,7 @@ import { CriuFailed, NotFound } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
+import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
 import { cedanaAnnotations, cgroupName, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
@@ -81,8 +82,9 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       const env = await criuConfigFile(join(scratch, "criu.conf"), [
         ...criuConfig,
         ...cgroup.lines,
-        ...criuSettings({ externalMounts }).split("\n").filter(Boolean),
-        ...(withoutPlugins ? [`libdir "${work}"`] : []),
+        ...criuSettings({ externalMounts, pluginDirectory: withoutPlugins ? work : undefined })
+          .split("\n")
+          .filter(Boolean),
       ]);
       const command = [
         engine,
@@ -124,6 +126,8 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
         key: call.marker,
         repeated: false,
         path,
+        ...(await restoreSettings()),
+        unpack: undefined, // the caller extracts archives, with the files of the container in them
         workPath: workPath && resolve(call.cwd, workPath),
       },
       { signal: wrapper.signal },

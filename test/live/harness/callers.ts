@@ -54,6 +54,7 @@ export class CallerPlace {
   readonly runDir = join(this.dir, "run");
   readonly config = join(this.dir, "runtime.json");
   readonly env: Record<string, string>;
+  #daemonEnv: Record<string, string> = {};
   #holder: ChildProcess | undefined;
   #reaper: ChildProcess | undefined;
 
@@ -72,8 +73,10 @@ export class CallerPlace {
     };
   }
 
-  static async start(engine: EngineName): Promise<CallerPlace> {
+  /** @param daemonEnv  of the cedanad that cedana-runtime starts here */
+  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
+    place.#daemonEnv = daemonEnv;
     for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
     writeFileSync(place.config, JSON.stringify({ engine, runDirectory: place.runDir }));
@@ -180,10 +183,13 @@ export class CallerPlace {
   /** cedana-runtime with our configuration, for Podman: its clean-up after a container passes neither environment nor runtime flags on. */
   #configuredWrapper(): string {
     const path = join(this.dir, "wrapper");
-    const environment = `export CEDANA_STATE_DIR=${this.env.CEDANA_STATE_DIR}`; // of a cedanad that this call may start
-    writeFileSync(path, `#!/bin/sh\n${environment}\nexec ${wrapper} --cedana-config ${this.config} "$@"\n`, {
-      mode: 0o755,
-    });
+    const environment = { CEDANA_STATE_DIR: this.env.CEDANA_STATE_DIR!, ...this.#daemonEnv };
+    const exports = Object.entries(environment).map(([name, value]) => `export ${name}='${value}'\n`);
+    writeFileSync(
+      path,
+      `#!/bin/sh\n${exports.join("")}exec ${wrapper} --cedana-config ${this.config} "$@"\n`,
+      { mode: 0o755 },
+    );
     return path;
   }
 
@@ -247,8 +253,8 @@ export class Podman {
     this.#dir = place.dir;
   }
 
-  static async start(engine: EngineName): Promise<Podman> {
-    const place = await CallerPlace.start(engine);
+  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<Podman> {
+    const place = await CallerPlace.start(engine, daemonEnv);
     const podman = new Podman(place);
     try {
       place.configureContainers();

@@ -1,0 +1,48 @@
+import type { Logger } from "pino";
+import { Feature, isListOf } from "../features/registry.ts";
+
+/*
+ * The places in the chains where plugins take part. An adapter is a step like ours: it checks, prepares, calls `next` for all that
+ * follows, and undoes its own work when that fails. It gets a view of the dump instead of the chain's context, so that the chain can
+ * change without them.
+ */
+
+/** What an adapter knows of the dump. */
+export interface PluginDump {
+  readonly containerId: string;
+  /** containerd's; "" for a container of cedana-runtime */
+  readonly namespace: string;
+  readonly engine: { readonly name: string; readonly version: string; readonly path: string };
+  /** of the container's first process, on the host */
+  readonly initPid: number;
+  readonly leaveRunning: boolean;
+  /** the checkpoint as it is being made: a file that an adapter writes here is part of it. Name it after the plugin */
+  readonly directory: string;
+  /** where CRIU's images come, in the same directory or below it */
+  readonly imagePath: string;
+  /** a cedanad before us began this dump, and may have called the adapter */
+  readonly repeated: boolean;
+  /** aborted when nobody waits for the dump any more */
+  readonly signal: AbortSignal;
+  readonly log: Pick<Logger, "info" | "warn" | "error">;
+  /** every process of the container, on the host */
+  pids(): Promise<number[]>;
+}
+
+export interface DumpAdapter {
+  /** for times, errors and logs, after the plugin's name */
+  readonly name: string;
+  /** whether it has to do with this container; default: yes */
+  when?(dump: PluginDump): boolean;
+  /** An error refuses the dump, and the container goes on as it was. `next` is called once, and what it throws is thrown on. */
+  run(dump: PluginDump, next: () => Promise<void>): Promise<void>;
+}
+
+const isAdapters = isListOf({ name: "string", run: "function" });
+
+export const dumpFeatures = {
+  /** while the container runs, before anything is looked at */
+  dumpMiddleware: new Feature<readonly DumpAdapter[]>("Dump middleware", isAdapters),
+  /** right before CRIU: the container stands still, and every moment counts */
+  dumpMiddlewareLate: new Feature<readonly DumpAdapter[]>("Dump middleware (late)", isAdapters),
+} as const;
