@@ -41,7 +41,7 @@ static int driver1(const char *name, uint64_t a) {
   return function(a);
 }
 
-/* Primary contexts that nobody made through us count as well, as long as they are active. */
+/* Primary contexts by their devices, whoever made them: a handle of one, kept from before, might be of one that has been reset. */
 static int synchronise_primaries(void) {
   void *symbols[] = {driver_symbol("cuDeviceGetCount"), driver_symbol("cuDevicePrimaryCtxGetState"),
                      driver_symbol("cuDevicePrimaryCtxRetain")};
@@ -60,7 +60,8 @@ static int synchronise_primaries(void) {
     int error = driver1("cuCtxSetCurrent", context);
     if (!error) error = driver1("cuCtxSynchronize", 0);
     driver1("cuCtxSetCurrent", 0);
-    driver1("cuDevicePrimaryCtxRelease_v2", (uint64_t)device);
+    const char *release = driver_symbol("cuDevicePrimaryCtxRelease_v2") ? "cuDevicePrimaryCtxRelease_v2" : "cuDevicePrimaryCtxRelease";
+    driver1(release, (uint64_t)device);
     if (error && !first_error) first_error = error;
   }
   return first_error;

@@ -43,7 +43,7 @@ struct thing {
   uint8_t class; /* enum thing_class */
   uint8_t kind;  /* within the class */
   int16_t device;
-  uint32_t reserved; /* a context: a primary one; memory of cuMemCreate: mapped, and counted there */
+  uint32_t reserved; /* a context: CONTEXT_CREATED; memory of cuMemCreate: 1 while it is mapped, and counted there */
 };
 
 /* One call under way. frame.S fills in the first part and knows its offsets. */

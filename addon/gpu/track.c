@@ -29,6 +29,7 @@ enum action {
   ACTION_COUNT,       /* for ever, without a handle */
   ACTION_CONTEXT,     /* *arg[0] is a context */
   ACTION_PRIMARY,     /* *arg[0] is the primary context of device arg[1] */
+  ACTION_GREEN,       /* *arg[0] is one, of the green context arg[1] */
   ACTION_USE_CONTEXT, /* arg[0] is one */
   ACTION_END_CONTEXT, /* arg[0] goes, with what was made in it */
   ACTION_END_PRIMARY, /* the primary context of device arg[0], unless others hold it */
@@ -104,10 +105,12 @@ static const struct rule rules[] = {
     CONTEXT("cuCtxCreate", ACTION_CONTEXT),
     CONTEXT("cuGLCtxCreate", ACTION_CONTEXT),
     CONTEXT("cuDevicePrimaryCtxRetain", ACTION_PRIMARY),
-    CONTEXT("cuCtxFromGreenCtx", ACTION_CONTEXT),
+    CONTEXT("cuCtxFromGreenCtx", ACTION_GREEN),
     CONTEXT("cuCtxSetCurrent", ACTION_USE_CONTEXT),
     CONTEXT("cuCtxPushCurrent", ACTION_USE_CONTEXT),
     CONTEXT("cuCtxDestroy", ACTION_END_CONTEXT),
+    CONTEXT("cuCtxDetach", ACTION_END_CONTEXT),
+    CONTEXT("cuGreenCtxDestroy", ACTION_END_CONTEXT), /* with the context that was made of it */
     CONTEXT("cuDevicePrimaryCtxRelease", ACTION_END_PRIMARY),
     CONTEXT("cuDevicePrimaryCtxReset", ACTION_END_PRIMARY),
 
@@ -214,6 +217,8 @@ static struct thing *things; /* open addressing; a power of two */
 static uint64_t things_size, things_used; /* used: with the graves */
 static uint32_t untracked;
 static uint64_t counted[BLOCKER_KINDS];
+/* Of a context, in `reserved`: the program has made it. Others are primary ones, which come and go by calls that we may not see. */
+#define CONTEXT_CREATED 2
 static const uint64_t grave = ~0ull; /* a handle that nobody has: something was here */
 
 static uint8_t uuids[MAILBOX_DEVICES][16];
@@ -339,6 +344,7 @@ static void look(struct shard *shard) {
   struct thing context = {.class = CLASS_OBJECT, .kind = OBJECT_CONTEXT};
   current(&context.handle, &context.device);
   put_new(&context);
+  shard->context = context.handle;
   shard->knows_context = context.handle != 0;
 }
 
@@ -431,7 +437,7 @@ static void end_primary(int device) {
   lock(&process->lock_things);
   for (uint64_t i = 0; i < things_size && !primary; i++)
     if (things[i].handle != grave && things[i].class == CLASS_OBJECT && things[i].kind == OBJECT_CONTEXT &&
-        things[i].device == device && things[i].reserved)
+        things[i].device == device && things[i].reserved != CONTEXT_CREATED)
       primary = things[i].handle;
   unlock(&process->lock_things);
   if (primary) take_context(primary);
@@ -440,10 +446,9 @@ static void end_primary(int device) {
 static void context_made(const struct rule *rule, const struct call *call) {
   const uint64_t *out = (const uint64_t *)(uintptr_t)call->arg[0];
   struct thing context = {.handle = out ? *out : 0, .class = CLASS_OBJECT, .kind = OBJECT_CONTEXT, .device = -1};
-  if (rule->action == ACTION_PRIMARY) {
-    context.device = (int16_t)call->arg[1];
-    context.reserved = 1;
-  }
+  if (rule->action == ACTION_PRIMARY) context.device = (int16_t)call->arg[1];
+  else context.reserved = CONTEXT_CREATED;
+  if (rule->action == ACTION_GREEN) context.context = call->arg[1];
   put(&context);
 }
 
@@ -451,8 +456,7 @@ static void context_made(const struct rule *rule, const struct call *call) {
 static void context_used(struct shard *shard, uint64_t handle) {
   if (handle == shard->context) return;
   shard->context = handle;
-  struct thing context = {.handle = handle, .class = CLASS_OBJECT, .kind = OBJECT_CONTEXT, .device = -1};
-  put_new(&context);
+  look(shard);
 }
 
 void track_after(const struct rule *rule, struct call *call) {
@@ -480,6 +484,7 @@ void track_after(const struct rule *rule, struct call *call) {
       break;
     case ACTION_CONTEXT:
     case ACTION_PRIMARY:
+    case ACTION_GREEN:
       context_made(rule, call);
       break;
     case ACTION_USE_CONTEXT:
@@ -507,11 +512,13 @@ uint64_t bytes_moved(const struct rule *rule, const struct call *call) {
 
 /* ---- for the control thread ---- */
 
+/* Those that the program has made. A handle of another one may be stale, and the driver is not to be asked about such. */
 unsigned track_contexts(uint64_t *out, unsigned max) {
   unsigned count = 0;
   lock(&process->lock_things);
   for (uint64_t i = 0; i < things_size && count < max; i++)
-    if (things[i].handle != 0 && things[i].handle != grave && things[i].class == CLASS_OBJECT && things[i].kind == OBJECT_CONTEXT)
+    if (things[i].handle != 0 && things[i].handle != grave && things[i].class == CLASS_OBJECT && things[i].kind == OBJECT_CONTEXT &&
+        things[i].reserved == CONTEXT_CREATED)
       out[count++] = things[i].handle;
   unlock(&process->lock_things);
   return count;
