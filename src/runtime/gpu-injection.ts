@@ -190,7 +190,10 @@ function withLibrary(env: readonly string[], variables: Readonly<Record<string, 
 /** A file that the build leaves in build/gpu, or an installation beside cedanad. */
 export function findGpuFile(name: "libcuda.so.1" | "cedana-gpu-control"): string {
   const told = process.env.CEDANA_GPU_FILES;
-  if (told) return join(told, name);
+  if (told) {
+    if (existsSync(join(told, name))) return join(told, name);
+    throw new Unavailable(`${told} (CEDANA_GPU_FILES) has no ${name}`);
+  }
   for (let directory = import.meta.dirname; ; directory = dirname(directory)) {
     for (const path of [join(directory, "gpu", name), join(directory, "build/gpu", name)])
       if (existsSync(path)) return path;
