@@ -8,6 +8,7 @@ import { type CpuFacts, cpuFacts, instructionsMissing } from "./cpu.ts";
 import { isOlder } from "./dump.ts";
 import { type Finding, Found } from "./finding.ts";
 import { explainMissing, gpuMountSource } from "./gpu-mounts.ts";
+import type { GpuNode } from "./gpu-nodes.ts";
 import type { DumpedFile, DumpedMount, ImageFacts } from "./image-facts.ts";
 import type { OpenCheckpoint } from "./open.ts";
 import { hasRootfsDiff } from "./rootfs-diff/index.ts";
@@ -32,6 +33,8 @@ export interface RestoredContainer {
   readonly cgroupMountPoints: readonly string[];
   readonly maskedPaths: readonly string[];
   readonly devices: readonly string[];
+  /** those that are GPUs', as they are to be in the container */
+  readonly gpuNodes?: readonly GpuNode[];
   /** its root file system, where that is there already */
   readonly rootfs?: string | undefined;
 }

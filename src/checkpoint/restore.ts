@@ -159,6 +159,7 @@ export const restoreSteps = [
   prepareMountPoints,
   // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
   criuRestore, // the container runs from here on; when what follows fails, it is ended
+  makeDeviceNodes, // the new container's, which the driver opens by their names
   restoreDevices, // before anybody is told that the container runs
   // Hooks in the container: a step after that, the last one.
 ] as const satisfies readonly RestoreStep[];
@@ -384,6 +385,16 @@ async function prepareDevices(context: RestoreContext, next: () => Promise<void>
     context.devices = await slot.prepareRestore(target, facts);
   }
   await using _ = { [Symbol.asyncDispose]: async () => await context.devices?.close() };
+  await next();
+}
+
+async function makeDeviceNodes({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const nodes = target.container.gpuNodes ?? [];
+  // In the foreground the container has come and gone.
+  if (nodes.length > 0 && !target.inForeground) {
+    const { makeGpuNodes } = await import("./gpu-nodes.ts");
+    makeGpuNodes(await (await target.cgroup()).pids(), nodes, target.log);
+  }
   await next();
 }
 

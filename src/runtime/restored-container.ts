@@ -1,5 +1,6 @@
 import { posix, resolve } from "node:path";
 import type { RestoredContainer } from "../checkpoint/compare.ts";
+import { type GpuNode, isGpuNode } from "../checkpoint/gpu-nodes.ts";
 import type { EngineFeatures } from "./engine.ts";
 import { annotationsOf, type OciMount, type OciSpec } from "./spec.ts";
 
@@ -33,8 +34,17 @@ export function restoredContainer(
     cgroupMountPoints: mounts.filter(({ type }) => type?.startsWith("cgroup")).map(destinationOf),
     maskedPaths: spec.linux?.maskedPaths ?? [],
     devices: (spec.linux?.devices ?? []).map(({ path }) => path),
+    gpuNodes: gpuNodesOf(spec),
     rootfs: options.rootfs,
   };
+}
+
+function gpuNodesOf(spec: OciSpec): GpuNode[] {
+  return (spec.linux?.devices ?? []).flatMap(({ path, type, major, minor, fileMode, uid, gid }) =>
+    type === "c" && major !== undefined && minor !== undefined && isGpuNode(posix.resolve("/", path))
+      ? [{ path: posix.resolve("/", path), major, minor, mode: fileMode, uid, gid }]
+      : [],
+  );
 }
 
 function isBind({ type, options }: OciMount): boolean {

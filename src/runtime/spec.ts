@@ -23,6 +23,9 @@ export interface OciDevice {
   readonly type: string;
   readonly major?: number;
   readonly minor?: number;
+  readonly fileMode?: number;
+  readonly uid?: number;
+  readonly gid?: number;
 }
 
 export interface OciHook {

@@ -66,8 +66,15 @@ for (const combination of enginesForCheckpoints) {
       await before[Symbol.asyncDispose]();
       gpus.wipe();
       // The new container asks for nothing: the images say what they need.
-      const after = await runClient(live, directory, gpus, [], { criuImagePath: image });
+      const after = await runClient(live, directory, gpus, [], {
+        criuImagePath: image,
+        // A GPU that the old one hadn't: /dev is the images', so its node is made.
+        edit: (spec) => spec.linux.devices.push({ path: "/dev/nvidia7", type: "c", major: 10, minor: 229 }),
+      });
       await countsOn(after);
+      expect((await after.execToEnd(["sh", "-c", "test -c /dev/nvidia7 && echo there"])).stdout).toBe(
+        "there\n",
+      );
       expect(await interceptionReport(after.pid)).toMatchObject({
         state: "running",
         devices: [{ memory: { device: { count: 2 } } }, {}],
