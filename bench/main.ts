@@ -20,9 +20,21 @@ import { launcher } from "./subjects/launcher.ts";
 import { lifecycle, parallel } from "./subjects/lifecycle.ts";
 import { memory } from "./subjects/memory.ts";
 import { firstCall, gap } from "./subjects/recovery.ts";
+import { archiving, standstill } from "./subjects/standstill.ts";
 import { stdout } from "./subjects/stdout.ts";
 
-const subjects: Subject[] = [launcher, lifecycle, parallel, stdout, checkpoint, firstCall, memory, gap];
+const subjects: Subject[] = [
+  launcher,
+  lifecycle,
+  parallel,
+  stdout,
+  checkpoint,
+  standstill,
+  archiving,
+  firstCall,
+  memory,
+  gap,
+];
 
 const { values: options } = parseArgs({
   options: {

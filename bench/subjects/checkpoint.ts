@@ -74,7 +74,7 @@ async function once(bench: Bench, side: Side, mib: number) {
 }
 
 /** containerd 1.7 refuses to store what it already has, the spec of the same container for one. */
-async function forgetCheckpoints({ live }: Bench): Promise<void> {
+export async function forgetCheckpoints({ live }: Bench): Promise<void> {
   for (const name of (await live.ctr("images", "ls", "-q")).split("\n"))
     if (name.includes("checkpoint")) await live.ctr("images", "rm", "--sync", name);
 }

@@ -1,7 +1,9 @@
-import { chmod, copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { renameSync, writeFileSync } from "node:fs";
+import { copyFile, mkdir, readFile, rm, stat } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
+import { waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
 import {
@@ -142,6 +144,7 @@ interface DumpContext extends ChainContext {
   follower: Follower | undefined;
   devices: DeviceDump | undefined;
   frozenMs: number;
+  criuFrozenMs: number | undefined;
   /** the processes are in the images alone now */
   ended: boolean;
 }
@@ -206,6 +209,7 @@ export async function dump(
     follower: undefined,
     devices: undefined,
     frozenMs: 0,
+    criuFrozenMs: undefined,
     ended: false,
     times: [],
     signal: options.signal ?? new AbortController().signal,
@@ -326,11 +330,11 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
   }
   const { staging } = context;
   try {
-    await noteAttempt(context);
+    noteAttempt(context);
     context.parentPath = request.parentPath && relative(imagesIn(context), absoluteParent(request));
     await mkdir(imagesIn(context), { recursive: true, mode: 0o700 });
     await next();
-    await noteAttempt(context, { phase: "committing" });
+    noteAttempt(context, { phase: "committing" });
     await staging.commit({ synced: !(await mustSync(context)) });
   } catch (error) {
     if (!context.ended) throw error;
@@ -401,11 +405,12 @@ export async function abandonAttempt(
   return kept;
 }
 
-async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): Promise<void> {
+function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): void {
   Object.assign(context.attempt, news);
   const path = attemptFile(context.target);
-  await writeFile(`${path}.new`, JSON.stringify(context.attempt), { mode: 0o600 });
-  await rename(`${path}.new`, path);
+  // At once, some 100 us: the container stands still, and a trip through a busy thread pool may take milliseconds.
+  writeFileSync(`${path}.new`, JSON.stringify(context.attempt), { mode: 0o600 });
+  renameSync(`${path}.new`, path);
 }
 
 function attemptFile(target: DumpTarget): string {
@@ -428,12 +433,20 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
   });
   try {
     await next();
+    if (request.digests === "afterwards") context.criuFrozenMs = await criuFrozenMs(context.workPath);
   } catch (error) {
     await keepLog(join(context.workPath, "dump.log"), join(target.directory, "criu-dump.log"));
     throw error;
   } finally {
     if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
   }
+}
+
+/** How long CRIU held the container by its own count: the part of the standstill that is not ours. */
+async function criuFrozenMs(workPath: string): Promise<number | undefined> {
+  const { readDumpStats } = await import("../criu/stats.ts");
+  const stats = await readDumpStats(workPath).catch(() => undefined); // what can't be read is left out: nobody needs it to restore
+  return stats && inHundredths((stats.freezingUs + stats.frozenUs) / 1000);
 }
 
 export async function keepLog(from: string, to: string): Promise<void> {
@@ -557,7 +570,7 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
   const frozen = !target.paused && context.attempt.phase === "begun" && !(await isDumping(context));
   const since = performance.now();
   if (frozen) {
-    await noteFreeze(context, cgroup, false);
+    noteFreeze(context, cgroup, false);
     await cgroup.freeze(undefined, context.signal);
   }
   context.cgroup = cgroup;
@@ -573,8 +586,8 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
   }
 }
 
-async function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): Promise<void> {
-  await writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
+function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): void {
+  writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
 }
 
 /**
@@ -600,8 +613,7 @@ async function detectNetwork(context: DumpContext, next: () => Promise<void>): P
   const { target } = context;
   const canSkip =
     !target.hasEnded && context.criu !== undefined && !isOlder(context.criu, NETWORK_LOCK_SKIP_SINCE);
-  if (canSkip && target.ownNetwork && !(await hasNetworkSockets(target.initPid)))
-    context.networkLock = "skip";
+  if (canSkip && target.ownNetwork && !hasNetworkSockets(target.initPid)) context.networkLock = "skip";
   await next();
 }
 
@@ -638,7 +650,7 @@ async function takeRootfs(context: DumpContext, next: () => Promise<void>): Prom
       maxBytes,
       signal,
     });
-    await noteAttempt(context, {
+    noteAttempt(context, {
       rootfsDiff: { source: "overlay", bytes, members, deleted, exclude: [...exclude], sockets },
     });
   }
@@ -676,7 +688,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     await next();
     return;
   }
-  if (context.cgroup && !target.paused && !target.hasEnded) await noteFreeze(context, context.cgroup, true);
+  if (context.cgroup && !target.paused && !target.hasEnded) noteFreeze(context, context.cgroup, true);
   const gpuMounts = target.hasEnded ? [] : await findGpuMounts(target.initPid, target.mountPoints);
   const externalMounts = gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key }));
   try {
@@ -692,11 +704,28 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     });
   } catch (error) {
     if (error instanceof WrongState) throw error; // before CRIU was asked
-    throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
+    // An engine that was killed leaves CRIU behind, which goes on: it may yet put the container to its end.
+    if (!(await waitForCriu(workPath, CRIU_ALONE_MS)))
+      target.log.error(
+        { workPath },
+        "CRIU goes on by itself after its engine has ended: not waited for any longer",
+      );
+    if (!(await saysDumped(workPath)))
+      throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
+    target.log.warn({ err: error }, "the engine has ended before it could say that CRIU's dump is whole");
   }
   context.ended = !leaveRunning;
-  await noteAttempt(context, { phase: "dumped" });
+  noteAttempt(context, { phase: "dumped" });
   await next();
+}
+
+/** How long a CRIU without an engine may go on: it holds the processes, and has all of their memory to write. */
+const CRIU_ALONE_MS = 10 * 60_000;
+
+/** CRIU's last word, in its log alone where nobody was left to hear it. */
+async function saysDumped(workPath: string): Promise<boolean> {
+  const log = await explainCriuLog(join(workPath, "dump.log")).catch(() => undefined); // CRIU was not even started
+  return log?.lastLines.some((line) => /Dumping finished successfully/.test(line)) ?? false;
 }
 
 /** The engine's words, then what CRIU's log says was the reason. */
@@ -728,10 +757,8 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     throw error;
   }
   const { target, request, startedAt, staging } = context;
-  // As the engines write it, everybody may read it.
-  await chmod(join(imagesIn(context), "descriptors.json"), 0o600).catch(() => undefined); // ENOENT: CRIU without an engine
   const [cpu, image] = await facts;
-  const files = await context.follower?.finish();
+  const files = await (context.follower ?? followFiles(staging.path, context.signal)).finish();
   await writeManifest(
     staging.path,
     {
@@ -750,10 +777,11 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
       timings: {
         ...timesByStep(context.times),
         frozenMs: inHundredths(context.frozenMs),
+        ...(context.criuFrozenMs !== undefined && { criuFrozenMs: context.criuFrozenMs }),
         totalMs: Date.now() - startedAt,
       },
     },
-    { digests: true, synced: await mustSync(context), ...(files && { files }) },
+    { files, synced: await mustSync(context) },
   );
 }
 

@@ -46,3 +46,34 @@ export const dumpFeatures = {
   /** right before CRIU: the container stands still, and every moment counts */
   dumpMiddlewareLate: new Feature<readonly DumpAdapter[]>("Dump middleware (late)", isAdapters),
 } as const;
+
+/** What an adapter knows of a restore. */
+export interface PluginRestore {
+  /** for messages: "task c1" */
+  readonly what: string;
+  /** the new container's */
+  readonly bundle: string;
+  /** the checkpoint, as asked for; of an archive, where it is unpacked */
+  readonly directory: string;
+  readonly imagePath: string;
+  /** of the container that was dumped; undefined where another program took the checkpoint */
+  readonly dumped: { readonly containerId: string; readonly namespace: string } | undefined;
+  /** a cedanad before us began this restore, and may have called the adapter */
+  readonly repeated: boolean;
+  readonly signal: AbortSignal;
+  readonly log: Pick<Logger, "info" | "warn" | "error">;
+}
+
+export interface RestoreAdapter {
+  readonly name: string;
+  when?(restore: PluginRestore): boolean;
+  /** An error refuses the restore, and nothing of the new container is left. */
+  run(restore: PluginRestore, next: () => Promise<void>): Promise<void>;
+}
+
+export const restoreFeatures = {
+  /** the checkpoint is known to fit; nothing of the container is made yet */
+  restoreMiddleware: new Feature<readonly RestoreAdapter[]>("Restore middleware", isAdapters),
+  /** right before CRIU; on the way back the container runs */
+  restoreMiddlewareLate: new Feature<readonly RestoreAdapter[]>("Restore middleware (late)", isAdapters),
+} as const;

@@ -32,8 +32,8 @@ export interface CheckpointManifest {
   cpu?: CpuFacts;
   /** name of the checkpoint in the node's store; absent: the caller gave the place */
   name?: string;
-  /** who asked for it: containerd or an engine's caller (also when absent), the command line, or `cedana.io/checkpoint-every` */
-  trigger?: "caller" | "command" | "schedule";
+  /** who asked for it: containerd or an engine's caller (also when absent), the command line, `cedana.io/checkpoint-every`, or a signal */
+  trigger?: "caller" | "command" | "schedule" | "signal";
   /** what the container changed in its root file system, when that was taken; absent: images alone */
   rootfsDiff?: RootfsDiffFacts;
   /**
@@ -132,7 +132,8 @@ export async function writeManifest(
   } = {},
 ): Promise<void> {
   const { synced = true, signal } = options;
-  const listed = options.files ?? (await listFiles(imagePath));
+  // A manifest may be there already, of a writer that a crash cut off.
+  const listed = options.files?.filter(({ path }) => !isOurs(path)) ?? (await listFiles(imagePath));
   const files = options.digests && !options.files ? await hashFiles(imagePath, listed, signal) : listed;
   const whole: CheckpointManifest = { version: VERSION, ...manifest, files };
   const fault = findFault(JSON.parse(JSON.stringify(whole)), schema as Schema);

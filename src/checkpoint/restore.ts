@@ -2,7 +2,10 @@ import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
 import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/index.ts";
+import { pluginsLoaded } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
+import { readMountInfo } from "../linux/mount-options.ts";
+import { adapterSteps } from "./adapters.ts";
 import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import {
@@ -14,6 +17,7 @@ import {
 } from "./compare.ts";
 import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { criuFailure, keepLog } from "./dump.ts";
+import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
 import { makeMountPoint } from "./gpu-mounts.ts";
 import { readImageFacts } from "./image-facts.ts";
@@ -113,8 +117,14 @@ export interface RestoreTarget extends RestoreCandidate {
   cgroup(): Promise<Cgroup>;
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
-  /** After a failure: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
+  /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
+  endCriu(workPath: string): Promise<void>;
+  /** Then: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
   undoEngineRestore(): Promise<void>;
+  /** where the engine shows CRIU the root file system */
+  readonly criuRoots: readonly string[];
+  /** Unmounts what CRIU or the engine, killed, has left mounted. */
+  unmount(mountPoint: string): Promise<void>;
 }
 
 interface CheckContext extends ChainContext {
@@ -152,12 +162,14 @@ export const restoreSteps = [
   ...restoreChecks,
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
+  restoreAdaptersOfPlugins, // those of all plugins stand here
   prepareDevices, // whether they can be had here
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
   prepareMountPoints,
   // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
+  lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
   makeDeviceNodes, // the new container's, which the driver opens by their names
   restoreDevices, // before anybody is told that the container runs
@@ -188,7 +200,9 @@ export async function restore(
     workPath: "",
     devices: undefined,
   };
-  await runChain("restore", attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
+  await pluginsLoaded();
+  const steps: readonly RestoreStep[] = attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps;
+  await runChain("restore", steps.flatMap(withRestoreAdapters), context);
   const times = timesByStep(context.times);
   target.log.info({ checkpoint: request.path, times }, "restored");
   return times;
@@ -310,6 +324,44 @@ async function refuseDifferences(context: CheckContext, next: () => Promise<void
   await next();
 }
 
+// ---- plugins ---------------------------------------------------------------------------------------------------------
+
+const ADAPTER_PATIENCE_MS = 60_000;
+
+function withRestoreAdapters(step: RestoreStep): RestoreStep[] {
+  if (step === restoreAdaptersOfPlugins)
+    return [step, ...adapterSteps(restoreFeatures.restoreMiddleware, ADAPTER_PATIENCE_MS, restoreView)];
+  if (step === lateRestoreAdaptersOfPlugins)
+    return [step, ...adapterSteps(restoreFeatures.restoreMiddlewareLate, ADAPTER_PATIENCE_MS, restoreView)];
+  return [step];
+}
+
+/** The adapters of plugins follow it. */
+async function restoreAdaptersOfPlugins(_context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+async function lateRestoreAdaptersOfPlugins(
+  _context: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  await next();
+}
+
+async function restoreView({ target, request, checkpoint, signal }: RestoreContext): Promise<PluginRestore> {
+  const { path, imagePath, manifest } = checkpoint;
+  return {
+    what: target.what,
+    bundle: target.directory,
+    directory: path,
+    imagePath,
+    dumped: manifest && { containerId: manifest.containerId, namespace: manifest.namespace },
+    repeated: request.repeated,
+    signal,
+    log: target.log,
+  };
+}
+
 // ---- the attempt -----------------------------------------------------------------------------------------------------
 
 /** What has been found and decided, on disk for whoever goes on after a crash. */
@@ -364,10 +416,25 @@ async function openRestoreWorkPath(context: RestoreContext, next: () => Promise<
     await next();
   } catch (error) {
     await keepLog(join(context.workPath, "restore.log"), join(target.directory, "criu-restore.log"));
+    await unmountLeft([context.workPath], target);
     throw error;
   } finally {
     if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
   }
+}
+
+/**
+ * CRIU mounts every cgroup hierarchy in its work path, and the engine the root file system in a place of its own; they unmount them
+ * unless they are killed. Whoever then removes the directories (we do, the engine, and containerd the bundle) would remove the host's
+ * cgroups, and the container's files.
+ */
+async function unmountLeft(directories: readonly string[], target: RestoreTarget): Promise<void> {
+  const mounts = (await readMountInfo("self"))
+    .map(({ mountPoint }) => mountPoint)
+    .filter((mountPoint) =>
+      directories.some((directory) => mountPoint === directory || mountPoint.startsWith(`${directory}/`)),
+    );
+  for (const mountPoint of mounts.reverse()) await target.unmount(mountPoint);
 }
 
 // ---- devices ---------------------------------------------------------------------------------------------------------
@@ -476,6 +543,8 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
       });
     await next();
   } catch (error) {
+    await target.endCriu(workPath);
+    await unmountLeft(target.criuRoots, target);
     await target.undoEngineRestore();
     throw error;
   }

@@ -1,7 +1,5 @@
-import { existsSync } from "node:fs";
 import { resolve } from "node:path";
 import { Args, Flags } from "@oclif/core";
-import { InvalidRequest } from "../errors/index.ts";
 import type { Checkpoint, CheckpointRefInit, Finding, Process } from "../proto/generated/cedana_api.ts";
 import { CedanaCommand, mib, ProgressLine } from "./command.ts";
 
@@ -19,11 +17,12 @@ const checkpointArg = {
   checkpoint: Args.string({
     required: true,
     ignoreStdin: true,
-    description: "NAME, NAME@GENERATION, or a path (with a slash in it)",
+    description: "NAME, NAME@GENERATION, or a path (with a slash in it) of a directory or an archive",
   }),
 };
 
-function refOf(
+/** What people write, as the API has it. */
+export function checkpointRef(
   checkpoint: string,
   flags: { namespace: string; "pod-namespace"?: string | undefined },
 ): CheckpointRefInit {
@@ -85,7 +84,7 @@ export class CheckpointInspect extends CedanaCommand {
     const { Api } = await import("./api.ts");
     using api = await Api.open();
     const { manifestJson, ...rest } = await api.call("InspectCheckpoint", {
-      checkpoint: refOf(args.checkpoint, flags),
+      checkpoint: checkpointRef(args.checkpoint, flags),
     });
     const manifest = manifestJson === "" ? undefined : JSON.parse(manifestJson);
     if (flags.json) {
@@ -166,17 +165,28 @@ export class CheckpointVerify extends CedanaCommand {
       default: true,
       allowNo: true,
     }),
+    "key-file": Flags.string({
+      description: "opens an encrypted archive with this file's bytes",
+      exclusive: ["passphrase-file"],
+    }),
+    "passphrase-file": Flags.string({
+      description: 'opens it with the passphrase in this file\'s first line; "-" is stdin',
+    }),
     json: Flags.boolean({ description: "print JSON" }),
   };
 
   async run(): Promise<void> {
     const { args, flags } = await this.parse(CheckpointVerify);
-    if (args.checkpoint.includes("/") && existsSync(args.checkpoint) && (await isFile(args.checkpoint)))
-      throw new InvalidRequest(`${args.checkpoint} is an archive: cedana archive verify looks at it`);
+    const { secretOf } = await import("./secret.ts");
+    const secret = await secretOf(flags["key-file"], flags["passphrase-file"]);
     const { Api } = await import("./api.ts");
     using api = await Api.open();
     using progress = new ProgressLine();
-    const request = { checkpoint: refOf(args.checkpoint, flags), here: flags.here };
+    const request = {
+      checkpoint: checkpointRef(args.checkpoint, flags),
+      here: flags.here,
+      ...(secret && { secret }),
+    };
     for await (const event of api.events("VerifyCheckpoint", request, this.interruptible())) {
       if (event.progress) progress.show(event.progress);
       if (!event.result) continue;
@@ -196,11 +206,6 @@ export class CheckpointVerify extends CedanaCommand {
   }
 }
 
-async function isFile(path: string): Promise<boolean> {
-  const { stat } = await import("node:fs/promises");
-  return (await stat(path)).isFile();
-}
-
-function findingText({ severity, kind, file, message }: Finding): string {
-  return `${severity}: ${file && !message.startsWith(file) ? `${file}: ` : ""}${message} (${kind})`;
+function findingText({ severity, fault, file, message }: Finding): string {
+  return `${severity}: ${file && !message.startsWith(file) ? `${file}: ` : ""}${message} (${fault})`;
 }

@@ -49,7 +49,7 @@ export async function findForDump(owner: DeviceOwner): Promise<DeviceDump | unde
     if (journal) removeJournal(owner);
     return undefined;
   }
-  if (!journal) for (const process of found) refuseMps(process, owner.what);
+  if (!journal) for (const process of found) await refuseMps(process, owner.what);
   const limits = deadlines();
   const helpers = new HelperKeeper();
   try {
@@ -135,10 +135,11 @@ class GpuDump implements DeviceDump {
     });
   }
 
-  /** Who of those found is a client, and in what state. */
+  /** Who is a client of the driver, and in what state. */
   async #confirm(): Promise<Client[]> {
+    const found = findGpuProcesses(await (await this.#owner.cgroup()).pids()); // some may have come since the first look
     const clients = await Promise.all(
-      this.#found.map(async (process) => {
+      found.map(async (process) => {
         const restoreThread = await this.#means.restoreThread(process.pid);
         if (restoreThread === undefined) return undefined; // it has the library, but has not begun to use it
         const before = this.#before(process, await this.#means.state(process.pid));
@@ -176,6 +177,8 @@ class GpuDump implements DeviceDump {
     const states = await Promise.all(this.#clients.map(({ pid }) => this.#means.state(pid)));
     if (states.every((state) => state === "checkpointed")) return; // CRIU may be at work on them
     const cgroup = await this.#owner.cgroup();
+    this.#refuseNewcomers(await cgroup.pids());
+    let failure: unknown;
     try {
       await this.#holdOthers(cgroup);
       await cgroup.thaw();
@@ -184,11 +187,27 @@ class GpuDump implements DeviceDump {
         if ((await this.#means.state(pid)) === "checkpointed") return;
         await reach(this.#means, pid, "checkpointed", this.#means.checkpoint(pid));
       });
-    } finally {
-      // In this order nobody runs in between. A helper that was ended has let go of them already.
+    } catch (error) {
+      failure = error;
+    }
+    // In this order nobody runs in between. A helper that was ended has let go of them already.
+    try {
       await cgroup.freeze();
       await this.#helpers.helper().call("releaseThreads", {}, this.#limits.ask);
+    } catch (error) {
+      failure ??= error;
     }
+    if (failure) throw failure;
+  }
+
+  /** A process that has begun to use a GPU since we asked is not locked, and now it is frozen: nobody can ask it any more. */
+  #refuseNewcomers(pids: readonly number[]): void {
+    const known = new Set(this.#clients.map(({ pid }) => pid));
+    const newcomer = findGpuProcesses(pids).find(({ pid, devices }) => devices.length > 0 && !known.has(pid));
+    if (newcomer)
+      throw new WrongState(
+        `process ${newcomer.pid} (${newcomer.comm}) of ${this.#owner.what} has begun to use a GPU in the middle of the checkpoint: try again`,
+      );
   }
 
   async #holdOthers(cgroup: Cgroup): Promise<void> {

@@ -56,7 +56,10 @@ async function restoreAll(
 ): Promise<void> {
   const found = await (await target.cgroup()).pids();
   const processes = facts.processes.map((saved) => {
-    const pid = found.find((one) => describeProcess(one)?.pidInContainer === saved.pidInContainer);
+    const numbered = found.filter((one) => describeProcess(one)?.pidInContainer === saved.pidInContainer);
+    // In pid namespaces of its own a container has more than one process with a number.
+    const pid =
+      numbered.length === 1 ? numbered[0] : numbered.find((one) => describeProcess(one)?.comm === saved.comm);
     if (pid === undefined)
       throw new CedanaError(
         `process ${saved.pidInContainer} (${saved.comm}) of ${target.what}, which had a GPU, is not there after the restore`,

@@ -1,4 +1,4 @@
-import { dumpFeatures } from "../checkpoint/features.ts";
+import { dumpFeatures, restoreFeatures } from "../checkpoint/features.ts";
 import { Feature, isFunction, isListOf } from "../features/registry.ts";
 import type { HealthCheck } from "./health.ts";
 
@@ -27,8 +27,7 @@ export const features = {
   helperCommand: command("Helper command"),
   ...dumpFeatures,
   dumpHandler: handler("Dump handler"),
-  restoreMiddleware: handler("Restore middleware"),
-  restoreMiddlewareLate: handler("Restore middleware (late)"),
+  ...restoreFeatures,
   restoreHandler: handler("Restore handler"),
   dumpVmMiddleware: handler("Dump VM middleware"),
   dumpVmHandler: handler("Dump VM handler"),
@@ -66,7 +65,13 @@ type ValueOf<F> = F extends Feature<infer T> ? T : never;
 export type FeatureValues = { readonly [Name in FeatureName]?: ValueOf<(typeof features)[Name]> };
 
 /** What a plugin from outside may export: what is called by contract, and not by what our own code happens to be. */
-export const openFeatures: readonly FeatureName[] = ["dumpMiddleware", "dumpMiddlewareLate", "healthChecks"];
+export const openFeatures: readonly FeatureName[] = [
+  "dumpMiddleware",
+  "dumpMiddlewareLate",
+  "restoreMiddleware",
+  "restoreMiddlewareLate",
+  "healthChecks",
+];
 
 /** Columns that the matrix always has, whether there is such a plugin or not. */
 export const knownPlugins = [

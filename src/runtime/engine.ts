@@ -368,6 +368,11 @@ export function criuConfig(options: {
     .join("");
 }
 
+/** The same line by line. */
+export function criuLines(options: Parameters<typeof criuConfig>[0]): string[] {
+  return criuConfig(options).split("\n").filter(Boolean);
+}
+
 function cgroupRoot(controller: string, path: string): string {
   return `cgroup-root ${quoted(`${controller}:${path}`, "cgroup path")}`;
 }

@@ -2,7 +2,7 @@ import { posix, resolve } from "node:path";
 import type { RestoredContainer } from "../checkpoint/compare.ts";
 import { type GpuNode, isGpuNode } from "../checkpoint/gpu-nodes.ts";
 import type { EngineFeatures } from "./engine.ts";
-import { annotationsOf, type OciMount, type OciSpec } from "./spec.ts";
+import { annotationsOf, isBind, type OciMount, type OciSpec } from "./spec.ts";
 
 /** Where containerd's CRI, CRI-O and Podman name a container's image. */
 const imageAnnotations = [
@@ -45,10 +45,6 @@ function gpuNodesOf(spec: OciSpec): GpuNode[] {
       ? [{ path: posix.resolve("/", path), major, minor, mode: fileMode, uid, gid }]
       : [],
   );
-}
-
-function isBind({ type, options }: OciMount): boolean {
-  return type === "bind" || (options ?? []).some((option) => option === "bind" || option === "rbind");
 }
 
 function destinationOf({ destination }: OciMount): string {

@@ -157,6 +157,24 @@ export function withHook(text: string, stage: string, hook: OciHook, path = "con
 }
 
 /**
+ * The text of a config.json for a copy of it in another directory: paths that are relative to the bundle become absolute.
+ * @throws InvalidRequest when it isn't a spec
+ */
+export function movedFrom(bundle: string, text: string): string {
+  return editSpec(text, posix.join(bundle, "config.json"), (spec) => {
+    spec.root = { ...spec.root, path: posix.resolve(bundle, spec.root?.path ?? "rootfs") };
+    if (spec.mounts)
+      spec.mounts = spec.mounts.map((mount) =>
+        mount.source && isBind(mount) ? { ...mount, source: posix.resolve(bundle, mount.source) } : mount,
+      );
+  });
+}
+
+export function isBind({ type, options }: OciMount): boolean {
+  return type === "bind" || (options ?? []).some((option) => option === "bind" || option === "rbind");
+}
+
+/**
  * The text of a config.json with a change in it; everything else means what it meant. Numbers beyond what JavaScript counts exactly
  * (limits of 2^64 - 1) stay as they are written.
  * @throws InvalidRequest when it isn't a spec
@@ -252,14 +270,31 @@ export function groupOf(spec: OciSpec): string | undefined {
   return key && annotations[key];
 }
 
-/** Kubernetes' namespace of the pod; undefined elsewhere. containerd's CRI sets it, the pod can't. */
+/**
+ * Kubernetes' namespace of the pod; undefined elsewhere. containerd's CRI and CRI-O say it in annotations of their own, which they set
+ * after the pod's, so a pod can't choose it; with both, one of them is the pod's.
+ * @throws PermissionDenied for two that differ
+ */
 export function podNamespaceOf(spec: OciSpec): string | undefined {
-  return annotationsOf(spec)["io.kubernetes.cri.sandbox-namespace"] || undefined;
+  const byContainerd = annotationsOf(spec)["io.kubernetes.cri.sandbox-namespace"] || undefined;
+  const byCrio = crioSandbox(spec)?.namespace;
+  if (byContainerd !== undefined && byCrio !== undefined && byContainerd !== byCrio)
+    throw new PermissionDenied(
+      `annotations name two namespaces of the pod, ${byContainerd} and ${byCrio}: containerd sets the one, CRI-O the other`,
+    );
+  return byContainerd ?? byCrio;
 }
 
 /** Kubernetes' name of the pod; undefined elsewhere. */
 export function podNameOf(spec: OciSpec): string | undefined {
-  return annotationsOf(spec)["io.kubernetes.cri.sandbox-name"] || undefined;
+  return annotationsOf(spec)["io.kubernetes.cri.sandbox-name"] || crioSandbox(spec)?.name;
+}
+
+/** CRI-O's name of the sandbox: k8s_NAME_NAMESPACE_UID_ATTEMPT, of which no part has an underscore. Source: cri-o, internal/lib/sandbox. */
+function crioSandbox(spec: OciSpec): { name: string; namespace: string } | undefined {
+  const text = annotationsOf(spec)["io.kubernetes.cri-o.SandboxName"] ?? "";
+  const [, name, namespace] = /^k8s_([^_]+)_([^_]+)_[^_]+_\d+$/.exec(text) ?? [];
+  return name !== undefined && namespace !== undefined ? { name, namespace } : undefined;
 }
 
 /** Whether it is a pod's sandbox ("pause") container. CRI-O names the type like this too, with its own prefix. */
@@ -293,6 +328,12 @@ export interface CedanaAnnotations {
   readonly gpuMap?: string;
   /** what becomes of a container whose restore fails; default: it fails */
   readonly onRestoreFailure?: "fail" | "fresh";
+  /** continue from the last container of this key that was checkpointed instead of being ended */
+  readonly autoResume?: string;
+  /** signals upon which the container is checkpointed instead of dying: kill-policy.ts reads them */
+  readonly checkpointOn?: string;
+  /** it ends with a checkpoint whose caller says nothing of that: Docker can't tell a runtime like ours */
+  readonly checkpointExit?: boolean;
   /** a checkpoint is taken again and again, in the store */
   readonly checkpointEveryMs?: number;
   /** how many of those are kept */
@@ -320,6 +361,9 @@ const policies = [
   ["restore-from", "restoreFrom", "text"],
   ["gpu-map", "gpuMap", "text"],
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
+  ["auto-resume", "autoResume", "text"],
+  ["checkpoint-on", "checkpointOn", "text"],
+  ["checkpoint-exit", "checkpointExit", flag],
   [
     "checkpoint-every",
     "checkpointEveryMs",

@@ -1,14 +1,13 @@
-import { readFile, rm } from "node:fs/promises";
-import { join } from "node:path";
+import { rm } from "node:fs/promises";
+import { join, resolve } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
-import { hostCgroupVersion, parseMembership } from "../linux/cgroup.ts";
+import { foreignHierarchies } from "../linux/cgroup.ts";
 import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { pluginsOf, specFacts } from "../runtime/manifest-facts.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";
 import { hasNetworkNamespace, type OciSpec } from "../runtime/spec.ts";
 import { criuConfigFile, dumpPolicy, policyOptions } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
-import { imageOf } from "./image.ts";
 import type { Tag } from "./keeper.ts";
 import type { Task, Work } from "./task.ts";
 
@@ -60,11 +59,11 @@ export function dumpTarget(
       return task.init.state === "paused";
     },
     get hasEnded() {
-      return task.init.exit !== undefined;
+      return task.init.exit !== undefined || task.init.heldExit !== undefined;
     },
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
-    rootfs: join(task.bundle, spec.root?.path ?? "rootfs"),
+    rootfs: resolve(task.bundle, spec.root?.path ?? "rootfs"),
     facts: {
       containerId: task.id,
       namespace: task.namespace,
@@ -73,7 +72,7 @@ export function dumpTarget(
       ...specFacts(spec),
       plugins: pluginsOf("containerd", engine.name),
     },
-    image: () => imageOf(task, spec),
+    image: async () => await (await import("./image.ts")).imageOf(task, spec),
     log: task.log,
     cgroup: () => task.cgroup(),
     ...own,
@@ -123,18 +122,6 @@ export async function engineCheckpoint(
   } finally {
     if (configFile.criuConfigFile) await rm(configFile.criuConfigFile, { force: true });
   }
-}
-
-/**
- * Version 1 hierarchies of a host whose containers have cgroups of version 2 (a hybrid host seen without them). The container
- * is in somebody else's cgroup there, and CRIU would take that with everything below it into the images, make what is missing
- * at the restore, and give it the limits of then. Told that a file is where to look, it finds no cgroup.
- */
-async function foreignHierarchies(pid: number): Promise<[controller: string, path: string][]> {
-  if (pid === 0 || (await hostCgroupVersion()) !== 2) return [];
-  const text = await readFile(`/proc/${pid}/cgroup`, "utf8").catch(() => ""); // it has ended: the engine says so
-  const controllers = [...parseMembership(text).keys()].filter((controller) => controller !== "");
-  return controllers.map((controller) => [controller, "/cgroup.procs"]);
 }
 
 export async function withFeatures(task: Task): Promise<Engine> {

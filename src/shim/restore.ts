@@ -1,15 +1,4 @@
-import {
-  chmod,
-  chown,
-  link,
-  readdir,
-  readFile,
-  readlink,
-  rename,
-  rm,
-  stat,
-  writeFile,
-} from "node:fs/promises";
+import { chmod, chown, link, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import {
   type EngineRestore,
@@ -17,8 +6,10 @@ import {
   restore as restoreContainer,
 } from "../checkpoint/restore.ts";
 import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
+import { descendsFrom, kill, killCriu, watchForDeadCriu } from "../criu/leftovers.ts";
 import { Unsupported } from "../errors/index.ts";
-import { hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
+import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
+import { programOf } from "../linux/proc.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
@@ -81,11 +72,14 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
       if (cgroup !== undefined && !engine.systemdCgroup && !["full", "strict"].includes(cgroupsMode))
         await makeCgroup(cgroup);
     },
+    removeCgroup: () => task.undo("remove the cgroup of a failed restore", removeCgroups(task, spec)),
     deviceMap: cedanaAnnotations(spec).gpuMap,
     cgroup: () => task.cgroup(),
-    removeCgroup: () => task.undo("remove the cgroup of a failed restore", task.removeCgroup()),
     engineRestore: (options) => engineRestore(task, work, engine, spec, options),
+    endCriu: (workPath) => task.undo("end what is left of CRIU", endCriu(task, spec, workPath)),
     undoEngineRestore: () => task.undoEngineRestore(work),
+    criuRoots: [join(task.bundle, "criu-root"), join(engine.root, task.id, "criu-root")], // crun's, runc's
+    unmount: (mountPoint) => task.pod.keeper.unmount(task.pod.keeper.ownTag("unmount-criu"), mountPoint),
   };
   await restoreContainer(
     target,
@@ -98,6 +92,44 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
     },
     { onBoundary: reachBoundary },
   );
+}
+
+// ---- what is left of an engine or a CRIU that was killed -------------------------------------------------------------
+
+/** All of it descends from the keeper, which adopts orphans. */
+async function endCriu(task: Task, spec: OciSpec, workPath: string): Promise<void> {
+  const left = await killCriu(workPath, task.pod.keeper.pid);
+  if (left.length > 0) task.log.error({ pids: left }, "processes of CRIU don't end");
+  await endRestored(task, spec);
+}
+
+/** Processes that CRIU had restored when it or the engine was killed: the engine doesn't know of them. */
+async function endRestored(task: Task, spec: OciSpec): Promise<void> {
+  const cgroup = await containerCgroup(task, spec);
+  const keeper = task.pod.keeper.pid;
+  const ours = async () =>
+    (await cgroup?.pids().catch(() => []))?.filter((pid) => descendsFrom(pid, keeper)) ?? []; // it is gone with its processes
+  for (let attempt = 0; attempt < 100; attempt++) {
+    const pids = await ours();
+    if (pids.length === 0) return;
+    if (attempt === 0) task.log.warn({ pids }, "killed: restored by halves");
+    await cgroup?.thaw().catch(() => {}); // a frozen process of version 1 doesn't even die
+    for (const pid of pids) kill(pid);
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  task.log.error({ pids: await ours() }, "processes of a failed restore don't end");
+}
+
+/** Of the container that is not there any more, or was never whole; undefined where only the engine knows its path. */
+async function containerCgroup(task: Task, spec: OciSpec): Promise<Cgroup | undefined> {
+  const path = cgroupPathV2(spec, task.id, task.options.systemdCgroup);
+  return path === undefined ? undefined : await Cgroup.at(path);
+}
+
+async function removeCgroups(task: Task, spec: OciSpec): Promise<void> {
+  await task.removeCgroup();
+  const left = await (await containerCgroup(task, spec))?.removeLeft();
+  if (left && left.length > 0) task.log.warn({ left }, "cgroups of a failed restore are still busy");
 }
 
 // ---- files, and back -------------------------------------------------------------------------------------------------
@@ -173,6 +205,17 @@ async function engineRestore(
     externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
+  const done = new AbortController();
+  const watched = watchForDeadCriu(
+    task.pod.keeper.pid,
+    workPath,
+    async (pids) => {
+      task.log.error({ pids }, "CRIU has died: ending what it has made");
+      for (const pid of pids) kill(pid);
+      await endCriu(task, spec, workPath);
+    },
+    done.signal,
+  );
   try {
     await task.engineRestore(work, engine, {
       imagePath,
@@ -182,6 +225,8 @@ async function engineRestore(
       ...configFile,
     });
   } finally {
+    done.abort();
+    await task.undo("watch CRIU", watched);
     if (configFile.criuConfigFile) await rm(configFile.criuConfigFile, { force: true });
   }
 }
@@ -213,7 +258,7 @@ class BundleConfig {
       if (error.code !== "EEXIST") throw error; // an attempt before a crash
     });
     const text = await readFile(this.#original, "utf8");
-    const hook = { path: await keeperProgram(keeperPid), args: ["cedana-loopback"], timeout: 10 };
+    const hook = { path: await programOf(keeperPid), args: ["cedana-loopback"], timeout: 10 };
     await writeFile(`${this.#path}.new`, withHook(text, "createRuntime", hook, this.#path), { mode: 0o600 });
     await rename(`${this.#path}.new`, this.#path);
   }
@@ -223,11 +268,4 @@ class BundleConfig {
       if (error.code !== "ENOENT") throw error; // it wasn't changed
     });
   }
-}
-
-/** The keeper's program as it is installed now; where it has gone, the one that runs. */
-async function keeperProgram(pid: number): Promise<string> {
-  const exe = `/proc/${pid}/exe`;
-  const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
-  return (await stat(installed).catch(() => undefined)) ? installed : exe;
 }

@@ -6,6 +6,7 @@ import { freezeMarker, thawNoted } from "../checkpoint/freeze-marker.ts";
 import {
   AlreadyExists,
   BrokenImage,
+  Cancelled,
   NotFound,
   RuntimeFailed,
   SyscallFailed,
@@ -14,6 +15,7 @@ import {
 } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
+import { isAlive } from "../linux/proc.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
 import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
@@ -21,6 +23,7 @@ import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtim
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import {
   asksForCheckpoints,
+  cedanaAnnotations,
   cgroupName,
   cgroupPathV2,
   hasOurAnnotations,
@@ -33,6 +36,7 @@ import type { CheckpointRequest } from "./checkpoint.ts";
 import { Escalations } from "./escalation.ts";
 import * as events from "./events.ts";
 import {
+  type EndingRecord,
   type ExecRecord,
   MAX_ANSWERS,
   type TaskRecord,
@@ -47,6 +51,8 @@ import { planStdio } from "./stdio.ts";
 import { type TaskLogger, taskLogger } from "./task-log.ts";
 
 const SIGKILL = 9;
+/** The kernel needs a moment to end what CRIU has killed, and the keeper to tell. */
+const END_AFTER_DUMP_MS = 5_000;
 /** How long Delete waits for output that a background child may hold open: as the Go shim, unless a test is in a hurry. */
 const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
@@ -121,6 +127,10 @@ export class Task {
   #rootfs: RootfsMount[] = [];
   #parentCheckpoint: string | undefined;
   #oomKills = 0;
+  /** since a signal upon which it is checkpointed instead; its exit is held until the checkpoint is in its place */
+  #ending: EndingRecord | undefined;
+  #endingIsOver = false;
+  readonly #endingGivenUp = new AbortController();
   readonly #escalations: Escalations;
 
   private constructor(
@@ -232,7 +242,11 @@ export class Task {
       init,
       record.restoreFrom === undefined
         ? undefined
-        : { path: record.restoreFrom, onFailure: record.onRestoreFailure ?? "fail" },
+        : {
+            path: record.restoreFrom,
+            onFailure: record.onRestoreFailure ?? "fail",
+            claim: record.claim,
+          },
     );
     init.pid = record.pid;
     if (record.exit) init.markExited({ status: record.exit.status, atNs: BigInt(record.exit.atNs) });
@@ -241,6 +255,7 @@ export class Task {
     task.#afresh = record.afresh;
     task.#parentCheckpoint = record.parentCheckpoint;
     task.#oomKills = record.oomKills;
+    task.#ending = record.ending;
     task.#answers = record.answers;
     for (const exec of record.execs) {
       const process = new Process(
@@ -337,7 +352,9 @@ export class Task {
       ...(this.#restoreSource && {
         restoreFrom: this.#restoreSource.path,
         onRestoreFailure: this.#restoreSource.onFailure,
+        ...(this.#restoreSource.claim && { claim: this.#restoreSource.claim }),
       }),
+      ...(this.#ending && { ending: this.#ending }),
       ...(this.#rootfs.length > 0 && { rootfs: this.#rootfs }),
       ...(this.#afresh && { afresh: this.#afresh }),
       ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
@@ -405,6 +422,10 @@ export class Task {
       await this.#startAfresh(work); // as a cedanad before us had begun to
       return;
     }
+    if (source.claim) {
+      const { beginClaim } = await import("../checkpoint/resume.ts");
+      await beginClaim(source.claim); // its processes may run from here on: it is nobody else's any more, whatever crashes
+    }
     try {
       await restore(this, work, source);
     } catch (error) {
@@ -412,6 +433,7 @@ export class Task {
         // The task must be deletable: it has ended without having lived.
         this.init.markExited({ status: 255, atNs: nowNs() });
         this.record();
+        await this.#giveClaimBack();
         throw error;
       }
       this.#log.warn(
@@ -420,6 +442,7 @@ export class Task {
       );
       this.#afresh = "begun"; // on record: a repetition must not restore into a container that runs
       this.#writeRecord();
+      await this.#giveClaimBack();
       await this.#startAfresh(work);
     }
   }
@@ -464,6 +487,14 @@ export class Task {
     if (!this.#restoreSource) return;
     const { discardRestore } = await import("../checkpoint/restore.ts");
     await this.undo("remove what a restore has left", discardRestore(this.bundle, unpackDirectory()));
+  }
+
+  /** A checkpoint that it has not run from is there for the next one. */
+  async #giveClaimBack(): Promise<void> {
+    const claim = this.#restoreSource?.claim;
+    if (!claim) return;
+    const { returnClaim } = await import("../checkpoint/resume.ts");
+    await this.undo("give back the claim on a checkpoint", returnClaim(claim));
   }
 
   /** Waits for something that undoes; a failure of it is logged. */
@@ -620,7 +651,8 @@ export class Task {
     const execsLeft = [...this.execs.values()].some(
       (exec) => exec.state === "running" || (exec.starting && exec.pid !== 0),
     );
-    if (this.init.heldExit && !this.init.starting && !execsLeft) void this.#publishInitExit();
+    if (this.init.heldExit && !this.init.starting && !execsLeft && !this.#isBeingCheckpointed)
+      void this.#publishInitExit();
   }
 
   async #publishInitExit(): Promise<void> {
@@ -631,7 +663,8 @@ export class Task {
   }
 
   #publishExit(process: Process): void {
-    const { status, atNs, sequence } = process.heldExit!;
+    const { atNs, sequence } = process.heldExit!;
+    const status = this.#statusOf(process);
     process.markExited({ status, atNs });
     this.#escalations.end(process.execId);
     this.#publishExitEvent(process, sequence);
@@ -687,7 +720,9 @@ export class Task {
       throw new WrongState(`process not created: ${process.name} of task ${this.id} has not been started`);
     }
     if (process.exit && !work.repeated) throw this.#goneError(process);
-    const { signal, escalation } = planKill(await this.#killPolicy(process), sent);
+    const { signal, escalation, checkpoint } = planKill(await this.#killPolicy(process), sent);
+    if (checkpoint && process.isInit && this.#beginEnding({ signal, escalation, status: 128 + sent })) return;
+    if (sent === SIGKILL && process.isInit) this.#giveUpEnding();
     if (all && process.isInit) {
       const command = this.engine.kill({ id: this.id, signal, all: true, logFile: this.#logFile("kill") });
       await this.#runEngine(work.tag("kill-all"), "kill", command);
@@ -713,10 +748,87 @@ export class Task {
       throw error;
     }
     // A frozen process of cgroups version 1 doesn't even die.
-    if (signal === SIGKILL && this.init.state === "paused" && this.#cgroup?.version === 1) {
+    const stands = this.init.state === "paused" || this.#isBeingCheckpointed;
+    if (signal === SIGKILL && stands && this.#cgroup?.version === 1) {
       await this.#cgroup.thaw();
-      if (!this.init.exit) this.init.move("resume");
+      if (!this.init.exit && this.init.state === "paused") this.init.move("resume");
     }
+  }
+
+  // ---- a checkpoint instead of a signal --------------------------------------------------------------------------------
+
+  /*
+   * `cedana.io/checkpoint-on`. The kill is answered at once, as that of a signal is. The dump ends the container, so that nothing of it
+   * runs on; its exit is told when the checkpoint is in its place, with the signal's status, so that whoever starts the next container
+   * upon it finds the checkpoint. That it is being ended is on record: the next cedanad after a crash goes on. When it fails, the
+   * container gets the signal. A SIGKILL meanwhile ends container and dump.
+   */
+
+  get #isBeingCheckpointed(): boolean {
+    return this.#ending !== undefined && !this.#endingIsOver;
+  }
+
+  #statusOf(process: Process): number {
+    const { status } = process.heldExit!;
+    // CRIU ends what it has dumped by SIGKILL.
+    const dumped = process.isInit && this.#ending && !this.#ending.killed && status === 128 + SIGKILL;
+    return dumped ? this.#ending!.status : status;
+  }
+
+  /** @returns false when it can't be checkpointed now: then the signal is all there is */
+  #beginEnding(ending: Omit<EndingRecord, "killed">): boolean {
+    if (this.#ending) return true; // a second signal changes nothing
+    if (this.init.exit || (this.init.state !== "running" && this.init.state !== "paused")) return false;
+    this.#ending = { ...ending, killed: false };
+    this.record();
+    void this.#end(async () => {
+      const { checkpointAtEnd } = await import("./triggered.ts");
+      await checkpointAtEnd(this, this.#endingGivenUp.signal);
+    });
+    return true;
+  }
+
+  #giveUpEnding(): void {
+    if (!this.#isBeingCheckpointed) return;
+    this.#ending = { ...this.#ending!, killed: true };
+    this.#endingGivenUp.abort(new Cancelled(`task ${this.id} is killed`));
+    this.record();
+  }
+
+  async #end(checkpoint: () => Promise<void>): Promise<void> {
+    const { signal, escalation } = this.#ending!;
+    try {
+      await checkpoint();
+    } catch (error) {
+      const ended = this.init.exit !== undefined || this.init.heldExit !== undefined;
+      if (!ended) this.#ending = undefined;
+      this.#log.warn(
+        { err: error, signal },
+        ended ? "not checkpointed at its end" : "not checkpointed instead of a signal: it gets the signal",
+      );
+      if (!ended) {
+        this.record();
+        const { keeper } = this.#pod;
+        await this.undo("send the signal", this.#signal(keeper.ownTag("signal"), this.init, signal));
+        this.#escalations.begin("", escalation);
+      }
+    } finally {
+      this.#endingIsOver = true;
+      this.#releaseHeldExits();
+    }
+  }
+
+  /** @param resumed  when a checkpoint that was cut off by a crash has come to its end */
+  async #resumeEnding(resumed: Promise<void> | undefined): Promise<void> {
+    await this.#end(async () => {
+      await resumed;
+      const deadline = resumed ? Date.now() + END_AFTER_DUMP_MS : 0;
+      while (!this.init.exit && !this.init.heldExit) {
+        if (isAlive(this.init.pid) && Date.now() > deadline)
+          throw new Cancelled("cedanad ended before the checkpoint was whole");
+        await delay(10);
+      }
+    });
   }
 
   async pause(work: Work): Promise<void> {
@@ -763,6 +875,12 @@ export class Task {
   async spec(): Promise<OciSpec> {
     this.#spec ??= await readSpec(this.bundle);
     return this.#spec;
+  }
+
+  /** What a checkpoint does whose caller passes no options at all: Docker passes them to io.containerd.runc.v2 alone. */
+  async endsWithCheckpoint(): Promise<boolean> {
+    const spec = await this.spec();
+    return hasOurAnnotations(spec) && (cedanaAnnotations(spec).checkpointExit ?? false);
   }
 
   async checkpoint(work: Work, request: CheckpointRequest): Promise<void> {
@@ -816,12 +934,15 @@ export class Task {
    * changes the container.
    */
   resumeCheckpoint(): void {
-    if (!existsSync(join(this.bundle, TRIGGERED_DIRECTORY))) return;
-    const turn = Promise.withResolvers<void>();
-    void this.init.inTurn(() => turn.promise);
-    void import("./triggered.ts")
-      .then(({ resumeCheckpoint }) => resumeCheckpoint(this, turn.resolve))
-      .finally(turn.resolve);
+    let resumed: Promise<void> | undefined;
+    if (existsSync(join(this.bundle, TRIGGERED_DIRECTORY))) {
+      const turn = Promise.withResolvers<void>();
+      void this.init.inTurn(() => turn.promise);
+      resumed = import("./triggered.ts")
+        .then(({ resumeCheckpoint }) => resumeCheckpoint(this, turn.resolve))
+        .finally(turn.resolve);
+    }
+    if (this.#ending && !this.init.exit) void this.#resumeEnding(resumed);
   }
 
   async resizePty(work: Work, process: Process, width: number, height: number): Promise<void> {
@@ -840,6 +961,7 @@ export class Task {
   async delete(work: Work): Promise<{ pid: number; exit: Exit | undefined }> {
     const { init } = this;
     const neverRan = init.state === "created" || init.state === "createdFromCheckpoint";
+    if (init.state === "createdFromCheckpoint") await this.#giveClaimBack();
     if (init.state === "deleted")
       throw new NotFound(`task ${this.id} has been deleted: container not created`);
     init.check("delete");
@@ -889,6 +1011,7 @@ export class Task {
    */
   async destroy(): Promise<Exit> {
     const { keeper } = this.#pod;
+    if (this.init.state === "createdFromCheckpoint") await this.#giveClaimBack();
     if (this.init.state !== "deleted") {
       await this.#engineDelete(keeper.ownTag("destroy"), true).catch((error) =>
         this.#log.warn({ err: error }, "delete the container of an abandoned task"),
@@ -993,6 +1116,7 @@ export class Task {
         if (!(error instanceof Unavailable)) this.#log.error({ err: error }, `undo a failed create: ${what}`);
       });
     };
+    await this.#giveClaimBack();
     await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
     await undo("remove the cgroup", this.removeCgroup());
     await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));

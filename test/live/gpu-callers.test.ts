@@ -1,6 +1,6 @@
 // Containers with GPUs (the stand-in driver of test/gpu/libcuda) outside of containerd's API: ctr, cedana-runtime on a bundle, and Podman.
 
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { countsOn, gpuOptions, runClient } from "../gpu/container.ts";
@@ -111,6 +111,27 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
       const read = () => (existsSync(output) ? readFileSync(output, "utf8") : "");
       await until(() => numbersIn(read()).length > 3, { what: () => `the first numbers: ${read()}` });
       const images = join(place.dir, "images");
+      // A crash of cedanad in the middle of a call that nobody repeats: the next one gives back what was taken.
+      gpus.faults("checkpoint=slow:700");
+      const seen = gpus.watchCalls();
+      const cut = place.run(
+        runtime("checkpoint", "--leave-running", "--image-path", join(place.dir, "cut"), "c"),
+        {
+          env,
+        },
+      );
+      await until(() => seen().includes("checkpoint client"), {
+        everyMs: 2,
+        what: () => "the driver's call",
+      });
+      const pidFile = readdirSync(place.runDir).find((name) => /^cedanad.*\.pid$/.test(name))!;
+      process.kill(Number(readFileSync(join(place.runDir, pidFile), "utf8")), "SIGKILL");
+      expect((await cut).status).not.toBe(0);
+      gpus.faults();
+      const whole = runtime("checkpoint", "--leave-running", "--image-path", join(place.dir, "whole"), "c");
+      await place.ok(whole, { env });
+      const afterCrash = numbersIn(read()).at(-1)!;
+      await until(() => numbersIn(read()).at(-1)! > afterCrash + 2, { what: () => "to go on after a crash" });
       await place.ok(runtime("checkpoint", "--image-path", images, "c"), { env });
       const last = numbersIn(read()).at(-1)!;
       gpus.wipe();

@@ -9,6 +9,7 @@ export const plugin: Plugin = {
   name: "containerd",
   features: {
     dumpCommand: "dump:containerd",
+    restoreCommand: "restore:containerd",
     queryCommand: "status",
     helperCommand: "setup",
     dumpHandler: async () => (await import("../../shim/checkpoint.ts")).dump,

@@ -1,23 +1,23 @@
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
-import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../../checkpoint/dump.ts";
-import { explainCriuLog } from "../../criu/log.ts";
-import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed } from "../../errors/index.ts";
-import { Cgroup } from "../../linux/cgroup.ts";
-import { isAlive, startTime } from "../../linux/proc.ts";
 import {
-  criuConfig as criuSettings,
-  type EngineFeatures,
-  engineVersion,
-  failureFrom,
-  lastErrorIn,
-} from "../engine.ts";
+  type DumpRequest,
+  type DumpTarget,
+  dump as dumpContainer,
+  type EngineDump,
+} from "../../checkpoint/dump.ts";
+import { explainCriuLog } from "../../criu/log.ts";
+import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
+import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
+import { isAlive, startTime } from "../../linux/proc.ts";
+import { criuLines, type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
 import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu-options.ts";
 import { noteFrozen } from "./frozen.ts";
-import { containerState } from "./state.ts";
+import { isUnstarted, readMarker } from "./marker.ts";
+import { containerState, namespaceOf } from "./state.ts";
 
 /*
  * `checkpoint`: the chain of src/checkpoint with a container for its target, whose engine the wrapper runs, with the options that
@@ -32,11 +32,21 @@ interface Dump {
   readonly policy: Policy;
   readonly imagePath: string;
   readonly leaveRunning: boolean;
+  readonly pid: number;
 }
 
-export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<OciAnswer | undefined> {
+/** A checkpoint that nobody's `checkpoint` has asked for. */
+export type OwnDump = Pick<DumpRequest, "place" | "origin" | "rootfs" | "digests">;
+
+export async function checkpoint(
+  call: OciCall,
+  wrapper: Conversation,
+  own?: OwnDump,
+): Promise<OciAnswer | undefined> {
   const options = new Options(call.argv);
   const [features, state] = await Promise.all([engineVersion(call.engine), containerState(call)]);
+  const marker = readMarker(call.marker);
+  if (isUnstarted(marker)) throw new WrongState("Container cannot be checkpointed in created state");
   if (state === undefined || !["running", "paused"].includes(state.status)) {
     wrapper.become([call.engine, ...call.globalArgv, "checkpoint", call.id]); // the engine has the words
     return undefined;
@@ -54,6 +64,7 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
     policy: dumpPolicy(options, spec),
     imagePath: resolve(call.cwd, options.value("image-path") ?? "checkpoint"),
     leaveRunning: preDump || options.has("leave-running"),
+    pid: state.pid,
   };
   const { pid } = state;
   const started = startTime(pid);
@@ -79,9 +90,10 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
       directory: scratch,
       ownNetwork: hasNetworkNamespace(spec),
       mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
+      rootfs: resolve(state.bundle, spec.root?.path ?? "rootfs"),
       facts: {
         containerId: call.id,
-        namespace: "",
+        namespace: namespaceOf(call.root),
         terminal: spec.process?.terminal ?? false,
         engine: { name: features.name, version: features.version, path: call.engine },
         ...specFacts(spec),
@@ -97,11 +109,12 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
     };
     const workPath = options.value("work-path");
     await noteFrozen(call.marker, cgroup, async () => {
-      await dumpContainer(target, {
+      const request: DumpRequest = {
         key: call.marker,
         repeated: false,
         place: { imagePath: dump.imagePath },
         digests: "alongside",
+        ...own,
         workPath: workPath && resolve(call.cwd, workPath),
         parentPath: parentPath,
         leaveRunning: dump.leaveRunning,
@@ -110,7 +123,8 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
           emptyNamespaces: [...dump.policy.emptyNamespaces],
           cgroupsMode: dump.policy.cgroupsMode ?? "",
         },
-      });
+      };
+      await dumpContainer(target, request, { signal: wrapper.signal });
     });
   } finally {
     await rm(scratch, { recursive: true, force: true });
@@ -119,7 +133,7 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
 }
 
 async function runEngine(
-  { call, options, features, policy }: Dump,
+  { call, options, features, policy, pid }: Dump,
   wrapper: Conversation,
   {
     imagePath,
@@ -139,7 +153,7 @@ async function runEngine(
   ]);
   if (networkLock !== "default" && !options.has("network-lock"))
     criuConfig.push(`network-lock ${networkLock}`);
-  criuConfig.push(...criuSettings({ externalMounts }).split("\n").filter(Boolean));
+  criuConfig.push(...criuLines({ externalMounts, cgroupRoots: await foreignHierarchies(pid) }));
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
   if (withoutPlugins) criuConfig.push(`libdir "${work}"`);
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);

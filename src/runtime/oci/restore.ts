@@ -1,19 +1,36 @@
-import { mkdir, rm, stat } from "node:fs/promises";
+import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
-import { CriuFailed, NotFound } from "../../errors/index.ts";
+import { killCriu } from "../../criu/leftovers.ts";
+import { restoreSucceeded } from "../../criu/log.ts";
+import { NotFound } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
-import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
+import { programOf } from "../../linux/proc.ts";
+import { criuLines, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
-import { cedanaAnnotations, cgroupName, readSpec } from "../spec.ts";
+import {
+  cedanaAnnotations,
+  cgroupName,
+  movedFrom,
+  ownsNetworkNamespace,
+  readSpec,
+  withHook,
+} from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
-import { readMarker, removeMarker, writeMarker } from "./marker.ts";
+import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
 import { restoreCgroup } from "./restore-cgroup.ts";
 import { containerState } from "./state.ts";
+
+export interface RestoreExtra {
+  /** more lines for CRIU's configuration file */
+  readonly criuConfig?: readonly string[];
+  /** called with the directory of CRIU's images before they are used */
+  readonly beforeEngine?: (imagePath: string) => Promise<void>;
+}
 
 /*
  * `restore`: the chain of src/checkpoint with a container for its target. The engine's own restore is run by the wrapper with the
@@ -22,7 +39,11 @@ import { containerState } from "./state.ts";
  *
  * The caller has made the rest ready: the network namespace, and the files of the root file system.
  */
-export async function restore(call: OciCall, wrapper: Conversation): Promise<OciAnswer> {
+export async function restore(
+  call: OciCall,
+  wrapper: Conversation,
+  extra: RestoreExtra = {},
+): Promise<OciAnswer> {
   const options = new Options(call.argv);
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
@@ -36,6 +57,9 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
   const { id, root, engine, globalArgv } = call;
   const detached = options.has("detach");
   let status = 0;
+  let engineBundle = bundle;
+  const marker = (): Marker =>
+    readMarker(call.marker) ?? { version: 1, id, root, engine, globalArgv, kill, bundle };
 
   const target: RestoreTarget = {
     what: `container ${id}`,
@@ -52,8 +76,12 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
         cgroupsMode: policy.cgroupsMode ?? "",
       };
     },
-    prepareNetwork: async () => {},
-    putNetworkBack: async () => {},
+    prepareNetwork: async () => {
+      if (features.name !== "runc" || !ownsNetworkNamespace(spec)) return;
+      engineBundle = await copyWithLoopback(call, bundle);
+      writeMarker(call.marker, { ...marker(), bundle, copied: true });
+    },
+    putNetworkBack: async () => {}, // the copy goes with the container
     prepareCgroup: async (policy) => {
       if (policy.cgroupsMode !== (mode ?? ""))
         cgroup = await restoreCgroup(spec, policy.cgroupsMode || undefined, call.pid);
@@ -76,21 +104,20 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
         ["image-path", "work-path", "bundle"],
       );
       // The marker first: a kill right after restore must find it.
-      if (kill && known === undefined)
-        writeMarker(call.marker, { version: 1, id, root, engine, globalArgv, kill });
+      if (kill && known === undefined) writeMarker(call.marker, marker());
+      await extra.beforeEngine?.(imagePath);
       const since = Date.now();
       const env = await criuConfigFile(join(scratch, "criu.conf"), [
         ...criuConfig,
         ...cgroup.lines,
-        ...criuSettings({ externalMounts, pluginDirectory: withoutPlugins ? work : undefined })
-          .split("\n")
-          .filter(Boolean),
+        ...(extra.criuConfig ?? []),
+        ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : undefined }),
       ]);
       const command = [
         engine,
         ...globalArgv,
         "restore",
-        `--bundle=${bundle}`,
+        `--bundle=${engineBundle}`,
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
@@ -99,21 +126,31 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       // In the foreground a status may be the container's: CRIU's log of this attempt says whether it was ever restored.
       const log = join(work, "restore.log");
       const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
-      const failure = await engineError(
+      const ofThis = written !== undefined && written.mtimeMs >= since - 1000;
+      if (!detached && ofThis && (await restoreSucceeded(log))) {
+        await cgroup.remove();
+        return;
+      }
+      throw await engineError(
         `restore of container ${id} from ${imagePath}`,
         status,
         undefined,
-        written && written.mtimeMs >= since - 1000 ? log : undefined,
+        ofThis ? log : undefined,
       );
-      const lived = !detached && !(failure instanceof CriuFailed); // then it is the container's own end
-      if (!lived) throw failure;
-      await cgroup.remove();
     },
     // What the engine failed to restore it has undone itself.
+    // A directory of the caller's may have another CRIU at work in it.
+    endCriu: async (work) => {
+      if (workPath === undefined) await killCriu(work);
+    },
+    criuRoots: [join(bundle, "criu-root"), join(root, id, "criu-root")],
     undoEngineRestore: async () => {
       if (status !== 0) return;
       const outputPath = join(scratch, "output");
       await wrapper.run([engine, ...globalArgv, "delete", "--force", id], { outputPath });
+    },
+    unmount: async (mountPoint) => {
+      await wrapper.run(["umount", "--lazy", mountPoint], { outputPath: join(scratch, "output") });
     },
   };
 
@@ -141,4 +178,18 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
     await rm(scratch, { recursive: true, force: true });
   }
   return { status };
+}
+
+/**
+ * A bundle with a copy of the caller's configuration, which stays as it is. runc restores into an empty network namespace where lo is
+ * down; a hook of the copy, which it runs between CRIU's making of the namespaces and of the sockets, sets it up.
+ */
+async function copyWithLoopback(call: OciCall, bundle: string): Promise<string> {
+  const copy = bundleCopyOf(call.marker);
+  const path = join(bundle, "config.json");
+  const hook = { path: await programOf(call.pid), args: ["cedana-loopback"], timeout: 10 };
+  const text = withHook(movedFrom(bundle, await readFile(path, "utf8")), "createRuntime", hook, path);
+  await mkdir(copy, { recursive: true, mode: 0o700 });
+  await writeFile(join(copy, "config.json"), text, { mode: 0o600 });
+  return copy;
 }

@@ -70,6 +70,7 @@ export class CallerPlace {
       PODMAN_IGNORE_CGROUPSV1_WARNING: "1",
       CEDANA_RUN_DIR: this.runDir,
       CEDANA_STATE_DIR: join(this.dir, "var"),
+      CEDANA_CONFIG: join(this.dir, "config.json"),
     };
   }
 
@@ -79,7 +80,15 @@ export class CallerPlace {
     place.#daemonEnv = daemonEnv;
     for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
-    writeFileSync(place.config, JSON.stringify({ engine, runDirectory: place.runDir }));
+    writeFileSync(
+      place.config,
+      JSON.stringify({
+        engine,
+        runDirectory: place.runDir,
+        stateDirectory: place.env.CEDANA_STATE_DIR,
+        configuration: place.env.CEDANA_CONFIG,
+      }),
+    );
     const v2 = engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers");
     const script = `${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
     place.#holder = spawn("unshare", ["--mount", "--propagation", "private", "sh", "-c", script], {
