@@ -19,6 +19,7 @@ import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
+import { makeMountPoint } from "./gpu-mounts.ts";
 import { adaptedImages, adaptHostname } from "./identity.ts";
 import { type ImageFacts, readImageFacts } from "./image-facts.ts";
 import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
@@ -172,9 +173,11 @@ export const restoreSteps = [
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
+  prepareMountPoints,
   // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
   lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
+  makeDeviceNodes, // the new container's, which the driver opens by their names
   restoreDevices, // before anybody is told that the container runs
   // Hooks in the container: a step after that, the last one.
 ] as const satisfies readonly RestoreStep[];
@@ -479,6 +482,16 @@ async function prepareDevices(context: RestoreContext, next: () => Promise<void>
   await next();
 }
 
+async function makeDeviceNodes({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const nodes = target.container.gpuNodes ?? [];
+  // In the foreground the container has come and gone.
+  if (nodes.length > 0 && !target.inForeground) {
+    const { makeGpuNodes } = await import("./gpu-nodes.ts");
+    makeGpuNodes(await (await target.cgroup()).pids(), nodes, target.log);
+  }
+  await next();
+}
+
 async function restoreDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
   await context.devices?.restore();
   await next();
@@ -525,6 +538,17 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
     await target.removeCgroup();
     throw error;
   }
+}
+
+/** CRIU mounts on what is there. In a fresh root file system it isn't, where somebody past the engine had made it in the old one. */
+async function prepareMountPoints(
+  { externalMounts, target }: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  const { rootfs } = target.container;
+  for (const { mountPoint, source } of externalMounts)
+    if (rootfs !== undefined && mountPoint !== undefined) await makeMountPoint(rootfs, mountPoint, source);
+  await next();
 }
 
 // ---- CRIU ------------------------------------------------------------------------------------------------------------

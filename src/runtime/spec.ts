@@ -23,6 +23,9 @@ export interface OciDevice {
   readonly type: string;
   readonly major?: number;
   readonly minor?: number;
+  readonly fileMode?: number;
+  readonly uid?: number;
+  readonly gid?: number;
 }
 
 export interface OciHook {
@@ -144,12 +147,11 @@ function isArrayOfObjects(value: unknown): boolean {
 }
 
 /**
- * The text of a config.json with one more hook, the first of its stage; everything else means what it meant. Numbers beyond
- * what JavaScript counts exactly (limits of 2^64 - 1) stay as they are written.
+ * The text of a config.json with one more hook, the first of its stage; everything else means what it meant.
  * @throws InvalidRequest when it isn't a spec
  */
 export function withHook(text: string, stage: string, hook: OciHook, path = "config.json"): string {
-  return withEdits(text, path, (spec) => {
+  return editSpec(text, path, (spec) => {
     spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
   });
 }
@@ -159,7 +161,7 @@ export function withHook(text: string, stage: string, hook: OciHook, path = "con
  * @throws InvalidRequest when it isn't a spec
  */
 export function movedFrom(bundle: string, text: string): string {
-  return withEdits(text, posix.join(bundle, "config.json"), (spec) => {
+  return editSpec(text, posix.join(bundle, "config.json"), (spec) => {
     spec.root = { ...spec.root, path: posix.resolve(bundle, spec.root?.path ?? "rootfs") };
     if (spec.mounts)
       spec.mounts = spec.mounts.map((mount) =>
@@ -172,7 +174,12 @@ export function isBind({ type, options }: OciMount): boolean {
   return type === "bind" || (options ?? []).some((option) => option === "bind" || option === "rbind");
 }
 
-function withEdits(text: string, path: string, edit: (spec: Writable<OciSpec>) => void): string {
+/**
+ * The text of a config.json with a change in it; everything else means what it meant. Numbers beyond what JavaScript counts exactly
+ * (limits of 2^64 - 1) stay as they are written.
+ * @throws InvalidRequest when it isn't a spec
+ */
+export function editSpec(text: string, path: string, edit: (spec: Writable<OciSpec>) => void): string {
   parseSpec(text, path);
   const exactly = (_key: string, value: unknown, { source }: { source?: string }) =>
     typeof value === "number" && !Number.isSafeInteger(value) ? rawJson(source!) : value;
@@ -338,6 +345,10 @@ export interface CedanaAnnotations {
   /** patterns of paths that are left out of that */
   readonly rootfsExclude?: readonly string[];
   readonly rootfsMaxBytes?: number;
+  /** how GPU state is taken: by the driver alone (also when absent), or with the interception library in front of it */
+  readonly gpu?: "driver" | "intercept";
+  /** that library writes traces */
+  readonly gpuTracing?: boolean;
 }
 
 // Key after `cedana.io/`, field, and what each allowed value means.
@@ -362,6 +373,8 @@ const policies = [
   ["checkpoint-name", "checkpointName", "text"],
   ["rootfs-diff", "rootfsDiff", flag],
   ["rootfs-exclude", "rootfsExclude", { parse: parseList, words: "patterns, with commas between them" }],
+  ["gpu", "gpu", { driver: "driver", intercept: "intercept" }],
+  ["gpu-tracing", "gpuTracing", flag],
   ["rootfs-max-bytes", "rootfsMaxBytes", { parse: parseBytes, words: 'a size such as "512Mi"' }],
 ] as const satisfies readonly (readonly [
   string,

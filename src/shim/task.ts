@@ -566,7 +566,7 @@ export class Task {
     try {
       const stdio = planStdio(process.io, process.stdio, this.id, this.namespace, this.options);
       try {
-        writeFileSync(file("json"), spec, { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
+        writeFileSync(file("json"), await this.#execProcess(spec), { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
         // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
         const opened = this.#pod.keeper.ioOpen(work.tag("io"), stdio);
         opened.catch(() => {}); // looked at below, if we get there
@@ -598,6 +598,12 @@ export class Task {
     }
     this.publish(`exec-started:${work.request}`, events.execStarted(this.id, process.execId, process.pid));
     return process.pid;
+  }
+
+  async #execProcess(process: string): Promise<string> {
+    if (!this.#spec || !hasOurAnnotations(this.#spec)) return process;
+    const { withInterception } = await import("../runtime/gpu-injection.ts");
+    return withInterception(process, this.#spec);
   }
 
   /** Registers an exec'd process; it runs at its Start. */
@@ -1063,6 +1069,11 @@ export class Task {
   }
 
   async #createContainer(work: Work): Promise<void> {
+    const spec = await this.spec();
+    if (hasOurAnnotations(spec)) {
+      const { injectGpu } = await import("../runtime/gpu-injection.ts");
+      this.#spec = (await injectGpu(this.bundle, spec, this)) ?? spec;
+    }
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     const command = this.engine.create({
