@@ -15,7 +15,7 @@ import {
 import type { Cgroup } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
-import { freezeMarker } from "./freeze-marker.ts";
+import { freezeMarker, hookNote } from "./freeze-marker.ts";
 import { type CheckpointManifest, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
@@ -76,6 +76,8 @@ export interface DumpTarget {
     "containerId" | "namespace" | "terminal" | "engine" | "specDigest"
   >;
   readonly log: Pick<Logger, "info" | "warn" | "error">;
+  /** what the container wants to do itself before it is dumped, in it, while it runs. @throws when the dump is not to be */
+  readonly preDumpHook?: (() => Promise<void>) | undefined;
   cgroup(): Promise<Cgroup>;
   /** The engine's `checkpoint`. @throws WrongState, RuntimeFailed */
   engineCheckpoint(options: EngineDump): Promise<void>;
@@ -103,6 +105,7 @@ export const dumpSteps = [
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
   checkOptions, // before anything is frozen
+  preDumpHook, // of the container's own; it may be there to remove what the preflight would find
   preflightDump, // every blocker and every option that is missing, while the container runs
   freeze, // nothing below may wait for the container: it stands still
   detectNetwork, // on the frozen container: nobody opens a socket any more
@@ -276,6 +279,40 @@ export function isOlder(version: string, than: string): boolean {
     if (difference !== 0) return difference < 0;
   }
   return false;
+}
+
+// ---- the container's hook --------------------------------------------------------------------------------------------
+
+/**
+ * A container that its owner has paused (as containerd's client and CRI-O do before they ask for a checkpoint) runs as long as its hook
+ * does, and stands still again before anything else is done.
+ */
+async function preDumpHook(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request } = context;
+  if (target.preDumpHook === undefined || target.hasEnded) {
+    await next();
+    return;
+  }
+  const note = hookNote(target.directory);
+  const done = `${request.key}\ndone\n`;
+  // Done before a crash: the container may be frozen by now, or CRIU at work on it.
+  const isDone = request.repeated && (await readFile(note, "utf8").catch(() => "")) === done; // the crash came before it
+  try {
+    if (!isDone) {
+      const cgroup = target.paused ? await target.cgroup() : undefined;
+      await writeFile(note, `${request.key}\n`, { mode: 0o600 });
+      try {
+        await cgroup?.thaw();
+        await target.preDumpHook();
+      } finally {
+        if (!target.hasEnded) await cgroup?.freeze();
+      }
+      await writeFile(note, done, { mode: 0o600 });
+    }
+    await next();
+  } finally {
+    await rm(note, { force: true });
+  }
 }
 
 // ---- preflight -------------------------------------------------------------------------------------------------------

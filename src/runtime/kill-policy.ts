@@ -1,6 +1,6 @@
 import { constants } from "node:os";
 import { InvalidRequest } from "../errors/index.ts";
-import { annotationsOf, containerNameOf, isSandboxContainer, type OciProcess, type OciSpec } from "./spec.ts";
+import { type OciProcess, type OciSpec, ownAnnotation, type Setting } from "./spec.ts";
 
 /*
  * What a container makes of SIGTERM: one policy for the shim's Kill and for `cedana-runtime kill`.
@@ -75,34 +75,19 @@ export function durationMs(text: string): number | undefined {
  * @throws InvalidRequest naming the annotation and what is wrong with it
  */
 export function killPolicy(spec: OciSpec): KillPolicy | undefined {
-  return policyFrom((key) => annotation(spec, `kill-${key}`));
+  return policyFrom((key) => ownAnnotation(spec, `kill-${key}`));
 }
 
 /** … of a process exec'd in it. @throws InvalidRequest */
 export function execKillPolicy(spec: OciSpec, process: OciProcess): KillPolicy | undefined {
   return policyFrom(
-    (key) => variable(process, `CEDANA_KILL_${key.toUpperCase()}`) ?? annotation(spec, `exec-kill-${key}`),
+    (key) => variable(process, `CEDANA_KILL_${key.toUpperCase()}`) ?? ownAnnotation(spec, `exec-kill-${key}`),
   );
 }
 
 /** What is to be sent, and what follows it. */
 export function planKill(policy: KillPolicy | undefined, signal: number): KillPolicy {
   return policy !== undefined && signal === SIGTERM ? policy : { signal, escalation: [] };
-}
-
-/** The setting and where it was found. */
-interface Setting {
-  readonly name: string;
-  readonly value: string;
-}
-
-function annotation(spec: OciSpec, key: string): Setting | undefined {
-  if (isSandboxContainer(spec)) return undefined;
-  const annotations = annotationsOf(spec);
-  const container = containerNameOf(spec);
-  const names = [...(container ? [`cedana.io/${key}.${container}`] : []), `cedana.io/${key}`];
-  const name = names.find((candidate) => annotations[candidate] !== undefined);
-  return name === undefined ? undefined : { name: `annotation ${name}`, value: annotations[name]! };
 }
 
 function variable(process: OciProcess, name: string): Setting | undefined {

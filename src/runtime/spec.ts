@@ -148,12 +148,33 @@ function isArrayOfObjects(value: unknown): boolean {
  * @throws InvalidRequest when it isn't a spec
  */
 export function withHook(text: string, stage: string, hook: OciHook, path = "config.json"): string {
+  const spec = parseExactly(text, path);
+  spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
+  return JSON.stringify(spec);
+}
+
+/**
+ * A process to be executed in the container as its first one was: user, directory, capabilities, limits and all else that the text of
+ * config.json says of that, but without a terminal.
+ * @param env  added to the container's own
+ * @returns JSON for the engine's `exec --process`
+ * @throws InvalidRequest when it isn't a spec
+ */
+export function processLike(
+  text: string,
+  { args, env }: { args: readonly string[]; env: readonly string[] },
+  path = "config.json",
+): string {
+  const { terminal: _, consoleSize: __, ...own } = parseExactly(text, path).process ?? {};
+  return JSON.stringify({ ...own, terminal: false, args, env: [...(own.env ?? []), ...env] });
+}
+
+/** Numbers beyond what JavaScript counts exactly stay as they are written. */
+function parseExactly(text: string, path: string): Writable<OciSpec> {
   parseSpec(text, path);
   const exactly = (_key: string, value: unknown, { source }: { source?: string }) =>
     typeof value === "number" && !Number.isSafeInteger(value) ? rawJson(source!) : value;
-  const spec = (JSON.parse as (text: string, reviver: typeof exactly) => Writable<OciSpec>)(text, exactly);
-  spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
-  return JSON.stringify(spec);
+  return (JSON.parse as (text: string, reviver: typeof exactly) => Writable<OciSpec>)(text, exactly);
 }
 
 type Writable<T> = { -readonly [K in keyof T]: T[K] };
@@ -255,6 +276,25 @@ export function containerNameOf(spec: OciSpec): string | undefined {
     annotations["io.kubernetes.container.name"] ||
     undefined
   );
+}
+
+/** Something that a container says, and where: "annotation cedana.io/…". */
+export interface Setting {
+  readonly name: string;
+  readonly value: string;
+}
+
+/**
+ * What `cedana.io/KEY` says of this container. Kubernetes annotates pods: `cedana.io/KEY.CONTAINER` is for one container of the pod and
+ * goes before. The sandbox container ignores both.
+ */
+export function ownAnnotation(spec: OciSpec, key: string): Setting | undefined {
+  if (isSandboxContainer(spec)) return undefined;
+  const annotations = annotationsOf(spec);
+  const container = containerNameOf(spec);
+  const names = [...(container ? [`cedana.io/${key}.${container}`] : []), `cedana.io/${key}`];
+  const name = names.find((candidate) => annotations[candidate] !== undefined);
+  return name === undefined ? undefined : { name: `annotation ${name}`, value: annotations[name]! };
 }
 
 /** How a container wants to be checkpointed, as far as it says so. */

@@ -4,10 +4,12 @@ import { join } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
 import { hostCgroupVersion, parseMembership } from "../linux/cgroup.ts";
 import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
+import { hookOf } from "../runtime/hooks.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";
 import { hasNetworkNamespace } from "../runtime/spec.ts";
 import { criuConfigFile, dumpPolicy, policyOptions } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
+import { runHook } from "./hooks.ts";
 import type { Task, Work } from "./task.ts";
 
 /** Dump as containerd's Task API asks for it: the chain of src/checkpoint, with a task for its target. */
@@ -23,6 +25,7 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
   const { options, imagePath } = request;
   const spec = await task.spec();
   const engine = await withFeatures(task);
+  const hook = await hookOf(spec, "pre-dump");
   const target: DumpTarget = {
     what: `task ${task.id}`,
     initPid: task.init.pid,
@@ -41,6 +44,7 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
       specDigest: createHash("sha256").update(JSON.stringify(spec)).digest("hex"),
     },
     log: task.log,
+    preDumpHook: hook && (() => runHook(task, work, hook, [])),
     cgroup: () => task.cgroup(),
     engineCheckpoint: (engineDump) => engineCheckpoint(task, work, engine, engineDump),
   };

@@ -1,7 +1,7 @@
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { freezeMarker } from "../checkpoint/freeze-marker.ts";
+import { freezeMarker, hookNote } from "../checkpoint/freeze-marker.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -171,6 +171,7 @@ export class Task {
     const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
     killPolicy(spec); // a signal that doesn't exist is refused now, not when it is needed
     execKillPolicy(spec, {});
+    if (hasOurAnnotations(spec)) await (await import("../runtime/hooks.ts")).checkHooks(spec);
     const restore = await restoreSourceOf(pod, request, options.criuImagePath, spec);
     const state = restore ? "createdFromCheckpoint" : "created";
     const init = new Process("", request.id, request.stdio, state);
@@ -712,6 +713,7 @@ export class Task {
 
   /** A cedanad before us may have ended in the middle of a dump whose caller has gone: the container must not stay frozen. */
   async thawLeftover(): Promise<void> {
+    await this.#pauseLeftover();
     const marker = freezeMarker(this.bundle);
     if (!existsSync(marker)) return;
     try {
@@ -720,6 +722,18 @@ export class Task {
       this.#log.warn("thawed: it had been frozen for a dump that a crash cut off");
     } catch (error) {
       this.#log.error({ err: error }, "thaw a container that a dump cut off by a crash had frozen");
+    }
+  }
+
+  /** … or in the hook of a paused one, which ran for it: what its owner has paused must not go on. */
+  async #pauseLeftover(): Promise<void> {
+    const note = hookNote(this.bundle);
+    if (!existsSync(note)) return;
+    try {
+      if (this.init.state === "paused" && !this.init.exit) await (await this.cgroup()).freeze();
+      await rm(note, { force: true });
+    } catch (error) {
+      this.#log.error({ err: error }, "pause a container again that ran for its hook when cedanad ended");
     }
   }
 
