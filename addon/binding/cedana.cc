@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "sealed.h"
 #include "seqpacket.h"
 #include "sockets.h"
 #include "support.h"
@@ -219,6 +220,7 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
     Napi::Value (*function)(const Napi::CallbackInfo&);
   } bindings[] = {
       {"netlinkDump", NetlinkDump},
+      {"sealedCopy", SealedCopy},
       {"socketOf", SocketOf},
       {"kcmp", Kcmp},
       {"tryHandle", TryHandle},

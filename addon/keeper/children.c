@@ -225,6 +225,10 @@ void children_spawn(const struct message *m) {
   struct spawn s = {.path = program, .argv = argv, .env = env, .cwd = message_string(m, FIELD_CWD), .fd_count = 3,
                     .sched_core = message_int(m, FIELD_SCHED_CORE)};
   for (int i = 0; i < 3; i++) s.fds[i] = fds[i] >= 0 ? fds[i] : null;
+  const char *sealed_of = message_string(m, FIELD_SEALED_OF);
+  autofd sealed = program && sealed_of ? cedanad_fd(message_int(m, FIELD_SEALED_FD)) : -1;
+  s.sealed = sealed;
+  s.use_sealed = sealed >= 0 && is_sealed_copy(sealed, program, sealed_of);
   pid_t pid = program ? spawn_program(&s) : -ENOENT;
   if (pid < 0) {
     if (io && console) io_console_done(io);

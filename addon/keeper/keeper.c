@@ -7,6 +7,7 @@
 #include "keeper.h"
 #include "daemon.h"
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/eventfd.h>
@@ -31,6 +32,7 @@ static struct watch link_ = {.fd = -1};
 static struct buffer in, out, nothing;
 static bool welcomed, leaving;
 static pid_t daemon_pid;
+static int daemon_pidfd = -1;
 static int64_t nonce, awaited;
 static uint64_t link_since_ms, pong_since_ms, backoff_ms;
 static struct task *tasks;
@@ -297,6 +299,21 @@ static void handle(const struct message *m) {
 
 /* ---- the lifeline ---- */
 
+/*
+ * The pidfd is opened while the connection that the process has welcomed us on hasn't ended (see pong_due), so no other process
+ * can be meant, however late the descriptor is fetched.
+ */
+int cedanad_fd(int64_t number) {
+  if (daemon_pidfd < 0 && daemon_pid > 1 && link_.fd >= 0) {
+    autofd pidfd = (int)syscall(SYS_pidfd_open, daemon_pid, 0);
+    struct pollfd ended = {.fd = link_.fd, .events = POLLRDHUP};
+    if (pidfd < 0 || poll(&ended, 1, 0) != 0) return -1;
+    daemon_pidfd = pidfd;
+    pidfd = -1;
+  }
+  return number < 0 || number > INT_MAX || daemon_pidfd < 0 ? -1 : (int)syscall(SYS_pidfd_getfd, daemon_pidfd, (int)number, 0);
+}
+
 static uint64_t pong_ms(void) { return environment_number("CEDANA_KEEPER_PONG_MS", PONG_MS); }
 
 /*
@@ -402,6 +419,8 @@ static void link_lost(void) {
   if (link_.fd < 0) return;
   uint64_t lived_ms = now_ms() - link_since_ms;
   watch_close(&link_);
+  if (daemon_pidfd >= 0) close(daemon_pidfd);
+  daemon_pidfd = -1;
   buffer_free(&out);
   if (!welcomed) {
     backoff_ms = lived_ms < EARLY_MS ? longer(backoff_ms, BACKOFF_MAX_MS) : 0;

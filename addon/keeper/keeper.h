@@ -33,6 +33,8 @@ _Noreturn void keeper_run(int cedanad);
 /* Frames for cedanad go here; keeper_flush sends them. Dropped while no cedanad has been welcomed. */
 struct buffer *to_cedanad(void);
 bool cedanad_ready(void);
+/* A descriptor of our own for one of cedanad's, CLOEXEC; -1 where that can't be had. The caller closes it. */
+int cedanad_fd(int64_t number);
 void keeper_flush(void);
 /* A request or exit is on its way: cedanad must show that it lives. */
 void expect_pong(void);

@@ -15,6 +15,8 @@
 
 struct spawn {
   const char *path; /* of the program, found already */
+  int sealed;       /* with `use_sealed`: a memfd that is executed in its place */
+  bool use_sealed;
   char *const *argv;
   char *const *env;
   const char *cwd;              /* NULL: the caller's */
@@ -34,6 +36,8 @@ struct spawn {
 pid_t spawn_program(struct spawn *spawn);
 /* A name with a slash as it is, else the first executable in `path` (NULL: a usual one); the caller frees. NULL: none. */
 char *find_program(const char *name, const char *path);
+/* Whether `path` is the file of "dev:ino:size:mtimeNs:ctimeNs", and `fd` can't be changed any more. */
+bool is_sealed_copy(int fd, const char *path, const char *of);
 /* A new list of the environment's strings without those for which `skip` says so; the caller frees the list. */
 char **filter_environment(char *const *env, bool (*skip)(const char *entry));
 /* The value in a list of `K=V`, or NULL. */

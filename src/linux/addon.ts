@@ -16,6 +16,7 @@ export interface PeerCredentials {
 }
 
 interface Addon {
+  sealedCopy(path: string, name: string, most: number): Promise<SealedCopy>;
   netlinkDump(namespaceFd: number, protocol: number, requests: Buffer[]): Promise<(Buffer | number)[]>;
   socketOf(pid: number, fd: number): SocketOfProcess;
   kcmp(pid: number, otherPid: number, type: number): number;
@@ -344,4 +345,20 @@ export function setTimes(path: PathLike, modifiedNs: bigint, accessedNs = modifi
 function secondsAndRest(ns: bigint): [seconds: number, nanoseconds: number] {
   const rest = ((ns % 1_000_000_000n) + 1_000_000_000n) % 1_000_000_000n; // before 1970 too
   return [Number((ns - rest) / 1_000_000_000n), Number(rest)];
+}
+
+/** A memfd with a program that can't be changed any more, and what it is a copy of, as the keeper writes it. */
+export interface SealedCopy {
+  readonly fd: number;
+  /** `dev:ino:size:mtimeNs:ctimeNs` of the file */
+  readonly of: string;
+}
+
+/**
+ * Copies a program into a sealed memfd, in a thread. The caller owns the descriptor.
+ * @param name  what `/proc/PID/exe` shows
+ * @throws EFBIG for what isn't a file, or has more than `most` bytes
+ */
+export async function sealedCopy(path: string, name: string, most: number): Promise<SealedCopy> {
+  return await addon().sealedCopy(path, name, most);
 }

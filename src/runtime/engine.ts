@@ -433,7 +433,8 @@ export function longOptions(help: string): Set<string> {
   return new Set([...help.matchAll(/^\s+(?:-\S, )?--([a-z][a-z0-9-]+)/gm)].map((found) => found[1]!));
 }
 
-async function findBinary(binary: string): Promise<string> {
+/** @throws Unavailable */
+export async function findBinary(binary: string): Promise<string> {
   const directories = (
     process.env.PATH ?? "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
   ).split(":");

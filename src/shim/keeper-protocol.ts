@@ -136,6 +136,8 @@ export const fieldKey = {
   schedCore: 65,
   oomScoreAdj: 66,
   status: 67,
+  sealedFd: 68,
+  sealedOf: 69,
   globalArgv: 100,
   root: 101,
   marker: 102,

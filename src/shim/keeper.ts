@@ -1,5 +1,6 @@
 import type { Socket } from "node:net";
 import { SyscallFailed, TimedOut, Unavailable } from "../errors/index.ts";
+import type { SealedCopy } from "../linux/addon.ts";
 import type { MountCall } from "../linux/mount-options.ts";
 import { errorNames } from "./errno.ts";
 import {
@@ -76,12 +77,20 @@ export class Keeper {
   readonly pid: number;
   readonly version: number;
   readonly #socket: Socket;
+  readonly #sealedCopyOf: (program: string) => SealedCopy | undefined;
   readonly #pending = new Map<string, PendingOperation>();
   #ownSteps = 0;
   #closed = false;
 
-  constructor(socket: Socket, pid: number, version: number) {
+  /** @param sealedCopyOf  a copy that the keeper executes in a program's place, where there is one */
+  constructor(
+    socket: Socket,
+    pid: number,
+    version: number,
+    sealedCopyOf: (program: string) => SealedCopy | undefined,
+  ) {
     this.#socket = socket;
+    this.#sealedCopyOf = sealedCopyOf;
     this.pid = pid;
     this.version = version;
   }
@@ -98,7 +107,9 @@ export class Keeper {
 
   /** Runs a tool to its end. @throws SyscallFailed when it can't be started, TimedOut past `timeoutMs` */
   async run(tag: Tag, options: SpawnOptions): Promise<ToolExit> {
-    const result = await this.#operate(messageType.SPAWN, tag, options.argv[0] ?? "", {
+    const program = options.argv[0] ?? "";
+    const sealed = this.#sealedCopyOf(program);
+    const result = await this.#operate(messageType.SPAWN, tag, program, {
       argv: options.argv,
       env: options.env,
       cwd: options.cwd,
@@ -107,6 +118,8 @@ export class Keeper {
       outputPath: options.outputPath,
       schedCore: options.schedCore ? 1 : undefined,
       timeoutMs: options.timeoutMs,
+      sealedFd: sealed?.fd,
+      sealedOf: sealed?.of,
     });
     return { pid: result.int("pid"), exitStatus: exitStatusOf(result.int("waitStatus")) };
   }

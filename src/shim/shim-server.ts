@@ -1,6 +1,7 @@
 import type { Socket } from "node:net";
 import type { Logger } from "pino";
 import { toStatus } from "../errors/index.ts";
+import { SealedEngines } from "../runtime/sealed-engines.ts";
 import { Dispatcher } from "../ttrpc/index.ts";
 import { answerStart } from "./bootstrap.ts";
 import { runtimeInfo } from "./info.ts";
@@ -41,6 +42,7 @@ export class ShimServer {
   readonly #build: string;
   readonly #versionMax: number;
   readonly #dispatcher = new Dispatcher<CallContext>();
+  readonly #engines: SealedEngines;
   readonly #beginRuntime: (socket: Socket, message: Message) => WrapperCall;
 
   constructor(options: {
@@ -52,6 +54,7 @@ export class ShimServer {
     beginRuntime: (socket: Socket, message: Message) => WrapperCall;
   }) {
     this.#log = options.log;
+    this.#engines = new SealedEngines(options.log);
     this.#runDirectory = options.runDirectory;
     this.#build = options.build;
     this.#beginRuntime = options.beginRuntime;
@@ -163,7 +166,9 @@ export class ShimServer {
       connection.socket.end(encodeMessage(messageType.WELCOME, { errno: EPROTO, message }));
       return;
     }
-    const keeper = new Keeper(connection.socket, hello.int("pid"), version);
+    const keeper = new Keeper(connection.socket, hello.int("pid"), version, (program) =>
+      this.#engines.of(program),
+    );
     const namespace = hello.string("namespace");
     const log = this.#log.child({ namespace, keeper: keeper.pid });
     connection.pod = new Pod({

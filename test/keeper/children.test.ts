@@ -2,6 +2,7 @@
 
 import fs from "node:fs";
 import { beforeAll, describe, expect, it } from "vitest";
+import { sealedCopy } from "../../src/linux/addon.ts";
 import { exitStatusOf } from "../../src/shim/keeper-protocol.ts";
 import { until } from "../live/harness/until.ts";
 import { BUILD_TIMEOUT_MS, buildKeeper, isAlive, Pod, type } from "./harness.ts";
@@ -65,6 +66,35 @@ describe.concurrent("a spawned program", () => {
     }
     expect(await pod.link.run({ argv: ["true"] })).toBe(0);
     expect(pod.link.count(type.EXIT)).toBe(0);
+  });
+
+  it("runs from a sealed copy of its file as long as it is one, else from the file", async () => {
+    await using pod = await Pod.start();
+    pod.cedanad.welcome = { version: 2, pid: process.pid }; // whose descriptors are meant
+    await pod.replaceCedanad();
+    const program = pod.path("program"); // says what it runs from
+    fs.copyFileSync("/bin/readlink", program);
+    const { fd, of } = await sealedCopy(program, "copied", 2 ** 20);
+    const outputPath = pod.path("out");
+    const runsFrom = async (values: object) => {
+      expect(await pod.link.run({ argv: [program, "/proc/self/exe"], outputPath, ...values })).toBe(0);
+      return fs.readFileSync(outputPath, "utf8").trim();
+    };
+    const unsealed = fs.openSync(program, "r");
+    try {
+      expect(await runsFrom({ sealedFd: fd, sealedOf: of })).toBe("/memfd:copied (deleted)");
+      expect(await runsFrom({})).toBe(program);
+      expect(await runsFrom({ sealedFd: unsealed, sealedOf: of })).toBe(program);
+      expect(await runsFrom({ sealedFd: 1_000_000, sealedOf: of })).toBe(program);
+      expect(await runsFrom({ sealedFd: -1, sealedOf: of })).toBe(program);
+      expect(await runsFrom({ sealedFd: fd, sealedOf: `${of}0` })).toBe(program);
+      fs.utimesSync(program, 1, 1); // an upgrade
+      expect(await runsFrom({ sealedFd: fd, sealedOf: of })).toBe(program);
+      expect(() => fs.writeSync(fd, "x")).toThrow(/EPERM/);
+    } finally {
+      fs.closeSync(fd);
+      fs.closeSync(unsealed);
+    }
   });
 
   it("is killed with what it has started when it takes too long", async () => {

@@ -1,0 +1,5 @@
+#pragma once
+
+#include <napi.h>
+
+Napi::Value SealedCopy(const Napi::CallbackInfo& info);
