@@ -422,6 +422,7 @@ export async function criuFailure(
   workPath: string,
   logName: string,
 ): Promise<Error> {
+  if (failure instanceof CriuFailed) return failure; // its owner has looked there
   const summary = await explainCriuLog(join(workPath, logName)).catch(() => undefined); // no log: CRIU was not even started
   if (!summary || summary.errors.length === 0) return failure;
   const lines = [...new Set([summary.firstError, ...summary.errors.slice(-5)])].join("; ");

@@ -1,8 +1,11 @@
 import { realpath } from "node:fs/promises";
 import { isAbsolute } from "node:path";
+import type { CheckpointManifest } from "../checkpoint/manifest.ts";
+import { checkRestore } from "../checkpoint/restore.ts";
 import { CheckpointStore } from "../checkpoint/store.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 import { configurationPath, readConfiguration } from "../runtime/configuration.ts";
+import { restoredContainer } from "../runtime/restored-container.ts";
 import {
   cedanaAnnotations,
   hasOurAnnotations,
@@ -10,7 +13,8 @@ import {
   type OciSpec,
   podNamespaceOf,
 } from "../runtime/spec.ts";
-import { openCheckpoint } from "./restore.ts";
+import { restorePolicy } from "./criu-policy.ts";
+import { reachBoundary } from "./fault.ts";
 import type { TaskLogger } from "./task-log.ts";
 
 /** What a new container is to be restored from, and what to do when that fails. */
@@ -24,20 +28,27 @@ export interface RestoreSource {
  * Whether a new container is to be restored, and from what: what the call names, else what the container's annotation does. What can't
  * be restored is said here, before anything is made; or left, where the container may start afresh instead.
  * @param asked  a path that the call names
- * @throws what `openCheckpoint` and the finding of the annotation's checkpoint throw
+ * @throws what `checkRestore` and the finding of the annotation's checkpoint throw
  */
 export async function chooseRestoreSource(
   spec: OciSpec,
   asked: string | undefined,
-  container: { namespace: string; terminal: boolean; log: TaskLogger },
+  container: { id: string; namespace: string; terminal: boolean; log: TaskLogger },
 ): Promise<RestoreSource | undefined> {
   if (asked !== undefined && !isAbsolute(asked))
     throw new InvalidRequest(`checkpoint ${asked} is not an absolute path`);
   const onFailure = asked === undefined ? (cedanaAnnotations(spec).onRestoreFailure ?? "fail") : "fail";
   try {
     const path = asked ?? (await annotatedPath(spec, container.namespace));
-    if (path !== undefined) await openCheckpoint(path, container.terminal);
-    return path === undefined ? undefined : { path, onFailure };
+    if (path === undefined) return undefined;
+    const candidate = {
+      what: `task ${container.id}`,
+      container: restoredContainer(spec, container.terminal),
+      log: container.log,
+      policy: (manifest: CheckpointManifest | undefined) => restorePolicy(manifest, spec),
+    };
+    await checkRestore(candidate, { path }, { onBoundary: reachBoundary });
+    return { path, onFailure };
   } catch (error) {
     // Only what is wrong with the checkpoint: a forbidden or senseless annotation stays an error.
     if (onFailure === "fail" || error instanceof PermissionDenied || error instanceof InvalidRequest)

@@ -1,17 +1,21 @@
-import { link, mkdir, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
+import { link, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { criuFailure, keepLog } from "../checkpoint/dump.ts";
-import { type CheckpointManifest, checkFiles, readManifest } from "../checkpoint/manifest.ts";
-import { BrokenImage, InvalidRequest, NotFound } from "../errors/index.ts";
+import {
+  type EngineRestore,
+  type RestoreTarget,
+  restore as restoreContainer,
+} from "../checkpoint/restore.ts";
 import { hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
-import type { Engine, RestoreCommand } from "../runtime/engine.ts";
+import type { Engine } from "../runtime/engine.ts";
+import { restoredContainer } from "../runtime/restored-container.ts";
 import { cgroupPathV2, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
-import type { Task } from "./task.ts";
+import { reachBoundary } from "./fault.ts";
+import type { Task, Work } from "./task.ts";
 
 /*
- * Restore as containerd's Task API asks for it, by way of the engine's own `restore`, which alone can write the engine's state.
+ * Restore as containerd's Task API asks for it: the chain of src/checkpoint, with a task for its target.
  *
  * Two things the engines don't do, and we do around them:
  *
@@ -23,97 +27,70 @@ import type { Task } from "./task.ts";
  *   --manage-cgroups-mode says, which has no effect at a restore). A configuration file tells CRIU what each is turned to.
  */
 
-/** Images that a new container is to be made from, looked at but not used yet. */
-interface Checkpoint {
-  /** as the caller named it */
-  readonly path: string;
-  /** where CRIU's images are */
-  readonly imagePath: string;
-  readonly manifest: CheckpointManifest | undefined;
-}
-
-export interface RestorePlan {
-  readonly engine: Engine;
-  readonly options: Omit<RestoreCommand, "id" | "bundle" | "pidFile" | "logFile">;
-  /** The engine's failure with what CRIU's log says. */
-  explain(failure: Error): Promise<Error>;
-  /** Removes what only the restore needed; after a failure keeps CRIU's log as `criu-restore.log` in the bundle. */
-  done(failed: boolean): Promise<void>;
-}
-
 /**
- * Finds the images and looks whether they can belong to a container with or without a terminal: files and sizes, not contents.
- * @throws NotFound, BrokenImage, InvalidRequest
+ * Restores a task that was created from a checkpoint; see `restore` of src/checkpoint. The engine runs as an operation of the keeper,
+ * whose tag comes from the request: a repetition after a crash waits for the engine that was started before, or finds how it ended.
  */
-export async function openCheckpoint(path: string, terminal: boolean): Promise<Checkpoint> {
-  const imagePath = await findImages(path);
-  const inner = await readManifest(imagePath);
-  const manifest = inner ?? (imagePath === path ? undefined : await readManifest(path));
-  if (manifest && manifest.terminal !== terminal)
-    throw new InvalidRequest(
-      manifest.terminal
-        ? `checkpoint ${path} is of a container with a terminal: create the new one with a terminal`
-        : `checkpoint ${path} is of a container without a terminal: create the new one without`,
-    );
-  if (manifest) await checkFiles(inner ? imagePath : path, manifest);
-  if (!(await stat(join(imagePath, "descriptors.json")).catch(() => undefined)))
-    throw new BrokenImage(
-      `checkpoint ${path} has no descriptors.json, which engines write beside CRIU's images: it is incomplete, or a dump of processes rather than of a container`,
-    );
-  if (manifest?.options.parentPath && !(await stat(join(imagePath, "parent")).catch(() => undefined)))
-    throw new BrokenImage(
-      `checkpoint ${path} builds on the pre-dump ${manifest.options.parentPath} (from its directory), which is missing`,
-    );
-  return { path, imagePath, manifest };
-}
-
-/** The directory with CRIU's images: the path itself, or `checkpoint/` in it. */
-async function findImages(path: string): Promise<string> {
-  for (const directory of [path, join(path, "checkpoint")])
-    if (await stat(join(directory, "inventory.img")).catch(() => undefined)) return directory;
-  const found = await stat(path).catch(() => undefined);
-  if (!found) throw new NotFound(`checkpoint ${path} does not exist`);
-  if (!found.isDirectory()) throw new InvalidRequest(`checkpoint ${path} is not a directory`);
-  throw new BrokenImage(`${path} is not a checkpoint: it holds no inventory.img`);
-}
-
-/** Makes what the engine's `restore` needs. Run again after a crash, it finds or makes the same. */
-export async function prepareRestore(task: Task, spec: OciSpec, path: string): Promise<RestorePlan> {
-  const imagePath = await findImages(path);
-  const manifest =
-    (await readManifest(imagePath)) ?? (imagePath === path ? undefined : await readManifest(path));
-  const policy = restorePolicy(manifest, spec);
+export async function restore(task: Task, work: Work, path: string): Promise<void> {
+  const spec = await task.spec();
   const engine = await withFeatures(task);
-  const workPath = task.options.criuWorkPath || join(task.bundle, "criu-restore");
   const config = new BundleConfig(task.bundle);
+  const keeperPid = task.pod.keeper.pid;
+  const target: RestoreTarget = {
+    what: `task ${task.id}`,
+    directory: task.bundle,
+    container: restoredContainer(spec, task.init.stdio.terminal),
+    log: task.log,
+    policy: (manifest) => restorePolicy(manifest, spec),
+    prepareNetwork: async () => {
+      if (engine.name === "runc" && ownsNetworkNamespace(spec)) await config.addLoopbackHook(keeperPid);
+    },
+    putNetworkBack: () => config.putBack(),
+    prepareCgroup: async ({ cgroupsMode }) => {
+      const cgroup = await cgroupOfRestore(task, spec);
+      // Where the cgroup is there, CRIU gives it no limits of the dump; the engine gives it the new container's. systemd makes its own.
+      if (cgroup !== undefined && !engine.systemdCgroup && !["full", "strict"].includes(cgroupsMode))
+        await makeCgroup(cgroup);
+    },
+    removeCgroup: () => task.undo("remove the cgroup of a failed restore", task.removeCgroup()),
+    engineRestore: (options) => engineRestore(task, work, engine, spec, options),
+    undoEngineRestore: () => task.undoEngineRestore(work),
+  };
+  await restoreContainer(
+    target,
+    {
+      key: String(work.request),
+      repeated: work.repeated,
+      path,
+      workPath: task.options.criuWorkPath || undefined,
+    },
+    { onBoundary: reachBoundary },
+  );
+}
+
+async function engineRestore(
+  task: Task,
+  work: Work,
+  engine: Engine,
+  spec: OciSpec,
+  { imagePath, workPath, policy }: EngineRestore,
+): Promise<void> {
   const cgroup = await cgroupOfRestore(task, spec);
-  await mkdir(workPath, { recursive: true, mode: 0o700 });
-  const criuConfig = await criuConfigFile(task.bundle, "restore", {
+  const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
-  if (engine.name === "runc" && ownsNetworkNamespace(spec)) await config.addLoopbackHook(task.pod.keeper.pid);
-  // Where the cgroup is there, CRIU gives it no limits of the dump; the engine gives it the new container's. systemd makes its own.
-  if (cgroup !== undefined && !engine.systemdCgroup && !["full", "strict"].includes(policy.cgroupsMode))
-    await makeCgroup(cgroup);
-  return {
-    engine,
-    options: {
+  try {
+    await task.engineRestore(work, engine, {
       imagePath,
       workPath,
       ...policyOptions(policy),
       tcpClose: policy.tcp === "close",
-      ...criuConfig,
-    },
-    explain: (failure) =>
-      criuFailure(`restore of task ${task.id} from ${path}`, failure, workPath, "restore.log"),
-    done: async (failed) => {
-      if (failed) await keepLog(join(workPath, "restore.log"), join(task.bundle, "criu-restore.log"));
-      if (!task.options.criuWorkPath) await rm(workPath, { recursive: true, force: true });
-      await rm(join(task.bundle, "criu-restore.conf"), { force: true });
-      await config.putBack();
-    },
-  };
+      ...configFile,
+    });
+  } finally {
+    if (configFile.criuConfigFile) await rm(configFile.criuConfigFile, { force: true });
+  }
 }
 
 /** The cgroup of version 2 that CRIU is to be told of; undefined with version 1, and for a path that only the engine knows. */

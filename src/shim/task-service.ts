@@ -112,6 +112,7 @@ export const taskService: Record<string, Handler<CallContext>> = {
       const answer = api.StartResponse.encode({ pid: process.pid });
       task.commit(work, answer);
       task.started(process);
+      if (process.isInit) await task.discardRestore();
       return answer;
     });
   }),

@@ -14,7 +14,7 @@ import {
 import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
 import { pathInRoot } from "../linux/root-path.ts";
-import { Engine, type EngineCommand, engineFailure } from "../runtime/engine.ts";
+import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
 import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import {
@@ -376,44 +376,14 @@ export class Task {
   }
 
   async #restore(work: Work): Promise<void> {
-    const spec = await this.spec();
     const { path, onFailure } = this.#restoreSource!;
-    const { prepareRestore } = await import("./restore.ts");
-    const plan = await prepareRestore(this, spec, path);
+    const { restore } = await import("./restore.ts");
     await using _held = await this.#holdOutputs(work, onFailure === "fresh");
-    const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
-    const pidFile = join(this.bundle, "init.pid");
     try {
-      const logFile = this.#logFile("restore");
-      const command = plan.engine.restore({
-        ...plan.options,
-        id: this.id,
-        bundle: this.bundle,
-        pidFile,
-        logFile,
-        consoleSocket,
-        detach: true,
-        noPivot: this.options.noPivotRoot,
-      });
-      const exit = await this.#pod.keeper.run(work.tag("restore"), {
-        argv: command.argv,
-        io: this.init.io,
-        consoleSocket,
-      });
-      if (exit.exitStatus !== 0)
-        throw await plan.explain(await engineFailure("restore", this.id, exit.exitStatus, logFile));
-      this.#adopt(work, this.init, readPidFile(pidFile));
-      await plan.done(false);
+      await restore(this, work, path);
     } catch (error) {
-      // Nothing of the container may stay, and the task must be deletable: it has ended without having lived.
-      await this.#engineDelete(work.tag("undo-restore"), true).catch((cause) =>
-        this.#log.warn({ err: cause }, "delete what a failed restore left"),
-      );
-      await this.#removeCgroup().catch((cause) =>
-        this.#log.warn({ err: cause }, "remove the cgroup of a failed restore"),
-      );
-      await plan.done(true);
       if (onFailure !== "fresh") {
+        // The task must be deletable: it has ended without having lived.
         this.init.markExited({ status: 255, atNs: nowNs() });
         this.record();
         throw error;
@@ -423,9 +393,54 @@ export class Task {
         "restore failed; as cedana.io/on-restore-failure says, it starts afresh",
       );
       await this.#startAfresh(work);
-      return;
     }
+  }
+
+  /** The engine's part of a restore. When it returns, the container runs and the init's pid is known. */
+  async engineRestore(
+    work: Work,
+    engine: Engine,
+    options: Omit<RestoreCommand, "id" | "bundle" | "pidFile" | "logFile">,
+  ): Promise<void> {
+    const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
+    const pidFile = join(this.bundle, "init.pid");
+    const logFile = this.#logFile("restore");
+    const { argv } = engine.restore({
+      ...options,
+      id: this.id,
+      bundle: this.bundle,
+      pidFile,
+      logFile,
+      consoleSocket,
+      detach: true,
+      noPivot: this.options.noPivotRoot,
+    });
+    const exit = await this.#pod.keeper.run(work.tag("restore"), { argv, io: this.init.io, consoleSocket });
+    if (exit.exitStatus !== 0) throw await engineFailure("restore", this.id, exit.exitStatus, logFile);
+    this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);
+  }
+
+  /** Nothing of a container whose restore has failed may stay, its init included, where it was there already. */
+  async undoEngineRestore(work: Work): Promise<void> {
+    const { init } = this;
+    await this.undo("delete what a failed restore left", this.#engineDelete(work.tag("undo-restore"), true));
+    if (init.pid === 0) return;
+    if (init.heldExit) this.#pod.keeper.acknowledge(init.heldExit.sequence); // told to nobody
+    init.heldExit = undefined;
+    init.pid = 0;
+  }
+
+  /** The start is on record, or the task goes: a restore won't be repeated. */
+  async discardRestore(): Promise<void> {
+    if (!this.#restoreSource) return;
+    const { discardRestore } = await import("../checkpoint/restore.ts");
+    await this.undo("remove what a restore has left", discardRestore(this.bundle));
+  }
+
+  /** Waits for something that undoes; a failure of it is logged. */
+  async undo(what: string, action: Promise<unknown>): Promise<void> {
+    await action.catch((cause) => this.#log.warn({ err: cause }, what));
   }
 
   /**
@@ -765,7 +780,8 @@ export class Task {
       ...[...this.execs.values()].map((exec) => keeper.ioFree(work.tag(`io-free:${exec.io}`), exec.io)),
       keeper.ioFree(work.tag("io-free"), init.io),
       this.#rootfsMounted && keeper.unmount(work.tag("unmount"), join(this.bundle, "rootfs")),
-      this.#removeCgroup(),
+      this.removeCgroup(),
+      this.discardRestore(),
     ]);
     this.#rootfsMounted = false;
     init.move("delete");
@@ -806,14 +822,15 @@ export class Task {
         this.#log.warn({ err: error }, "delete the container of an abandoned task"),
       );
       for (const process of this.processes()) await keeper.ioFree(keeper.ownTag("io-free"), process.io);
-      await this.#removeCgroup();
+      await this.removeCgroup();
+      await this.discardRestore();
       if (this.#rootfsMounted) await keeper.unmount(keeper.ownTag("unmount"), join(this.bundle, "rootfs"));
     }
     return this.init.exit ?? { status: 128 + SIGKILL, atNs: nowNs() };
   }
 
   /** Cgroups that the engine left behind. */
-  async #removeCgroup(): Promise<void> {
+  async removeCgroup(): Promise<void> {
     if (this.#cgroup) {
       const left = await this.#cgroup.removeLeft();
       if (left.length > 0) this.#log.warn({ left }, "cgroups of a deleted container are still busy");
@@ -900,7 +917,7 @@ export class Task {
       });
     };
     await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
-    await undo("remove the cgroup", this.#removeCgroup());
+    await undo("remove the cgroup", this.removeCgroup());
     await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));
     if (this.#rootfsMounted)
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
@@ -953,6 +970,7 @@ async function restoreSourceOf(
   if (asked === undefined && !hasOurAnnotations(spec)) return undefined;
   const { chooseRestoreSource } = await import("./restore-source.ts");
   return await chooseRestoreSource(spec, asked, {
+    id: request.id,
     namespace: pod.namespace,
     terminal: request.stdio.terminal,
     log: taskLogger(pod.log, request.bundle, request.id),

@@ -8,7 +8,7 @@ import { cpuFacts, parseCpuInfo } from "../../src/checkpoint/cpu.ts";
 import schema from "../../src/checkpoint/manifest.schema.json" with { type: "json" };
 import {
   type CheckpointManifest,
-  checkFiles,
+  compareSizes,
   readManifest,
   verifyFiles,
   writeManifest,
@@ -189,13 +189,13 @@ describe("a manifest", () => {
   });
 });
 
-describe("checkFiles", () => {
+describe("compareSizes", () => {
   it("takes images that are as they were, with or without their logs", async () => {
     await writeManifest(images, written);
     const manifest = (await readManifest(images))!;
-    await checkFiles(images, manifest);
+    expect(await compareSizes(images, manifest)).toEqual([]);
     fs.rmSync(path.join(images, "dump.log"));
-    await checkFiles(images, manifest);
+    expect(await compareSizes(images, manifest)).toEqual([]);
   });
 
   it("names what is missing or has another size", async () => {
@@ -204,11 +204,10 @@ describe("checkFiles", () => {
     const manifest = (await readManifest(images))!;
     fs.appendFileSync(path.join(images, "pages-1.img"), "6");
     fs.rmSync(path.join(images, "core-1.img"));
-    const check = checkFiles(images, manifest);
-    await expect(check).rejects.toThrow(BrokenImage);
-    await expect(checkFiles(images, manifest)).rejects.toThrow(
-      "core-1.img is missing, pages-1.img has 6 bytes instead of 5",
-    );
+    expect(await compareSizes(images, manifest)).toEqual([
+      "core-1.img is missing",
+      "pages-1.img has 6 bytes instead of 5",
+    ]);
   });
 });
 

@@ -6,6 +6,8 @@ import { cgroupPathV2, type OciSpec } from "../spec.ts";
 export interface RestoreCgroup {
   /** for CRIU's configuration file */
   readonly lines: string[];
+  /** before the engine: it gives the cgroup the container's limits, where CRIU would give it those of the dump */
+  make(): Promise<void>;
   /** after a restore that failed */
   remove(): Promise<void>;
 }
@@ -29,15 +31,18 @@ export async function restoreCgroup(
     ["soft", "ignore", undefined].includes(cgroupsMode) &&
     path !== undefined &&
     (await hostCgroupVersion()) === 2;
-  if (!ours) return { lines: [], remove: async () => {} };
+  if (!ours) return { lines: [], make: async () => {}, remove: async () => {} };
   const membership = parseMembership(await readFile(`/proc/${pid}/cgroup`, "utf8"));
   const lines = criuConfig({
     cgroupRoots: [...membership].map(([controller, at]) => [controller, controller === "" ? path : at]),
   }).split("\n");
   const directory = await unifiedPath(path);
-  const made = await mkdir(directory, { recursive: true }); // the engine gives it the container's limits
+  let made: string | undefined;
   return {
     lines: lines.filter((line) => line !== ""),
+    make: async () => {
+      made = await mkdir(directory, { recursive: true });
+    },
     remove: async () => {
       if (made) await rmdir(directory).catch(() => {}); // EBUSY, ENOENT: the engine's to remove, or done by it
     },

@@ -1,9 +1,10 @@
 import { mkdir, rm, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
-import { readManifest } from "../../checkpoint/manifest.ts";
-import { BrokenImage, NotFound } from "../../errors/index.ts";
+import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
+import { CriuFailed } from "../../errors/index.ts";
 import { engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
+import { restoredContainer } from "../restored-container.ts";
 import { readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
@@ -12,72 +13,112 @@ import { readMarker, removeMarker, writeMarker } from "./marker.ts";
 import { restoreCgroup } from "./restore-cgroup.ts";
 
 /*
- * `restore`: the engine's own, run by the wrapper with the caller's stdio, so that the restored init is a descendant of conmon or the
- * shim; with the options that the images were taken with. In the foreground it lasts as long as the container does, and ends with its
- * status.
+ * `restore`: the chain of src/checkpoint with a container for its target. The engine's own restore is run by the wrapper with the
+ * caller's stdio, so that the restored init is a descendant of conmon or the shim; with the options that the images were taken with. In
+ * the foreground it lasts as long as the container does, and ends with its status.
+ *
+ * The caller has made the rest ready: the network namespace, and the files of the root file system.
  */
 export async function restore(call: OciCall, wrapper: Conversation): Promise<OciAnswer> {
   const options = new Options(call.argv);
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
-  const imagePath = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
+  const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
   const [features, spec] = [await engineVersion(call.engine), await readSpec(bundle)];
-  await checkImages(imagePath);
-  const policy = restorePolicy(options, spec, await readManifest(imagePath));
-  const { argv, criuConfig } = engineArguments("restore", features, options, policy, [
-    "image-path",
-    "work-path",
-    "bundle",
-  ]);
   const scratch = scratchOf(call);
-  const workPath = resolve(call.cwd, options.value("work-path") ?? join(scratch, "work"));
-  const cgroup = await restoreCgroup(spec, policy.cgroupsMode, call.pid); // refuses a senseless path before anything is noted
-  await mkdir(scratch, { recursive: true, mode: 0o700 });
+  const workPath = options.value("work-path");
+  const mode = options.value("manage-cgroups-mode");
+  let cgroup = await restoreCgroup(spec, mode, call.pid); // refuses a senseless path before anything is noted
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
-  // The marker first: a kill right after restore must find it.
-  if (kill && known === undefined)
-    writeMarker(call.marker, { version: 1, id, root, engine, globalArgv, kill });
+  const detached = options.has("detach");
+  let status = 0;
+
+  const target: RestoreTarget = {
+    what: `container ${id}`,
+    directory: scratch,
+    container: restoredContainer(spec),
+    log: wrapper.log,
+    policy: (manifest) => {
+      const policy = restorePolicy(options, spec, manifest);
+      return {
+        ...policy,
+        emptyNamespaces: [...policy.emptyNamespaces],
+        cgroupsMode: policy.cgroupsMode ?? "",
+      };
+    },
+    prepareNetwork: async () => {},
+    putNetworkBack: async () => {},
+    prepareCgroup: async (policy) => {
+      if (policy.cgroupsMode !== (mode ?? ""))
+        cgroup = await restoreCgroup(spec, policy.cgroupsMode || undefined, call.pid);
+      await cgroup.make();
+    },
+    removeCgroup: () => cgroup.remove(),
+    engineRestore: async ({ imagePath, workPath: work, policy }) => {
+      const { argv, criuConfig } = engineArguments(
+        "restore",
+        features,
+        options,
+        { ...policy, tcp: policy.tcp },
+        ["image-path", "work-path", "bundle"],
+      );
+      // The marker first: a kill right after restore must find it.
+      if (kill && known === undefined)
+        writeMarker(call.marker, { version: 1, id, root, engine, globalArgv, kill });
+      const since = Date.now();
+      const env = await criuConfigFile(join(scratch, "criu.conf"), [...criuConfig, ...cgroup.lines]);
+      const command = [
+        engine,
+        ...globalArgv,
+        "restore",
+        `--bundle=${bundle}`,
+        `--image-path=${imagePath}`,
+        `--work-path=${work}`,
+      ];
+      status = await wrapper.run([...command, ...argv, id], { env });
+      if (status === 0) return;
+      // In the foreground a status may be the container's: CRIU's log of this attempt says whether it was ever restored.
+      const log = join(work, "restore.log");
+      const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
+      const failure = await engineError(
+        `restore of container ${id} from ${imagePath}`,
+        status,
+        undefined,
+        written && written.mtimeMs >= since - 1000 ? log : undefined,
+      );
+      const lived = !detached && !(failure instanceof CriuFailed); // then it is the container's own end
+      if (!lived) throw failure;
+      await cgroup.remove();
+    },
+    // What the engine failed to restore it has undone itself.
+    undoEngineRestore: async () => {
+      if (status !== 0) return;
+      const outputPath = join(scratch, "output");
+      await wrapper.run([engine, ...globalArgv, "delete", "--force", id], { outputPath });
+    },
+  };
+
+  await mkdir(scratch, { recursive: true, mode: 0o700 });
+  let failed = true;
   try {
-    await mkdir(workPath, { recursive: true, mode: 0o700 });
-    const since = Date.now();
-    const env = await criuConfigFile(join(scratch, "criu.conf"), [...criuConfig, ...cgroup.lines]);
-    const command = [
-      engine,
-      ...globalArgv,
-      "restore",
-      `--bundle=${bundle}`,
-      `--image-path=${imagePath}`,
-      `--work-path=${workPath}`,
-    ];
-    const status = await wrapper.run([...command, ...argv, id], { env });
-    const detached = options.has("detach");
-    if (known === undefined && (status !== 0 || !detached)) removeMarker(call.marker);
-    if (status === 0) return { status };
-    await cgroup.remove();
-    // In the foreground a status may be the container's: CRIU's log of this attempt says whether it was ever restored.
-    const log = join(workPath, "restore.log");
-    const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
-    const failure = await engineError(
-      `restore of container ${id} from ${imagePath}`,
-      status,
-      undefined,
-      written && written.mtimeMs >= since - 1000 ? log : undefined,
+    await restoreContainer(
+      target,
+      {
+        key: call.marker,
+        repeated: false,
+        path,
+        workPath: workPath && resolve(call.cwd, workPath),
+      },
+      { signal: wrapper.signal },
     );
-    const restored = !detached && failure.name === "RuntimeFailed"; // no error of CRIU's: then it is the container's own end
-    return { status, message: restored ? undefined : failure.message };
+    failed = status !== 0;
   } catch (error) {
-    if (known === undefined) removeMarker(call.marker);
-    await cgroup.remove();
-    throw error;
+    if (status === 0) throw error;
+    return { status, message: (error as Error).message };
   } finally {
+    if (known === undefined && (failed || !detached)) removeMarker(call.marker);
     await rm(scratch, { recursive: true, force: true });
   }
-}
-
-async function checkImages(imagePath: string): Promise<void> {
-  if (await stat(join(imagePath, "inventory.img")).catch(() => undefined)) return;
-  if (!(await stat(imagePath).catch(() => undefined)))
-    throw new NotFound(`checkpoint ${imagePath} does not exist`);
-  throw new BrokenImage(`${imagePath} is not a checkpoint: it holds no inventory.img`);
+  return { status };
 }

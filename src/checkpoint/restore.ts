@@ -1,0 +1,312 @@
+import { mkdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { isAbsolute, join } from "node:path";
+import type { Logger } from "pino";
+import { InvalidRequest } from "../errors/index.ts";
+import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
+import { compareToContainer, compareToNode, type RestoredContainer } from "./compare.ts";
+import { criuFailure, keepLog } from "./dump.ts";
+import { type Finding, refusalOfRestore } from "./finding.ts";
+import type { CheckpointManifest } from "./manifest.ts";
+import { findFaultsOfFiles, type OpenCheckpoint, openDirectoryOf } from "./open.ts";
+import type { CriuPolicy } from "./policy.ts";
+
+/*
+ * A restore of a container: what is asked for, what it becomes, and the steps in their order.
+ *
+ * The engine's own `restore` drives CRIU, because it alone can write the engine's state. What is around it is ours: what is wrong with
+ * the checkpoint, or differs between it and the container or the node, is found before anything is made, all of it; the container's
+ * files, network and cgroup are made ready; and whatever fails leaves nothing of the container.
+ *
+ * A chain may be cut off by a crash anywhere and be run again by the next cedanad for the same request: the owner's engine goes on
+ * meanwhile, and a repetition waits for it instead of starting another. So each step finds its own work done. What a crash without a
+ * repetition leaves lies in the owner's directory, whose deletion takes `discardRestore`.
+ */
+
+export interface RestoreRequest {
+  /** tells this request from others of the same owner: a repetition after a crash has the same */
+  readonly key: string;
+  /** the request was begun by a cedanad before us */
+  readonly repeated: boolean;
+  /** directory of a checkpoint: absolute */
+  readonly path: string;
+  /** CRIU's log and scratch; default: one that is removed */
+  readonly workPath?: string | undefined;
+}
+
+/** What CRIU is told by way of the engine. */
+export interface EngineRestore {
+  /** directory of CRIU's images */
+  readonly imagePath: string;
+  readonly workPath: string;
+  readonly policy: CriuPolicy;
+}
+
+/** A container that may be restored, as its configuration has it. */
+export interface RestoreCandidate {
+  /** for messages: "task c1" */
+  readonly what: string;
+  readonly container: RestoredContainer;
+  readonly log: Pick<Logger, "info" | "warn" | "error">;
+  /** What the images were taken with, changed by what the new container asks for. */
+  policy(manifest: CheckpointManifest | undefined): CriuPolicy;
+}
+
+/** What is restored, as its owner has it: the shim a task, the OCI runtime a container. */
+export interface RestoreTarget extends RestoreCandidate {
+  /** directory of the owner's for small files that outlive a crash: the bundle */
+  readonly directory: string;
+  /** The network namespace that the engine is about to make will be as it should be; put back when the engine is done. */
+  prepareNetwork(): Promise<void>;
+  putNetworkBack(): Promise<void>;
+  /** The container's cgroup is where its configuration says, whatever the images say. */
+  prepareCgroup(policy: CriuPolicy): Promise<void>;
+  removeCgroup(): Promise<void>;
+  /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
+  engineRestore(options: EngineRestore): Promise<void>;
+  /** After a failure: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
+  undoEngineRestore(): Promise<void>;
+}
+
+interface CheckContext extends ChainContext {
+  readonly target: RestoreCandidate;
+  readonly request: Pick<RestoreRequest, "path" | "workPath">;
+  /** from `openCheckpoint` on */
+  checkpoint: OpenCheckpoint;
+  policy: CriuPolicy;
+  /** what is wrong, and what differs: all of it, judged by `refuseDifferences` */
+  readonly findings: Finding[];
+}
+
+export interface RestoreContext extends CheckContext {
+  readonly target: RestoreTarget;
+  readonly request: RestoreRequest;
+  workPath: string;
+}
+
+type RestoreStep = Step<RestoreContext>;
+
+/** What can be said before anything is made: a container's create, and again its restore, begin with it. */
+export const restoreChecks = [
+  validateRestoreRequest,
+  openCheckpoint, // from here on it is a directory
+  checkFilesOfCheckpoint,
+  compareWithContainer,
+  compareWithNode,
+  refuseDifferences, // one list of everything
+] as const satisfies readonly Step<CheckContext>[];
+
+/** The restore, in order. Each step undoes its own work when a later one fails. */
+export const restoreSteps = [
+  ...restoreChecks,
+  recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
+  openRestoreWorkPath,
+  prepareNetwork,
+  prepareCgroup,
+  // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
+  criuRestore, // the container runs from here on; when what follows fails, it is ended
+  // Devices: a step here restores them, before anybody is told that the container runs.
+  // Hooks in the container: a step after that, the last one.
+] as const satisfies readonly RestoreStep[];
+
+interface ChainOptions {
+  signal?: AbortSignal;
+  onBoundary?: ChainContext["onBoundary"];
+}
+
+/**
+ * Restores a container. When it fails, nothing of the container is left, and CRIU's log is kept as `criu-restore.log` in the owner's
+ * directory. When it succeeds, what a repetition needs stays until `discardRestore`.
+ * @returns the times of the steps, in milliseconds
+ */
+export async function restore(
+  target: RestoreTarget,
+  request: RestoreRequest,
+  options: ChainOptions = {},
+): Promise<Record<string, number>> {
+  const attempt = await earlierRestore(target.directory, request);
+  const context: RestoreContext = {
+    ...checkContext(target, request, options),
+    ...attempt,
+    target,
+    request,
+    workPath: "",
+  };
+  await runChain("restore", attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
+  const times = timesByStep(context.times);
+  target.log.info({ checkpoint: request.path, times }, "restored");
+  return times;
+}
+
+/**
+ * Looks whether a restore can work, before anything of the container is made.
+ * @throws what is wrong, as `restore` would
+ */
+export async function checkRestore(
+  target: RestoreCandidate,
+  request: Pick<RestoreRequest, "path">,
+  options: ChainOptions = {},
+): Promise<void> {
+  await runChain("checkRestore", restoreChecks, checkContext(target, request, options));
+}
+
+/** Removes what a restore keeps for a repetition, when there can be none any more: it is on record as done, or its owner goes. */
+export async function discardRestore(directory: string): Promise<void> {
+  await rm(defaultWorkPath(directory), { recursive: true, force: true });
+  await rm(restoreAttemptFile(directory), { force: true });
+}
+
+function checkContext(
+  target: RestoreCandidate,
+  request: Pick<RestoreRequest, "path">,
+  options: ChainOptions,
+): CheckContext {
+  return {
+    target,
+    request,
+    checkpoint: { path: request.path, imagePath: "", manifest: undefined, manifestPath: undefined },
+    policy: target.policy(undefined),
+    findings: [],
+    times: [],
+    signal: options.signal ?? new AbortController().signal,
+    onBoundary: options.onBoundary,
+  };
+}
+
+async function validateRestoreRequest(context: CheckContext, next: () => Promise<void>): Promise<void> {
+  const { path, workPath } = context.request;
+  if (!isAbsolute(path)) throw new InvalidRequest(`checkpoint ${path} is not an absolute path`);
+  if (workPath && !isAbsolute(workPath))
+    throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
+  await next();
+}
+
+// ---- the checkpoint --------------------------------------------------------------------------------------------------
+
+async function openCheckpoint(context: CheckContext, next: () => Promise<void>): Promise<void> {
+  context.checkpoint = await openDirectoryOf(context.request.path);
+  context.policy = context.target.policy(context.checkpoint.manifest);
+  await next();
+}
+
+async function checkFilesOfCheckpoint(context: CheckContext, next: () => Promise<void>): Promise<void> {
+  context.findings.push(...(await findFaultsOfFiles(context.checkpoint)));
+  await next();
+}
+
+async function compareWithContainer(context: CheckContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, findings, target } = context;
+  findings.push(...(await compareToContainer(checkpoint, target.container)));
+  await next();
+}
+
+async function compareWithNode(context: CheckContext, next: () => Promise<void>): Promise<void> {
+  context.findings.push(...(await compareToNode(context.checkpoint)));
+  await next();
+}
+
+async function refuseDifferences(context: CheckContext, next: () => Promise<void>): Promise<void> {
+  const { findings, request, target } = context;
+  const refusal = refusalOfRestore(request.path, findings);
+  if (refusal) throw refusal;
+  for (const { kind, message } of findings)
+    target.log.warn({ checkpoint: request.path, kind }, `restore all the same: ${message}`);
+  await next();
+}
+
+// ---- the attempt -----------------------------------------------------------------------------------------------------
+
+/** What has been found and decided, on disk for whoever goes on after a crash. */
+interface RestoreAttempt {
+  key: string;
+  checkpoint: OpenCheckpoint;
+  policy: CriuPolicy;
+}
+
+function restoreAttemptFile(directory: string): string {
+  return join(directory, "restore-attempt.json");
+}
+
+async function earlierRestore(
+  directory: string,
+  { key, repeated }: RestoreRequest,
+): Promise<Omit<RestoreAttempt, "key"> | undefined> {
+  if (!repeated) return undefined;
+  const text = await readFile(restoreAttemptFile(directory), "utf8").catch(() => undefined); // the crash came before it
+  const attempt = text === undefined ? undefined : (JSON.parse(text) as RestoreAttempt);
+  if (attempt?.key !== key) return undefined;
+  const { checkpoint, policy } = attempt;
+  return { checkpoint, policy };
+}
+
+async function recordRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, policy, request, target } = context;
+  const file = restoreAttemptFile(target.directory);
+  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy };
+  await writeFile(`${file}.new`, JSON.stringify(attempt), { mode: 0o600 });
+  await rename(`${file}.new`, file);
+  try {
+    await next();
+  } catch (error) {
+    await rm(file, { force: true });
+    throw error;
+  }
+}
+
+// ---- work path -------------------------------------------------------------------------------------------------------
+
+function defaultWorkPath(directory: string): string {
+  return join(directory, "criu-restore");
+}
+
+async function openRestoreWorkPath(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { target, request } = context;
+  context.workPath = request.workPath || defaultWorkPath(target.directory);
+  await mkdir(context.workPath, { recursive: true, mode: 0o700 });
+  try {
+    await next();
+  } catch (error) {
+    await keepLog(join(context.workPath, "restore.log"), join(target.directory, "criu-restore.log"));
+    throw error;
+  } finally {
+    if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
+  }
+}
+
+// ---- the container's surroundings ------------------------------------------------------------------------------------
+
+async function prepareNetwork({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await target.prepareNetwork();
+  try {
+    await next();
+  } finally {
+    await target.putNetworkBack();
+  }
+}
+
+async function prepareCgroup({ target, policy }: RestoreContext, next: () => Promise<void>): Promise<void> {
+  try {
+    await target.prepareCgroup(policy);
+    await next();
+  } catch (error) {
+    await target.removeCgroup();
+    throw error;
+  }
+}
+
+// ---- CRIU ------------------------------------------------------------------------------------------------------------
+
+async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, policy, request, target, workPath } = context;
+  try {
+    await target
+      .engineRestore({ imagePath: checkpoint.imagePath, workPath, policy })
+      .catch(async (error: Error) => {
+        const what = `restore of ${target.what} from ${request.path}`;
+        throw await criuFailure(what, error, workPath, "restore.log");
+      });
+    await next();
+  } catch (error) {
+    await target.undoEngineRestore();
+    throw error;
+  }
+}
