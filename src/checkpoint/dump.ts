@@ -73,7 +73,7 @@ export interface DumpTarget {
   /** what the manifest says of it */
   readonly facts: Pick<
     CheckpointManifest,
-    "containerId" | "namespace" | "terminal" | "engine" | "specDigest"
+    "containerId" | "namespace" | "hostname" | "pod" | "generation" | "terminal" | "engine" | "specDigest"
   >;
   readonly log: Pick<Logger, "info" | "warn" | "error">;
   /** what the container wants to do itself before it is dumped, in it, while it runs. @throws when the dump is not to be */

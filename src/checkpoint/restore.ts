@@ -6,9 +6,10 @@ import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts"
 import { compareToContainer, compareToNode, type RestoredContainer } from "./compare.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
-import type { CheckpointManifest } from "./manifest.ts";
+import type { CheckpointManifest, ContainerIdentity } from "./manifest.ts";
 import { findFaultsOfFiles, type OpenCheckpoint, openDirectoryOf } from "./open.ts";
 import type { CriuPolicy } from "./policy.ts";
+import { writeRestoredFile } from "./restored-file.ts";
 
 /*
  * A restore of a container: what is asked for, what it becomes, and the steps in their order.
@@ -55,6 +56,18 @@ export interface RestoreCandidate {
 export interface RestoreTarget extends RestoreCandidate {
   /** directory of the owner's for small files that outlive a crash: the bundle */
   readonly directory: string;
+  /** who it is now */
+  readonly identity: ContainerIdentity;
+  /** who chose the checkpoint */
+  readonly why: "caller" | "annotation";
+  /** on the host, once the engine has restored it */
+  readonly initPid: number;
+  /** the restored processes have ended already, as short work does */
+  readonly hasEnded: boolean;
+  /** What the container wants to do itself before it counts as restored. @param env  what it is told. @throws when it is not to be */
+  readonly postRestoreHook?: ((env: readonly string[]) => Promise<void>) | undefined;
+  /** Remembers for the next dump how many restores there have been. */
+  setGeneration(generation: number): Promise<void>;
   /** The network namespace that the engine is about to make will be as it should be; put back when the engine is done. */
   prepareNetwork(): Promise<void>;
   putNetworkBack(): Promise<void>;
@@ -105,7 +118,8 @@ export const restoreSteps = [
   // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
   criuRestore, // the container runs from here on; when what follows fails, it is ended
   // Devices: a step here restores them, before anybody is told that the container runs.
-  // Hooks in the container: a step after that, the last one.
+  tellContainer, // restore.json, for the hook to read
+  postRestoreHook, // of the container's own, last: it may use all that it has
 ] as const satisfies readonly RestoreStep[];
 
 interface ChainOptions {
@@ -309,4 +323,56 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
     await target.undoEngineRestore();
     throw error;
   }
+}
+
+// ---- the container's own ---------------------------------------------------------------------------------------------
+
+function generationOf({ checkpoint }: RestoreContext): number {
+  return (checkpoint.manifest?.generation ?? 0) + 1;
+}
+
+/** A container that has no place for the file is restored all the same: who needs it can find out in its hook's environment. */
+async function tellContainer(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, target } = context;
+  const { manifest } = checkpoint;
+  const generation = generationOf(context);
+  await target.setGeneration(generation);
+  try {
+    if (!target.hasEnded)
+      await writeRestoredFile(target.initPid, {
+        version: 1,
+        generation,
+        why: target.why,
+        ...(manifest && { dumpedAt: manifest.createdAt }),
+        restoredAt: new Date().toISOString(),
+        ...(manifest && { old: identityIn(manifest) }),
+        new: target.identity,
+      });
+  } catch (error) {
+    if (!target.hasEnded)
+      target.log.warn({ err: error }, "write /run/cedana/restore.json into the container");
+  }
+  await next();
+}
+
+function identityIn({ containerId, namespace, hostname, pod }: CheckpointManifest): ContainerIdentity {
+  return {
+    containerId,
+    namespace,
+    ...(hostname !== undefined && { hostname }),
+    ...(pod && { pod }),
+  };
+}
+
+/** What has ended has nothing more to do: short work that was restored near its end is no failure of its hook. */
+async function postRestoreHook(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { target } = context;
+  if (target.postRestoreHook && !target.hasEnded)
+    await target
+      .postRestoreHook([`CEDANA_GENERATION=${generationOf(context)}`, `CEDANA_WHY=${target.why}`])
+      .catch((error) => {
+        if (!target.hasEnded) throw error;
+        target.log.info({ err: error }, "the container has ended before its post-restore hook");
+      });
+  await next();
 }

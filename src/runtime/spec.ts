@@ -1,5 +1,6 @@
 import { closeSync, constants, fstatSync, openSync, readFileSync } from "node:fs";
 import { posix } from "node:path";
+import type { ContainerIdentity } from "../checkpoint/manifest.ts";
 import type { TcpPolicy } from "../checkpoint/policy.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 
@@ -257,6 +258,27 @@ export function groupOf(spec: OciSpec): string | undefined {
 /** Kubernetes' namespace of the pod; undefined elsewhere. containerd's CRI sets it, the pod can't. */
 export function podNamespaceOf(spec: OciSpec): string | undefined {
   return annotationsOf(spec)["io.kubernetes.cri.sandbox-namespace"] || undefined;
+}
+
+/** Who the container is, as far as its configuration knows. @param namespace  containerd's, "" outside of it */
+export function identityOf(spec: OciSpec, containerId: string, namespace: string): ContainerIdentity {
+  const annotations = annotationsOf(spec);
+  const either = (cri: string, crio: string) => annotations[cri] || annotations[crio] || undefined;
+  const pod = either("io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name");
+  const podNamespace = either("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace");
+  const container = containerNameOf(spec);
+  // A container that joins its pod's UTS namespace has no hostname of its own; Kubernetes' runtimes tell it the pod's.
+  const hostname =
+    spec.hostname || spec.process?.env?.findLast((one) => one.startsWith("HOSTNAME="))?.slice(9) || undefined;
+  return {
+    containerId,
+    namespace,
+    ...(hostname !== undefined && { hostname }),
+    ...(pod !== undefined &&
+      podNamespace !== undefined && {
+        pod: { namespace: podNamespace, name: pod, ...(container && { container }) },
+      }),
+  };
 }
 
 /** Whether it is a pod's sandbox ("pause") container. CRI-O names the type like this too, with its own prefix. */

@@ -6,7 +6,7 @@ import { hostCgroupVersion, parseMembership } from "../linux/cgroup.ts";
 import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";
-import { hasNetworkNamespace } from "../runtime/spec.ts";
+import { hasNetworkNamespace, identityOf } from "../runtime/spec.ts";
 import { criuConfigFile, dumpPolicy, policyOptions } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
 import { runHook } from "./hooks.ts";
@@ -37,8 +37,8 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
     facts: {
-      containerId: task.id,
-      namespace: task.namespace,
+      ...identityOf(spec, task.id, task.namespace),
+      ...(task.generation > 0 && { generation: task.generation }),
       terminal: task.init.stdio.terminal,
       engine: { name: engine.name, version: engine.features.version, path: engine.binary },
       specDigest: createHash("sha256").update(JSON.stringify(spec)).digest("hex"),

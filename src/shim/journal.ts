@@ -28,6 +28,9 @@ export interface TaskRecord {
   /** directory of the images to restore from at start */
   restoreFrom?: string;
   onRestoreFailure?: "fail" | "fresh";
+  restoreAsked?: "caller" | "annotation";
+  /** how many restores the container has behind it */
+  generation?: number;
   parentCheckpoint?: string;
   oomKills: number;
   exit?: ExitRecord;

@@ -22,6 +22,8 @@ export interface RestoreSource {
   /** directory of the checkpoint, absolute */
   readonly path: string;
   readonly onFailure: "fail" | "fresh";
+  /** who chose it */
+  readonly why: "caller" | "annotation";
 }
 
 /**
@@ -48,7 +50,7 @@ export async function chooseRestoreSource(
       policy: (manifest: CheckpointManifest | undefined) => restorePolicy(manifest, spec),
     };
     await checkRestore(candidate, { path }, { onBoundary: reachBoundary });
-    return { path, onFailure };
+    return { path, onFailure, why: asked === undefined ? "annotation" : "caller" };
   } catch (error) {
     // Only what is wrong with the checkpoint: a forbidden or senseless annotation stays an error.
     if (onFailure === "fail" || error instanceof PermissionDenied || error instanceof InvalidRequest)

@@ -6,12 +6,15 @@ import {
   restore as restoreContainer,
 } from "../checkpoint/restore.ts";
 import { hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
+import { isAlive } from "../linux/proc.ts";
 import type { Engine } from "../runtime/engine.ts";
+import { hookOf } from "../runtime/hooks.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
-import { cgroupPathV2, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
+import { cgroupPathV2, identityOf, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
+import { runHook } from "./hooks.ts";
 import type { Task, Work } from "./task.ts";
 
 /*
@@ -36,11 +39,24 @@ export async function restore(task: Task, work: Work, path: string): Promise<voi
   const engine = await withFeatures(task);
   const config = new BundleConfig(task.bundle);
   const keeperPid = task.pod.keeper.pid;
+  const hook = await hookOf(spec, "post-restore");
   const target: RestoreTarget = {
     what: `task ${task.id}`,
     directory: task.bundle,
     container: restoredContainer(spec, task.init.stdio.terminal),
     log: task.log,
+    identity: identityOf(spec, task.id, task.namespace),
+    why: task.restoreAsked,
+    get initPid() {
+      return task.init.pid;
+    },
+    get hasEnded() {
+      return task.init.exit !== undefined || task.init.heldExit !== undefined || !isAlive(task.init.pid);
+    },
+    postRestoreHook: hook && ((env) => runHook(task, work, hook, env)),
+    setGeneration: async (generation) => {
+      task.generation = generation; // on record with the start
+    },
     policy: (manifest) => restorePolicy(manifest, spec),
     prepareNetwork: async () => {
       if (engine.name === "runc" && ownsNetworkNamespace(spec)) await config.addLoopbackHook(keeperPid);

@@ -101,6 +101,8 @@ export class Task {
   readonly engine: Engine;
   readonly options: RuntimeOptions;
   readonly execs = new Map<string, Process>();
+  /** how many restores the container has behind it */
+  generation = 0;
   readonly #pod: Pod;
   readonly #log: TaskLogger;
   readonly #execSpecs = new Map<string, { serial: number; spec: string }>();
@@ -156,6 +158,11 @@ export class Task {
 
   get restoreFrom(): string | undefined {
     return this.#restoreSource?.path;
+  }
+
+  /** Who chose what it is restored from. */
+  get restoreAsked(): RestoreSource["why"] {
+    return this.#restoreSource?.why ?? "caller";
   }
 
   /**
@@ -222,8 +229,13 @@ export class Task {
       init,
       record.restoreFrom === undefined
         ? undefined
-        : { path: record.restoreFrom, onFailure: record.onRestoreFailure ?? "fail" },
+        : {
+            path: record.restoreFrom,
+            onFailure: record.onRestoreFailure ?? "fail",
+            why: record.restoreAsked ?? "caller",
+          },
     );
+    task.generation = record.generation ?? 0;
     init.pid = record.pid;
     if (record.exit) init.markExited({ status: record.exit.status, atNs: BigInt(record.exit.atNs) });
     task.#rootfsMounted = record.rootfsMounted;
@@ -324,8 +336,10 @@ export class Task {
       ...(this.#restoreSource && {
         restoreFrom: this.#restoreSource.path,
         onRestoreFailure: this.#restoreSource.onFailure,
+        restoreAsked: this.#restoreSource.why,
       }),
       ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
+      ...(this.generation > 0 && { generation: this.generation }),
       oomKills: this.#oomKills,
       ...exitRecord(this.init.exit),
       execs: [...this.execs.values()].map((process): ExecRecord => {
@@ -392,6 +406,7 @@ export class Task {
         { err: error },
         "restore failed; as cedana.io/on-restore-failure says, it starts afresh",
       );
+      this.generation = 0;
       await this.#startAfresh(work);
     }
   }

@@ -6,6 +6,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
+import type { Spec } from "./harness/spec.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
 
@@ -35,7 +36,8 @@ for (const combination of enginesForCheckpoints) {
     });
 
     function allow(hooks: boolean): void {
-      writeFileSync(configuration, JSON.stringify({ annotations: { hooks } }), { mode: 0o600 });
+      const rules = { annotations: { hooks }, restoreFromPaths: [live.dir] };
+      writeFileSync(configuration, JSON.stringify(rules), { mode: 0o600 });
     }
 
     const preDump = (command: string | string[], more: Record<string, string> = {}) => ({
@@ -68,7 +70,7 @@ for (const combination of enginesForCheckpoints) {
     }
 
     const hookFiles = (task: LiveTask) =>
-      readdirSync(task.bundle).filter((name) => /hook|attempt|frozen|criu/.test(name));
+      readdirSync(task.bundle).filter((name) => /hook|attempt|frozen|criu-work/.test(name));
 
     it("runs a command in the container before the dump, as its first process was run", async () => {
       const script = `echo "$CEDANA_HOOK $PLACE $(pwd)" > /run/told; echo hello`;
@@ -227,6 +229,229 @@ for (const combination of enginesForCheckpoints) {
       }
       await task.resume();
       await runsOn(task);
+    });
+
+    const told = async (task: LiveTask) =>
+      JSON.parse(await inContainer(task, "cat /run/cedana/restore.json"));
+
+    it("tells a restored container what has become of it, and counts its restores", async () => {
+      let image: string;
+      const annotations = {
+        "io.kubernetes.cri.sandbox-name": "web-0",
+        "io.kubernetes.cri.sandbox-namespace": "shop",
+        "io.kubernetes.cri.container-name": "web",
+      };
+      const first = {
+        id: live.newId("old"),
+        edit: (spec: Record<string, unknown>) => {
+          spec.hostname = "one";
+        },
+        annotations,
+      };
+      {
+        await using task = await live.run(COUNTER, first);
+        await task.nextNumber();
+        expect(await inContainer(task, "ls /run")).toBe("");
+        image = await task.checkpoint();
+      }
+      for (const generation of [1, 2, 3]) {
+        const id = live.newId("new");
+        const hostname = `host${generation}`;
+        const beforeMs = Date.now();
+        await using task = await live.restore(image, COUNTER, {
+          id,
+          edit: (spec) => {
+            spec.hostname = hostname;
+          },
+        });
+        await task.nextNumber();
+        const facts = await told(task);
+        expect(facts).toMatchObject({
+          version: 1,
+          generation,
+          why: "caller",
+          new: { containerId: id, namespace: live.namespace, hostname },
+        });
+        expect(facts.old.namespace).toBe(live.namespace);
+        if (generation === 1)
+          expect(facts.old).toEqual({
+            containerId: first.id,
+            namespace: live.namespace,
+            hostname: "one",
+            pod: { namespace: "shop", name: "web-0", container: "web" },
+          });
+        expect(facts.new.pod).toBeUndefined();
+        expect(Date.parse(facts.dumpedAt)).toBeLessThanOrEqual(Date.parse(facts.restoredAt));
+        expect(Date.parse(facts.restoredAt)).toBeGreaterThanOrEqual(beforeMs);
+        expect(
+          await inContainer(task, "ls -a /run/cedana | wc -l; stat -c %a /run/cedana/restore.json"),
+        ).toBe("3\n644");
+        await live.killCedanad(); // the number is on record
+        image = await task.checkpoint();
+      }
+    });
+
+    const restored = (command: string, more: Record<string, string> = {}) => ({
+      annotations: { "cedana.io/hook.post-restore": command, ...more },
+    });
+
+    it("runs a command in the restored container before it counts as started", async () => {
+      let image: string;
+      {
+        await using task = await live.run(COUNTER);
+        await task.nextNumber();
+        image = await task.checkpoint();
+      }
+      const script =
+        "test -e /run/cedana/restore.json && echo $CEDANA_HOOK $CEDANA_GENERATION $CEDANA_WHY > /run/told";
+      await using task = await live.restore(image, COUNTER, restored(script));
+      expect(await inContainer(task, "cat /run/told")).toBe("post-restore 1 caller");
+      expect(hookFiles(task)).toEqual([]);
+      await runsOn(task);
+      await live.events.waitFor(task.id, "start");
+      expect(live.events.summary(task.id).slice(0, 2)).toEqual(["create", "start"]);
+    });
+
+    it("fails the restore with it, and leaves nothing", async () => {
+      let image: string;
+      {
+        await using task = await live.run(COUNTER);
+        await task.nextNumber();
+        image = await task.checkpoint();
+      }
+      for (const [command, more, message] of [
+        ["echo no peer; exit 4", {}, /post-restore hook.*status 4; it printed: no peer/],
+        ["sleep 4321", { "cedana.io/hook-timeout": "1s" }, /did not end within 1000 ms/],
+      ] as const) {
+        const task = await live.create(COUNTER, { ...restored(command, more), criuImagePath: image });
+        try {
+          await expect(task.start()).rejects.toThrow(message);
+          expect(await task.status()).toBe("STOPPED");
+          const left = live.leftovers().filter((line) => /^cgroup|^engine state|\(container,/.test(line));
+          expect(left).toEqual([]);
+          expect(hookFiles(task)).toEqual([]);
+          expect(await task.delete()).toBe(255);
+        } finally {
+          await task.destroy();
+        }
+      }
+    });
+
+    it("starts afresh where the container wants that, and tells nobody of a restore", async () => {
+      let image: string;
+      {
+        await using task = await live.run(COUNTER);
+        while ((await task.nextNumber()) < 3);
+        image = await task.checkpoint();
+      }
+      const from = { "cedana.io/restore-from": image };
+      {
+        await using task = await live.run(
+          COUNTER,
+          restored("exit 4", { ...from, "cedana.io/on-restore-failure": "fresh" }),
+        );
+        while ((await task.nextNumber()) !== 0);
+        expect(await inContainer(task, "ls /run")).toBe("");
+      }
+      await using task = await live.run(COUNTER, restored("true", from));
+      expect(await task.nextNumber()).toBeGreaterThan(2);
+      expect(await told(task)).toMatchObject({ generation: 1, why: "annotation" });
+    });
+
+    it("runs it once, also when cedanad is killed meanwhile or at the boundaries around it", async () => {
+      let image: string;
+      {
+        await using task = await live.run(COUNTER);
+        await task.nextNumber();
+        image = await task.checkpoint();
+      }
+      {
+        const script = "echo x >> /run/told; while [ ! -e /run/go ]; do sleep 0.01; done";
+        await using task = await live.create(COUNTER, { ...restored(script), criuImagePath: image });
+        const started = task.start();
+        const pid = await until(async () => {
+          const pids = await live.client.tasks.pids(task.id).catch(() => []);
+          return pids.length > 1 && existsSync(`/proc/${pids[0]!.pid}/root/run/told`)
+            ? pids[0]!.pid
+            : undefined;
+        });
+        await live.killCedanad();
+        writeFileSync(`/proc/${pid}/root/run/go`, "");
+        await started;
+        expect(await inContainer(task, "cat /run/told")).toBe("x");
+        await runsOn(task);
+      }
+      if (combination.engine !== "runc") return;
+      for (const boundary of ["tellContainer.after", "postRestoreHook.before"]) {
+        await using task = await live.create(COUNTER, {
+          ...restored("echo x >> /run/told"),
+          criuImagePath: image,
+        });
+        daemon.crashNextAt(`restore.${boundary}`);
+        await live.killCedanad();
+        await task.status();
+        await task.start();
+        expect(await inContainer(task, "cat /run/told"), boundary).toBe("x");
+        expect((await told(task)).generation, boundary).toBe(1);
+        await runsOn(task);
+      }
+    });
+
+    it("writes nothing outside of a container whose /run leads there, nor into what it shares", async () => {
+      const outside = mkdtempSync(join(live.dir, "outside-"));
+      const victim = join(outside, "victim");
+      writeFileSync(victim, "mine");
+      const shared = mkdtempSync(join(live.dir, "shared-"));
+      const hostile: [script: string, mounts: object[], written: boolean][] = [
+        [`mkdir -p ${outside}; rm -rf /run/cedana; ln -s ${outside} /run/cedana`, [], false],
+        [`mkdir /run/cedana; ln -s ${victim} /run/cedana/restore.json`, [], true], // the link is replaced
+        ["mkdir -p /run/cedana/restore.json/x", [], false],
+        ["touch /run/cedana", [], false],
+        [
+          "true",
+          [{ destination: "/run/cedana", type: "bind", source: shared, options: ["rbind", "rw"] }],
+          false,
+        ],
+      ];
+      for (const [script, mounts, written] of hostile) {
+        const options = { mounts: mounts as never };
+        let image: string;
+        {
+          await using task = await live.run(COUNTER, options);
+          await task.nextNumber();
+          await inContainer(task, script);
+          image = await task.checkpoint();
+        }
+        await using task = await live.restore(image, COUNTER, options);
+        await runsOn(task);
+        const { status } = await task.execToEnd(["sh", "-c", "grep -q generation /run/cedana/restore.json"]);
+        expect(status === 0, script).toBe(written);
+        expect(readdirSync(outside), script).toEqual(["victim"]);
+        expect(readFileSync(victim, "utf8"), script).toBe("mine");
+        expect(readdirSync(shared), script).toEqual([]);
+      }
+      expect(live.cedanadLog()).toMatch(/write \/run\/cedana\/restore.json into the container/);
+      expect(live.cedanadLog()).toMatch(/which is not the container's alone/);
+    });
+
+    it("restores a container that has no place for it, and makes one where it can", async () => {
+      for (const readonly of [true, false]) {
+        // No /run but the image's own, or none at all.
+        const edit = (spec: Spec) => {
+          spec.root.readonly = readonly;
+          spec.mounts = spec.mounts.filter((mount: Spec) => mount.destination !== "/run");
+        };
+        let image: string;
+        {
+          await using task = await live.run(COUNTER, { edit });
+          await task.nextNumber();
+          image = await task.checkpoint();
+        }
+        await using task = await live.restore(image, COUNTER, { edit });
+        await runsOn(task);
+        if (!readonly) expect((await told(task)).generation).toBe(1);
+      }
+      expect(live.cedanadLog()).toMatch(/EROFS[^\n]*write \/run\/cedana\/restore.json/);
     });
 
     it("is an error where the administrator has not allowed it, or that means nothing", async () => {

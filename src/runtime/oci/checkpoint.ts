@@ -7,10 +7,13 @@ import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed } from "../../
 import { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
 import { type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
-import { cgroupName, hasNetworkNamespace, type OciSpec, readSpec } from "../spec.ts";
+import { hookOf } from "../hooks.ts";
+import { cgroupName, hasNetworkNamespace, identityOf, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu-options.ts";
 import { noteFrozen } from "./frozen.ts";
+import { generationOf } from "./generation.ts";
+import { runHook } from "./hooks.ts";
 import { containerState } from "./state.ts";
 
 /*
@@ -63,6 +66,8 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
       return { status: 0 };
     }
     const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id));
+    const hook = await hookOf(spec, "pre-dump");
+    const generation = await generationOf(call, pid);
     const target: DumpTarget = {
       what: `container ${call.id}`,
       initPid: pid,
@@ -74,13 +79,16 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
       ownNetwork: hasNetworkNamespace(spec),
       mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
       facts: {
-        containerId: call.id,
-        namespace: "",
+        ...identityOf(spec, call.id, ""),
+        ...(generation > 0 && { generation }),
         terminal: spec.process?.terminal ?? false,
         engine: { name: features.name, version: features.version, path: call.engine },
         specDigest: createHash("sha256").update(JSON.stringify(spec)).digest("hex"),
       },
       log: wrapper.log,
+      preDumpHook:
+        hook &&
+        (() => runHook({ call, wrapper }, { initPid: pid, bundle: state.bundle, spec }, hook, [], scratch)),
       cgroup: async () => cgroup,
       engineCheckpoint: async ({ imagePath, workPath, networkLock }) => {
         await runEngine(

@@ -3,6 +3,7 @@ import type { Logger } from "pino";
 import { InvalidRequest, Unsupported } from "../../errors/index.ts";
 import { Pidfd } from "../../linux/addon.ts";
 import { startTime } from "../../linux/proc.ts";
+import { checkHooks } from "../hooks.ts";
 import { type EscalationStep, execKillPolicy, killPolicy, planKill, signalNumber } from "../kill-policy.ts";
 import { annotationsOf, readSpec } from "../spec.ts";
 import { asGiven, type Conversation, type OciAnswer, type OciCall } from "./call.ts";
@@ -25,6 +26,7 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
   const spec = await readSpec(bundle);
   const kill = killPolicy(spec);
   execKillPolicy(spec, {});
+  await checkHooks(spec);
   const unknown = Object.keys(annotationsOf(spec)).find((key) =>
     needsStore.some((name) => key === `cedana.io/${name}` || key.startsWith(`cedana.io/${name}.`)),
   );

@@ -1,16 +1,21 @@
 import { mkdir, rm, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
-import { CriuFailed } from "../../errors/index.ts";
+import { CriuFailed, Unsupported } from "../../errors/index.ts";
+import { isAlive, startTime } from "../../linux/proc.ts";
 import { engineVersion } from "../engine.ts";
+import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoredContainer } from "../restored-container.ts";
-import { readSpec } from "../spec.ts";
+import { identityOf, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
+import { noteGeneration } from "./generation.ts";
+import { runHook } from "./hooks.ts";
 import { readMarker, removeMarker, writeMarker } from "./marker.ts";
 import { restoreCgroup } from "./restore-cgroup.ts";
+import { containerState } from "./state.ts";
 
 /*
  * `restore`: the chain of src/checkpoint with a container for its target. The engine's own restore is run by the wrapper with the
@@ -32,13 +37,32 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
   const detached = options.has("detach");
+  const hook = await hookOf(spec, "post-restore");
+  if (hook && !detached)
+    throw new Unsupported(
+      `${hook.from} at a restore in the foreground, which lasts as long as the container: restore it with --detach`,
+    );
   let status = 0;
+  let init = { pid: 0, started: undefined as number | undefined };
 
   const target: RestoreTarget = {
     what: `container ${id}`,
     directory: scratch,
     container: restoredContainer(spec),
     log: wrapper.log,
+    identity: identityOf(spec, id, ""),
+    why: "caller",
+    get initPid() {
+      return init.pid;
+    },
+    get hasEnded() {
+      return init.pid === 0 || !isAlive(init.pid, init.started);
+    },
+    postRestoreHook:
+      hook && ((env) => runHook({ call, wrapper }, { initPid: init.pid, bundle, spec }, hook, env, scratch)),
+    setGeneration: async (generation) => {
+      if (init.pid > 0) await noteGeneration(call, init.pid, generation);
+    },
     policy: (manifest) => {
       const policy = restorePolicy(options, spec, manifest);
       return {
@@ -77,7 +101,11 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
         `--work-path=${work}`,
       ];
       status = await wrapper.run([...command, ...argv, id], { env });
-      if (status === 0) return;
+      if (status === 0) {
+        const pid = detached ? ((await containerState(call))?.pid ?? 0) : 0; // in the foreground it is over
+        init = { pid, started: startTime(pid) };
+        return;
+      }
       // In the foreground a status may be the container's: CRIU's log of this attempt says whether it was ever restored.
       const log = join(work, "restore.log");
       const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
