@@ -16,7 +16,7 @@ import { annotationsOf, isSandboxContainer, type OciSpec, ownAnnotation } from "
  *   cedana.io/hook.post-restore  when the restored processes run, before the container counts as started; its failure fails the restore
  *   cedana.io/hook-timeout       how long each may take: "10s", "500ms", "1m30s", "7" (seconds); 30 s where nothing is said
  *
- * A value that begins with `[` is a JSON list of arguments, executed as it is; any other is for the container's `/bin/sh -c`. The administrator
+ * A value that is a JSON list is executed as these arguments; any other is for the container's `/bin/sh -c`. The administrator
  * has to allow them (`annotations.hooks`): whoever may annotate a pod may not always exec in it.
  *
  * A hook is executed as the container's first process was: same user, directory, environment, limits. Engines make it the leader of a session of
@@ -79,25 +79,28 @@ function isKeyOf(key: string, name: HookName): boolean {
 }
 
 function argumentsOf({ name, value }: { name: string; value: string }): string[] {
-  if (!value.trimStart().startsWith("[")) {
+  const list = jsonList(value);
+  if (list === undefined) {
     if (value.trim() === "" || value.includes("\0"))
       throw new InvalidRequest(
         `${name} is ${JSON.stringify(value)}; it must be a command for /bin/sh, or a JSON list of arguments`,
       );
     return ["/bin/sh", "-c", value];
   }
-  let list: unknown;
-  try {
-    list = JSON.parse(value);
-  } catch (error) {
-    throw new InvalidRequest(
-      `${name} begins like a JSON list of arguments and is none: ${(error as Error).message}`,
-    );
-  }
-  const isArgument = (one: unknown) => typeof one === "string" && !one.includes("\0");
-  if (!Array.isArray(list) || list.length === 0 || !list.every(isArgument) || list[0] === "")
+  const isArgument = (one: unknown): one is string => typeof one === "string" && !one.includes("\0");
+  if (list.length === 0 || !list.every(isArgument) || list[0] === "")
     throw new InvalidRequest(`${name} must be a JSON list of strings, of which the first is the program`);
   return list;
+}
+
+/** A command may well begin with `[`, the shell's test; hardly one is JSON. */
+function jsonList(value: string): unknown[] | undefined {
+  try {
+    const parsed: unknown = JSON.parse(value);
+    return Array.isArray(parsed) ? parsed : undefined;
+  } catch {
+    return undefined; // a command for the shell
+  }
 }
 
 function timeoutOf(spec: OciSpec): number {

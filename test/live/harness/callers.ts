@@ -69,6 +69,7 @@ export class CallerPlace {
       PODMAN_IGNORE_CGROUPSV1_WARNING: "1",
       CEDANA_RUN_DIR: this.runDir,
       CEDANA_STATE_DIR: join(this.dir, "var"),
+      CEDANA_CONFIG: join(this.dir, "config.json"),
     };
   }
 
