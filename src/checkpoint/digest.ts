@@ -1,6 +1,6 @@
-import { createHash } from "node:crypto";
+import { createHash, type Hash } from "node:crypto";
 import { closeSync, constants, fstatSync, fsyncSync, openSync, readdirSync, readSync } from "node:fs";
-import { BrokenImage } from "../errors/index.ts";
+import { BrokenImage, WrongState } from "../errors/index.ts";
 import { openBeneath } from "../linux/addon.ts";
 import type { JobContext } from "./worker/jobs.ts";
 import { MAX_WORKERS, runJob } from "./worker/pool.ts";
@@ -68,6 +68,40 @@ export async function hashFiles(
   return files.map(({ path }) => byPath.get(path)!);
 }
 
+/** Hashes of a directory's files while they are written. */
+export interface Follower {
+  /** The writer has ended: hashes what is left. @returns every regular file, sorted by path */
+  finish(): Promise<HashedFile[]>;
+  /** Ends it where nobody calls `finish`. */
+  abandon(): void;
+}
+
+/**
+ * Hashes CRIU's pages while it writes them: they grow at their end and nowhere else, and a core that CRIU leaves idle keeps up with it,
+ * so that the digest of a large checkpoint is known soon after its end.
+ */
+export function followFiles(directory: string, signal?: AbortSignal): Follower {
+  const ended = new SharedArrayBuffer(4);
+  const stop = new AbortController();
+  const either = signal ? AbortSignal.any([signal, stop.signal]) : stop.signal;
+  const job = runJob("followFiles", { directory, ended }, either);
+  job.catch(() => {}); // told by finish, or abandoned
+  const end = () => {
+    Atomics.store(new Int32Array(ended), 0, 1);
+    Atomics.notify(new Int32Array(ended), 0);
+  };
+  return {
+    finish: async () => {
+      end();
+      return await job;
+    },
+    abandon: () => {
+      stop.abort();
+      end();
+    },
+  };
+}
+
 /** Writes everything below a directory, and itself, to the disk (fsync(2)). */
 export async function syncTree(directory: string, signal?: AbortSignal): Promise<void> {
   await runJob("syncTree", { directory }, signal);
@@ -121,6 +155,55 @@ export function hashFilesHere(
       }),
     ),
   );
+}
+
+/** How long to wait when there was nothing new. */
+const FOLLOW_PAUSE_MS = 2;
+
+export function followFilesHere(
+  { directory, ended }: { directory: string; ended: SharedArrayBuffer },
+  context: JobContext,
+): HashedFile[] {
+  const flag = new Int32Array(ended);
+  const buffer = Buffer.allocUnsafeSlow(READ_BYTES);
+  const growing = new Map<string, { fd: number; hash: Hash; size: number }>();
+  const root = openDirectory(directory);
+  try {
+    // Asked before looking: what is there after the writer's end is all there is.
+    for (let over = false; !over; ) {
+      context.checkCancelled();
+      over = Atomics.load(flag, 0) !== 0;
+      let news = over;
+      for (const name of readdirSync(`/proc/self/fd/${root}`)) {
+        if (!/^pages-\d+\.img$/.test(name)) continue;
+        let file = growing.get(name);
+        if (!file) {
+          file = { fd: openFile(root, name, name), hash: createHash("sha256"), size: 0 };
+          growing.set(name, file);
+        }
+        for (let read = -1; read !== 0; file.size += read) {
+          context.checkCancelled();
+          read = readSync(file.fd, buffer, 0, READ_BYTES, null);
+          file.hash.update(buffer.subarray(0, read));
+          news ||= read > 0;
+        }
+      }
+      if (!news) Atomics.wait(flag, 0, 0, FOLLOW_PAUSE_MS);
+    }
+    const followed = [...growing].map(([path, { hash, size, fd }]) => {
+      if (fstatSync(fd).size !== size) throw new WrongState(`${path} changed after it was written`);
+      return { path, size, digest: `sha256:${hash.digest("hex")}` };
+    });
+    const paths = listFilesHere({ directory }, context)
+      .filter(({ type, path }) => type === "file" && !growing.has(path))
+      .map(({ path }) => path);
+    return [...followed, ...hashFilesHere({ directory, paths }, context)].sort((a, b) =>
+      a.path < b.path ? -1 : 1,
+    );
+  } finally {
+    for (const { fd } of growing.values()) closeSync(fd);
+    closeSync(root);
+  }
 }
 
 export function syncTreeHere({ directory }: { directory: string }, context: JobContext): void {

@@ -1,12 +1,14 @@
-import { copyFile, mkdir, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
-import { isAbsolute, join, relative } from "node:path";
+import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
 import {
+  BrokenImage,
   CriuFailed,
   InvalidRequest,
+  messageOf,
   NotFound,
   SyscallFailed,
   Unsupported,
@@ -14,12 +16,24 @@ import {
 } from "../errors/index.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
+import { IMAGES_DIRECTORY } from "./archive/layout.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
+import { cpuFacts } from "./cpu.ts";
+import { type Follower, followFiles } from "./digest.ts";
 import { freezeMarker, hookNote } from "./freeze-marker.ts";
-import { type CheckpointManifest, writeManifest } from "./manifest.ts";
+import { type CheckpointManifest, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
+import {
+  DELETED_FILES_NAME,
+  type Layers,
+  overlayLayers,
+  prepareRootfsDiff,
+  ROOTFS_DIFF_NAME,
+  takeRootfsDiff,
+} from "./rootfs-diff/index.ts";
+import { Staging, type StagingRecord } from "./staging.ts";
 
 /*
  * A dump of a container: what is asked for, what is dumped, and the steps in their order.
@@ -29,7 +43,8 @@ import { refusalOf } from "./preflight/report.ts";
  * chosen by what the container has, and whatever fails leaves the container as it was.
  *
  * A chain may be cut off by a crash anywhere and be run again by the next cedanad for the same request. Each step is written so that
- * it finds its own work done, and what must be undone after a crash without a repetition lies on disk (`Attempt`, `freezeMarker`).
+ * it finds its own work done, and what must be undone after a crash without a repetition lies on disk (`Attempt`, `freezeMarker`,
+ * the staging directory, which the next one for that place sweeps).
  */
 
 export interface DumpRequest {
@@ -37,20 +52,33 @@ export interface DumpRequest {
   readonly key: string;
   /** the request was begun by a cedanad before us */
   readonly repeated: boolean;
-  /** directory of CRIU's images: absolute, made when missing; what is in it stays */
-  readonly imagePath: string;
+  readonly place: DumpPlace;
   /** CRIU's log and scratch; default: one that is removed */
   readonly workPath?: string | undefined;
-  /** images of a pre-dump: absolute, or relative to `imagePath` */
+  /** images of a pre-dump: absolute, or relative to the image path */
   readonly parentPath?: string | undefined;
   /** the container runs on; else it has ended when the dump is whole */
   readonly leaveRunning: boolean;
   readonly policy: CriuPolicy;
+  /** what the container has changed in its root file system comes along */
+  readonly rootfs?: { readonly exclude: readonly string[]; readonly maxBytes: number } | undefined;
+  /** hash the images while CRIU writes them, or when the container runs again */
+  readonly digests: "alongside" | "afterwards";
+  /** what the manifest says of the request */
+  readonly origin?: Pick<CheckpointManifest, "name" | "trigger"> | undefined;
 }
 
+/** Where the checkpoint is put. */
+export type DumpPlace =
+  /** A directory of the caller's, absolute, made when missing: CRIU's images lie in it. `temporary`: the caller reads and removes it. */
+  | { readonly imagePath: string; readonly temporary?: boolean }
+  /** A directory of our store: the checkpoint becomes a directory in it, with CRIU's images in `checkpoint/`. */
+  | { readonly directory: string; readonly generation: string };
+
 /** What CRIU is told by way of the engine. */
-export interface EngineDump
-  extends Pick<DumpRequest, "imagePath" | "parentPath" | "leaveRunning" | "policy"> {
+export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunning" | "policy"> {
+  /** directory of CRIU's images */
+  readonly imagePath: string;
   readonly workPath: string;
   readonly networkLock: NetworkLock;
 }
@@ -70,14 +98,32 @@ export interface DumpTarget {
   readonly ownNetwork: boolean;
   /** where its configuration mounts something: that comes back with it */
   readonly mountPoints: readonly string[];
+  /** where its root file system is mounted */
+  readonly rootfs?: string | undefined;
   /** what the manifest says of it */
   readonly facts: Pick<
     CheckpointManifest,
-    "containerId" | "namespace" | "hostname" | "pod" | "generation" | "terminal" | "engine" | "specDigest"
+    | "containerId"
+    | "namespace"
+    | "hostname"
+    | "pod"
+    | "generation"
+    | "terminal"
+    | "engine"
+    | "specDigest"
+    | "namespaces"
+    | "plugins"
   >;
+  /** The image that it was made of, as far as that can be found out. */
+  image?(): Promise<CheckpointManifest["image"]>;
+  /** Does something that other calls for the container wait for; default: nobody else calls. */
+  inTurn?<T>(work: () => Promise<T>): Promise<T>;
   readonly log: Pick<Logger, "info" | "warn" | "error">;
-  /** what the container wants to do itself before it is dumped, in it, while it runs. @throws when the dump is not to be */
-  readonly preDumpHook?: (() => Promise<void>) | undefined;
+  /**
+   * What the container wants to do itself before it is dumped, in it, while it runs; undefined: nothing.
+   * @throws when the administrator doesn't allow it; what is returned, when the dump is not to be
+   */
+  preDumpHook?(): Promise<(() => Promise<void>) | undefined>;
   cgroup(): Promise<Cgroup>;
   /** The engine's `checkpoint`. @throws WrongState, RuntimeFailed */
   engineCheckpoint(options: EngineDump): Promise<void>;
@@ -87,11 +133,16 @@ interface DumpContext extends ChainContext {
   readonly target: DumpTarget;
   readonly request: DumpRequest;
   readonly startedAt: number;
+  attempt: Attempt;
+  staging: Staging;
   workPath: string;
-  /** relative */
+  /** relative to the images where they are made */
   parentPath: string | undefined;
   networkLock: NetworkLock;
   criu: string | undefined;
+  layers: Layers | undefined;
+  follower: Follower | undefined;
+  frozenMs: number;
   /** the processes are in the images alone now */
   ended: boolean;
 }
@@ -101,123 +152,179 @@ type DumpStep = Step<DumpContext>;
 /** The dump, in order. Each step undoes its own work when a later one fails. */
 export const dumpSteps = [
   validateDumpRequest,
-  openImagePath, // from here on the image path exists, and what we make in it is known
+  openStaging, // what is made is beside its place, and put there on the way back, whole
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
   checkOptions, // before anything is frozen
   preDumpHook, // of the container's own; it may be there to remove what the preflight would find
   preflightDump, // every blocker and every option that is missing, while the container runs
+  findLayers,
+  takeTurn, // from here on no other call changes the container's state
   freeze, // nothing below may wait for the container: it stands still
   detectNetwork, // on the frozen container: nobody opens a socket any more
+  takeRootfs, // files as they are for the memory that CRIU takes
+  digestAlongside,
   criuDump,
 ] as const satisfies readonly DumpStep[];
 
+export interface DumpOutcome {
+  /** directory of the checkpoint */
+  path: string;
+  /** of the steps, milliseconds */
+  times: Record<string, number>;
+  /** how long the container stood still for us; 0 where it was paused, or frozen by a cedanad before us */
+  frozenMs: number;
+}
+
 /**
- * Dumps a running or paused container. When it fails, the container is as it was and the files of the attempt are gone; CRIU's log is
- * kept as `criu-dump.log` in the owner's directory.
- * @returns the times of the steps, in milliseconds
+ * Dumps a running or paused container. When it fails, the container is as it was, an older checkpoint in that place too, and the files
+ * of the attempt are gone; CRIU's log is kept as `criu-dump.log` in the owner's directory.
  */
 export async function dump(
   target: DumpTarget,
   request: DumpRequest,
   options: { signal?: AbortSignal; onBoundary?: ChainContext["onBoundary"] } = {},
-): Promise<Record<string, number>> {
+): Promise<DumpOutcome> {
+  const begun = await earlierAttempt(target, request);
+  if (begun?.committed !== undefined) return { path: begun.committed, times: {}, frozenMs: 0 };
   const context: DumpContext = {
     target,
     request,
     startedAt: Date.now(),
+    attempt: begun?.attempt as Attempt, // openStaging makes one where there is none
+    staging: begun?.staging as Staging,
     workPath: "",
     parentPath: undefined,
     networkLock: "default",
     criu: undefined,
+    layers: undefined,
+    follower: undefined,
+    frozenMs: 0,
     ended: false,
     times: [],
     signal: options.signal ?? new AbortController().signal,
     onBoundary: options.onBoundary,
   };
   await runChain("dump", dumpSteps, context);
-  const times = timesByStep(context.times);
-  target.log.info({ imagePath: request.imagePath, times }, "dumped");
-  return times;
+  const outcome = {
+    path: context.staging.finalPath,
+    times: timesByStep(context.times),
+    frozenMs: inHundredths(context.frozenMs),
+  };
+  target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
+  return outcome;
 }
 
 async function validateDumpRequest(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target, request } = context;
-  const { imagePath, workPath, parentPath } = request;
-  if (imagePath === "") throw new InvalidRequest(`checkpoint of ${target.what} names no image path`);
-  if (!isAbsolute(imagePath)) throw new InvalidRequest(`image path ${imagePath} is not an absolute path`);
+  const { place, workPath, parentPath } = request;
+  if ("imagePath" in place) {
+    const { imagePath } = place;
+    if (imagePath === "") throw new InvalidRequest(`checkpoint of ${target.what} names no image path`);
+    if (!isAbsolute(imagePath)) throw new InvalidRequest(`image path ${imagePath} is not an absolute path`);
+  }
   if (workPath && !isAbsolute(workPath))
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
-  if (parentPath) {
-    // The engines want it as CRIU's link will have it.
-    context.parentPath = isAbsolute(parentPath) ? relative(imagePath, parentPath) : parentPath;
-    if (!(await stat(join(imagePath, context.parentPath, "inventory.img")).catch(() => undefined)))
-      throw new NotFound(`parent ${parentPath} of checkpoint ${imagePath} holds no images`);
-  }
+  if (parentPath && !(await stat(join(absoluteParent(request), "inventory.img")).catch(() => undefined)))
+    throw new NotFound(`parent ${parentPath} of the checkpoint of ${target.what} holds no images`);
   await next();
 }
 
-// ---- image path ------------------------------------------------------------------------------------------------------
-
-/** What was there before, so that a failure removes no more than it made; on disk, for whoever goes on after a crash. */
-interface Attempt {
-  key: string;
-  /** the topmost directory that was made for it */
-  made?: string | undefined;
-  /** names in the image path that were there */
-  before: string[];
+/** Where the images are in the end. */
+function finalImagePath({ place }: DumpRequest): string {
+  return "imagePath" in place ? place.imagePath : join(place.directory, place.generation, IMAGES_DIRECTORY);
 }
 
-async function openImagePath(context: DumpContext, next: () => Promise<void>): Promise<void> {
+function absoluteParent(request: DumpRequest): string {
+  return resolve(finalImagePath(request), request.parentPath!);
+}
+
+// ---- staging ---------------------------------------------------------------------------------------------------------
+
+/** What has been done, on disk, for whoever goes on after a crash. */
+interface Attempt {
+  key: string;
+  staging: StagingRecord;
+  /** `dumped`: the images are whole; `committing`: the manifest, too, and they are being put in their place */
+  phase: "begun" | "dumped" | "committing";
+  rootfsDiff?: RootfsDiffFacts;
+}
+
+async function openStaging(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target, request } = context;
-  const attempt = (await earlierAttempt(target, request)) ?? (await beginAttempt(target, request));
+  if (!context.staging) {
+    const { place } = request;
+    context.staging =
+      "imagePath" in place
+        ? await Staging.inside(place.imagePath)
+        : await Staging.beside(place.directory, place.generation);
+    context.attempt = { key: request.key, staging: context.staging.record(), phase: "begun" };
+  }
+  const { staging } = context;
   try {
+    await noteAttempt(context);
+    context.parentPath = request.parentPath && relative(imagesIn(context), absoluteParent(request));
+    await mkdir(imagesIn(context), { recursive: true, mode: 0o700 });
     await next();
+    await noteAttempt(context, { phase: "committing" });
+    await staging.commit({ synced: !(await mustSync(context)) });
   } catch (error) {
-    if (!context.ended) await removeAttempt(request.imagePath, attempt);
-    throw error;
+    if (!context.ended) throw error;
+    // The processes are in the images alone now: these stay, whatever fails.
+    throw new CriuFailed(
+      `${target.what} was dumped and has ended, but its checkpoint could not be finished: ${messageOf(error)}. What was made is kept in ${staging.keep()}`,
+      { cause: error },
+    );
   } finally {
+    await staging[Symbol.asyncDispose]();
     await rm(attemptFile(target), { force: true });
   }
 }
 
-async function earlierAttempt(target: DumpTarget, request: DumpRequest): Promise<Attempt | undefined> {
-  if (!request.repeated) return undefined;
-  const text = await readFile(attemptFile(target), "utf8").catch(() => undefined); // the crash came before it
-  const earlier = text === undefined ? undefined : (JSON.parse(text) as Attempt);
-  return earlier?.key === request.key ? earlier : undefined;
+/**
+ * Whether the files are written to the disk before they are put in their place: always in our store, and in an image path where an
+ * older checkpoint gives way. Otherwise a machine that fails loses nothing that was there, and the caller doesn't wait for the disk.
+ */
+async function mustSync({ request: { place }, staging }: DumpContext): Promise<boolean> {
+  if (!("imagePath" in place)) return true;
+  return !place.temporary && (await staging.replaces());
 }
 
-async function beginAttempt(target: DumpTarget, { key, imagePath }: DumpRequest): Promise<Attempt> {
-  const made = await mkdir(imagePath, { recursive: true, mode: 0o700 }).catch((error) => {
-    throw pathFailure(`make image path ${imagePath}`, error);
-  });
-  const attempt: Attempt = { key, made, before: made ? [] : await listDirectory(imagePath) };
-  await writeFile(`${attemptFile(target)}.new`, JSON.stringify(attempt), { mode: 0o600 });
-  await rename(`${attemptFile(target)}.new`, attemptFile(target));
-  return attempt;
+/** Where CRIU's images are made. */
+function imagesIn({ request: { place }, staging }: DumpContext): string {
+  return "imagePath" in place ? staging.path : join(staging.path, IMAGES_DIRECTORY);
+}
+
+/** What a cedanad before us did of this request. `committed`: all of it. */
+async function earlierAttempt(
+  target: DumpTarget,
+  request: DumpRequest,
+): Promise<
+  { attempt: Attempt; staging: Staging; committed?: undefined } | { committed: string } | undefined
+> {
+  if (!request.repeated) return undefined;
+  const text = await readFile(attemptFile(target), "utf8").catch(() => undefined); // the crash came before it
+  const attempt = text === undefined ? undefined : (JSON.parse(text) as Attempt);
+  if (attempt?.key !== request.key) return undefined;
+  const staging = Staging.resume(attempt.staging);
+  if (attempt.phase === "committing" && (!staging || staging.isEmpty)) {
+    await staging?.[Symbol.asyncDispose]();
+    await rm(attemptFile(target), { force: true });
+    return { committed: attempt.staging.finalPath };
+  }
+  if (!staging) throw new BrokenImage(`${attempt.staging.root}, in which the dump was made, has gone`);
+  return { attempt, staging };
+}
+
+async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): Promise<void> {
+  Object.assign(context.attempt, news);
+  const path = attemptFile(context.target);
+  await writeFile(`${path}.new`, JSON.stringify(context.attempt), { mode: 0o600 });
+  await rename(`${path}.new`, path);
 }
 
 function attemptFile(target: DumpTarget): string {
   return join(target.directory, "checkpoint-attempt.json");
-}
-
-/** Half a checkpoint is none: what this attempt made goes. */
-async function removeAttempt(imagePath: string, { made, before }: Attempt): Promise<void> {
-  if (made) {
-    await rm(made, { recursive: true, force: true });
-    return;
-  }
-  for (const name of await listDirectory(imagePath))
-    if (!before.includes(name)) await rm(join(imagePath, name), { recursive: true, force: true });
-}
-
-async function listDirectory(path: string): Promise<string[]> {
-  try {
-    return await readdir(path);
-  } catch (error) {
-    throw new InvalidRequest(`image path ${path} is not a directory that can be read`, { cause: error });
-  }
 }
 
 /** The caller's path is at fault, unless it is the machine. */
@@ -289,7 +396,8 @@ export function isOlder(version: string, than: string): boolean {
  */
 async function preDumpHook(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target, request } = context;
-  if (target.preDumpHook === undefined || target.hasEnded) {
+  const hook = target.hasEnded ? undefined : await target.preDumpHook?.();
+  if (!hook) {
     await next();
     return;
   }
@@ -297,18 +405,19 @@ async function preDumpHook(context: DumpContext, next: () => Promise<void>): Pro
   const done = `${request.key}\ndone\n`;
   // Done before a crash: the container may be frozen by now, or CRIU at work on it.
   const isDone = request.repeated && (await readFile(note, "utf8").catch(() => "")) === done; // the crash came before it
-  try {
-    if (!isDone) {
-      const cgroup = target.paused ? await target.cgroup() : undefined;
-      await writeFile(note, `${request.key}\n`, { mode: 0o600 });
-      try {
-        await cgroup?.thaw();
-        await target.preDumpHook();
-      } finally {
-        if (!target.hasEnded) await cgroup?.freeze();
-      }
-      await writeFile(note, done, { mode: 0o600 });
+  const run = async () => {
+    const cgroup = target.paused ? await target.cgroup() : undefined;
+    await writeFile(note, `${request.key}\n`, { mode: 0o600 });
+    try {
+      await cgroup?.thaw();
+      await hook();
+    } finally {
+      if (!target.hasEnded) await cgroup?.freeze();
     }
+    await writeFile(note, done, { mode: 0o600 });
+  };
+  try {
+    if (!isDone) await (target.inTurn ? target.inTurn(run) : run()); // nobody pauses or resumes it meanwhile
     await next();
   } finally {
     await rm(note, { force: true });
@@ -327,7 +436,7 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
         pids: await (await target.cgroup()).pids(),
         rootPid: target.initPid,
         spec: { mountPoints: target.mountPoints, terminal },
-        destination: request.imagePath,
+        destination: context.staging.path,
         policy: request.policy,
         engine: engine.name === "runc" || engine.name === "crun" ? engine.name : undefined,
         ...(criu !== undefined && { criu: { version: criu } }),
@@ -349,7 +458,9 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
   }
   const cgroup = await target.cgroup();
   const marker = freezeMarker(target.directory);
-  if (!target.paused && !(await isDumping(context))) {
+  const frozen = !target.paused && context.attempt.phase === "begun" && !(await isDumping(context));
+  const since = performance.now();
+  if (frozen) {
     await writeFile(marker, `${context.request.key}\n`, { mode: 0o600 });
     await cgroup.freeze(undefined, context.signal);
   }
@@ -361,6 +472,7 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
       await putFreezerBack(cgroup, target.paused && !context.ended).catch((error) =>
         target.log.warn({ err: error }, "put the freezer back after a dump"),
       );
+    if (frozen) context.frozenMs = performance.now() - since;
     await rm(marker, { force: true });
   }
 }
@@ -398,11 +510,77 @@ async function detectNetwork(context: DumpContext, next: () => Promise<void>): P
   await next();
 }
 
+// ---- files -----------------------------------------------------------------------------------------------------------
+
+/** Before anything is frozen: where the changed files are, and a thread that is ready to read them. */
+async function findLayers(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request } = context;
+  if (request.rootfs && !context.attempt.rootfsDiff && !target.hasEnded) {
+    if (target.rootfs === undefined)
+      throw new Unsupported(`nothing is known of where ${target.what} has its root file system`);
+    try {
+      context.layers = await overlayLayers(target.rootfs);
+    } catch (error) {
+      if (!(error instanceof NotFound)) throw error;
+      throw new Unsupported(
+        `changed files of ${target.what} can't be taken: ${error.message}. They are known with the overlay file system alone; cedana.io/rootfs-diff: "false" leaves them out`,
+        { cause: error },
+      );
+    }
+    await prepareRootfsDiff(context.signal);
+  }
+  await next();
+}
+
+async function takeRootfs(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { request, layers, staging, signal } = context;
+  if (layers && request.rootfs) {
+    const { exclude, maxBytes } = request.rootfs;
+    for (const name of [ROOTFS_DIFF_NAME, DELETED_FILES_NAME])
+      await rm(join(staging.path, name), { force: true }); // of an attempt before a crash
+    const { bytes, members, deleted, sockets } = await takeRootfsDiff(layers, staging.path, {
+      exclude,
+      maxBytes,
+      signal,
+    });
+    await noteAttempt(context, {
+      rootfsDiff: { source: "overlay", bytes, members, deleted, exclude: [...exclude], sockets },
+    });
+  }
+  await next();
+}
+
+async function takeTurn({ target }: DumpContext, next: () => Promise<void>): Promise<void> {
+  await (target.inTurn ? target.inTurn(next) : next());
+}
+
+/** Where it costs no time of its own: the container's owner waits for the end of it all. */
+async function digestAlongside(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  if (context.request.digests !== "alongside") {
+    await next();
+    return;
+  }
+  const follower = followFiles(imagesIn(context), context.signal);
+  try {
+    await next();
+    context.follower = follower;
+  } catch (error) {
+    follower.abandon();
+    throw error;
+  }
+}
+
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target, request, workPath, parentPath, networkLock } = context;
-  const { imagePath, leaveRunning, policy } = request;
+  const { leaveRunning, policy } = request;
+  const imagePath = imagesIn(context);
+  if (context.attempt.phase !== "begun") {
+    context.ended = !leaveRunning; // by a cedanad before us
+    await next();
+    return;
+  }
   if (!target.paused && !target.hasEnded)
     await writeFile(freezeMarker(target.directory), dumpingMark(request), { mode: 0o600 });
   try {
@@ -412,6 +590,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
   }
   context.ended = !leaveRunning;
+  await noteAttempt(context, { phase: "dumped" });
   await next();
 }
 
@@ -435,35 +614,49 @@ export async function criuFailure(
 // ---- manifest --------------------------------------------------------------------------------------------------------
 
 async function recordDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const facts = Promise.all([cpuFacts(), context.target.image?.()]);
+  facts.catch(() => {}); // looked at below
   await next();
-  const { target, request, startedAt, networkLock, parentPath } = context;
-  const { imagePath, policy, leaveRunning } = request;
-  try {
-    await writeManifest(imagePath, {
+  const { target, request, startedAt, staging } = context;
+  const [cpu, image] = await facts;
+  const files = await context.follower?.finish();
+  await writeManifest(
+    staging.path,
+    {
       createdAt: new Date(startedAt).toISOString(),
       ...target.facts,
+      ...request.origin,
+      ...(image && { image }),
+      ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),
+      cpu,
       kernel: release(),
       ...(process.env.CEDANA_BUILD && { cedanaVersion: process.env.CEDANA_BUILD }),
       ...(context.criu !== undefined && { criuVersion: context.criu }),
-      options: {
-        ...(policy.tcp && { tcp: policy.tcp }),
-        fileLocks: policy.fileLocks,
-        extUnix: policy.extUnix,
-        shellJob: policy.shellJob,
-        emptyNamespaces: policy.emptyNamespaces,
-        ...(policy.cgroupsMode && { cgroupsMode: policy.cgroupsMode }),
-        ...(networkLock !== "default" && { networkLock }),
-        leaveRunning,
-        ...(parentPath && { parentPath }),
+      options: optionsOf(context),
+      timings: {
+        ...timesByStep(context.times),
+        frozenMs: inHundredths(context.frozenMs),
+        totalMs: Date.now() - startedAt,
       },
-      timings: { ...timesByStep(context.times), totalMs: Date.now() - startedAt },
-    });
-  } catch (error) {
-    if (!context.ended) throw error;
-    // The processes are in the images alone now: these stay, whatever fails.
-    throw new CriuFailed(
-      `${target.what} was dumped into ${imagePath} and has ended, but the manifest could not be written: ${(error as Error).message}. The images are whole; options that a restore needs must be given by annotations`,
-      { cause: error },
-    );
-  }
+    },
+    { digests: true, synced: await mustSync(context), ...(files && { files }) },
+  );
 }
+
+/** As used: a restore uses them again. */
+function optionsOf({ request, networkLock }: DumpContext): CheckpointManifest["options"] {
+  const { policy, leaveRunning, parentPath } = request;
+  return {
+    ...(policy.tcp && { tcp: policy.tcp }),
+    fileLocks: policy.fileLocks,
+    extUnix: policy.extUnix,
+    shellJob: policy.shellJob,
+    emptyNamespaces: policy.emptyNamespaces,
+    ...(policy.cgroupsMode && { cgroupsMode: policy.cgroupsMode }),
+    ...(networkLock !== "default" && { networkLock }),
+    leaveRunning,
+    ...(parentPath && { parentPath: relative(finalImagePath(request), absoluteParent(request)) }),
+  };
+}
+
+const inHundredths = (ms: number) => Math.round(ms * 100) / 100;

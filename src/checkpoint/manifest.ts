@@ -45,6 +45,16 @@ export interface CheckpointManifest {
   /** the container's image, as the engine above names it */
   image?: { name?: string; digest?: string };
   cpu?: CpuFacts;
+  /** name of the checkpoint in the node's store; absent: the caller gave the place */
+  name?: string;
+  /** who asked for it: containerd or an engine's caller (also when absent), the command line, or `cedana.io/checkpoint-every` */
+  trigger?: "caller" | "command" | "schedule";
+  /** what the container changed in its root file system, when that was taken; absent: images alone */
+  rootfsDiff?: RootfsDiffFacts;
+  /**
+   * All but this file is in an archive beside it, which has a manifest of its own, of the checkpoint's files. `files` names the archive.
+   */
+  archive?: { file: string; compression: "none" | "gzip" | "lz4" | "zstd"; encrypted: boolean };
   /** the plugins that took part */
   plugins?: { name: string; version: string }[];
   /** of the container, as its spec names them; with a path: joined, not its own */
@@ -75,19 +85,45 @@ export interface CheckpointManifest {
 }
 
 /**
+ * `rootfs-diff.tar` and `deleted.files` beside the manifest: taken while the container was frozen, so memory and files agree. A restore
+ * applies them to a fresh root file system of the same image before CRIU runs (`applyRootfsDiff`), or refuses.
+ */
+export interface RootfsDiffFacts {
+  /** an overlay's upper layer, with whiteouts in the tar */
+  source: "overlay";
+  /** of the tar */
+  bytes: number;
+  members: number;
+  /** how many paths were deleted */
+  deleted: number;
+  /** patterns of paths that were left out (see `excluder`): the container's new ones have what the image has there */
+  exclude: string[];
+  /** sockets, which no tar holds; their servers make them again */
+  sockets: string[];
+}
+
+/**
  * Writes the manifest, which makes the images a checkpoint: last of all, to a temporary file that is synced and renamed. Fills
  * in `files` from what lies in the image path. Syncing the images is up to
  * whoever commits the checkpoint.
  * @param imagePath  directory of CRIU's images, or of the whole checkpoint
  * @param options.digests  hash every file, in worker threads
+ * @param options.files    what is known already, every file
+ * @param options.synced   false: for a checkpoint whose files aren't synced either
  */
 export async function writeManifest(
   imagePath: string,
   manifest: Omit<CheckpointManifest, "version" | "files">,
-  options: { digests?: boolean; signal?: AbortSignal } = {},
+  options: {
+    digests?: boolean;
+    files?: CheckpointManifest["files"];
+    synced?: boolean;
+    signal?: AbortSignal;
+  } = {},
 ): Promise<void> {
-  const listed = await listFiles(imagePath);
-  const files = options.digests ? await hashFiles(imagePath, listed, options.signal) : listed;
+  const { synced = true, signal } = options;
+  const listed = options.files ?? (await listFiles(imagePath));
+  const files = options.digests && !options.files ? await hashFiles(imagePath, listed, signal) : listed;
   const whole: CheckpointManifest = { version: VERSION, ...manifest, files };
   const fault = findFault(JSON.parse(JSON.stringify(whole)), schema as Schema);
   if (fault !== undefined) throw new TypeError(`manifest of ${imagePath}: ${fault}`); // no later reader would take it
@@ -98,13 +134,14 @@ export async function writeManifest(
     {
       await using file = await open(temporary, "wx", 0o600);
       await file.writeFile(`${JSON.stringify(whole, undefined, 2)}\n`);
-      await file.sync();
+      if (synced) await file.sync();
     }
     await rename(temporary, path);
   } catch (error) {
     await rm(temporary, { force: true });
     throw error;
   }
+  if (!synced) return;
   await using directory = await open(imagePath, constants.O_RDONLY | constants.O_DIRECTORY);
   await directory.sync(); // the rename itself
 }

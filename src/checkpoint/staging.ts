@@ -20,7 +20,14 @@ import {
 } from "node:fs";
 import { rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, relative, resolve } from "node:path";
-import { AlreadyExists, InvalidRequest, PermissionDenied, Unsupported, WrongState } from "../errors/index.ts";
+import {
+  AlreadyExists,
+  InvalidRequest,
+  PermissionDenied,
+  Unavailable,
+  Unsupported,
+  WrongState,
+} from "../errors/index.ts";
 import { flock, openBeneath, renameAt } from "../linux/addon.ts";
 import { syncTree } from "./digest.ts";
 import { MANIFEST_NAME, readManifest } from "./manifest.ts";
@@ -56,6 +63,21 @@ export function checkName(name: string, what = "checkpoint"): string {
   return name;
 }
 
+/** What another cedanad needs to go on with a staging after a crash. */
+export interface StagingRecord {
+  kind: "beside" | "inside";
+  /** directory of the staging, which has the lock */
+  root: string;
+  finalPath: string;
+  /** the topmost directory that was made for it */
+  made?: string | undefined;
+}
+
+interface StagingFields extends StagingRecord {
+  lock: number;
+  replace?: boolean;
+}
+
 export class Staging implements AsyncDisposable {
   /** where the checkpoint is made: an empty directory, 0700 */
   readonly path: string;
@@ -63,22 +85,17 @@ export class Staging implements AsyncDisposable {
   readonly finalPath: string;
   readonly #root: string;
   #lock: number | undefined;
-  readonly #put: () => Promise<void>;
+  readonly #kind: StagingRecord["kind"];
+  readonly #replace: boolean;
   readonly #made: string | undefined;
 
-  private constructor(fields: {
-    root: string;
-    path: string;
-    finalPath: string;
-    lock: number;
-    put: (staging: Staging) => Promise<void>;
-    made?: string | undefined;
-  }) {
+  private constructor(fields: StagingFields) {
+    this.#kind = fields.kind;
     this.#root = fields.root;
-    this.path = fields.path;
+    this.path = fields.kind === "inside" ? join(fields.root, "new") : fields.root;
     this.finalPath = fields.finalPath;
     this.#lock = fields.lock;
-    this.#put = () => fields.put(this);
+    this.#replace = fields.replace ?? false;
     this.#made = fields.made;
   }
 
@@ -112,25 +129,18 @@ export class Staging implements AsyncDisposable {
     temporaryFd.expectOurs(temporary, shared);
     const { name: uuid, lock } = makeLocked(temporaryFd, shared ? STAGING_PREFIX : "");
     return new Staging({
+      kind: "beside",
       root: join(temporary, uuid),
-      path: join(temporary, uuid),
       finalPath: join(store, name),
       lock,
-      put: async (staging) => {
-        using from = new Directory(temporary);
-        using to = new Directory(store);
-        const old = swapIn(from, uuid, to, name, replace, staging.finalPath);
-        fsyncSync(to.fd);
-        fsyncSync(from.fd);
-        // The new one is in its place and synced: from here on nothing fails any more.
-        if (old) await rm(join(temporary, uuid), { recursive: true, force: true }).catch(() => undefined); // swept later
-      },
+      replace,
     });
   }
 
   /**
    * Begins a checkpoint whose files shall lie directly in a directory that the caller names; made when missing, and then removed
-   * when it comes to nothing. Files of others in it stay. What an older checkpoint's manifest there names is replaced.
+   * when it comes to nothing. Files of others in it stay. What an older checkpoint's manifest there names is replaced, or, without
+   * one, CRIU's images and logs.
    * @throws InvalidRequest
    */
   static async inside(directory: string): Promise<Staging> {
@@ -139,25 +149,64 @@ export class Staging implements AsyncDisposable {
     try {
       made = mkdirSync(directory, { recursive: true, mode: 0o700 });
       directory = realpathSync(directory); // the caller may name it by a link
-      await sweep(directory);
+      if (!made) {
+        await sweep(directory);
+        const ours = await entriesOfOlder(directory);
+        expectRoom(
+          directory,
+          entriesOf(directory).filter((name) => criuFile.test(name) && !ours.has(name)),
+        );
+      }
       using target = new Directory(directory);
       const { name, lock } = makeLocked(target, STAGING_PREFIX);
       const root = join(directory, name);
       for (const part of ["new", "old"]) mkdirSync(join(root, part), { mode: 0o700 });
-      return new Staging({
-        root,
-        path: join(root, "new"),
-        finalPath: directory,
-        lock,
-        made,
-        put: () => putInside(directory, name),
-      });
+      return new Staging({ kind: "inside", root, finalPath: directory, lock, made });
     } catch (error) {
       if (made) removeMade(made, directory);
-      if (error instanceof Error && "syscall" in error)
-        throw new InvalidRequest(`make image path ${directory}: ${error.message}`, { cause: error });
+      const { code, message, syscall } = error as NodeJS.ErrnoException;
+      if (syscall !== undefined && !["ENOSPC", "EIO", "EDQUOT", "EMFILE"].includes(code ?? ""))
+        // the machine's fault, not the caller's
+        throw new InvalidRequest(`make image path ${directory}: ${message}`, { cause: error });
       throw error;
     }
+  }
+
+  /** For `resume`, by whoever comes after a crash. */
+  record(): StagingRecord {
+    return {
+      kind: this.#kind,
+      root: this.#root,
+      finalPath: this.finalPath,
+      ...(this.#made !== undefined && { made: this.#made }),
+    };
+  }
+
+  /**
+   * Goes on with a staging whose maker was killed, one without `replace`: with an image path, as it was before its commit.
+   * @returns undefined when it has gone: it was committed, or swept
+   * @throws Unavailable when somebody works on it
+   */
+  static resume(record: StagingRecord): Staging | undefined {
+    const lock = tryLock(record.root);
+    if (lock === undefined) {
+      if (!exists(record.root)) return undefined;
+      throw new Unavailable(`staging ${record.root} is in use`);
+    }
+    if (record.kind === "inside") undoMoves(record.finalPath, record.root);
+    return new Staging({ ...record, lock });
+  }
+
+  /** Nothing was made in it yet, or it was moved to its place. */
+  get isEmpty(): boolean {
+    return entriesOf(this.path).length === 0;
+  }
+
+  /** Whether an older checkpoint gives way to this one. */
+  async replaces(): Promise<boolean> {
+    if (this.#kind === "beside") return exists(this.finalPath);
+    const ours = await entriesOfOlder(this.finalPath);
+    return entriesOf(this.finalPath).some((name) => ours.has(name));
   }
 
   /**
@@ -170,15 +219,38 @@ export class Staging implements AsyncDisposable {
 
   /**
    * Syncs what was made and puts it in its place. When this throws, the place is as it was.
-   * @param options.synced  the caller has synced the files already
+   * @param options.synced  the caller has synced the files already, or wants no sync
    */
   async commit(options: { synced?: boolean; signal?: AbortSignal } = {}): Promise<void> {
     if (this.#lock === undefined)
       throw new WrongState(`staging ${this.path} is committed or given up already`);
     moveParentLinks(this.path, this.finalPath);
     if (!options.synced) await syncTree(this.path, options.signal);
-    await this.#put();
+    if (this.#kind === "inside") await putInside(this.finalPath, basename(this.#root));
+    else await this.#putBeside();
     this.#release();
+  }
+
+  async #putBeside(): Promise<void> {
+    using from = new Directory(dirname(this.#root));
+    using to = new Directory(dirname(this.finalPath));
+    const name = basename(this.finalPath);
+    const old = swapIn(from, basename(this.#root), to, name, this.#replace, this.finalPath);
+    fsyncSync(to.fd);
+    fsyncSync(from.fd);
+    // The new one is in its place and synced: from here on nothing fails any more.
+    if (old) await rm(this.#root, { recursive: true, force: true }).catch(() => undefined); // swept later
+  }
+
+  /**
+   * Gives up, but keeps what was made, for it can't be made again: beside its place, by a name that no sweep touches.
+   * @returns where it is
+   */
+  keep(): string {
+    const kept = join(dirname(this.#root), `kept-${basename(this.#root).replace(STAGING_PREFIX, "")}`);
+    renameSync(this.#root, kept);
+    this.#release();
+    return this.#kind === "inside" ? join(kept, "new") : kept;
   }
 
   /** Removes what was not committed. */
@@ -357,6 +429,13 @@ interface Plan {
   outgoing: string[];
 }
 
+function expectRoom(directory: string, foreign: readonly string[]): void {
+  if (foreign.length > 0)
+    throw new AlreadyExists(
+      `image path ${directory} holds ${foreign.slice(0, 5).join(", ")}, which no whole checkpoint left there: remove it, or take another path`,
+    );
+}
+
 async function putInside(directory: string, stagingName: string): Promise<void> {
   const root = join(directory, stagingName);
   using target = new Directory(directory);
@@ -367,11 +446,10 @@ async function putInside(directory: string, stagingName: string): Promise<void> 
   if (incoming.includes(MANIFEST_NAME)) incoming.push(...incoming.splice(incoming.indexOf(MANIFEST_NAME), 1));
   const ours = await entriesOfOlder(directory);
   const outgoing = entriesOf(directory).filter((name) => ours.has(name));
-  const foreign = incoming.filter((name) => !outgoing.includes(name) && exists(target.path(name)));
-  if (foreign.length > 0)
-    throw new AlreadyExists(
-      `image path ${directory} holds ${foreign.slice(0, 5).join(", ")}, which no checkpoint of ours left there: remove it, or take another path`,
-    );
+  expectRoom(
+    directory,
+    incoming.filter((name) => !outgoing.includes(name) && exists(target.path(name))),
+  );
   const plan: Plan = { incoming, outgoing };
   const planFd = openSync(join(root, PLAN_NAME), "wx", 0o600);
   try {
@@ -424,10 +502,15 @@ function undoMoves(directory: string, root: string): void {
   rmSync(join(root, PLAN_NAME));
 }
 
-/** The top entries that an older checkpoint in this directory consists of, by its manifest. */
+/** What CRIU and the engines leave in an image path. */
+const criuFile = /\.img$|^descriptors\.json$|^stats-dump$|^dump\.log$|^parent$/;
+
+/** The top entries that an older checkpoint in this directory consists of: by its manifest, or by their names where it has none. */
 async function entriesOfOlder(directory: string): Promise<Set<string>> {
-  const manifest = await readManifest(directory).catch(() => undefined); // broken: then nothing is known to be ours but itself
-  const names = new Set(manifest?.files.map(({ path }) => path.split("/", 1)[0]!) ?? []);
+  const manifest = await readManifest(directory).catch(() => undefined); // broken: then as if there were none
+  const found = entriesOf(directory);
+  const byName = found.includes("inventory.img") ? found.filter((name) => criuFile.test(name)) : [];
+  const names = new Set(manifest?.files.map(({ path }) => path.split("/", 1)[0]!) ?? byName);
   names.add(MANIFEST_NAME);
   if (manifest) names.add("parent"); // CRIU's link to an earlier checkpoint is no file
   return names;
@@ -447,6 +530,8 @@ function moveParentLinks(path: string, finalPath: string): void {
       continue; // ENOENT, EINVAL: there is none
     }
     const leadsTo = resolve(dirname(link), target);
+    // Moved already, by a commit that a crash cut off.
+    if (!exists(leadsTo) && exists(resolve(join(finalPath, below), target))) continue;
     if (isAbsolute(target) || leadsTo === path || leadsTo.startsWith(`${path}/`)) continue;
     rmSync(link);
     symlinkSync(relative(join(finalPath, below), leadsTo), link);

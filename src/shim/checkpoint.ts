@@ -1,15 +1,17 @@
-import { createHash } from "node:crypto";
 import { readFile, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
 import { hostCgroupVersion, parseMembership } from "../linux/cgroup.ts";
 import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
+import { pluginsOf, specFacts } from "../runtime/manifest-facts.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";
-import { hasNetworkNamespace, identityOf } from "../runtime/spec.ts";
+import { hasNetworkNamespace, identityOf, type OciSpec } from "../runtime/spec.ts";
 import { criuConfigFile, dumpPolicy, policyOptions } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
 import { runHook } from "./hooks.ts";
+import { imageOf } from "./image.ts";
+import type { Tag } from "./keeper.ts";
 import type { Task, Work } from "./task.ts";
 
 /** Dump as containerd's Task API asks for it: the chain of src/checkpoint, with a task for its target. */
@@ -25,45 +27,76 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
   const { options, imagePath } = request;
   const spec = await task.spec();
   const engine = await withFeatures(task);
-  const hook = await hookOf(spec, "pre-dump");
-  const target: DumpTarget = {
+  const target = dumpTarget(task, spec, engine, {
+    tag: work.tag,
+    engineCheckpoint: (engineDump) => engineCheckpoint(task, work.tag("checkpoint"), engine, engineDump),
+  });
+  await dumpContainer(
+    target,
+    {
+      key: String(work.request),
+      repeated: work.repeated,
+      // Without an image path of the caller's, containerd reads what lies in a directory of its own and removes it.
+      place: { imagePath, temporary: options.imagePath === "" },
+      workPath: options.workPath || undefined,
+      parentPath: options.parentPath || undefined,
+      leaveRunning: !options.exit,
+      policy: dumpPolicy(options, spec),
+      digests: "alongside",
+    },
+    { onBoundary: reachBoundary },
+  );
+}
+
+/**
+ * A task as the chain of the dump sees it.
+ * @param own.tag  of operations: where a repetition after a crash derives the same again, nothing happens twice
+ */
+export function dumpTarget(
+  task: Task,
+  spec: OciSpec,
+  engine: Engine,
+  own: Pick<DumpTarget, "engineCheckpoint"> & { tag?: (step: string) => Tag },
+): DumpTarget {
+  const { tag = (step: string) => task.pod.keeper.ownTag(step), ...rest } = own;
+  return {
     what: `task ${task.id}`,
     initPid: task.init.pid,
-    paused: task.init.state === "paused",
+    get paused() {
+      return task.init.state === "paused";
+    },
     get hasEnded() {
       return task.init.exit !== undefined;
     },
     directory: task.bundle,
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
+    rootfs: join(task.bundle, spec.root?.path ?? "rootfs"),
     facts: {
       ...identityOf(spec, task.id, task.namespace),
       ...(task.generation > 0 && { generation: task.generation }),
       terminal: task.init.stdio.terminal,
       engine: { name: engine.name, version: engine.features.version, path: engine.binary },
-      specDigest: createHash("sha256").update(JSON.stringify(spec)).digest("hex"),
+      ...specFacts(spec),
+      plugins: pluginsOf("containerd", engine.name),
     },
+    image: () => imageOf(task, spec),
     log: task.log,
-    preDumpHook: hook && (() => runHook(task, work, hook, [])),
-    cgroup: () => task.cgroup(),
-    engineCheckpoint: (engineDump) => engineCheckpoint(task, work, engine, engineDump),
-  };
-  await dumpContainer(
-    target,
-    {
-      key: String(work.request),
-      repeated: work.repeated,
-      imagePath,
-      workPath: options.workPath || undefined,
-      parentPath: options.parentPath || undefined,
-      leaveRunning: !options.exit,
-      policy: dumpPolicy(options, spec),
+    preDumpHook: async () => {
+      const hook = await hookOf(spec, "pre-dump");
+      return hook && (() => runHook(task, tag, hook, []));
     },
-    { onBoundary: reachBoundary },
-  );
+    cgroup: () => task.cgroup(),
+    ...rest,
+  };
 }
 
-async function engineCheckpoint(task: Task, work: Work, engine: Engine, options: EngineDump): Promise<void> {
+export async function engineCheckpoint(
+  task: Task,
+  tag: Tag,
+  engine: Engine,
+  options: EngineDump,
+): Promise<void> {
   const { imagePath, workPath, parentPath, leaveRunning, policy, networkLock } = options;
   const logFile = join(task.bundle, "checkpoint.log.json");
   const outputPath = join(task.bundle, "checkpoint.out");
@@ -84,7 +117,7 @@ async function engineCheckpoint(task: Task, work: Work, engine: Engine, options:
       ...policyOptions(policy),
       ...configFile,
     });
-    const exit = await task.pod.keeper.run(work.tag("checkpoint"), { argv: command.argv, outputPath });
+    const exit = await task.pod.keeper.run(tag, { argv: command.argv, outputPath });
     if (exit.exitStatus !== 0)
       throw await engineFailure("checkpoint", task.id, exit.exitStatus, logFile, outputPath);
   } finally {

@@ -5,22 +5,27 @@ import { TimedOut } from "../errors/index.ts";
 import { lastLogError } from "../runtime/engine.ts";
 import { endSession, type Hook, HookOutput, hookFailure } from "../runtime/hooks.ts";
 import { processLike } from "../runtime/spec.ts";
-import { stdioKind, type ToolExit } from "./keeper.ts";
-import type { Task, Work } from "./task.ts";
+import { stdioKind, type Tag, type ToolExit } from "./keeper.ts";
+import type { Task } from "./task.ts";
 
 /** How long the keeper may take to hand over the last of a hook's output. */
 const DRAIN_MS = 1_000;
 
 /**
  * Runs a hook in a task's container, by the engine's `exec`, and waits for its end; nothing of it is left then. A cedanad that
- * comes after a crash calls it again for the same request: the keeper has kept the hook and its output, and runs nothing twice.
+ * comes after a crash calls it again with the same tags: the keeper has kept the hook and its output, and runs nothing twice.
  * @param env  what it is told
  * @throws WrongState when it fails, TimedOut
  */
-export async function runHook(task: Task, work: Work, hook: Hook, env: readonly string[]): Promise<void> {
+export async function runHook(
+  task: Task,
+  tag: (step: string) => Tag,
+  hook: Hook,
+  env: readonly string[],
+): Promise<void> {
   const { keeper } = task.pod;
   const file = (suffix: string) => join(task.bundle, `hook-${hook.name}.${suffix}`);
-  const step = (name: string) => work.tag(`${hook.name}:${name}`);
+  const step = (name: string) => tag(`${hook.name}:${name}`);
   const io = `${task.id}/${hook.name}`;
   const config = join(task.bundle, "config.json");
   const told = [`CEDANA_HOOK=${hook.name}`, ...env];

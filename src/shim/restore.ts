@@ -53,7 +53,7 @@ export async function restore(task: Task, work: Work, path: string): Promise<voi
     get hasEnded() {
       return task.init.exit !== undefined || task.init.heldExit !== undefined || !isAlive(task.init.pid);
     },
-    postRestoreHook: hook && ((env) => runHook(task, work, hook, env)),
+    postRestoreHook: hook && ((env) => runHook(task, work.tag, hook, env)),
     setGeneration: async (generation) => {
       task.generation = generation; // on record with the start
     },

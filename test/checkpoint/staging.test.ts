@@ -1,4 +1,5 @@
 import { spawn } from "node:child_process";
+import { randomUUID } from "node:crypto";
 import { once } from "node:events";
 import fs from "node:fs";
 import os from "node:os";
@@ -198,12 +199,53 @@ describe("a checkpoint in a directory of the caller", () => {
 
   it("overwrites nothing of others, and says what is in the way", async () => {
     fs.writeFileSync(at("pages-1.img"), "foreign");
+    await expect(Staging.inside(store)).rejects.toThrow(/holds pages-1.img/); // before anything is made
+    fs.rmSync(at("pages-1.img"));
     {
       await using staging = await Staging.inside(store);
       await make(staging, "1");
+      fs.writeFileSync(at("pages-1.img"), "foreign");
       await expect(staging.commit()).rejects.toThrow(/holds pages-1.img/);
     }
     expect(tree(store)).toEqual({ "pages-1.img": "foreign" });
+  });
+
+  it("replaces an engine's own, which has no manifest", async () => {
+    for (const name of ["inventory.img", "pages-1.img", "pages-2.img", "descriptors.json", "notes"])
+      fs.writeFileSync(at(name), "foreign");
+    await using staging = await Staging.inside(store);
+    expect(await staging.replaces()).toBe(true);
+    await make(staging, "1");
+    await staging.commit();
+    expect(fs.readdirSync(store).sort()).toEqual(["cedana.json", "notes", "pages-1.img"]);
+    expect(fs.readFileSync(at("pages-1.img"), "utf8")).toBe("1");
+  });
+
+  it("is gone on with after a crash, until it is in its place", async () => {
+    {
+      await using living = await Staging.inside(store);
+      expect(() => Staging.resume(living.record())).toThrow(/in use/);
+    }
+    // As a killed process leaves it: without a lock.
+    const root = at(`.cedana-${randomUUID()}`);
+    for (const part of ["new", "old"]) fs.mkdirSync(path.join(root, part), { recursive: true, mode: 0o700 });
+    const record = { kind: "inside", root, finalPath: store } as const;
+    await using again = Staging.resume(record)!;
+    expect(again.isEmpty).toBe(true);
+    await make(again, "1");
+    expect(again.isEmpty).toBe(false);
+    await again.commit();
+    expect(tree(store)).toMatchObject({ "pages-1.img": "1" });
+    expect(Staging.resume(record)).toBeUndefined();
+  });
+
+  it("that can't be made again is kept past every sweep", async () => {
+    const staging = await Staging.inside(store);
+    await make(staging, "1");
+    const kept = staging.keep();
+    await staging[Symbol.asyncDispose]();
+    expect(await sweep(store)).toEqual([]);
+    expect(fs.readFileSync(path.join(kept, "pages-1.img"), "utf8")).toBe("1");
   });
 
   it.each(["relative", "/etc/passwd/x"])("can't be in %s", async (directory) => {

@@ -111,6 +111,11 @@ export async function takeRootfsDiff(
   return await runJob("packRootfsDiff", input, options.signal);
 }
 
+/** Has a thread ready that `takeRootfsDiff` will use: for who is about to freeze a container, and would wait for its start. */
+export async function prepareRootfsDiff(signal?: AbortSignal): Promise<void> {
+  await runJob("prepareRootfsDiff", undefined, signal);
+}
+
 /**
  * Applies a container's changes to a fresh root file system, from a checkpoint of ours, of Podman, CRI-O or containerd. Any failure is
  * an error, and the target is then to be discarded: it is half changed.

@@ -1,13 +1,13 @@
-import { createHash } from "node:crypto";
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
-import { type DumpTarget, dump as dumpContainer } from "../../checkpoint/dump.ts";
+import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../../checkpoint/dump.ts";
 import { explainCriuLog } from "../../criu/log.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
 import { type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
+import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, identityOf, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu-options.ts";
@@ -61,12 +61,11 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
     if (preDump) {
       await withImagePath(
         dump.imagePath,
-        async () => await runEngine(dump, wrapper, dump.imagePath, undefined, undefined),
+        async () => await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath }),
       );
       return { status: 0 };
     }
     const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id));
-    const hook = await hookOf(spec, "pre-dump");
     const generation = await generationOf(call, pid);
     const target: DumpTarget = {
       what: `container ${call.id}`,
@@ -83,21 +82,19 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
         ...(generation > 0 && { generation }),
         terminal: spec.process?.terminal ?? false,
         engine: { name: features.name, version: features.version, path: call.engine },
-        specDigest: createHash("sha256").update(JSON.stringify(spec)).digest("hex"),
+        ...specFacts(spec),
+        plugins: pluginsOf(features.name),
       },
+      image: async () => annotatedImage(spec),
       log: wrapper.log,
-      preDumpHook:
-        hook &&
-        (() => runHook({ call, wrapper }, { initPid: pid, bundle: state.bundle, spec }, hook, [], scratch)),
+      preDumpHook: async () => {
+        const hook = await hookOf(spec, "pre-dump");
+        const container = { initPid: pid, bundle: state.bundle, spec };
+        return hook && (() => runHook({ call, wrapper }, container, hook, [], scratch));
+      },
       cgroup: async () => cgroup,
-      engineCheckpoint: async ({ imagePath, workPath, networkLock }) => {
-        await runEngine(
-          dump,
-          wrapper,
-          imagePath,
-          workPath,
-          networkLock === "default" ? undefined : networkLock,
-        );
+      engineCheckpoint: async (engineDump) => {
+        await runEngine(dump, wrapper, engineDump);
         if (!dump.leaveRunning) await waitForEnd(pid, started);
       },
     };
@@ -106,7 +103,8 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
       await dumpContainer(target, {
         key: call.marker,
         repeated: false,
-        imagePath: dump.imagePath,
+        place: { imagePath: dump.imagePath },
+        digests: "alongside",
         workPath: workPath && resolve(call.cwd, workPath),
         parentPath: parentPath,
         leaveRunning: dump.leaveRunning,
@@ -126,17 +124,22 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
 async function runEngine(
   { call, options, features, policy }: Dump,
   wrapper: Conversation,
-  imagePath: string,
-  workPath: string | undefined,
-  networkLock: "skip" | "nftables" | undefined,
+  {
+    imagePath,
+    workPath,
+    parentPath,
+    networkLock = "default",
+  }: Pick<EngineDump, "imagePath" | "parentPath"> & Partial<EngineDump>,
 ): Promise<void> {
   const scratch = scratchOf(call);
   const work = workPath ?? resolve(call.cwd, options.value("work-path") ?? join(scratch, "work"));
   const { argv, criuConfig } = engineArguments("checkpoint", features, options, policy, [
     "image-path",
     "work-path",
+    "parent-path", // from where the images are made
   ]);
-  if (networkLock && !options.has("network-lock")) criuConfig.push(`network-lock ${networkLock}`);
+  if (networkLock !== "default" && !options.has("network-lock"))
+    criuConfig.push(`network-lock ${networkLock}`);
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
   const outputPath = join(scratch, "output");
@@ -146,6 +149,7 @@ async function runEngine(
     "checkpoint",
     `--image-path=${imagePath}`,
     `--work-path=${work}`,
+    ...(parentPath ? [`--parent-path=${parentPath}`] : []),
   ];
   const status = await wrapper.run([...command, ...argv, call.id], { env, outputPath });
   if (status === 0) return;
