@@ -93,13 +93,14 @@ function timelineOf(side: Side, what: string, lines: string[], command: string, 
     else if (kind === "exec") {
       const [pid, argv] = [Number(fields[1]), (fields[2] ?? "").split("\x1f").filter(Boolean)];
       const known = processes.get(pid);
-      // One that executes another program is another one, but for the shell's `env`.
-      if (known && !/\/env$/.test(known.argv[0] ?? "")) ended.push({ ...known, endMs: ms(fields[0]!) });
+      // One that executes another program is another one; but not env(1), and an engine that executes a copy of itself.
+      const isSame = known && (/\/env$/.test(known.argv[0] ?? "") || known.argv.join() === argv.join());
+      if (known && !isSame) ended.push({ ...known, endMs: ms(fields[0]!) });
       const process = {
         pid,
         parent: parents.get(pid) ?? 0,
         argv,
-        beginMs: known && /\/env$/.test(known.argv[0] ?? "") ? known.beginMs : ms(fields[0]!),
+        beginMs: isSame ? known.beginMs : ms(fields[0]!),
         endMs: Number.NaN,
       };
       processes.set(pid, process);
@@ -218,7 +219,7 @@ function nameOf({ argv }: Process): string {
 function segmentsOf({ what, totalMs, processes }: Timeline): Record<string, number> {
   const verb = what === CHECKPOINT ? "checkpoint" : "restore";
   const run = processes.find((one) => new RegExp(`(?:runc|crun|engine) ${verb}`).test(nameOf(one)));
-  const criu = processes.filter((one) => nameOf(one) === "criu swrk");
+  const criu = processes.filter((one) => one.parent === run?.pid && /^criu swrk$|^\?/.test(nameOf(one)));
   if (!run || criu.length === 0)
     throw new Error(`${what}: no engine or no CRIU among ${processes.map(nameOf)}`);
   const last = criu.at(-1)!;
