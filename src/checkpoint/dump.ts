@@ -2,6 +2,7 @@ import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
+import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
 import {
@@ -206,6 +207,7 @@ export async function dump(
     onBoundary: options.onBoundary,
   };
   await runChain("dump", dumpSteps, context);
+  keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),

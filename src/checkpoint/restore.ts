@@ -1,6 +1,7 @@
 import { mkdir, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
+import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { InvalidRequest } from "../errors/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { compareToContainer, compareToNode, type RestoredContainer } from "./compare.ts";
@@ -146,6 +147,7 @@ export async function restore(
     workPath: "",
   };
   await runChain("restore", attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
+  keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
   const times = timesByStep(context.times);
   target.log.info({ checkpoint: request.path, times }, "restored");
   return times;
