@@ -281,6 +281,7 @@ static void handle(const struct message *m) {
     case MESSAGE_TASK_GONE: task_gone(message_string(m, FIELD_ID)); return;
     case MESSAGE_RESPONSE: requests_response(m); return;
     case MESSAGE_PARKED: requests_parked(m); return;
+    case MESSAGE_TAKEN: requests_taken(m); return;
     case MESSAGE_PONG:
       if (message_int(m, FIELD_NONCE) != awaited) return;
       awaited = 0;

@@ -59,6 +59,7 @@ void oom_watch(const struct message *m);
 void requests_listen(int fd);
 void requests_resend(void);
 void requests_response(const struct message *m);
+void requests_taken(const struct message *m);
 void requests_parked(const struct message *m);
 /* A stopped connection may go on: its buffer is read before the next events. */
 void requests_resume(void);

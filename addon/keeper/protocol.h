@@ -87,6 +87,7 @@ enum field_key {
   FIELD_STATUS = 67,
   FIELD_SEALED_FD = 68,
   FIELD_SEALED_OF = 69,
+  FIELD_TAKEN = 70,
   FIELD_GLOBAL_ARGV = 100,
   FIELD_ROOT = 101,
   FIELD_MARKER = 102,
@@ -122,6 +123,7 @@ enum message_type {
   MESSAGE_LEAVE = 27,
   MESSAGE_WATCH_OOM = 28, /* version 2 */
   MESSAGE_OOM = 29,       /* version 2 */
+  MESSAGE_TAKEN = 30,
   MESSAGE_START = 40,
   MESSAGE_START_ANSWER = 41,
   MESSAGE_DELETE = 42,

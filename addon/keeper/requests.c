@@ -33,7 +33,7 @@ struct request {
   struct connection *connection; /* NULL: closed */
   unsigned connection_id;
   uint32_t stream;
-  unsigned deliveries;
+  unsigned deliveries, taken;
   bool parked; /* accepted, and only waiting since */
   uint64_t at_ms;
   int64_t timeout_ms; /* 0: none */
@@ -153,6 +153,7 @@ static void deliver(struct request *r) {
   put_int(out, FIELD_REQUEST, r->id);
   put_int(out, FIELD_CONNECTION, r->connection_id);
   put_int(out, FIELD_DELIVERIES, r->deliveries);
+  put_int(out, FIELD_TAKEN, r->taken);
   put_int(out, FIELD_AGE_MS, (int64_t)(now_ms() - r->at_ms));
   if (!r->connection) put_int(out, FIELD_CLOSED, 1);
   put_bytes(out, FIELD_FRAME, r->frame, r->length);
@@ -436,10 +437,15 @@ void requests_response(const struct message *m) {
   if (r) respond(r, frame ? frame->value : NULL, frame ? frame->length : 0);
 }
 
+void requests_taken(const struct message *m) {
+  struct request *r = find(message_int(m, FIELD_REQUEST));
+  if (r && r->taken < r->deliveries) r->taken++; /* once for each, whatever is said */
+}
+
 void requests_parked(const struct message *m) {
   struct request *r = find(message_int(m, FIELD_REQUEST));
   if (!r) return;
-  r->deliveries = 0;
+  r->deliveries = r->taken = 0;
   r->parked = true;
 }
 

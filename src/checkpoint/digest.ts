@@ -1,5 +1,15 @@
 import { createHash, type Hash } from "node:crypto";
-import { closeSync, constants, fstatSync, fsyncSync, openSync, readdirSync, readSync } from "node:fs";
+import {
+  closeSync,
+  constants,
+  fstatSync,
+  fsyncSync,
+  openSync,
+  readdirSync,
+  readlinkSync,
+  readSync,
+} from "node:fs";
+import { getPriority, setPriority } from "node:os";
 import { BrokenImage, WrongState } from "../errors/index.ts";
 import { openBeneath } from "../linux/addon.ts";
 import type { JobContext } from "./worker/jobs.ts";
@@ -160,6 +170,21 @@ export function hashFilesHere(
 /** How long to wait when there was nothing new. */
 const FOLLOW_PAUSE_MS = 2;
 
+const FOLLOWER_NICENESS = 10;
+
+/** Sets this thread's niceness; without CAP_SYS_NICE, which the way back needs, it stays as it is. */
+function niceness(): (value: number) => void {
+  const thread = Number(readlinkSync("/proc/thread-self").split("/").at(-1));
+  try {
+    setPriority(thread, getPriority(thread) - 1);
+    setPriority(thread, getPriority(thread) + 1);
+  } catch {
+    return () => {}; // EACCES
+  }
+  const usual = getPriority(thread);
+  return (value) => setPriority(thread, Math.min(19, usual + value));
+}
+
 export function followFilesHere(
   { directory, ended }: { directory: string; ended: SharedArrayBuffer },
   context: JobContext,
@@ -168,11 +193,14 @@ export function followFilesHere(
   const buffer = Buffer.allocUnsafeSlow(READ_BYTES);
   const growing = new Map<string, { fd: number; hash: Hash; size: number }>();
   const root = openDirectory(directory);
+  const beNice = niceness();
   try {
+    beNice(FOLLOWER_NICENESS); // what CRIU needs comes first
     // Asked before looking: what is there after the writer's end is all there is.
     for (let over = false; !over; ) {
       context.checkCancelled();
       over = Atomics.load(flag, 0) !== 0;
+      if (over) beNice(0); // now somebody waits
       let news = over;
       for (const name of readdirSync(`/proc/self/fd/${root}`)) {
         if (!/^pages-\d+\.img$/.test(name)) continue;
@@ -201,6 +229,7 @@ export function followFilesHere(
       a.path < b.path ? -1 : 1,
     );
   } finally {
+    beNice(0);
     for (const { fd } of growing.values()) closeSync(fd);
     closeSync(root);
   }

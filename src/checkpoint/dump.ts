@@ -1,4 +1,4 @@
-import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { chmod, copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
@@ -73,8 +73,8 @@ export interface DumpRequest {
 export type DumpPlace =
   /** A directory of the caller's, absolute, made when missing: CRIU's images lie in it. `temporary`: the caller reads and removes it. */
   | { readonly imagePath: string; readonly temporary?: boolean }
-  /** A directory of our store: the checkpoint becomes a directory in it, with CRIU's images in `checkpoint/`. */
-  | { readonly directory: string; readonly generation: string };
+  /** A directory of our store: the checkpoint becomes a directory in it, with CRIU's images in `checkpoint/`. `temporary`: for now. */
+  | { readonly directory: string; readonly generation: string; readonly temporary?: boolean };
 
 /** What CRIU is told by way of the engine. */
 export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunning" | "policy"> {
@@ -243,12 +243,15 @@ function absoluteParent(request: DumpRequest): string {
 
 // ---- staging ---------------------------------------------------------------------------------------------------------
 
+const ATTEMPT_NAME = "checkpoint-attempt.json";
+
 /** What has been done, on disk, for whoever goes on after a crash. */
 interface Attempt {
   key: string;
   staging: StagingRecord;
   /** `dumped`: the images are whole; `committing`: the manifest, too, and they are being put in their place */
   phase: "begun" | "dumped" | "committing";
+  leaveRunning: boolean;
   rootfsDiff?: RootfsDiffFacts;
 }
 
@@ -260,7 +263,8 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
       "imagePath" in place
         ? await Staging.inside(place.imagePath)
         : await Staging.beside(place.directory, place.generation);
-    context.attempt = { key: request.key, staging: context.staging.record(), phase: "begun" };
+    const { key, leaveRunning } = request;
+    context.attempt = { key, leaveRunning, staging: context.staging.record(), phase: "begun" };
   }
   const { staging } = context;
   try {
@@ -288,8 +292,8 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
  * older checkpoint gives way. Otherwise a machine that fails loses nothing that was there, and the caller doesn't wait for the disk.
  */
 async function mustSync({ request: { place }, staging }: DumpContext): Promise<boolean> {
-  if (!("imagePath" in place)) return true;
-  return !place.temporary && (await staging.replaces());
+  if (place.temporary) return false;
+  return !("imagePath" in place) || (await staging.replaces());
 }
 
 /** Where CRIU's images are made. */
@@ -318,6 +322,27 @@ async function earlierAttempt(
   return { attempt, staging };
 }
 
+/**
+ * After a crash, a dump that nobody goes on with: what was made is removed, or kept where the container is in it alone.
+ * @param quiet  waits until nobody writes into the staging directory any more
+ * @returns where it is kept
+ */
+export async function abandonAttempt(
+  directory: string,
+  quiet: (stagingPath: string) => Promise<void>,
+): Promise<string | undefined> {
+  const path = join(directory, ATTEMPT_NAME);
+  const text = await readFile(path, "utf8").catch(() => undefined); // none was begun
+  if (text === undefined) return undefined;
+  const { staging: record, phase, leaveRunning } = JSON.parse(text) as Attempt;
+  const staging = Staging.resume(record);
+  if (staging) await quiet(staging.path);
+  const kept = staging && phase !== "begun" && !leaveRunning && !staging.isEmpty ? staging.keep() : undefined;
+  await staging?.[Symbol.asyncDispose]();
+  await rm(path, { force: true });
+  return kept;
+}
+
 async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): Promise<void> {
   Object.assign(context.attempt, news);
   const path = attemptFile(context.target);
@@ -326,7 +351,7 @@ async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): P
 }
 
 function attemptFile(target: DumpTarget): string {
-  return join(target.directory, "checkpoint-attempt.json");
+  return join(target.directory, ATTEMPT_NAME);
 }
 
 /** The caller's path is at fault, unless it is the machine. */
@@ -620,6 +645,8 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
   facts.catch(() => {}); // looked at below
   await next();
   const { target, request, startedAt, staging } = context;
+  // As the engines write it, everybody may read it.
+  await chmod(join(imagesIn(context), "descriptors.json"), 0o600).catch(() => undefined); // ENOENT: CRIU without an engine
   const [cpu, image] = await facts;
   const files = await context.follower?.finish();
   await writeManifest(

@@ -1,5 +1,5 @@
 import { constants } from "node:fs";
-import { open, readdir, rename, rm, stat } from "node:fs/promises";
+import { lstat, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { join, relative } from "node:path";
 import { BrokenImage, Unsupported } from "../errors/index.ts";
 import type { CpuFacts } from "./cpu.ts";
@@ -268,18 +268,27 @@ const isParent = (path: string) => path === "parent" || path.endsWith("/parent")
 /**
  * Whether the files that a restore reads are there in their size. Logs and statistics don't count: whoever copies or archives images may
  * leave them out.
- * @returns what is wrong, file by file
  */
-export async function compareSizes(directory: string, manifest: CheckpointManifest): Promise<string[]> {
+export async function compareSizes(directory: string, manifest: CheckpointManifest): Promise<FileFault[]> {
   const faults = await Promise.all(
-    manifest.files.map(async ({ path, size }) => {
-      if (!/\.img$|(?:^|\/)descriptors\.json$|^rootfs-diff\.tar$|^deleted\.files$/.test(path))
-        return undefined;
-      const found = await stat(join(directory, path)).catch((error: NodeJS.ErrnoException) => error);
-      if (found instanceof Error)
-        return found.code === "ENOENT" ? `${path} is missing` : `${path}: ${found.message}`;
-      return found.size === size ? undefined : `${path} has ${found.size} bytes instead of ${size}`;
+    manifest.files.map(async ({ path, size }): Promise<FileFault | undefined> => {
+      if (!isRead(path)) return undefined;
+      const found = await lstat(join(directory, path)).catch((error: NodeJS.ErrnoException) => error);
+      if (found instanceof Error) {
+        const what = found.code === "ENOENT" ? "is missing" : `can't be looked at: ${found.message}`;
+        return { path, kind: "missing", message: `${path} ${what}` };
+      }
+      if (!found.isFile()) return { path, kind: "type", message: `${path} is not a file` };
+      if (found.size === size) return undefined;
+      return { path, kind: "size", message: `${path} has ${found.size} bytes instead of ${size}` };
     }),
   );
   return faults.filter((fault) => fault !== undefined);
+}
+
+/** By a restore. */
+function isRead(path: string): boolean {
+  return /\.img$|(?:^|\/)descriptors\.json$|^rootfs-diff\.tar$|^deleted\.files$|^checkpoint\.tar(?:\.|$)/.test(
+    path,
+  );
 }

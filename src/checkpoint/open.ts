@@ -1,8 +1,8 @@
 import { stat } from "node:fs/promises";
 import { join } from "node:path";
 import { BrokenImage, InvalidRequest, NotFound } from "../errors/index.ts";
-import type { Finding } from "./finding.ts";
-import { type CheckpointManifest, compareSizes, readManifest } from "./manifest.ts";
+import { type Finding, Found } from "./finding.ts";
+import { type CheckpointManifest, compareSizes, type FileFault, readManifest } from "./manifest.ts";
 
 /** A checkpoint that lies in a directory. */
 export interface OpenCheckpoint {
@@ -29,6 +29,18 @@ export async function openDirectoryOf(path: string): Promise<OpenCheckpoint> {
   return { path, imagePath, manifest: undefined, manifestPath: undefined };
 }
 
+/**
+ * A checkpoint of the store whose files are in an archive beside its manifest.
+ * @returns undefined for any other
+ * @throws as `readManifest`
+ */
+export async function findArchive(
+  path: string,
+): Promise<{ archive: string; manifest: CheckpointManifest } | undefined> {
+  const manifest = await readManifest(path);
+  return manifest?.archive && { archive: join(path, manifest.archive.file), manifest };
+}
+
 /** The directory with CRIU's images: the path itself, or `checkpoint/` in it. */
 async function findImages(path: string): Promise<string> {
   for (const directory of [path, join(path, "checkpoint")])
@@ -39,23 +51,35 @@ async function findImages(path: string): Promise<string> {
   throw new BrokenImage(`${path} is not a checkpoint: it holds no inventory.img`);
 }
 
-/**
- * Whether everything is there that a restore reads, in its size. What is in the files takes longer to know, and isn't looked at.
- */
+/** Whether everything is there that a restore reads, in its size. What is in the files takes longer to know, and isn't looked at. */
 export async function findFaultsOfFiles(checkpoint: OpenCheckpoint): Promise<Finding[]> {
-  const { imagePath, manifest, manifestPath } = checkpoint;
-  const faults: string[] = [];
-  if (manifest && manifestPath) faults.push(...(await compareSizes(manifestPath, manifest)));
-  const descriptors = "descriptors.json";
-  if (!faults.some((fault) => fault.includes(descriptors)) && !(await exists(join(imagePath, descriptors))))
-    faults.push(
+  const { manifest, manifestPath } = checkpoint;
+  const faults = manifest && manifestPath ? await compareSizes(manifestPath, manifest) : [];
+  return [...findingsOf(faults), ...(await findMissingParts(checkpoint, faults))];
+}
+
+export function findingsOf(faults: readonly FileFault[]): Finding[] {
+  const found = new Found("checkpoint");
+  for (const { kind, path, message } of faults) found.error(kind, message, path);
+  return found.list;
+}
+
+/** What must be beside CRIU's images, whoever took them. @param known  faults that are said already */
+export async function findMissingParts(
+  { imagePath, manifest }: OpenCheckpoint,
+  known: readonly FileFault[],
+): Promise<Finding[]> {
+  const found = new Found("checkpoint");
+  const saysDescriptors = known.some(({ path }) => path.endsWith("descriptors.json"));
+  if (!saysDescriptors && !(await exists(join(imagePath, "descriptors.json"))))
+    found.error(
+      "descriptors",
       "it has no descriptors.json, which engines write beside CRIU's images: it is incomplete, or a dump of processes rather than of a container",
     );
-  if (manifest?.options.parentPath && !(await exists(join(imagePath, "parent", "inventory.img"))))
-    faults.push(
-      `it builds on the pre-dump ${manifest.options.parentPath} (from its directory), which is missing`,
-    );
-  return faults.map((message) => ({ kind: "checkpoint", severity: "error", message }));
+  const { parentPath } = manifest?.options ?? {};
+  if (parentPath && !(await exists(join(imagePath, "parent", "inventory.img"))))
+    found.error("parent", `it builds on the pre-dump ${parentPath} (from its directory), which is missing`);
+  return found.list;
 }
 
 const exists = (path: string) =>

@@ -4,9 +4,16 @@ import type { Logger } from "pino";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { InvalidRequest } from "../errors/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
-import { compareToContainer, compareToNode, type RestoredContainer } from "./compare.ts";
+import {
+  compareToContainer,
+  compareToNode,
+  type ExternalMount,
+  nodeFacts,
+  type RestoredContainer,
+} from "./compare.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
+import { readImageFacts } from "./image-facts.ts";
 import type { CheckpointManifest, ContainerIdentity } from "./manifest.ts";
 import { findFaultsOfFiles, type OpenCheckpoint, openDirectoryOf } from "./open.ts";
 import type { CriuPolicy } from "./policy.ts";
@@ -41,6 +48,8 @@ export interface EngineRestore {
   readonly imagePath: string;
   readonly workPath: string;
   readonly policy: CriuPolicy;
+  /** besides those that the engine tells CRIU of */
+  readonly externalMounts: readonly ExternalMount[];
 }
 
 /** A container that may be restored, as its configuration has it. */
@@ -87,6 +96,7 @@ interface CheckContext extends ChainContext {
   /** from `openCheckpoint` on */
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
+  externalMounts: readonly ExternalMount[];
   /** what is wrong, and what differs: all of it, judged by `refuseDifferences` */
   readonly findings: Finding[];
 }
@@ -181,6 +191,7 @@ function checkContext(
     request,
     checkpoint: { path: request.path, imagePath: "", manifest: undefined, manifestPath: undefined },
     policy: target.policy(undefined),
+    externalMounts: [],
     findings: [],
     times: [],
     signal: options.signal ?? new AbortController().signal,
@@ -211,12 +222,18 @@ async function checkFilesOfCheckpoint(context: CheckContext, next: () => Promise
 
 async function compareWithContainer(context: CheckContext, next: () => Promise<void>): Promise<void> {
   const { checkpoint, findings, target } = context;
-  findings.push(...(await compareToContainer(checkpoint, target.container)));
+  const facts = await readImageFacts(checkpoint.imagePath);
+  const compared = await compareToContainer(checkpoint, facts, target.container);
+  findings.push(...compared.findings);
+  context.externalMounts = compared.externalMounts;
   await next();
 }
 
 async function compareWithNode(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  context.findings.push(...(await compareToNode(context.checkpoint)));
+  const { checkpoint, findings } = context;
+  // Of broken images nothing more can be told.
+  if (!findings.some(({ kind }) => kind === "checkpoint"))
+    findings.push(...(await compareToNode(checkpoint, await nodeFacts())));
   await next();
 }
 
@@ -236,6 +253,7 @@ interface RestoreAttempt {
   key: string;
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
+  externalMounts: readonly ExternalMount[];
 }
 
 function restoreAttemptFile(directory: string): string {
@@ -250,14 +268,14 @@ async function earlierRestore(
   const text = await readFile(restoreAttemptFile(directory), "utf8").catch(() => undefined); // the crash came before it
   const attempt = text === undefined ? undefined : (JSON.parse(text) as RestoreAttempt);
   if (attempt?.key !== key) return undefined;
-  const { checkpoint, policy } = attempt;
-  return { checkpoint, policy };
+  const { checkpoint, policy, externalMounts } = attempt;
+  return { checkpoint, policy, externalMounts };
 }
 
 async function recordRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, policy, request, target } = context;
+  const { checkpoint, externalMounts, policy, request, target } = context;
   const file = restoreAttemptFile(target.directory);
-  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy };
+  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts };
   await writeFile(`${file}.new`, JSON.stringify(attempt), { mode: 0o600 });
   await rename(`${file}.new`, file);
   try {
@@ -312,10 +330,10 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, policy, request, target, workPath } = context;
+  const { checkpoint, externalMounts, policy, request, target, workPath } = context;
   try {
     await target
-      .engineRestore({ imagePath: checkpoint.imagePath, workPath, policy })
+      .engineRestore({ imagePath: checkpoint.imagePath, workPath, policy, externalMounts })
       .catch(async (error: Error) => {
         const what = `restore of ${target.what} from ${request.path}`;
         throw await criuFailure(what, error, workPath, "restore.log");

@@ -1,9 +1,8 @@
-import { readFile } from "node:fs/promises";
 import { resolve } from "node:path";
-import { text } from "node:stream/consumers";
 import { Args, Command, Flags } from "@oclif/core";
 import type { Extracted, ReadOptions } from "../checkpoint/archive/index.ts";
-import { InvalidRequest, messageOf, toExitCode } from "../errors/index.ts";
+import { messageOf, toExitCode } from "../errors/index.ts";
+import { secretOf } from "./secret.ts";
 
 // `cedana archive …`: checkpoints as files. No cedanad is asked: whoever may read the checkpoint may do this.
 
@@ -42,14 +41,8 @@ abstract class ArchiveCommand extends Command {
     "key-file"?: string | undefined;
     "passphrase-file"?: string | undefined;
   }): Promise<{ secret?: Uint8Array }> {
-    const { "key-file": key, "passphrase-file": passphrase } = flags;
-    if (key !== undefined) return { secret: await readFile(key) };
-    if (passphrase === undefined) return {};
-    const [line] = (
-      passphrase === "-" ? await text(process.stdin) : await readFile(passphrase, "utf8")
-    ).split(/\r?\n/, 1);
-    if (!line) throw new InvalidRequest(`passphrase file ${passphrase} begins with an empty line`);
-    return { secret: Buffer.from(line) };
+    const secret = await secretOf(flags["key-file"], flags["passphrase-file"]);
+    return secret ? { secret } : {};
   }
 
   protected async readOptions(flags: {

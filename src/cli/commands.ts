@@ -1,6 +1,7 @@
 import { Command, Flags } from "@oclif/core";
 import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./archive.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
+import { DumpContainerd } from "./dump.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
 import { Preflight } from "./preflight.ts";
 import { Setup } from "./setup.ts";
@@ -55,6 +56,7 @@ export const commands = {
   "archive:extract": ArchiveExtract,
   "archive:show": ArchiveShow,
   "archive:verify": ArchiveVerify,
+  "dump:containerd": DumpContainerd,
   preflight: Preflight,
   setup: Setup,
 };

@@ -44,11 +44,8 @@ export async function findUnsuitable(imagesDir: string, criu?: string): Promise<
       return undefined;
     },
   );
-  const needed = (await readOne(join(imagesDir, "inventory.img"), "INVENTORY")).plugins_entry as
-    | Message
-    | undefined;
   const present = await installedPlugins();
-  for (const plugin of (needed?.plugins ?? []) as string[])
+  for (const plugin of await pluginsNeeded(imagesDir))
     if (!present.has(plugin))
       problems.push(`CRIU's plugin ${plugin}, which the dump needs, is not installed`);
   // CRIU writes it when it is told to look at the CPU.
@@ -58,6 +55,12 @@ export async function findUnsuitable(imagesDir: string, criu?: string): Promise<
       problems.push(...missingFromCpu(await readCpu(imagesDir), await thisCpu(path)), refused);
   }
   return problems;
+}
+
+/** Names of CRIU's plugins that took part in a dump. @throws ImageFault */
+export async function pluginsNeeded(imagesDir: string): Promise<string[]> {
+  const inventory = await readOne(join(imagesDir, "inventory.img"), "INVENTORY");
+  return ((inventory.plugins_entry as Message | undefined)?.plugins ?? []) as string[];
 }
 
 /** Names of the plugins that CRIU would load. */

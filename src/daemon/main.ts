@@ -9,13 +9,15 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import { createServer, type Socket } from "node:net";
+import { createServer } from "node:net";
 import { join } from "node:path";
 import { pino } from "pino";
-import { flock, peerCredentials, setCloexec } from "../linux/addon.ts";
+import { flock, setCloexec } from "../linux/addon.ts";
 import { ShimServer } from "../shim/shim-server.ts";
-import { daemonSocketName } from "../shim/socket-name.ts";
+import { apiSocketName, daemonSocketName } from "../shim/socket-name.ts";
+import { listenForApi } from "./api/listener.ts";
 import { leaveOwnCgroups } from "./own-cgroup.ts";
+import { isAllowedPeer } from "./peer.ts";
 import { RuntimeServer } from "./runtime-server.ts";
 
 /*
@@ -58,13 +60,16 @@ const shim = new ShimServer({
 });
 
 const server = createServer((socket) => {
-  if (isAllowed(socket)) shim.accept(socket);
+  if (isAllowedPeer(socket, log)) shim.accept(socket);
   else socket.destroy();
 });
 server.on("error", (error) => {
   log.fatal({ err: error, socketPath }, "listen");
   process.exit(69);
 });
+// Before the shims' socket is served: whoever has had an answer there finds this one, too.
+const apiPath = join(runDirectory, apiSocketName());
+listenForApi(apiPath, { log, shim, runDirectory });
 const passed = process.env.LISTEN_FDS === "1";
 if (!passed) rmSync(socketPath, { force: true });
 server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
@@ -79,18 +84,10 @@ for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => en
 function end(why: string): never {
   log.info({ why, tasks: shim.taskCount }, "cedanad ends; containers go on");
   rmSync(pidFile, { force: true });
+  rmSync(apiPath, { force: true });
   if (!passed || !process.env.LISTEN_PID) rmSync(socketPath, { force: true });
   leaveOwnCgroups();
   process.exit(0);
-}
-
-/** Only root, or who we are: the directory says so already, the kernel's word is final. */
-function isAllowed(socket: Socket): boolean {
-  const { fd } = (socket as unknown as { _handle: { fd: number } })._handle;
-  const peer = peerCredentials(fd);
-  if (peer.uid === 0 || peer.uid === process.getuid!()) return true;
-  log.warn({ peer }, "a connection from another user is refused");
-  return false;
 }
 
 /** One cedanad for a socket. Who passed us the lock holds it for us; else we take it, and end when another has it. */

@@ -1,7 +1,9 @@
 import { constants } from "node:fs";
 import { open, stat } from "node:fs/promises";
 import { isAbsolute, join, normalize } from "node:path";
+import { type Compression, compressions } from "../checkpoint/archive/compressions.ts";
 import { InvalidRequest, PermissionDenied, SyscallFailed } from "../errors/index.ts";
+import { parseBytes, parseDuration } from "./spec.ts";
 
 /*
  * What the administrator allows, in one JSON file. Whoever may annotate a pod must not thereby read or run another's memory, nor run
@@ -10,7 +12,7 @@ import { InvalidRequest, PermissionDenied, SyscallFailed } from "../errors/index
  *   {
  *     "annotations": { "deny": ["lazy"], "hooks": false },
  *     "restoreFromPaths": ["/srv/checkpoints"],
- *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3 }
+ *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" }
  *   }
  */
 export interface Configuration {
@@ -27,6 +29,16 @@ export interface Configuration {
     readonly directory: string;
     /** how many checkpoints of a name `cedana.io/checkpoint-every` keeps, where `cedana.io/keep-last` doesn't say */
     readonly keepLast: number;
+    /** what `cedana.io/checkpoint-every` may not be shorter than */
+    readonly shortestIntervalMs: number;
+    /** how those that nobody asks for are archived; undefined: they are directories */
+    readonly compression?: Compression | undefined;
+    /** what those archives are encrypted with */
+    readonly keyFile?: string | undefined;
+    /** patterns that no rootfs diff holds, beside those of the container */
+    readonly rootfsExclude: readonly string[];
+    /** what no rootfs diff may exceed, whatever the container says */
+    readonly rootfsMaxBytes: number;
   };
 }
 
@@ -44,7 +56,13 @@ function defaults(): Configuration {
   return {
     annotations: { deny: [], hooks: false },
     restoreFromPaths: [],
-    checkpoints: { directory: join(stateDirectory(), "checkpoints"), keepLast: 3 },
+    checkpoints: {
+      directory: join(stateDirectory(), "checkpoints"),
+      keepLast: 3,
+      shortestIntervalMs: 10_000,
+      rootfsExclude: [],
+      rootfsMaxBytes: 4 * 1024 ** 3,
+    },
   };
 }
 
@@ -111,7 +129,15 @@ export function parseConfiguration(text: string, path: string): Configuration {
   };
   const top = object(json, "the file", ["annotations", "restoreFromPaths", "checkpoints"]);
   const annotations = object(top.annotations, "annotations", ["deny", "hooks"]);
-  const checkpoints = object(top.checkpoints, "checkpoints", ["directory", "keepLast"]);
+  const checkpoints = object(top.checkpoints, "checkpoints", [
+    "directory",
+    "keepLast",
+    "shortestInterval",
+    "compression",
+    "keyFile",
+    "rootfsExclude",
+    "rootfsMaxBytes",
+  ]);
   const otherwise = defaults();
   const { hooks = otherwise.annotations.hooks } = annotations;
   if (typeof hooks !== "boolean") return wrong("annotations.hooks is neither true nor false");
@@ -120,11 +146,35 @@ export function parseConfiguration(text: string, path: string): Configuration {
   if (typeof keepLast !== "number" || !Number.isInteger(keepLast) || keepLast < 1 || keepLast > 1000)
     return wrong("checkpoints.keepLast is not a number from 1 to 1000");
   if (typeof root !== "string") return wrong("checkpoints.directory is not a string");
+  const asText = (value: unknown, name: string): string | undefined =>
+    value === undefined || typeof value === "string" ? value : wrong(`${name} is not a string`);
+  const interval = asText(checkpoints.shortestInterval, "checkpoints.shortestInterval");
+  const shortestIntervalMs =
+    interval === undefined ? otherwise.checkpoints.shortestIntervalMs : parseDuration(interval);
+  if (shortestIntervalMs === undefined)
+    return wrong('checkpoints.shortestInterval is not a time such as "10s"');
+  const compression = asText(checkpoints.compression, "checkpoints.compression") as Compression | undefined;
+  if (compression !== undefined && !compressions.includes(compression))
+    return wrong(`checkpoints.compression is not one of ${compressions.join(", ")}`);
+  const keyFile = asText(checkpoints.keyFile, "checkpoints.keyFile");
+  if (keyFile !== undefined && compression === undefined)
+    return wrong("checkpoints.keyFile encrypts archives: checkpoints.compression must say which");
+  const size = asText(checkpoints.rootfsMaxBytes, "checkpoints.rootfsMaxBytes");
+  const rootfsMaxBytes = size === undefined ? otherwise.checkpoints.rootfsMaxBytes : parseBytes(size);
+  if (rootfsMaxBytes === undefined) return wrong('checkpoints.rootfsMaxBytes is not a size such as "512Mi"');
   return {
     annotations: { deny: strings(annotations.deny, "annotations.deny") ?? otherwise.annotations.deny, hooks },
     restoreFromPaths: (strings(top.restoreFromPaths, "restoreFromPaths") ?? []).map((one) =>
       directory(one, "restoreFromPaths"),
     ),
-    checkpoints: { directory: directory(root, "checkpoints.directory"), keepLast },
+    checkpoints: {
+      directory: directory(root, "checkpoints.directory"),
+      keepLast,
+      shortestIntervalMs,
+      ...(compression && { compression }),
+      ...(keyFile !== undefined && { keyFile: directory(keyFile, "checkpoints.keyFile") }),
+      rootfsExclude: strings(checkpoints.rootfsExclude, "checkpoints.rootfsExclude") ?? [],
+      rootfsMaxBytes,
+    },
   };
 }

@@ -344,6 +344,8 @@ export function criuConfig(options: {
   readonly skipInFlight?: boolean | undefined;
   readonly leaveStopped?: boolean | undefined;
   readonly networkLock?: "skip" | "nftables" | undefined;
+  /** What is mounted from outside, besides what the engine says. */
+  readonly externalMounts?: readonly { readonly key: string; readonly source: string }[] | undefined;
   /** What cgroups are restored below instead of where they were, by controller; that of version 2 is "". */
   readonly cgroupRoots?: readonly (readonly [controller: string, path: string])[] | undefined;
 }): string {
@@ -352,6 +354,9 @@ export function criuConfig(options: {
     options.skipInFlight && "skip-in-flight",
     options.leaveStopped && "leave-stopped",
     options.networkLock && `network-lock ${options.networkLock}`,
+    ...(options.externalMounts ?? []).map(
+      ({ key, source }) => `external ${quoted(`mnt[${key}]:${source}`, "mount")}`,
+    ),
     ...(options.cgroupRoots ?? []).map(([controller, path]) => cgroupRoot(controller, path)),
   ]
     .filter(Boolean)
@@ -359,12 +364,16 @@ export function criuConfig(options: {
     .join("");
 }
 
-// A path comes from the container's configuration and must not become another option.
 function cgroupRoot(controller: string, path: string): string {
+  return `cgroup-root ${quoted(`${controller}:${path}`, "cgroup path")}`;
+}
+
+// What comes from a container's configuration or from images must not become another option.
+function quoted(text: string, what: string): string {
   // biome-ignore lint/suspicious/noControlCharactersInRegex: these are what is to be refused
-  if (/["\\\u0000-\u001f\u007f]/.test(path))
-    throw new InvalidRequest(`cgroup path ${JSON.stringify(path)} has characters that CRIU can't be told`);
-  return `cgroup-root "${controller}:${path}"`;
+  if (/["\\\u0000-\u001f\u007f]/.test(text))
+    throw new InvalidRequest(`${what} ${JSON.stringify(text)} has characters that CRIU can't be told`);
+  return `"${text}"`;
 }
 
 // env(1) becomes the engine by exec, so whoever starts this still has the engine for a child.

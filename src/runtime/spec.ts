@@ -63,6 +63,7 @@ export interface OciSpec {
     readonly uidMappings?: readonly unknown[];
     readonly gidMappings?: readonly unknown[];
     readonly rootfsPropagation?: string;
+    readonly maskedPaths?: readonly string[];
   };
 }
 
@@ -221,6 +222,11 @@ export function hasOurAnnotations(spec: OciSpec): boolean {
   return Object.keys(annotationsOf(spec)).some((name) => name.startsWith("cedana.io/"));
 }
 
+/** Whether an annotation asks for checkpoints again and again; what exactly, `cedanaAnnotations` says. */
+export function asksForCheckpoints(spec: OciSpec): boolean {
+  return Object.keys(annotationsOf(spec)).some((name) => name.startsWith("cedana.io/checkpoint-every"));
+}
+
 /**
  * Whether the container has no pid namespace of its own (it has the host's, or joins one). The kernel then doesn't
  * end its other processes with its init: whoever kills init must kill the rest by cgroup.
@@ -260,12 +266,16 @@ export function podNamespaceOf(spec: OciSpec): string | undefined {
   return annotationsOf(spec)["io.kubernetes.cri.sandbox-namespace"] || undefined;
 }
 
+/** Kubernetes' name of the pod; undefined elsewhere. */
+export function podNameOf(spec: OciSpec): string | undefined {
+  return annotationsOf(spec)["io.kubernetes.cri.sandbox-name"] || undefined;
+}
+
 /** Who the container is, as far as its configuration knows. @param namespace  containerd's, "" outside of it */
 export function identityOf(spec: OciSpec, containerId: string, namespace: string): ContainerIdentity {
   const annotations = annotationsOf(spec);
-  const either = (cri: string, crio: string) => annotations[cri] || annotations[crio] || undefined;
-  const pod = either("io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name");
-  const podNamespace = either("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace");
+  const pod = podNameOf(spec) ?? (annotations["io.kubernetes.pod.name"] || undefined);
+  const podNamespace = podNamespaceOf(spec) ?? (annotations["io.kubernetes.pod.namespace"] || undefined);
   const container = containerNameOf(spec);
   // A container that joins its pod's UTS namespace has no hostname of its own; Kubernetes' runtimes tell it the pod's.
   const hostname =
@@ -329,6 +339,17 @@ export interface CedanaAnnotations {
   readonly restoreFrom?: string;
   /** what becomes of a container whose restore fails; default: it fails */
   readonly onRestoreFailure?: "fail" | "fresh";
+  /** a checkpoint is taken again and again, in the store */
+  readonly checkpointEveryMs?: number;
+  /** how many of those are kept */
+  readonly keepLast?: number;
+  /** name of its checkpoints in the store */
+  readonly checkpointName?: string;
+  /** whether checkpoints in the store hold what it has changed in its root file system; default: yes */
+  readonly rootfsDiff?: boolean;
+  /** patterns of paths that are left out of that */
+  readonly rootfsExclude?: readonly string[];
+  readonly rootfsMaxBytes?: number;
 }
 
 // Key after `cedana.io/`, field, and what each allowed value means.
@@ -340,11 +361,57 @@ const policies = [
   ["shell-job", "shellJob", flag],
   ["restore-from", "restoreFrom", "text"],
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
+  [
+    "checkpoint-every",
+    "checkpointEveryMs",
+    { parse: parseDuration, words: 'a time such as "90s" or "1h30m"' },
+  ],
+  ["keep-last", "keepLast", { parse: parseCount, words: "a number from 1 to 1000" }],
+  ["checkpoint-name", "checkpointName", "text"],
+  ["rootfs-diff", "rootfsDiff", flag],
+  ["rootfs-exclude", "rootfsExclude", { parse: parseList, words: "patterns, with commas between them" }],
+  ["rootfs-max-bytes", "rootfsMaxBytes", { parse: parseBytes, words: 'a size such as "512Mi"' }],
 ] as const satisfies readonly (readonly [
   string,
   keyof CedanaAnnotations,
-  Record<string, unknown> | "text",
+  Record<string, unknown> | Parsed | "text",
 ])[];
+
+/** A value that isn't one of a few. `parse` gives undefined for what means nothing. */
+interface Parsed {
+  parse: (value: string) => unknown;
+  words: string;
+}
+
+const unitsMs: Readonly<Record<string, number>> = { ms: 1, s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 };
+
+/** As Go writes durations, with days: "1h30m", "1.5s". @returns milliseconds, more than 0 */
+export function parseDuration(text: string): number | undefined {
+  if (!/^(\d+(\.\d+)?(ms|s|m|h|d))+$/.test(text)) return undefined;
+  let ms = 0;
+  for (const [, count, , unit] of text.matchAll(/(\d+(\.\d+)?)(ms|s|m|h|d)/g))
+    ms += Number(count) * unitsMs[unit!]!;
+  return ms > 0 && Number.isFinite(ms) ? ms : undefined;
+}
+
+function parseCount(text: string): number | undefined {
+  return /^[1-9]\d{0,3}$/.test(text) && Number(text) <= 1000 ? Number(text) : undefined;
+}
+
+function parseList(text: string): string[] {
+  return text
+    .split(",")
+    .map((part) => part.trim())
+    .filter(Boolean);
+}
+
+/** As Kubernetes writes quantities of memory: "512Mi", "1G", "1000". */
+export function parseBytes(text: string): number | undefined {
+  const [, count, unit = "", binary] = /^(\d{1,15})(?:([KMGT])(i?))?$/.exec(text) ?? [];
+  if (count === undefined) return undefined;
+  const bytes = Number(count) * (binary ? 1024 : 1000) ** (unit === "" ? 0 : "KMGT".indexOf(unit) + 1);
+  return Number.isSafeInteger(bytes) ? bytes : undefined;
+}
 
 /**
  * The checkpoint policy that a container's annotations ask for.
@@ -376,6 +443,15 @@ export function cedanaAnnotations(
       );
     if (allowed === "text") {
       if (value !== "") policy[field] = value;
+      continue;
+    }
+    if ("parse" in allowed) {
+      const parsed = allowed.parse(value);
+      if (parsed === undefined)
+        throw new InvalidRequest(
+          `annotation ${name} is ${JSON.stringify(value)}; it may be ${allowed.words}`,
+        );
+      policy[field] = parsed;
       continue;
     }
     if (!Object.hasOwn(allowed, value))

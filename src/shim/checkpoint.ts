@@ -29,6 +29,7 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
   const engine = await withFeatures(task);
   const target = dumpTarget(task, spec, engine, {
     tag: work.tag,
+    directory: task.bundle,
     engineCheckpoint: (engineDump) => engineCheckpoint(task, work.tag("checkpoint"), engine, engineDump),
   });
   await dumpContainer(
@@ -56,7 +57,7 @@ export function dumpTarget(
   task: Task,
   spec: OciSpec,
   engine: Engine,
-  own: Pick<DumpTarget, "engineCheckpoint"> & { tag?: (step: string) => Tag },
+  own: Pick<DumpTarget, "directory" | "engineCheckpoint" | "inTurn"> & { tag?: (step: string) => Tag },
 ): DumpTarget {
   const { tag = (step: string) => task.pod.keeper.ownTag(step), ...rest } = own;
   return {
@@ -68,7 +69,6 @@ export function dumpTarget(
     get hasEnded() {
       return task.init.exit !== undefined;
     },
-    directory: task.bundle,
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
     rootfs: join(task.bundle, spec.root?.path ?? "rootfs"),

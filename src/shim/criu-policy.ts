@@ -4,14 +4,20 @@ import type { CheckpointManifest } from "../checkpoint/manifest.ts";
 import type { CriuPolicy } from "../checkpoint/policy.ts";
 import { InvalidRequest } from "../errors/index.ts";
 import { criuConfig } from "../runtime/engine.ts";
-import type { CheckpointRequestOptions } from "../runtime/options.ts";
+import { type CheckpointRequestOptions, decodeCheckpointOptions } from "../runtime/options.ts";
 import { cedanaAnnotations, type OciSpec } from "../runtime/spec.ts";
 
 /** What both engines know, "ignore" being ours. */
 const cgroupsModes = ["", "soft", "full", "strict", "ignore"];
 
-/** @throws InvalidRequest for a value that means nothing */
-export function dumpPolicy(options: CheckpointRequestOptions, spec: OciSpec): CriuPolicy {
+/**
+ * @param options  of the call; default: none
+ * @throws InvalidRequest for a value that means nothing
+ */
+export function dumpPolicy(
+  options: CheckpointRequestOptions = decodeCheckpointOptions(undefined),
+  spec: OciSpec,
+): CriuPolicy {
   if (!cgroupsModes.includes(options.cgroupsMode))
     throw new InvalidRequest(
       `cgroups mode is ${JSON.stringify(options.cgroupsMode)}; it may be ${cgroupsModes.slice(1).join(", ")}, or nothing`,

@@ -38,6 +38,11 @@ export async function runHook(
   );
   await using output = HookOutput.open(file("out"));
   try {
+    if (step("io").request === 0) {
+      // Nothing is remembered of work of our own: what a cedanad before us has begun is ended, and begun anew.
+      await endHook(task, file("pid"));
+      await keeper.ioFree(step("io-free-before"), io);
+    }
     await keeper.ioOpen(step("io"), {
       io,
       terminal: false,

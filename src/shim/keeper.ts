@@ -186,6 +186,11 @@ export class Keeper {
     this.#send(messageType.RESPONSE, { request, frame });
   }
 
+  /** Work on the request begins: if we crash now, it may be to blame. */
+  taken(request: number): void {
+    this.#send(messageType.TAKEN, { request });
+  }
+
   /** The request only waits from now on: if we crash, it isn't to blame. */
   parked(request: number): void {
     this.#send(messageType.PARKED, { request });

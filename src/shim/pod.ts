@@ -12,7 +12,7 @@ import { Task, type Work } from "./task.ts";
 const METHODS_THAT_START = ["Create", "Start"];
 
 /** A request that was in work at two crashes is not tried a third time. */
-const MAX_DELIVERIES = 2;
+const MAX_CRASHES = 2;
 
 /** What a call of the task service knows of where it came from. */
 export interface CallContext {
@@ -150,6 +150,7 @@ export class Pod {
       } else await task.revived();
     }
     this.#arriving = undefined;
+    for (const task of this.tasks.values()) task.resumeCheckpoint();
     this.#startsUnderWay += 1; // no exit is an orphan's before the repeated requests have learned their pids
     const served = requests.map((request) => this.#serve(request));
     await new Promise((resolve) => setImmediate(resolve));
@@ -175,6 +176,9 @@ export class Pod {
     const request = message.int("request");
     const connection = message.int("connection");
     const deliveries = message.int("deliveries");
+    // An older keeper doesn't know who began it, only who was sent it.
+    const begun = message.has("taken") ? message.int("taken") : deliveries - 1;
+    this.keeper.taken(request);
     const abort = new AbortController();
     if (message.int("closed") === 1) abort.abort();
     this.#calls.set(request, { connection, abort });
@@ -193,7 +197,7 @@ export class Pod {
     try {
       const frame = await this.#dispatcher.dispatch(
         message.bytes("frame"),
-        { pod: this, work, poisonous: deliveries > MAX_DELIVERIES, park: () => this.keeper.parked(request) },
+        { pod: this, work, poisonous: begun >= MAX_CRASHES, park: () => this.keeper.parked(request) },
         abort.signal,
         message.int("ageMs"),
       );

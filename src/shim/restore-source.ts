@@ -5,6 +5,7 @@ import { checkRestore } from "../checkpoint/restore.ts";
 import { CheckpointStore } from "../checkpoint/store.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 import { configurationPath, readConfiguration } from "../runtime/configuration.ts";
+import { engineVersion } from "../runtime/engine.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
 import {
   cedanaAnnotations,
@@ -35,7 +36,15 @@ export interface RestoreSource {
 export async function chooseRestoreSource(
   spec: OciSpec,
   asked: string | undefined,
-  container: { id: string; namespace: string; terminal: boolean; log: TaskLogger },
+  container: {
+    id: string;
+    namespace: string;
+    bundle: string;
+    /** name or path of its engine */
+    engine: string;
+    terminal: boolean;
+    log: TaskLogger;
+  },
 ): Promise<RestoreSource | undefined> {
   if (asked !== undefined && !isAbsolute(asked))
     throw new InvalidRequest(`checkpoint ${asked} is not an absolute path`);
@@ -45,7 +54,9 @@ export async function chooseRestoreSource(
     if (path === undefined) return undefined;
     const candidate = {
       what: `task ${container.id}`,
-      container: restoredContainer(spec, container.terminal),
+      container: restoredContainer(spec, container.bundle, await engineVersion(container.engine), {
+        terminal: container.terminal,
+      }),
       log: container.log,
       policy: (manifest: CheckpointManifest | undefined) => restorePolicy(manifest, spec),
     };

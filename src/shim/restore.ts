@@ -1,5 +1,5 @@
 import { link, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 import {
   type EngineRestore,
   type RestoreTarget,
@@ -43,7 +43,10 @@ export async function restore(task: Task, work: Work, path: string): Promise<voi
   const target: RestoreTarget = {
     what: `task ${task.id}`,
     directory: task.bundle,
-    container: restoredContainer(spec, task.init.stdio.terminal),
+    container: restoredContainer(spec, task.bundle, engine.features, {
+      terminal: task.init.stdio.terminal,
+      rootfs: resolve(task.bundle, spec.root?.path ?? "rootfs"),
+    }),
     log: task.log,
     identity: identityOf(spec, task.id, task.namespace),
     why: task.restoreAsked,
@@ -89,11 +92,12 @@ async function engineRestore(
   work: Work,
   engine: Engine,
   spec: OciSpec,
-  { imagePath, workPath, policy }: EngineRestore,
+  { imagePath, workPath, policy, externalMounts }: EngineRestore,
 ): Promise<void> {
   const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
+    externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
   try {

@@ -217,7 +217,11 @@ export class ShimServer {
   }
 
   async #answerStatus(): Promise<FieldValues> {
-    const status: DaemonStatus = {
+    return { answer: Buffer.from(JSON.stringify(this.status())) };
+  }
+
+  status(): DaemonStatus {
+    return {
       pid: process.pid,
       build: this.#build,
       uptimeMs: Math.round(process.uptime() * 1000),
@@ -236,7 +240,6 @@ export class ShimServer {
         })),
       })),
     };
-    return { answer: Buffer.from(JSON.stringify(status)) };
   }
 }
 

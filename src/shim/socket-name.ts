@@ -5,8 +5,17 @@ import { namespaceInode, ownMountNamespace } from "../linux/proc.ts";
  * launcher decides by the same rule (addon/keeper/PROTOCOL.md).
  */
 export function daemonSocketName(): string {
+  return `cedanad${namespaceSuffix()}.sock`;
+}
+
+/** … of the socket of the management API, beside it. */
+export function apiSocketName(): string {
+  return `api${namespaceSuffix()}.sock`;
+}
+
+function namespaceSuffix(): string {
   const own = ownMountNamespace();
-  return own === initMountNamespace() ? "cedanad.sock" : `cedanad-${own}.sock`;
+  return own === initMountNamespace() ? "" : `-${own}`;
 }
 
 /** undefined where we may not look: it takes ptrace access to pid 1 */

@@ -18,6 +18,7 @@ import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "
 import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import {
+  asksForCheckpoints,
   cgroupName,
   cgroupPathV2,
   hasOurAnnotations,
@@ -49,6 +50,9 @@ const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
 const OOM_COUNTER_ATTEMPTS = 10;
 const OOM_COUNTER_INTERVAL_MS = 20;
+
+/** In the bundle while a checkpoint is taken that containerd hasn't asked for. */
+export const TRIGGERED_DIRECTORY = "cedana-dump";
 
 /** The call on whose behalf something is done: gives its operations tags that a repetition derives again. */
 export interface Work {
@@ -179,7 +183,7 @@ export class Task {
     killPolicy(spec); // a signal that doesn't exist is refused now, not when it is needed
     execKillPolicy(spec, {});
     if (hasOurAnnotations(spec)) await (await import("../runtime/hooks.ts")).checkHooks(spec);
-    const restore = await restoreSourceOf(pod, request, options.criuImagePath, spec);
+    const restore = await restoreSourceOf(pod, request, options, spec);
     const state = restore ? "createdFromCheckpoint" : "created";
     const init = new Process("", request.id, request.stdio, state);
     const task = new Task(pod, request.id, request.bundle, options, init, restore);
@@ -265,6 +269,7 @@ export class Task {
       this.#spec = await readSpec(this.bundle);
       this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
       void this.outOfMemory(1); // the keeper's notice may have gone to nobody
+      if (this.init.state === "running") this.#scheduleCheckpoints();
     } catch (error) {
       this.#log.warn({ err: error }, "revive the task: its exit is expected");
     }
@@ -380,7 +385,14 @@ export class Task {
       throw error;
     }
     this.publish(`start:${work.request}`, events.taskStart(this.id, this.init.pid));
+    this.#scheduleCheckpoints();
     return this.init.pid;
+  }
+
+  /** Few containers ask for it, and only they load what it takes. */
+  #scheduleCheckpoints(): void {
+    if (!this.#spec || !asksForCheckpoints(this.#spec)) return;
+    void import("./schedule.ts").then(({ scheduleCheckpoints }) => scheduleCheckpoints(this));
   }
 
   /** The start is on record: an exit that came meanwhile may be told. */
@@ -749,6 +761,9 @@ export class Task {
     try {
       if (this.init.state === "running" && !this.init.exit) await (await this.cgroup()).thaw();
       await rm(marker, { force: true });
+      const { abandonAttempt } = await import("../checkpoint/dump.ts");
+      const kept = await abandonAttempt(this.bundle, async () => {});
+      if (kept !== undefined) this.#log.warn({ kept }, "kept the images of a dump that a crash cut off");
       this.#log.warn("thawed: it had been frozen for a dump that a crash cut off");
     } catch (error) {
       this.#log.error({ err: error }, "thaw a container that a dump cut off by a crash had frozen");
@@ -765,6 +780,19 @@ export class Task {
     } catch (error) {
       this.#log.error({ err: error }, "pause a container again that ran for its hook when cedanad ended");
     }
+  }
+
+  /**
+   * A cedanad before us may have ended in the middle of a checkpoint of its own will: gone on with, before any call of containerd's
+   * changes the container.
+   */
+  resumeCheckpoint(): void {
+    if (!existsSync(join(this.bundle, TRIGGERED_DIRECTORY))) return;
+    const turn = Promise.withResolvers<void>();
+    void this.init.inTurn(() => turn.promise);
+    void import("./triggered.ts")
+      .then(({ resumeCheckpoint }) => resumeCheckpoint(this, turn.resolve))
+      .finally(turn.resolve);
   }
 
   async resizePty(work: Work, process: Process, width: number, height: number): Promise<void> {
@@ -978,7 +1006,7 @@ export class Task {
 async function restoreSourceOf(
   pod: Pod,
   request: CreateRequest,
-  criuImagePath: string,
+  { criuImagePath, binaryName }: RuntimeOptions,
   spec: OciSpec,
 ): Promise<RestoreSource | undefined> {
   const asked = request.checkpoint || criuImagePath || undefined;
@@ -986,6 +1014,8 @@ async function restoreSourceOf(
   const { chooseRestoreSource } = await import("./restore-source.ts");
   return await chooseRestoreSource(spec, asked, {
     id: request.id,
+    bundle: request.bundle,
+    engine: binaryName || "runc",
     namespace: pod.namespace,
     terminal: request.stdio.terminal,
     log: taskLogger(pod.log, request.bundle, request.id),

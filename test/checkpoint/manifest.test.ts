@@ -204,7 +204,7 @@ describe("compareSizes", () => {
     const manifest = (await readManifest(images))!;
     fs.appendFileSync(path.join(images, "pages-1.img"), "6");
     fs.rmSync(path.join(images, "core-1.img"));
-    expect(await compareSizes(images, manifest)).toEqual([
+    expect((await compareSizes(images, manifest)).map(({ message }) => message)).toEqual([
       "core-1.img is missing",
       "pages-1.img has 6 bytes instead of 5",
     ]);

@@ -154,6 +154,7 @@ const relevant: { [type: number]: readonly (keyof typeof fieldKey)[] } = {
   [messageType.TASK_GONE]: ["id"],
   [messageType.RESPONSE]: ["request", "frame"],
   [messageType.PARKED]: ["request"],
+  [messageType.TAKEN]: ["request"],
   [messageType.ACK]: ["sequence"],
   [messageType.SPAWN]: [
     ...tag,

@@ -56,6 +56,25 @@ describe.concurrent("a request", () => {
     expect((await pod.replaceCedanad()).count(type.REQUEST)).toBe(0);
   });
 
+  it("is blamed only for the cedanads that had begun it", async () => {
+    await using pod = await Pod.start();
+    const client = await pod.client();
+    void call(client, "Start").catch(() => {}); // cut off at the end
+    const first = await pod.link.take(type.REQUEST);
+    expect(first.int("taken")).toBe(0);
+    let link = await pod.replaceCedanad(); // the first was sent it, and ended
+    const seen = (): [number, number] => {
+      const told = link.log.find((message) => message.type === type.REQUEST)!;
+      return [told.int("deliveries"), told.int("taken")];
+    };
+    expect(seen()).toEqual([2, 0]);
+    for (const _ of [1, 2, 3]) link.send(type.TAKEN, { request: first.int("request") });
+    link.send(type.TAKEN, { request: 999 });
+    await link.run({ argv: ["true"] }); // it has read them
+    link = await pod.replaceCedanad();
+    expect(seen()).toEqual([3, 2]); // no more than it has been sent
+  });
+
   it("that only waits isn't blamed for the cedanads that end meanwhile", async () => {
     await using pod = await Pod.start();
     const outcome = call(await pod.client(), "Wait");

@@ -132,7 +132,18 @@ for (const combination of enginesForCheckpoints) {
     });
 
     it("leaves no process where a restore fails after the processes were made", async () => {
-      // The program's file is another than at the dump.
+      // Of the right size, so that only CRIU sees it, when the process takes on its memory.
+      const pagemap = readdirSync(good).find((name) => /^pagemap-\d+\.img$/.test(name))!;
+      await failsToStart(
+        damaged((image) => {
+          const bytes = readFileSync(join(image, pagemap));
+          writeFileSync(join(image, pagemap), bytes.fill(0xff, 8));
+        }),
+        /CRIU: /,
+      );
+    });
+
+    it("names a file that is another than at the dump, before CRIU does", async () => {
       const source = mkdtempSync(join(live.dir, "bin-"));
       const program = join(source, "counter");
       cpSync(join(live.programs, "counter"), program);
@@ -143,7 +154,9 @@ for (const combination of enginesForCheckpoints) {
       await task.destroy();
       appendFileSync(program, "changed");
       const failed = await live.create(["/own/counter"], { mounts, criuImagePath: image });
-      await expect(failed.start()).rejects.toThrow(/bad size.*same versions of mounted files/s);
+      await expect(failed.start()).rejects.toThrow(
+        /\/own\/counter has \d+ bytes instead of \d+: .*same versions of mounted files/,
+      );
       expect(await failed.status()).toBe("STOPPED");
       await failed.destroy();
     });

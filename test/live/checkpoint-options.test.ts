@@ -1,9 +1,10 @@
 // What CRIU is allowed, by annotation or by containerd's options: each shown by what it does.
 
 import { spawn } from "node:child_process";
-import { existsSync, mkdtempSync, readFileSync, statSync } from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { verifyDirectory } from "../../src/checkpoint/archive/index.ts";
 import { Live, type RunOptions } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
 import type { CheckpointOptions } from "./harness/task.ts";
@@ -167,14 +168,25 @@ for (const combination of enginesForCheckpoints) {
       const workPath = mkdtempSync(join(live.dir, "work-"));
       const image = await task.checkpoint({ workPath });
       const manifest = manifestOf(image);
-      expect(statSync(join(image, "cedana.json")).mode & 0o077).toBe(0);
+      for (const name of readdirSync(image)) expect(statSync(join(image, name)).mode & 0o077, name).toBe(0);
+      expect((await verifyDirectory(image)).verified).toBe(manifest.files.length);
       expect(existsSync(join(workPath, "dump.log"))).toBe(true);
       expect(manifest).toMatchObject({
         version: 1,
         containerId: task.id,
         terminal: false,
         options: { fileLocks: false, extUnix: false, shellJob: false, leaveRunning: true },
-        files: expect.arrayContaining([{ path: "inventory.img", size: expect.any(Number) }]),
+        files: expect.arrayContaining([
+          {
+            path: "inventory.img",
+            size: expect.any(Number),
+            digest: expect.stringMatching(/^sha256:[0-9a-f]{64}$/),
+          },
+        ]),
+        namespaces: expect.arrayContaining([{ type: "pid" }]),
+        plugins: [{ name: "containerd" }, { name: engine }],
+        cpu: { features: expect.arrayContaining(["fpu"]) },
+        timings: { criuDump: expect.any(Number) },
         criuVersion: expect.stringMatching(/^\d+\.\d+/),
         kernel: expect.stringMatching(/^\d+\.\d+/),
         engine: { name: engine, version: expect.stringMatching(/^\d+\.\d+/) },

@@ -57,6 +57,6 @@ describe("a crash of cedanad in a restore", () => {
     expect(readdirSync(image).sort()).toEqual(before);
     const crashes = restoreChecks.length * 2 - 1 + restoreSteps.length * 2 - 1;
     expect(live.cedanadLog().match(/cedanad serves/g)!.length).toBeGreaterThan(2 * crashes);
-    live.expectNoLeftovers();
+    await live.expectNoLeftovers();
   });
 });

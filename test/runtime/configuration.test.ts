@@ -18,7 +18,13 @@ describe("the administrator's configuration", () => {
     expect(await readConfiguration(path)).toEqual({
       annotations: { deny: [], hooks: false },
       restoreFromPaths: [],
-      checkpoints: { directory: expect.stringMatching(/\/checkpoints$/), keepLast: 3 },
+      checkpoints: {
+        directory: expect.stringMatching(/\/checkpoints$/),
+        keepLast: 3,
+        shortestIntervalMs: 10_000,
+        rootfsExclude: [],
+        rootfsMaxBytes: 4 * 2 ** 30,
+      },
     });
   });
 
@@ -44,6 +50,10 @@ describe("the administrator's configuration", () => {
     ["a relative path", `{ "restoreFromPaths": ["a"] }`, /"a" is not an absolute path/],
     ["a number for a switch", `{ "annotations": { "hooks": 1 } }`, /neither true nor false/],
     ["a text for a list", `{ "annotations": { "deny": "tcp" } }`, /not a list/],
+    ["no time", `{ "checkpoints": { "shortestInterval": "5 s" } }`, /not a time/],
+    ["an unknown compression", `{ "checkpoints": { "compression": "xz" } }`, /none, gzip, lz4, zstd/],
+    ["a key for nothing", `{ "checkpoints": { "keyFile": "/k" } }`, /encrypts archives/],
+    ["no size", `{ "checkpoints": { "rootfsMaxBytes": "much" } }`, /not a size/],
     ["nothing to keep", `{ "checkpoints": { "keepLast": 0 } }`, /from 1 to 1000/],
   ])("refuses %s", (_what, text, message) => {
     expect(() => parseConfiguration(text, path)).toThrow(InvalidRequest);

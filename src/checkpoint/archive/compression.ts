@@ -16,6 +16,7 @@ import {
 } from "node:zlib";
 import { BrokenImage, CedanaError, InvalidRequest, messageOf, Unavailable } from "../../errors/index.ts";
 import type { JobContext } from "../worker/jobs.ts";
+import { type Compression, compressions } from "./compressions.ts";
 import { ZstdFrames } from "./zstd-frames.ts";
 
 /**
@@ -28,8 +29,7 @@ import { ZstdFrames } from "./zstd-frames.ts";
  * keep a whole archive in memory, or have been left for years; and a process of its own is where compression should be.
  */
 
-export const compressions = ["none", "gzip", "lz4", "zstd"] as const;
-export type Compression = (typeof compressions)[number];
+export { type Compression, compressions };
 
 type Chunks = AsyncIterable<Buffer>;
 

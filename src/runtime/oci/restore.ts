@@ -3,7 +3,7 @@ import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
 import { CriuFailed, Unsupported } from "../../errors/index.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
-import { engineVersion } from "../engine.ts";
+import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoredContainer } from "../restored-container.ts";
@@ -48,7 +48,9 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
   const target: RestoreTarget = {
     what: `container ${id}`,
     directory: scratch,
-    container: restoredContainer(spec),
+    container: restoredContainer(spec, bundle, features, {
+      rootfs: resolve(bundle, spec.root?.path ?? "rootfs"),
+    }),
     log: wrapper.log,
     identity: identityOf(spec, id, ""),
     why: "caller",
@@ -79,7 +81,7 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       await cgroup.make();
     },
     removeCgroup: () => cgroup.remove(),
-    engineRestore: async ({ imagePath, workPath: work, policy }) => {
+    engineRestore: async ({ imagePath, workPath: work, policy, externalMounts }) => {
       const { argv, criuConfig } = engineArguments(
         "restore",
         features,
@@ -91,7 +93,11 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       if (kill && known === undefined)
         writeMarker(call.marker, { version: 1, id, root, engine, globalArgv, kill });
       const since = Date.now();
-      const env = await criuConfigFile(join(scratch, "criu.conf"), [...criuConfig, ...cgroup.lines]);
+      const env = await criuConfigFile(join(scratch, "criu.conf"), [
+        ...criuConfig,
+        ...cgroup.lines,
+        ...criuSettings({ externalMounts }).split("\n").filter(Boolean),
+      ]);
       const command = [
         engine,
         ...globalArgv,

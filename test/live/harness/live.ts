@@ -367,6 +367,12 @@ export class Live {
     return (await run(file!, rest, { env: { PATH: this.environment().PATH! } })).stdout;
   }
 
+  /** The command line of this containerd's cedanad. @returns its stdout */
+  async cedana(...args: string[]): Promise<string> {
+    const [file, ...rest] = [...this.#enter(), join(repository, "bin/cedana"), ...args];
+    return (await run(file!, rest, { env: this.environment(), maxBuffer: 64 * 1024 * 1024 })).stdout;
+  }
+
   ctrArgv(args: string[]): string[] {
     return [
       ...this.#enter(),

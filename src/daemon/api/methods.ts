@@ -1,0 +1,26 @@
+import type { ApiMethods } from "./server.ts";
+
+/** The methods of proto/cedana_api.proto. Each loads what it needs: a cedanad that is asked for its status has no use for archives. */
+export const methods: ApiMethods = {
+  Status: async (_request, { shim }) => {
+    const { pods, ...daemon } = shim.status();
+    return {
+      ...daemon,
+      pods: pods.map(({ keeper, tasks, ...pod }) => ({
+        ...pod,
+        keeperPid: keeper,
+        tasks: tasks.map(({ execs, ...task }) => ({
+          ...task,
+          execs: execs.map(({ execId, ...exec }) => ({ ...exec, id: execId })),
+        })),
+      })),
+    };
+  },
+  DumpContainer: async (request, call, send) =>
+    await (await import("./dump.ts")).dumpContainer(request, call, send),
+  ListCheckpoints: async (request, call) =>
+    await (await import("./checkpoints.ts")).listCheckpoints(request, call),
+  InspectCheckpoint: async (request) => await (await import("./checkpoints.ts")).inspectCheckpoint(request),
+  VerifyCheckpoint: async (request, call, send) =>
+    await (await import("./checkpoints.ts")).verifyCheckpoint(request, call, send),
+};

@@ -1,0 +1,387 @@
+import { randomUUID } from "node:crypto";
+import { existsSync } from "node:fs";
+import { copyFile, mkdir, readdir, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
+import { dirname, join } from "node:path";
+import type { Compression } from "../checkpoint/archive/compressions.ts";
+import { IMAGES_DIRECTORY } from "../checkpoint/archive/layout.ts";
+import { abandonAttempt, type DumpOutcome, dump, type EngineDump } from "../checkpoint/dump.ts";
+import { freezeMarker } from "../checkpoint/freeze-marker.ts";
+import { MANIFEST_NAME, readManifest } from "../checkpoint/manifest.ts";
+import { CheckpointStore, type StoredCheckpoint, type StoreOwner } from "../checkpoint/store.ts";
+import { InvalidRequest, NotFound, RuntimeFailed, WrongState } from "../errors/index.ts";
+import { isAlive, startTime } from "../linux/proc.ts";
+import { type Configuration, readConfiguration } from "../runtime/configuration.ts";
+import type { Engine } from "../runtime/engine.ts";
+import {
+  cedanaAnnotations,
+  containerNameOf,
+  type OciSpec,
+  podNameOf,
+  podNamespaceOf,
+} from "../runtime/spec.ts";
+import { dumpTarget, engineCheckpoint, withFeatures } from "./checkpoint.ts";
+import { dumpPolicy } from "./criu-policy.ts";
+import * as events from "./events.ts";
+import { crashIfTold, reachBoundary } from "./fault.ts";
+import { type Task, TRIGGERED_DIRECTORY } from "./task.ts";
+
+/*
+ * Checkpoints that we take by ourselves, into the store: for `cedana dump` and for `cedana.io/checkpoint-every`. The container stands
+ * still for the freezer, the changed files and CRIU; what comes after (digests, syncing, archiving) it doesn't notice.
+ *
+ * What was asked for lies in the bundle (`cedana-dump/`) until it is done. The next cedanad after a crash goes on with it: the engine may
+ * have come to its end meanwhile, without anybody who heard how; CRIU's own files say that.
+ */
+
+export interface TriggerRequest {
+  trigger: "command" | "schedule";
+  /** default: what the container's annotation says, else its id, or under Kubernetes POD.CONTAINER */
+  name?: string | undefined;
+  /** the container ends with the dump */
+  exit?: boolean;
+  /** one file of what; undefined: a directory */
+  compression?: Compression | undefined;
+  /** encrypts that file */
+  secret?: Uint8Array | undefined;
+  /** older checkpoints of the name are removed until so many are left; undefined: none is */
+  keep?: number | undefined;
+  signal?: AbortSignal;
+  onStep?: (step: string) => void;
+}
+
+export interface TriggeredCheckpoint extends StoredCheckpoint, Pick<DumpOutcome, "frozenMs" | "times"> {
+  owner: StoreOwner;
+  /** of the files that its manifest names */
+  bytes: number;
+  totalMs: number;
+  /** older ones, which are gone now */
+  pruned: StoredCheckpoint[];
+}
+
+/** What is to be done, on disk, for whoever goes on after a crash. */
+interface DumpRecord {
+  key: string;
+  trigger: TriggerRequest["trigger"];
+  owner: StoreOwner;
+  name: string;
+  /** of the store, and of the name in it */
+  root: string;
+  directory: string;
+  generation: string;
+  exit: boolean;
+  compression?: Compression | undefined;
+  /** with a secret that nobody but the caller knows */
+  encrypted: boolean;
+  keep?: number | undefined;
+  /** cedanads that have begun it */
+  attempts: number;
+}
+
+/** One that takes cedanad along each time is given up. */
+const MAX_ATTEMPTS = 3;
+const EXIT_AFTER_DUMP_MS = 10_000;
+
+/** Tasks of which a checkpoint is being taken. */
+const busy = new WeakSet<Task>();
+
+/** @throws WrongState for a task that doesn't run, or of which one is being taken; what `dump` throws */
+export async function takeCheckpoint(task: Task, request: TriggerRequest): Promise<TriggeredCheckpoint> {
+  task.init.check("checkpoint");
+  if (request.secret && request.compression === undefined)
+    throw new InvalidRequest("only an archive can be encrypted: name a compression, or none for a plain tar");
+  return await alone(task, async () => {
+    const spec = await task.spec();
+    const { checkpoints } = await readConfiguration();
+    const owner: StoreOwner = { namespace: task.namespace, podNamespace: podNamespaceOf(spec) };
+    const name = request.name || checkpointNameOf(task, spec);
+    const store = new CheckpointStore(checkpoints.directory);
+    const place = await store.placeFor(owner, name);
+    const record: DumpRecord = {
+      key: randomUUID(),
+      trigger: request.trigger,
+      owner,
+      name,
+      root: store.root,
+      directory: dirname(place),
+      generation: place.slice(dirname(place).length + 1),
+      exit: request.exit ?? false,
+      compression: request.compression,
+      encrypted: request.secret !== undefined,
+      keep: request.keep,
+      attempts: 1,
+    };
+    return await finish(task, record, request);
+  });
+}
+
+/** What its checkpoints are called. */
+export function checkpointNameOf(task: Task, spec: OciSpec): string {
+  const { checkpointName } = cedanaAnnotations(spec);
+  const [pod, container] = [podNameOf(spec), containerNameOf(spec)];
+  return checkpointName ?? (pod && container ? `${pod}.${container}` : task.id);
+}
+
+async function alone<T>(task: Task, work: () => Promise<T>): Promise<T> {
+  if (busy.has(task)) throw new WrongState(`a checkpoint of task ${task.id} is being taken already`);
+  busy.add(task);
+  try {
+    return await work();
+  } finally {
+    busy.delete(task);
+  }
+}
+
+const scratchOf = (task: Task) => join(task.bundle, TRIGGERED_DIRECTORY);
+const recordFile = (task: Task) => join(scratchOf(task), "request.json");
+
+/**
+ * After a crash: goes on with what the cedanad before us was at. Logs how it ended.
+ * @param onDumped  the container is no longer needed: from here on other calls may change it
+ */
+export async function resumeCheckpoint(task: Task, onDumped: () => void): Promise<void> {
+  await alone(task, async () => {
+    try {
+      const text = await readFile(recordFile(task), "utf8").catch(() => undefined); // half made: nothing was begun
+      if (text === undefined) {
+        await rm(scratchOf(task), { recursive: true, force: true });
+        return;
+      }
+      const record = JSON.parse(text) as DumpRecord;
+      record.attempts += 1;
+      if (record.attempts > MAX_ATTEMPTS) {
+        await giveUp(task, record);
+        return;
+      }
+      const done = await finish(task, record, { trigger: record.trigger }, onDumped);
+      task.log.info({ path: done.path }, "finished a checkpoint that a crash of cedanad had cut off");
+    } catch (error) {
+      task.log.error({ err: error }, "a checkpoint that a crash of cedanad had cut off came to nothing");
+    }
+  });
+}
+
+/**
+ * From wherever it stands to its end. What ends the container keeps everybody else waiting until it is whole.
+ * @param resumed  after a crash, where the caller has the turn: called when it isn't needed any more
+ */
+async function finish(
+  task: Task,
+  record: DumpRecord,
+  request: TriggerRequest,
+  resumed?: () => void,
+): Promise<TriggeredCheckpoint> {
+  const startedAt = performance.now();
+  const scratch = scratchOf(task);
+  await mkdir(scratch, { recursive: true, mode: 0o700 });
+  await writeFile(`${recordFile(task)}.new`, JSON.stringify(record), { mode: 0o600 });
+  await rename(`${recordFile(task)}.new`, recordFile(task));
+  const path = join(record.directory, record.generation);
+  try {
+    let outcome: DumpOutcome = { path, times: {}, frozenMs: 0 };
+    if (!(resumed && existsSync(join(path, MANIFEST_NAME)))) {
+      const take = () => dumpInto(task, record, request, resumed !== undefined);
+      outcome = await (record.exit && !resumed ? task.init.inTurn(take) : take());
+    }
+    resumed?.();
+    boundary("archive", request);
+    try {
+      await archive(path, record, request, task);
+    } catch (error) {
+      // What wasn't asked for isn't left; the container runs on.
+      if (!record.exit) await new CheckpointStore(record.root).remove({ ...record, path });
+      throw error;
+    }
+    boundary("prune", request);
+    const pruned = record.keep === undefined ? [] : await prune(record, record.keep);
+    boundary("done", request);
+    const manifest = await readManifest(path);
+    return {
+      owner: record.owner,
+      name: record.name,
+      generation: record.generation,
+      path,
+      bytes: manifest?.files.reduce((sum, { size }) => sum + size, 0) ?? 0,
+      frozenMs: outcome.frozenMs,
+      times: outcome.times,
+      totalMs: performance.now() - startedAt,
+      pruned,
+    };
+  } catch (error) {
+    // The bundle may have gone meanwhile; the error has CRIU's reason.
+    await copyFile(join(scratch, "criu-dump.log"), join(task.bundle, "criu-dump.log")).catch(() => undefined);
+    throw error;
+  } finally {
+    await rm(scratch, { recursive: true, force: true });
+  }
+}
+
+function boundary(name: string, { onStep }: TriggerRequest): void {
+  onStep?.(name);
+  if (reachBoundary) crashIfTold(`triggered.${name}.before`);
+}
+
+async function dumpInto(
+  task: Task,
+  record: DumpRecord,
+  request: TriggerRequest,
+  repeated: boolean,
+): Promise<DumpOutcome> {
+  const spec = await task.spec();
+  const { checkpoints, annotations } = await readConfiguration();
+  const engine = await withFeatures(task);
+  const target = dumpTarget(task, spec, engine, {
+    directory: scratchOf(task),
+    engineCheckpoint: (engineDump) => checkpointOnce(task, engine, engineDump, repeated),
+    // With `exit`, and after a crash, we have the turn already.
+    ...(!record.exit &&
+      !repeated && {
+        inTurn: <T>(work: () => Promise<T>) =>
+          task.init.inTurn(async () => {
+            task.init.check("checkpoint"); // it may have ended while we waited
+            return await work();
+          }),
+      }),
+  });
+  if (record.exit && !repeated) task.init.check("checkpoint");
+  const outcome = await dump(
+    target,
+    {
+      key: record.key,
+      repeated,
+      place: {
+        directory: record.directory,
+        generation: record.generation,
+        // An archive follows, and the container still has what is in it.
+        temporary: record.compression !== undefined && !record.exit,
+      },
+      leaveRunning: !record.exit,
+      policy: dumpPolicy(undefined, spec),
+      rootfs: rootfsOf(spec, checkpoints, annotations.deny),
+      digests: "afterwards",
+      origin: { name: record.name, trigger: record.trigger },
+    },
+    {
+      ...(request.signal && { signal: request.signal }),
+      onBoundary: (at) => {
+        reachBoundary?.(at);
+        const step = /^dump\.(.*)\.before$/.exec(at)?.[1];
+        if (step) request.onStep?.(step);
+      },
+    },
+  );
+  if (record.exit)
+    await Promise.race([
+      task.init.waitForExit(),
+      new Promise((resolve) => setTimeout(resolve, EXIT_AFTER_DUMP_MS).unref()),
+    ]);
+  else task.publish(`checkpointed:${record.key}`, events.taskCheckpointed(task.id, outcome.path));
+  return outcome;
+}
+
+/** Which changed files come along; undefined: none. The administrator's bounds hold for everybody. */
+function rootfsOf(
+  spec: OciSpec,
+  { rootfsExclude, rootfsMaxBytes }: Configuration["checkpoints"],
+  denied: readonly string[],
+) {
+  const wanted = cedanaAnnotations(spec, { denied });
+  if (wanted.rootfsDiff === false) return undefined;
+  return {
+    exclude: [...rootfsExclude, ...(wanted.rootfsExclude ?? [])],
+    maxBytes: Math.min(rootfsMaxBytes, wanted.rootfsMaxBytes ?? Number.POSITIVE_INFINITY),
+  };
+}
+
+// ---- the engine, over crashes ----------------------------------------------------------------------------------------
+
+/** The engine's `checkpoint`; after a crash, the outcome of the one that was started then. @throws RuntimeFailed */
+async function checkpointOnce(
+  task: Task,
+  engine: Engine,
+  engineDump: EngineDump,
+  repeated: boolean,
+): Promise<void> {
+  if (repeated) {
+    await endOfDump(engineDump.imagePath);
+    // CRIU writes its statistics when it has succeeded, and its log from the beginning on.
+    const has = async (name: string) =>
+      (await stat(join(engineDump.workPath, name)).catch(() => undefined)) !== undefined;
+    if (await has("stats-dump")) return;
+    if (await has("dump.log"))
+      throw new RuntimeFailed(`checkpoint of ${task.id} failed while cedanad was away`, {});
+  }
+  await engineCheckpoint(task, task.pod.keeper.ownTag("checkpoint"), engine, engineDump);
+}
+
+/** Waits until no process works on these images any more: neither an engine that was told to, nor the CRIU that it left behind. */
+async function endOfDump(imagePath: string): Promise<void> {
+  for (const pid of (await readdir("/proc")).filter((name) => /^\d+$/.test(name)).map(Number)) {
+    const started = startTime(pid);
+    if (started === undefined || !(await worksOn(pid, imagePath))) continue;
+    while (isAlive(pid, started)) await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
+
+async function worksOn(pid: number, imagePath: string): Promise<boolean> {
+  const command = await readFile(`/proc/${pid}/cmdline`, "utf8").catch(() => ""); // it has ended
+  const words = command.split("\0");
+  if (words.includes(imagePath)) return true;
+  if (!/(^|\/)criu$/.test(words[0] ?? "")) return false;
+  const fds = await readdir(`/proc/${pid}/fd`).catch(() => []);
+  for (const fd of fds)
+    if ((await readlink(`/proc/${pid}/fd/${fd}`).catch(() => "")).startsWith(imagePath)) return true;
+  return false;
+}
+
+/** A dump that took cedanad along again and again: what it left is undone, or kept where it is the container's last. */
+async function giveUp(task: Task, record: DumpRecord): Promise<void> {
+  const scratch = scratchOf(task);
+  const kept = await abandonAttempt(
+    scratch,
+    async (staging) => await endOfDump(join(staging, IMAGES_DIRECTORY)),
+  );
+  if (!task.init.exit && task.init.state === "running" && existsSync(freezeMarker(scratch)))
+    await (await task.cgroup()).thaw();
+  await rm(scratch, { recursive: true, force: true });
+  task.log.error(
+    { checkpoint: record.name, ...(kept !== undefined && { kept }) },
+    `cedanad ended ${MAX_ATTEMPTS} times while it took a checkpoint: given up`,
+  );
+}
+
+// ---- archive, and older ones -----------------------------------------------------------------------------------------
+
+/** Puts one file in the place of a checkpoint's directory. Until then, and when it fails, the directory is whole. */
+async function archive(
+  path: string,
+  { compression, encrypted }: DumpRecord,
+  { secret, signal }: TriggerRequest,
+  task: Task,
+): Promise<void> {
+  if (compression === undefined) return;
+  const manifest = await readManifest(path);
+  if (!manifest || manifest.archive) return; // done before a crash
+  if (encrypted && !secret) {
+    // Never in clear what was to be encrypted, unless it is all that is left of the container.
+    if (manifest.options.leaveRunning)
+      throw new NotFound(
+        "cedanad ended before the checkpoint was encrypted, and the key went with it: take another one",
+      );
+    task.log.error(
+      { path },
+      "cedanad ended before the checkpoint was encrypted, and the key went with it: it is there unencrypted",
+    );
+    return;
+  }
+  const { archiveCheckpoint } = await import("../checkpoint/archive/in-place.ts");
+  await archiveCheckpoint(path, {
+    compression,
+    spec: await task.spec(),
+    ...(secret && { secret }),
+    ...(signal && { signal }),
+  });
+}
+
+async function prune({ root, owner, name }: DumpRecord, keep: number): Promise<StoredCheckpoint[]> {
+  return await new CheckpointStore(root).prune(owner, name, keep);
+}
