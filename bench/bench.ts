@@ -38,6 +38,10 @@ export interface Subject {
   /** rounds of which nothing is kept (2) */
   warmUps?: number;
   measure(bench: Bench, side: Side): Promise<Samples>;
+  /** what this machine lacks for it, or undefined */
+  missing?(): string | undefined;
+  /** after the last round, also of one that failed */
+  end?(): Promise<void>;
 }
 
 export interface TimedOptions {

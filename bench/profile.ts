@@ -16,6 +16,7 @@ import { parseArgs } from "node:util";
 import { compileProgram, repository } from "../test/live/harness/programs.ts";
 import { Bench, median, type Side } from "./bench.ts";
 import { machineFacts } from "./machine.ts";
+import { forgetCheckpoints } from "./subjects/checkpoint.ts";
 
 const { values: options } = parseArgs({
   options: {
@@ -152,7 +153,7 @@ const RESTORE = "ctr container restore --live";
 async function round(bench: Bench, side: Side, procwatch: string): Promise<Timeline[]> {
   const { live } = bench;
   const id = live.newId("profiled");
-  const reference = `registry/${id}:1`;
+  const reference = `checkpoint/${id}:1`;
   const timelines: Timeline[] = [];
   const timed = async (what: string, args: string[]) => {
     const roots = [
@@ -177,7 +178,7 @@ async function round(bench: Bench, side: Side, procwatch: string): Promise<Timel
   try {
     await new Promise((resolve) => setTimeout(resolve, 300)); // its memory is filled
     await timed(CHECKPOINT, ["task", "checkpoint", id]);
-    await forgetImages(bench);
+    await forgetCheckpoints(bench);
     await live.ctr("container", "checkpoint", "--rw", "--task", id, reference);
   } finally {
     await live.ctr("task", "delete", "--force", id);
@@ -188,15 +189,9 @@ async function round(bench: Bench, side: Side, procwatch: string): Promise<Timel
   } finally {
     await live.ctr("task", "delete", "--force", id);
     await live.ctr("container", "rm", id);
-    await forgetImages(bench);
+    await forgetCheckpoints(bench);
   }
   return timelines;
-}
-
-/** containerd 1.7 refuses to store what it already has. */
-async function forgetImages({ live }: Bench): Promise<void> {
-  for (const name of (await live.ctr("images", "ls", "-q")).split("\n"))
-    if (/checkpoint|registry\/profiled/.test(name)) await live.ctr("images", "rm", "--sync", name);
 }
 
 // ---- what is made of it ------------------------------------------------------------------------------------------------

@@ -40,9 +40,11 @@ export async function writeRestoredFile(pid: number, facts: RestoredFacts): Prom
   let directory: number | undefined;
   try {
     run = await directoryIn(root.fd, "run", openInRoot);
-    await refuseShared(pid, run);
+    const mountOfRun = await mountIdOf(run);
+    await refuseShared(pid, mountOfRun);
     directory = await directoryIn(run, "cedana", openBeneath);
-    await refuseShared(pid, directory);
+    const mount = await mountIdOf(directory);
+    if (mount !== mountOfRun) await refuseShared(pid, mount);
     await replaceFile(directory, `${JSON.stringify(facts, undefined, 2)}\n`);
   } finally {
     for (const fd of [directory, run]) if (fd !== undefined) closeSync(fd);
@@ -67,9 +69,12 @@ function at(directory: number, name: string): string {
   return `/proc/self/fd/${directory}/${name}`;
 }
 
-/** @throws WrongState for a directory of a file system that we have mounted, too; unless it is the container's root */
-async function refuseShared(pid: number, directory: number): Promise<void> {
-  const { mountId } = parseFdInfo(await readFile(`/proc/self/fdinfo/${directory}`, "utf8"));
+async function mountIdOf(directory: number): Promise<number> {
+  return parseFdInfo(await readFile(`/proc/self/fdinfo/${directory}`, "utf8")).mountId;
+}
+
+/** @throws WrongState for a mount of a file system that we have mounted, too; unless it is the container's root */
+async function refuseShared(pid: number, mountId: number): Promise<void> {
   const mount = (await readMountInfo(pid)).find((one) => one.mountId === mountId);
   if (mount?.mountPoint === "/") return;
   if (mount === undefined || (await readMountInfo("self")).some(({ device }) => device === mount.device))
