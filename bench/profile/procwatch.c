@@ -58,10 +58,11 @@ static void exec_event(unsigned long long time, int pid) {
     if (!argv[i] || argv[i] == '\n' || argv[i] == '\t') argv[i] = argv[i] ? ' ' : 0x1f;
   argv[n] = 0;
   printf("exec\t%llu\t%d\t%s\n", time, pid, argv);
-  char *end = strchr(argv, 0x1f), *name = argv;
-  if (!end || !strstr(end, "swrk")) return;
+  /* "criu swrk 3", "/usr/sbin/criu swrk 3", or what it calls itself soon after: "criu: dump --rpc -t 123" */
+  char *end = strpbrk(argv, "\x1f:"), *name;
+  if (!end) return;
   *end = 0;
-  if (strrchr(argv, '/')) name = strrchr(argv, '/') + 1;
+  name = strrchr(argv, '/') ? strrchr(argv, '/') + 1 : argv;
   for (int i = 0; !strcmp(name, "criu") && i < LOGS; i++)
     if (!logs[i].pid) {
       logs[i].pid = pid;
