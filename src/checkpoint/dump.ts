@@ -532,8 +532,7 @@ async function detectNetwork(context: DumpContext, next: () => Promise<void>): P
   const { target } = context;
   const canSkip =
     !target.hasEnded && context.criu !== undefined && !isOlder(context.criu, NETWORK_LOCK_SKIP_SINCE);
-  if (canSkip && target.ownNetwork && !(await hasNetworkSockets(target.initPid)))
-    context.networkLock = "skip";
+  if (canSkip && target.ownNetwork && !hasNetworkSockets(target.initPid)) context.networkLock = "skip";
   await next();
 }
 
