@@ -4,22 +4,13 @@
 // loop of the process that asked was held up, and how much its memory grew.
 
 import { execFileSync } from "node:child_process";
-import { randomBytes } from "node:crypto";
-import {
-  closeSync,
-  mkdirSync,
-  mkdtempSync,
-  openSync,
-  rmSync,
-  statSync,
-  writeFileSync,
-  writeSync,
-} from "node:fs";
+import { mkdirSync, mkdtempSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { monitorEventLoopDelay } from "node:perf_hooks";
 import { createArchive, extractArchive } from "../src/checkpoint/archive/index.ts";
 import { writeManifest } from "../src/checkpoint/manifest.ts";
+import { writeSampleMemory } from "./sample-memory.ts";
 
 const mebibytes = Number(process.argv[2] ?? 1024);
 const rounds = Number(process.argv[3] ?? 5);
@@ -27,21 +18,6 @@ const directory = mkdtempSync(join(tmpdir(), "bench-archive-"));
 const checkpoint = join(directory, "web");
 const pages = join(checkpoint, "checkpoint/pages-1.img");
 const median = (values: number[]) => values.toSorted((a, b) => a - b)[values.length >> 1]!;
-
-/** Of every four MiB one is noise, one zeros, and two are words of a small dictionary, which shrink to a third. */
-function makeMemory(): void {
-  const words = Array.from({ length: 3000 }, () => randomBytes(3 + Math.floor(Math.random() * 9)));
-  const fd = openSync(pages, "w");
-  for (let i = 0; i < mebibytes; i++) {
-    const mebibyte = Buffer.alloc(2 ** 20);
-    if (i % 4 === 0) randomBytes(2 ** 20).copy(mebibyte);
-    else if (i % 4 > 1)
-      for (let at = 0; at < 2 ** 20; )
-        at += words[Math.floor(Math.random() * words.length)]!.copy(mebibyte, at);
-    writeSync(fd, mebibyte);
-  }
-  closeSync(fd);
-}
 
 const times: Record<string, number[]> = {};
 const cpu: Record<string, number> = {};
@@ -63,7 +39,7 @@ async function time(name: string, work: () => Promise<unknown> | unknown): Promi
 try {
   mkdirSync(join(checkpoint, "checkpoint"), { recursive: true });
   writeFileSync(join(checkpoint, "checkpoint/inventory.img"), "");
-  makeMemory();
+  writeSampleMemory(pages, mebibytes);
   const manifest = {
     createdAt: new Date().toISOString(),
     containerId: "bench",

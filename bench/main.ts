@@ -21,6 +21,7 @@ import { lifecycle, parallel } from "./subjects/lifecycle.ts";
 import { memory } from "./subjects/memory.ts";
 import { passThrough, podmanRuns } from "./subjects/oci-runtime.ts";
 import { firstCall, gap } from "./subjects/recovery.ts";
+import { archiving, standstill } from "./subjects/standstill.ts";
 import { stdout } from "./subjects/stdout.ts";
 
 const subjects: Subject[] = [
@@ -30,6 +31,8 @@ const subjects: Subject[] = [
   stdout,
   checkpoint,
   largeCheckpoint,
+  standstill,
+  archiving,
   firstCall,
   memory,
   gap,

@@ -6,5 +6,6 @@ int main(int argc, char **argv) {
   const char *name = base_name(argv[0] ? argv[0] : "");
   if (!strcmp(name, "cedana-runtime")) return runtime_main(argv);
   if (!strcmp(name, "cedana-loopback")) return loopback_main();
+  if (!strcmp(name, "cedana-exit")) return exit_main(argc, argv);
   return launcher_main(argc, argv);
 }

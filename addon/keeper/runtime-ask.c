@@ -227,7 +227,7 @@ void runtime_ask(void) {
   while (environ[count]) count++;
   char **caller = allocate((count + 1) * sizeof *caller);
   memcpy(caller, environ, count * sizeof *caller);
-  if (runtime_run_directory) setenv("CEDANA_RUN_DIR", runtime_run_directory, 1);
+  runtime_config_export();
 
   struct buffer out = {0}, in = {0};
   int fd = ask(put_request, &in), result;

@@ -1,7 +1,9 @@
 /*
  * The wrapper's configuration, /etc/cedana/runtime.json:
  *
- *   { "engine": "crun", "runDirectory": "/run/cedana" }
+ *   { "engine": "crun", "runDirectory": "/run/cedana", "stateDirectory": "/var/lib/cedana", "configuration": "/etc/cedana/config.json" }
+ *
+ * The last three are for a cedanad that the wrapper starts: some callers (Podman's clean-up, conmon) pass no environment on.
  *
  * Whoever may write it decides what root executes, so it must belong to root (or to who runs us, for rootless callers) and be
  * writable by nobody else; the same of its directory, where the file could be replaced. What is wrong with it is an error of
@@ -54,30 +56,37 @@ static char *read_config(const char *path, bool named, size_t *length) {
   return text;
 }
 
+/* Settings of cedanad's, by key of the file and name in the environment, which goes before the file, as everywhere. */
+static struct setting {
+  const char *key, *name;
+  char *value;
+} settings[] = {{"runDirectory", "CEDANA_RUN_DIR", NULL}, {"stateDirectory", "CEDANA_STATE_DIR", NULL}, {"configuration", "CEDANA_CONFIG", NULL}};
+
 void runtime_config_load(const char *named) {
   const char *path = named ? named : CONFIG_PATH;
-  char *run_directory_ = NULL, *engine = NULL;
+  char *engine = NULL;
   size_t length;
   autofree char *text = read_config(path, named != NULL, &length);
   if (text) {
     struct json in = json_of(text, length);
     for (char *key; (key = json_member(&in)); free(key)) {
+      struct setting *setting = settings;
+      while (setting < settings + countof(settings) && strcmp(setting->key, key)) setting++;
       if (!strcmp(key, "engine")) engine = json_string(&in);
-      else if (!strcmp(key, "runDirectory")) run_directory_ = json_string(&in);
-      else runtime_fail("the configuration %s, line %u: unknown key \"%s\"; there are engine and runDirectory", path, json_line(&in), key);
+      else if (setting < settings + countof(settings)) setting->value = json_string(&in);
+      else
+        runtime_fail("the configuration %s, line %u: unknown key \"%s\"; there are engine, runDirectory, stateDirectory and configuration", path,
+                     json_line(&in), key);
     }
     if (json_end(&in) < 0) runtime_fail("the configuration %s, line %u: %s", path, json_line(&in), in.wrong);
     if (engine && (!*engine || (strchr(engine, '/') && *engine != '/')))
       runtime_fail("the configuration %s: engine is \"%s\"; it must be a name such as runc or crun, or an absolute path", path, engine);
-    if (run_directory_ && *run_directory_ != '/')
-      runtime_fail("the configuration %s: runDirectory is \"%s\"; it must be an absolute path", path, run_directory_);
+    for (size_t i = 0; i < countof(settings); i++)
+      if (settings[i].value && *settings[i].value != '/')
+        runtime_fail("the configuration %s: %s is \"%s\"; it must be an absolute path", path, settings[i].key, settings[i].value);
   }
-  /* The environment goes before the file, as everywhere; cedanad, which we may start, must agree with us. */
   const char *given = getenv("CEDANA_RUN_DIR");
-  if (run_directory_ && (!given || !*given)) {
-    /* Not in `environ` of the engine: that one is the caller's. */
-    runtime_run_directory = run_directory_;
-  }
+  if (settings[0].value && (!given || !*given)) runtime_run_directory = settings[0].value;
   if (runtime.engine) return; /* --engine */
   const char *from_environment = getenv("CEDANA_ENGINE");
   if (from_environment && *from_environment) {
@@ -89,5 +98,13 @@ void runtime_config_load(const char *named) {
   } else {
     runtime.engine = "runc";
     runtime.engine_from = "the default";
+  }
+}
+
+/* Only for a cedanad that we start: the environment of the engine is the caller's. */
+void runtime_config_export(void) {
+  for (size_t i = 0; i < countof(settings); i++) {
+    const char *given = getenv(settings[i].name);
+    if (settings[i].value && (!given || !*given)) setenv(settings[i].name, settings[i].value, 1);
   }
 }

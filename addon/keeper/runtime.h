@@ -28,6 +28,8 @@ _Noreturn void runtime_execute(const char *path, char **argv, char **env);
 /* ---- runtime-config.c ---- */
 /* /etc/cedana/runtime.json, or the file that is named. A fault ends the program. */
 void runtime_config_load(const char *named);
+/* Into our own environment: what it says for a cedanad that we start. */
+void runtime_config_export(void);
 
 /* ---- runtime-log.c ---- */
 /* Says it on stderr and in the caller's --log file, in its --log-format, and ends the program with 1. */

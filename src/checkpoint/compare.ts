@@ -1,6 +1,6 @@
 import { stat } from "node:fs/promises";
 import { arch, release } from "node:os";
-import { join, normalize, relative } from "node:path";
+import { normalize, relative } from "node:path";
 import { installedPlugins, pluginsNeeded } from "../criu/suitability.ts";
 import { criuVersion } from "../criu/version.ts";
 import { pathInRoot } from "../linux/root-path.ts";
@@ -9,6 +9,7 @@ import { isOlder } from "./dump.ts";
 import { type Finding, Found } from "./finding.ts";
 import type { DumpedFile, DumpedMount, ImageFacts } from "./image-facts.ts";
 import type { OpenCheckpoint } from "./open.ts";
+import { hasRootfsDiff } from "./rootfs-diff/index.ts";
 
 /*
  * What differs between a checkpoint and where it is to be restored. An error is what CRIU or the engine would stumble over, or what the
@@ -71,9 +72,9 @@ export async function compareToContainer(
     );
   if (!facts) return { findings: found.list, externalMounts: [] };
   const externalMounts = await compareMounts(facts.mounts, container, found);
-  const diff = await stat(join(path, "rootfs-diff.tar")).catch(() => undefined);
   // What a rootfs diff brings isn't there yet.
-  if (container.rootfs !== undefined && !diff) await compareFiles(facts, container, found);
+  if (container.rootfs !== undefined && !(await hasRootfsDiff(path)))
+    await compareFiles(facts, container, found);
   return { findings: found.list, externalMounts };
 }
 

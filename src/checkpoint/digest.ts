@@ -2,6 +2,7 @@ import { createHash, type Hash } from "node:crypto";
 import {
   closeSync,
   constants,
+  fchmodSync,
   fstatSync,
   fsyncSync,
   openSync,
@@ -88,7 +89,7 @@ export interface Follower {
 
 /**
  * Hashes CRIU's pages while it writes them: they grow at their end and nowhere else, and a core that CRIU leaves idle keeps up with it,
- * so that the digest of a large checkpoint is known soon after its end.
+ * so that the digest of a large checkpoint is known soon after its end. The files are made readable for their owner alone.
  */
 export function followFiles(directory: string, signal?: AbortSignal): Follower {
   const ended = new SharedArrayBuffer(4);
@@ -171,6 +172,8 @@ export function hashFilesHere(
 const FOLLOW_PAUSE_MS = 2;
 
 const FOLLOWER_NICENESS = 10;
+/** CRIU and the engines let everybody read what they write. */
+const PRIVATE = 0o600;
 
 /** Sets this thread's niceness; without CAP_SYS_NICE, which the way back needs, it stays as it is. */
 function niceness(): (value: number) => void {
@@ -207,6 +210,7 @@ export function followFilesHere(
         let file = growing.get(name);
         if (!file) {
           file = { fd: openFile(root, name, name), hash: createHash("sha256"), size: 0 };
+          fchmodSync(file.fd, PRIVATE);
           growing.set(name, file);
         }
         for (let read = -1; read !== 0; file.size += read) {
@@ -225,6 +229,7 @@ export function followFilesHere(
     const paths = listFilesHere({ directory }, context)
       .filter(({ type, path }) => type === "file" && !growing.has(path))
       .map(({ path }) => path);
+    for (const path of paths) withFd(openFile(root, path, path), (fd) => fchmodSync(fd, PRIVATE));
     return [...followed, ...hashFilesHere({ directory, paths }, context)].sort((a, b) =>
       a.path < b.path ? -1 : 1,
     );

@@ -1,8 +1,10 @@
-import { chmod, copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { renameSync, writeFileSync } from "node:fs";
+import { copyFile, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
+import { waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
 import {
@@ -15,14 +17,25 @@ import {
   Unsupported,
   WrongState,
 } from "../errors/index.ts";
+import { pluginsLoaded, pluginVersion } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
+import { adapterSteps } from "./adapters.ts";
 import { IMAGES_DIRECTORY } from "./archive/layout.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { cpuFacts } from "./cpu.ts";
+import { type DeviceDump, deviceSlot } from "./device-slot.ts";
 import { type Follower, followFiles } from "./digest.ts";
-import { freezeMarker, hookNote } from "./freeze-marker.ts";
-import { type CheckpointManifest, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
+import { dumpFeatures, type PluginDump } from "./features.ts";
+import {
+  freezeMarker,
+  hookNote,
+  readFreezeNote,
+  thawNoted,
+  thawWherever,
+  writeFreezeNote,
+} from "./freeze-marker.ts";
+import { type CheckpointManifest, type GpuFacts, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
@@ -80,6 +93,8 @@ export type DumpPlace =
 export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunning" | "policy"> {
   /** directory of CRIU's images */
   readonly imagePath: string;
+  /** CRIU's own plugins keep away: what they would do is done */
+  readonly withoutPlugins: boolean;
   readonly workPath: string;
   readonly networkLock: NetworkLock;
 }
@@ -139,11 +154,16 @@ interface DumpContext extends ChainContext {
   workPath: string;
   /** relative to the images where they are made */
   parentPath: string | undefined;
+  /** plugins whose adapters were run */
+  readonly adapters: NonNullable<CheckpointManifest["plugins"]>;
   networkLock: NetworkLock;
   criu: string | undefined;
   layers: Layers | undefined;
+  cgroup: Cgroup | undefined;
   follower: Follower | undefined;
+  devices: DeviceDump | undefined;
   frozenMs: number;
+  criuFrozenMs: number | undefined;
   /** the processes are in the images alone now */
   ended: boolean;
 }
@@ -156,15 +176,20 @@ export const dumpSteps = [
   openStaging, // what is made is beside its place, and put there on the way back, whole
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
+  adaptersOfPlugins, // those of all plugins stand here
   checkOptions, // before anything is frozen
   preDumpHook, // of the container's own; it may be there to remove what the preflight would find
+  findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
   findLayers,
   takeTurn, // from here on no other call changes the container's state
+  lockDevices, // while the processes run; on the way back they get them again
   freeze, // nothing below may wait for the container: it stands still
   detectNetwork, // on the frozen container: nobody opens a socket any more
+  checkpointDevices, // their state goes to the processes' memory, and the devices are let go
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
+  lateAdaptersOfPlugins, // their last word, on the frozen container
   criuDump,
 ] as const satisfies readonly DumpStep[];
 
@@ -196,17 +221,22 @@ export async function dump(
     staging: begun?.staging as Staging,
     workPath: "",
     parentPath: undefined,
+    adapters: [],
     networkLock: "default",
     criu: undefined,
     layers: undefined,
+    cgroup: undefined,
     follower: undefined,
+    devices: undefined,
     frozenMs: 0,
+    criuFrozenMs: undefined,
     ended: false,
     times: [],
     signal: options.signal ?? new AbortController().signal,
     onBoundary: options.onBoundary,
   };
-  await runChain("dump", dumpSteps, context);
+  await pluginsLoaded();
+  await runChain("dump", dumpSteps.flatMap(withAdapters), context);
   keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
   const outcome = {
     path: context.staging.finalPath,
@@ -215,6 +245,57 @@ export async function dump(
   };
   target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
   return outcome;
+}
+
+// ---- plugins ---------------------------------------------------------------------------------------------------------
+
+const ADAPTER_PATIENCE_MS = 60_000;
+/** The application stands still meanwhile. */
+const LATE_ADAPTER_PATIENCE_MS = 5_000;
+
+function withAdapters(step: DumpStep): DumpStep[] {
+  if (step === adaptersOfPlugins)
+    return [step, ...adapterSteps(dumpFeatures.dumpMiddleware, ADAPTER_PATIENCE_MS, pluginView, notePart)];
+  if (step === lateAdaptersOfPlugins)
+    return [
+      step,
+      ...adapterSteps(dumpFeatures.dumpMiddlewareLate, LATE_ADAPTER_PATIENCE_MS, pluginView, notePart),
+    ];
+  return [step];
+}
+
+/** The manifest names who took part. */
+function notePart({ adapters }: DumpContext, name: string): void {
+  if (!adapters.some((plugin) => plugin.name === name)) adapters.push({ name, version: pluginVersion(name) });
+}
+
+/** The adapters of plugins follow it. */
+async function adaptersOfPlugins(_context: DumpContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+async function lateAdaptersOfPlugins(_context: DumpContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+/** undefined: the images are whole already, or the engine is at work for them; nothing can be asked of the container. */
+async function pluginView(context: DumpContext): Promise<PluginDump | undefined> {
+  const { target, request, attempt, staging, signal } = context;
+  if (target.hasEnded || attempt.phase !== "begun" || (await isDumping(context))) return undefined;
+  const { containerId, namespace, engine } = target.facts;
+  return {
+    containerId,
+    namespace,
+    engine,
+    initPid: target.initPid,
+    leaveRunning: request.leaveRunning,
+    directory: staging.path,
+    imagePath: imagesIn(context),
+    repeated: request.repeated,
+    signal,
+    log: target.log,
+    pids: async () => await (await target.cgroup()).pids(),
+  };
 }
 
 async function validateDumpRequest(context: DumpContext, next: () => Promise<void>): Promise<void> {
@@ -253,6 +334,8 @@ interface Attempt {
   phase: "begun" | "dumped" | "committing";
   leaveRunning: boolean;
   rootfsDiff?: RootfsDiffFacts;
+  /** the devices' state is in the processes' memory; null: it turned out that nobody has any */
+  gpu?: GpuFacts | null;
 }
 
 async function openStaging(context: DumpContext, next: () => Promise<void>): Promise<void> {
@@ -268,11 +351,11 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
   }
   const { staging } = context;
   try {
-    await noteAttempt(context);
+    noteAttempt(context);
     context.parentPath = request.parentPath && relative(imagesIn(context), absoluteParent(request));
     await mkdir(imagesIn(context), { recursive: true, mode: 0o700 });
     await next();
-    await noteAttempt(context, { phase: "committing" });
+    noteAttempt(context, { phase: "committing" });
     await staging.commit({ synced: !(await mustSync(context)) });
   } catch (error) {
     if (!context.ended) throw error;
@@ -343,11 +426,12 @@ export async function abandonAttempt(
   return kept;
 }
 
-async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): Promise<void> {
+function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): void {
   Object.assign(context.attempt, news);
   const path = attemptFile(context.target);
-  await writeFile(`${path}.new`, JSON.stringify(context.attempt), { mode: 0o600 });
-  await rename(`${path}.new`, path);
+  // At once, some 100 us: the container stands still, and a trip through a busy thread pool may take milliseconds.
+  writeFileSync(`${path}.new`, JSON.stringify(context.attempt), { mode: 0o600 });
+  renameSync(`${path}.new`, path);
 }
 
 function attemptFile(target: DumpTarget): string {
@@ -370,12 +454,20 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
   });
   try {
     await next();
+    if (request.digests === "afterwards") context.criuFrozenMs = await criuFrozenMs(context.workPath);
   } catch (error) {
     await keepLog(join(context.workPath, "dump.log"), join(target.directory, "criu-dump.log"));
     throw error;
   } finally {
     if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
   }
+}
+
+/** How long CRIU held the container by its own count: the part of the standstill that is not ours. */
+async function criuFrozenMs(workPath: string): Promise<number | undefined> {
+  const { readDumpStats } = await import("../criu/stats.ts");
+  const stats = await readDumpStats(workPath).catch(() => undefined); // what can't be read is left out: nobody needs it to restore
+  return stats && inHundredths((stats.freezingUs + stats.frozenUs) / 1000);
 }
 
 export async function keepLog(from: string, to: string): Promise<void> {
@@ -467,10 +559,56 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
         policy: request.policy,
         engine: engine.name === "runc" || engine.name === "crun" ? engine.name : undefined,
         ...(criu !== undefined && { criu: { version: criu } }),
+        ...(context.devices && { pluginDevices: context.devices.devices }),
       },
       { signal: context.signal },
     );
     if (!report.ok) throw new WrongState(refusalOf(target.what, report));
+  }
+  await next();
+}
+
+// ---- devices ---------------------------------------------------------------------------------------------------------
+
+async function findDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target } = context;
+  if (!target.hasEnded) context.devices = await deviceSlot()?.findForDump(target);
+  await using _ = { [Symbol.asyncDispose]: async () => await context.devices?.close() };
+  await next();
+}
+
+async function lockDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { devices, attempt, target } = context;
+  if (!devices) {
+    await next();
+    return;
+  }
+  try {
+    if (attempt.gpu === undefined) await devices.lock();
+    await next();
+  } catch (error) {
+    if (!context.ended) {
+      const also = await devices.resume().then(
+        () => undefined,
+        (failure: Error) => failure,
+      );
+      if (also) {
+        target.log.error({ err: also }, "give devices back after a failed dump");
+        if (error instanceof Error) error.message += `; ${also.message}`;
+      }
+    }
+    throw error;
+  }
+  if (context.ended) return; // nobody is left to get them
+  await devices.resume();
+  if (attempt.gpu) Object.assign(attempt.gpu, devices.facts(attempt.gpu));
+}
+
+async function checkpointDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { devices, attempt } = context;
+  if (devices && attempt.gpu === undefined) {
+    await devices.checkpoint();
+    await noteAttempt(context, { gpu: devices.facts() ?? null });
   }
   await next();
 }
@@ -480,28 +618,32 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
 async function freeze(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target } = context;
   if (target.hasEnded) {
-    await next(); // by this dump, before a crash: its end is only to be looked at again
+    await thawNoted(target.directory); // frozen before a crash, and ended while it was
+    await next(); // ended by this dump, before a crash: its end is only to be looked at again
     return;
   }
   const cgroup = await target.cgroup();
-  const marker = freezeMarker(target.directory);
   const frozen = !target.paused && context.attempt.phase === "begun" && !(await isDumping(context));
   const since = performance.now();
   if (frozen) {
-    await writeFile(marker, `${context.request.key}\n`, { mode: 0o600 });
+    noteFreeze(context, cgroup, false);
     await cgroup.freeze(undefined, context.signal);
   }
+  context.cgroup = cgroup;
   try {
     await next();
   } finally {
-    // CRIU and the engine meddle with the freezer, too: paused if it was, running if it was. What ended has no cgroup any more.
-    if (!target.hasEnded)
-      await putFreezerBack(cgroup, target.paused && !context.ended).catch((error) =>
-        target.log.warn({ err: error }, "put the freezer back after a dump"),
-      );
+    // CRIU and the engine meddle with the freezer, too: paused if it was, running if it was. What has ended is thawed, too.
+    await putFreezerBack(cgroup, target.paused && !context.ended && !target.hasEnded).catch((error) =>
+      target.log.warn({ err: error }, "put the freezer back after a dump"),
+    );
     if (frozen) context.frozenMs = performance.now() - since;
-    await rm(marker, { force: true });
+    await rm(freezeMarker(target.directory), { force: true });
   }
+}
+
+function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): void {
+  writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
 }
 
 /**
@@ -510,18 +652,13 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
  */
 async function isDumping({ target, request }: DumpContext): Promise<boolean> {
   if (!request.repeated) return false;
-  const text = await readFile(freezeMarker(target.directory), "utf8").catch(() => ""); // the crash came before it, or after all
-  return text === dumpingMark(request);
-}
-
-function dumpingMark(request: DumpRequest): string {
-  return `${request.key}\ndumping\n`;
+  const note = await readFreezeNote(target.directory); // the crash came before it, or after all
+  return note?.key === request.key && note.dumping;
 }
 
 async function putFreezerBack(cgroup: Cgroup, paused: boolean): Promise<void> {
-  const frozen = await cgroup.isFrozen();
-  if (frozen && !paused) await cgroup.thaw();
-  if (!frozen && paused) await cgroup.freeze();
+  if (!paused) await thawWherever(cgroup);
+  else if (!(await cgroup.isFrozen())) await cgroup.freeze();
 }
 
 // ---- network ---------------------------------------------------------------------------------------------------------
@@ -569,7 +706,7 @@ async function takeRootfs(context: DumpContext, next: () => Promise<void>): Prom
       maxBytes,
       signal,
     });
-    await noteAttempt(context, {
+    noteAttempt(context, {
       rootfsDiff: { source: "overlay", bytes, members, deleted, exclude: [...exclude], sockets },
     });
   }
@@ -607,17 +744,41 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     await next();
     return;
   }
-  if (!target.paused && !target.hasEnded)
-    await writeFile(freezeMarker(target.directory), dumpingMark(request), { mode: 0o600 });
+  if (context.cgroup && !target.paused && !target.hasEnded) noteFreeze(context, context.cgroup, true);
   try {
-    await target.engineCheckpoint({ imagePath, workPath, parentPath, leaveRunning, policy, networkLock });
+    await target.engineCheckpoint({
+      imagePath,
+      workPath,
+      parentPath,
+      leaveRunning,
+      policy,
+      networkLock,
+      withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
+    });
   } catch (error) {
     if (error instanceof WrongState) throw error; // before CRIU was asked
-    throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
+    // An engine that was killed leaves CRIU behind, which goes on: it may yet put the container to its end.
+    if (!(await waitForCriu(workPath, CRIU_ALONE_MS)))
+      target.log.error(
+        { workPath },
+        "CRIU goes on by itself after its engine has ended: not waited for any longer",
+      );
+    if (!(await saysDumped(workPath)))
+      throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
+    target.log.warn({ err: error }, "the engine has ended before it could say that CRIU's dump is whole");
   }
   context.ended = !leaveRunning;
-  await noteAttempt(context, { phase: "dumped" });
+  noteAttempt(context, { phase: "dumped" });
   await next();
+}
+
+/** How long a CRIU without an engine may go on: it holds the processes, and has all of their memory to write. */
+const CRIU_ALONE_MS = 10 * 60_000;
+
+/** CRIU's last word, in its log alone where nobody was left to hear it. */
+async function saysDumped(workPath: string): Promise<boolean> {
+  const log = await explainCriuLog(join(workPath, "dump.log")).catch(() => undefined); // CRIU was not even started
+  return log?.lastLines.some((line) => /Dumping finished successfully/.test(line)) ?? false;
 }
 
 /** The engine's words, then what CRIU's log says was the reason. */
@@ -642,20 +803,25 @@ export async function criuFailure(
 async function recordDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const facts = Promise.all([cpuFacts(), context.target.image?.()]);
   facts.catch(() => {}); // looked at below
-  await next();
+  try {
+    await next();
+  } catch (error) {
+    context.follower?.abandon(); // CRIU had done its part, and what came after it failed: nobody asks for the digests any more
+    throw error;
+  }
   const { target, request, startedAt, staging } = context;
-  // As the engines write it, everybody may read it.
-  await chmod(join(imagesIn(context), "descriptors.json"), 0o600).catch(() => undefined); // ENOENT: CRIU without an engine
   const [cpu, image] = await facts;
-  const files = await context.follower?.finish();
+  const files = await (context.follower ?? followFiles(staging.path, context.signal)).finish();
   await writeManifest(
     staging.path,
     {
       createdAt: new Date(startedAt).toISOString(),
       ...target.facts,
+      ...(context.adapters.length > 0 && { plugins: [...(target.facts.plugins ?? []), ...context.adapters] }),
       ...request.origin,
       ...(image && { image }),
       ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),
+      ...(context.attempt.gpu && { gpu: context.attempt.gpu }),
       cpu,
       kernel: release(),
       ...(process.env.CEDANA_BUILD && { cedanaVersion: process.env.CEDANA_BUILD }),
@@ -664,10 +830,11 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
       timings: {
         ...timesByStep(context.times),
         frozenMs: inHundredths(context.frozenMs),
+        ...(context.criuFrozenMs !== undefined && { criuFrozenMs: context.criuFrozenMs }),
         totalMs: Date.now() - startedAt,
       },
     },
-    { digests: true, synced: await mustSync(context), ...(files && { files }) },
+    { files, synced: await mustSync(context) },
   );
 }
 

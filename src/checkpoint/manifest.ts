@@ -47,14 +47,16 @@ export interface CheckpointManifest {
   cpu?: CpuFacts;
   /** name of the checkpoint in the node's store; absent: the caller gave the place */
   name?: string;
-  /** who asked for it: containerd or an engine's caller (also when absent), the command line, or `cedana.io/checkpoint-every` */
-  trigger?: "caller" | "command" | "schedule";
+  /** who asked for it: containerd or an engine's caller (also when absent), the command line, `cedana.io/checkpoint-every`, or a signal */
+  trigger?: "caller" | "command" | "schedule" | "signal";
   /** what the container changed in its root file system, when that was taken; absent: images alone */
   rootfsDiff?: RootfsDiffFacts;
   /**
    * All but this file is in an archive beside it, which has a manifest of its own, of the checkpoint's files. `files` names the archive.
    */
   archive?: { file: string; compression: "none" | "gzip" | "lz4" | "zstd"; encrypted: boolean };
+  /** the container's GPU state, when it has any: in the memory images, put there by the driver */
+  gpu?: GpuFacts;
   /** the plugins that took part */
   plugins?: { name: string; version: string }[];
   /** of the container, as its spec names them; with a path: joined, not its own */
@@ -102,6 +104,29 @@ export interface RootfsDiffFacts {
   sockets: string[];
 }
 
+/** What a restore must know of the GPUs; taken by the driver, by NVIDIA's program over it, or by CRIU's plugin, which knows the rest itself. */
+export interface GpuFacts {
+  means: "driver" | "cuda-checkpoint" | "criu-plugin";
+  /** of the driver's interface: 13000 is 13.0 */
+  driverVersion?: number;
+  /** of the driver itself: "580.65.06" */
+  driver?: string;
+  /** all of the machine; uuid: 32 hexadecimal digits */
+  devices: { uuid: string; name: string; memoryBytes: number }[];
+  processes: {
+    /** its own number for itself */
+    pidInContainer: number;
+    comm: string;
+    /** what it comes back to */
+    before: "running" | "locked" | "checkpointed";
+    /** UUIDs of those that it used, and its memory on them, as far as NVML tells */
+    devices?: string[];
+    memoryBytes?: number;
+    /** milliseconds; restore and unlock where it ran on */
+    times: { lockMs?: number; checkpointMs?: number; restoreMs?: number; unlockMs?: number };
+  }[];
+}
+
 /**
  * Writes the manifest, which makes the images a checkpoint: last of all, to a temporary file that is synced and renamed. Fills
  * in `files` from what lies in the image path. Syncing the images is up to
@@ -122,7 +147,8 @@ export async function writeManifest(
   } = {},
 ): Promise<void> {
   const { synced = true, signal } = options;
-  const listed = options.files ?? (await listFiles(imagePath));
+  // A manifest may be there already, of a writer that a crash cut off.
+  const listed = options.files?.filter(({ path }) => !isOurs(path)) ?? (await listFiles(imagePath));
   const files = options.digests && !options.files ? await hashFiles(imagePath, listed, signal) : listed;
   const whole: CheckpointManifest = { version: VERSION, ...manifest, files };
   const fault = findFault(JSON.parse(JSON.stringify(whole)), schema as Schema);

@@ -44,7 +44,7 @@ export async function findArchive(
 /** The directory with CRIU's images: the path itself, or `checkpoint/` in it. */
 async function findImages(path: string): Promise<string> {
   for (const directory of [path, join(path, "checkpoint")])
-    if (await exists(join(directory, "inventory.img"))) return directory;
+    if (await isThere(join(directory, "inventory.img"))) return directory;
   const found = await stat(path).catch(() => undefined);
   if (!found) throw new NotFound(`checkpoint ${path} does not exist`);
   if (!found.isDirectory()) throw new InvalidRequest(`checkpoint ${path} is not a directory`);
@@ -71,19 +71,20 @@ export async function findMissingParts(
 ): Promise<Finding[]> {
   const found = new Found("checkpoint");
   const saysDescriptors = known.some(({ path }) => path.endsWith("descriptors.json"));
-  if (!saysDescriptors && !(await exists(join(imagePath, "descriptors.json"))))
+  if (!saysDescriptors && !(await isThere(join(imagePath, "descriptors.json"))))
     found.error(
       "descriptors",
       "it has no descriptors.json, which engines write beside CRIU's images: it is incomplete, or a dump of processes rather than of a container",
     );
   const { parentPath } = manifest?.options ?? {};
-  if (parentPath && !(await exists(join(imagePath, "parent", "inventory.img"))))
+  if (parentPath && !(await isThere(join(imagePath, "parent", "inventory.img"))))
     found.error("parent", `it builds on the pre-dump ${parentPath} (from its directory), which is missing`);
   return found.list;
 }
 
-const exists = (path: string) =>
+/** Whether there is something of that name; whatever else is wrong with it shows when it is read. */
+export const isThere = (path: string): Promise<boolean> =>
   stat(path).then(
     () => true,
-    () => false, // whatever else is wrong with it shows when it is read
+    () => false,
   );

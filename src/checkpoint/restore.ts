@@ -1,8 +1,13 @@
-import { mkdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
-import { InvalidRequest } from "../errors/index.ts";
+import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/index.ts";
+import { pluginsLoaded } from "../features/registry.ts";
+import type { Cgroup } from "../linux/cgroup.ts";
+import { readMountInfo } from "../linux/mount-options.ts";
+import { adapterSteps } from "./adapters.ts";
+import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import {
   compareToContainer,
@@ -11,13 +16,24 @@ import {
   nodeFacts,
   type RestoredContainer,
 } from "./compare.ts";
+import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { criuFailure, keepLog } from "./dump.ts";
+import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
 import { readImageFacts } from "./image-facts.ts";
-import type { CheckpointManifest, ContainerIdentity } from "./manifest.ts";
-import { findFaultsOfFiles, type OpenCheckpoint, openDirectoryOf } from "./open.ts";
+import { type CheckpointManifest, type ContainerIdentity, compareSizes, verifyFiles } from "./manifest.ts";
+import {
+  findArchive,
+  findFaultsOfFiles,
+  findingsOf,
+  isThere,
+  type OpenCheckpoint,
+  openDirectoryOf,
+} from "./open.ts";
 import type { CriuPolicy } from "./policy.ts";
 import { writeRestoredFile } from "./restored-file.ts";
+import { applyRootfsDiff, hasRootfsDiff } from "./rootfs-diff/index.ts";
+import { UnpackedCheckpoint } from "./unpack.ts";
 
 /*
  * A restore of a container: what is asked for, what it becomes, and the steps in their order.
@@ -36,11 +52,27 @@ export interface RestoreRequest {
   readonly key: string;
   /** the request was begun by a cedanad before us */
   readonly repeated: boolean;
-  /** directory of a checkpoint: absolute */
+  /** a checkpoint's directory, or an archive of one: absolute */
   readonly path: string;
+  /** of the restore of what lies in an archive */
+  readonly unpack?: UnpackRequest | undefined;
+  /** a CPU with fewer instructions than at the dump is only worth a warning */
+  readonly ignoreCpu?: boolean | undefined;
+  /** every file is hashed before anything is made */
+  readonly verifyDigests?: boolean | undefined;
   /** CRIU's log and scratch; default: one that is removed */
   readonly workPath?: string | undefined;
 }
+
+export interface UnpackRequest {
+  /** where archives are unpacked to: absolute, made when missing */
+  readonly root: string;
+  /** The key of encrypted archives; undefined: there is none. */
+  secret(): Promise<Uint8Array | undefined>;
+}
+
+/** What can be asked of `checkRestore`. */
+export type RestoreLook = Pick<RestoreRequest, "path" | "unpack" | "ignoreCpu" | "verifyDigests">;
 
 /** What CRIU is told by way of the engine. */
 export interface EngineRestore {
@@ -48,6 +80,8 @@ export interface EngineRestore {
   readonly imagePath: string;
   readonly workPath: string;
   readonly policy: CriuPolicy;
+  /** CRIU's own plugins keep away: what they would do is done by others */
+  readonly withoutPlugins: boolean;
   /** besides those that the engine tells CRIU of */
   readonly externalMounts: readonly ExternalMount[];
 }
@@ -56,6 +90,8 @@ export interface EngineRestore {
 export interface RestoreCandidate {
   /** for messages: "task c1" */
   readonly what: string;
+  /** directory of the owner's for small files that outlive a crash: the bundle */
+  readonly directory: string;
   readonly container: RestoredContainer;
   readonly log: Pick<Logger, "info" | "warn" | "error">;
   /** What the images were taken with, changed by what the new container asks for. */
@@ -64,8 +100,6 @@ export interface RestoreCandidate {
 
 /** What is restored, as its owner has it: the shim a task, the OCI runtime a container. */
 export interface RestoreTarget extends RestoreCandidate {
-  /** directory of the owner's for small files that outlive a crash: the bundle */
-  readonly directory: string;
   /** who it is now */
   readonly identity: ContainerIdentity;
   /** who chose the checkpoint */
@@ -78,21 +112,37 @@ export interface RestoreTarget extends RestoreCandidate {
   readonly postRestoreHook?: ((env: readonly string[]) => Promise<void>) | undefined;
   /** Remembers for the next dump how many restores there have been. */
   setGeneration(generation: number): Promise<void>;
+  /** root of the file system that the container will have, when a checkpoint's rootfs diff goes there; else its owner has seen to that */
+  readonly rootfs?: string | undefined;
+  /** Before the rootfs diff is applied: what can't be undone then is refused. */
+  allowRootfsDiff?(): Promise<void>;
   /** The network namespace that the engine is about to make will be as it should be; put back when the engine is done. */
   prepareNetwork(): Promise<void>;
   putNetworkBack(): Promise<void>;
   /** The container's cgroup is where its configuration says, whatever the images say. */
   prepareCgroup(policy: CriuPolicy): Promise<void>;
   removeCgroup(): Promise<void>;
+  /** which device becomes which (`cedana.io/gpu-map`) */
+  readonly deviceMap?: string | undefined;
+  /** the engine's restore returns when the container has ended, not when it runs */
+  readonly inForeground?: boolean;
+  /** Of the restored container. */
+  cgroup(): Promise<Cgroup>;
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
-  /** After a failure: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
+  /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
+  endCriu(workPath: string): Promise<void>;
+  /** Then: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
   undoEngineRestore(): Promise<void>;
+  /** where the engine shows CRIU the root file system */
+  readonly criuRoots: readonly string[];
+  /** Unmounts what CRIU or the engine, killed, has left mounted. */
+  unmount(mountPoint: string): Promise<void>;
 }
 
 interface CheckContext extends ChainContext {
   readonly target: RestoreCandidate;
-  readonly request: Pick<RestoreRequest, "path" | "workPath">;
+  readonly request: RestoreLook & Pick<RestoreRequest, "workPath">;
   /** from `openCheckpoint` on */
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
@@ -105,6 +155,7 @@ export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
   workPath: string;
+  devices: DeviceRestore | undefined;
 }
 
 type RestoreStep = Step<RestoreContext>;
@@ -124,11 +175,15 @@ export const restoreSteps = [
   ...restoreChecks,
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
+  restoreAdaptersOfPlugins, // those of all plugins stand here
+  prepareDevices, // whether they can be had here
+  prepareRootfs,
   prepareNetwork,
   prepareCgroup,
   // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
+  lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
-  // Devices: a step here restores them, before anybody is told that the container runs.
+  restoreDevices, // before anybody is told that the container runs
   tellContainer, // restore.json, for the hook to read
   postRestoreHook, // of the container's own, last: it may use all that it has
 ] as const satisfies readonly RestoreStep[];
@@ -155,8 +210,11 @@ export async function restore(
     target,
     request,
     workPath: "",
+    devices: undefined,
   };
-  await runChain("restore", attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
+  await pluginsLoaded();
+  const steps: readonly RestoreStep[] = attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps;
+  await runChain("restore", steps.flatMap(withRestoreAdapters), context);
   keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
   const times = timesByStep(context.times);
   target.log.info({ checkpoint: request.path, times }, "restored");
@@ -169,23 +227,25 @@ export async function restore(
  */
 export async function checkRestore(
   target: RestoreCandidate,
-  request: Pick<RestoreRequest, "path">,
+  request: RestoreLook,
   options: ChainOptions = {},
 ): Promise<void> {
   await runChain("checkRestore", restoreChecks, checkContext(target, request, options));
 }
 
-/** Removes what a restore keeps for a repetition, when there can be none any more: it is on record as done, or its owner goes. */
-export async function discardRestore(directory: string): Promise<void> {
+/**
+ * Removes what a restore keeps for a repetition, when there can be none any more: it is on record as done, or its owner goes.
+ * @param unpackRoot  as in the request
+ */
+export async function discardRestore(directory: string, unpackRoot: string | undefined): Promise<void> {
+  // Lazy pages: what is unpacked is read until the page daemon ends.
+  if (unpackRoot !== undefined) await new UnpackedCheckpoint(unpackRoot, directory).remove();
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
+  await rm(appliedMark(directory), { force: true });
 }
 
-function checkContext(
-  target: RestoreCandidate,
-  request: Pick<RestoreRequest, "path">,
-  options: ChainOptions,
-): CheckContext {
+function checkContext(target: RestoreCandidate, request: RestoreLook, options: ChainOptions): CheckContext {
   return {
     target,
     request,
@@ -210,13 +270,43 @@ async function validateRestoreRequest(context: CheckContext, next: () => Promise
 // ---- the checkpoint --------------------------------------------------------------------------------------------------
 
 async function openCheckpoint(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  context.checkpoint = await openDirectoryOf(context.request.path);
+  const { request, signal, target } = context;
+  const archive = await archiveOf(request.path);
+  if (archive === undefined) context.checkpoint = await openDirectoryOf(request.path);
+  else {
+    if (!request.unpack)
+      throw new Unsupported(
+        `checkpoint ${request.path} is an archive: extract it, and restore from the directory`,
+      );
+    // Fails closed: nothing is there to restore from until all of it has turned out authentic, complete and as its manifest says.
+    const secret = (await isEncryptedArchive(archive)) ? await request.unpack.secret() : undefined;
+    const unpacked = new UnpackedCheckpoint(request.unpack.root, target.directory);
+    context.checkpoint = await openDirectoryOf(await unpacked.open(archive, secret, signal));
+  }
   context.policy = context.target.policy(context.checkpoint.manifest);
   await next();
 }
 
+/** @returns undefined for a directory that holds the checkpoint's files */
+async function archiveOf(path: string): Promise<string | undefined> {
+  if (!(await isDirectory(path))) {
+    const found = await stat(path).catch(() => undefined);
+    if (!found) throw new NotFound(`checkpoint ${path} does not exist`);
+    return path;
+  }
+  const stored = await findArchive(path);
+  if (!stored) return undefined;
+  const faults = findingsOf(await compareSizes(path, stored.manifest));
+  if (faults.length > 0) throw refusalOfRestore(path, faults);
+  return stored.archive;
+}
+
 async function checkFilesOfCheckpoint(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  context.findings.push(...(await findFaultsOfFiles(context.checkpoint)));
+  const { checkpoint, findings, request, signal } = context;
+  const { manifest, manifestPath } = checkpoint;
+  if (request.verifyDigests && manifest && manifestPath)
+    findings.push(...findingsOf(await verifyFiles(manifest, manifestPath, signal)));
+  else findings.push(...(await findFaultsOfFiles(checkpoint)));
   await next();
 }
 
@@ -231,9 +321,10 @@ async function compareWithContainer(context: CheckContext, next: () => Promise<v
 
 async function compareWithNode(context: CheckContext, next: () => Promise<void>): Promise<void> {
   const { checkpoint, findings } = context;
+  const { ignoreCpu = false } = context.request;
   // Of broken images nothing more can be told.
   if (!findings.some(({ kind }) => kind === "checkpoint"))
-    findings.push(...(await compareToNode(checkpoint, await nodeFacts())));
+    findings.push(...(await compareToNode(checkpoint, await nodeFacts(), { ignoreCpu })));
   await next();
 }
 
@@ -244,6 +335,44 @@ async function refuseDifferences(context: CheckContext, next: () => Promise<void
   for (const { kind, message } of findings)
     target.log.warn({ checkpoint: request.path, kind }, `restore all the same: ${message}`);
   await next();
+}
+
+// ---- plugins ---------------------------------------------------------------------------------------------------------
+
+const ADAPTER_PATIENCE_MS = 60_000;
+
+function withRestoreAdapters(step: RestoreStep): RestoreStep[] {
+  if (step === restoreAdaptersOfPlugins)
+    return [step, ...adapterSteps(restoreFeatures.restoreMiddleware, ADAPTER_PATIENCE_MS, restoreView)];
+  if (step === lateRestoreAdaptersOfPlugins)
+    return [step, ...adapterSteps(restoreFeatures.restoreMiddlewareLate, ADAPTER_PATIENCE_MS, restoreView)];
+  return [step];
+}
+
+/** The adapters of plugins follow it. */
+async function restoreAdaptersOfPlugins(_context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await next();
+}
+
+async function lateRestoreAdaptersOfPlugins(
+  _context: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  await next();
+}
+
+async function restoreView({ target, request, checkpoint, signal }: RestoreContext): Promise<PluginRestore> {
+  const { path, imagePath, manifest } = checkpoint;
+  return {
+    what: target.what,
+    bundle: target.directory,
+    directory: path,
+    imagePath,
+    dumped: manifest && { containerId: manifest.containerId, namespace: manifest.namespace },
+    repeated: request.repeated,
+    signal,
+    log: target.log,
+  };
 }
 
 // ---- the attempt -----------------------------------------------------------------------------------------------------
@@ -300,10 +429,70 @@ async function openRestoreWorkPath(context: RestoreContext, next: () => Promise<
     await next();
   } catch (error) {
     await keepLog(join(context.workPath, "restore.log"), join(target.directory, "criu-restore.log"));
+    await unmountLeft([context.workPath], target);
     throw error;
   } finally {
     if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
   }
+}
+
+/**
+ * CRIU mounts every cgroup hierarchy in its work path, and the engine the root file system in a place of its own; they unmount them
+ * unless they are killed. Whoever then removes the directories (we do, the engine, and containerd the bundle) would remove the host's
+ * cgroups, and the container's files.
+ */
+async function unmountLeft(directories: readonly string[], target: RestoreTarget): Promise<void> {
+  const mounts = (await readMountInfo("self"))
+    .map(({ mountPoint }) => mountPoint)
+    .filter((mountPoint) =>
+      directories.some((directory) => mountPoint === directory || mountPoint.startsWith(`${directory}/`)),
+    );
+  for (const mountPoint of mounts.reverse()) await target.unmount(mountPoint);
+}
+
+// ---- devices ---------------------------------------------------------------------------------------------------------
+
+async function prepareDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, target } = context;
+  const facts = checkpoint.manifest?.gpu;
+  if (facts) {
+    const slot = deviceSlot();
+    if (!slot) throw new Unavailable("the checkpoint has GPU state, and this program can't restore any");
+    if (target.inForeground && facts.means !== "criu-plugin")
+      throw new Unsupported(
+        `the checkpoint has GPU state, which is restored when the container runs: restore ${target.what} in the background (--detach)`,
+      );
+    context.devices = await slot.prepareRestore(target, facts);
+  }
+  await using _ = { [Symbol.asyncDispose]: async () => await context.devices?.close() };
+  await next();
+}
+
+async function restoreDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await context.devices?.restore();
+  await next();
+}
+
+// ---- files -----------------------------------------------------------------------------------------------------------
+
+/** The rootfs diff is applied: a repetition finds the engine at work on these files. */
+function appliedMark(directory: string): string {
+  return join(directory, "rootfs-applied");
+}
+
+/** What the container had changed in its root file system, in the new one's; strictly: nothing of it leads out, or else it fails. */
+async function prepareRootfs(
+  { checkpoint, signal, target }: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  const mark = appliedMark(target.directory);
+  if (target.rootfs !== undefined && (await hasRootfsDiff(checkpoint.path)) && !(await isThere(mark))) {
+    await target.allowRootfsDiff?.();
+    // From its beginning also where a crash has cut it off: each member is made anew.
+    await applyRootfsDiff(checkpoint.path, target.rootfs, { signal });
+    await writeFile(mark, "", { mode: 0o600 });
+  }
+  await next();
 }
 
 // ---- the container's surroundings ------------------------------------------------------------------------------------
@@ -330,16 +519,24 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, externalMounts, policy, request, target, workPath } = context;
+  const { checkpoint, devices, externalMounts, policy, request, target, workPath } = context;
   try {
     await target
-      .engineRestore({ imagePath: checkpoint.imagePath, workPath, policy, externalMounts })
+      .engineRestore({
+        imagePath: checkpoint.imagePath,
+        workPath,
+        policy,
+        externalMounts,
+        withoutPlugins: devices?.withoutCriuPlugins ?? false,
+      })
       .catch(async (error: Error) => {
         const what = `restore of ${target.what} from ${request.path}`;
         throw await criuFailure(what, error, workPath, "restore.log");
       });
     await next();
   } catch (error) {
+    await target.endCriu(workPath);
+    await unmountLeft(target.criuRoots, target);
     await target.undoEngineRestore();
     throw error;
   }

@@ -3,11 +3,13 @@ import { lstat, mkdir, open, readdir, rename, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 import { MANIFEST_NAME } from "./manifest.ts";
+import { resumeSuffixes } from "./resume.ts";
 
 /*
  * The node's own checkpoints, by name. A name belongs to an owner: nobody gets at another owner's by any spelling of a name.
  *
  *   <root>/<owner's namespace>/<owner's pod namespace, or "-">/<name>/<generation>/   a checkpoint: cedana.json and all that it lists
+ *   <root>/…/<name>/<generation>.resume, .claim                                       who may continue from it (resume.ts)
  *   <root>/<owner's namespace>/<owner's pod namespace, or "-">/<name>/tmp/            staging: never read as a checkpoint
  *
  * A generation is the time at which the dump was asked for (UTC, milliseconds), so the newest is the last in order. What has no
@@ -145,6 +147,7 @@ export class CheckpointStore {
     await this.#check(staging);
     const aside = join(staging, `removed-${checkpoint.generation}-${process.pid}`);
     await rename(checkpoint.path, aside);
+    for (const suffix of resumeSuffixes) await rm(`${checkpoint.path}${suffix}`, { force: true });
     await rm(aside, { recursive: true });
   }
 
@@ -186,7 +189,8 @@ function ownerParts(owner: StoreOwner): [namespace: string, podNamespace: string
   return [checkedName(owner.namespace), pod];
 }
 
-function checkedName(name: string): string {
+/** @throws InvalidRequest for what can be no name of a checkpoint */
+export function checkedName(name: string): string {
   // "tmp" is the staging directory beside the checkpoints.
   if (!NAME.test(name) || name === STAGING)
     throw new InvalidRequest(

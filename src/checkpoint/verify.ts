@@ -3,7 +3,7 @@ import { mkdir, rm } from "node:fs/promises";
 import { basename, join } from "node:path";
 import { type ImageReport, verifyImagesInWorker } from "../criu/image/index.ts";
 import { BrokenImage, CedanaError, messageOf, PermissionDenied, Unsupported } from "../errors/index.ts";
-import { extractArchive, isDirectory, verifyArchive } from "./archive/index.ts";
+import { extractArchive, isDirectory, isEncryptedArchive, verifyArchive } from "./archive/index.ts";
 import { compareToNode, type NodeFacts, nodeFacts } from "./compare.ts";
 import { type Finding, Found } from "./finding.ts";
 import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
@@ -117,7 +117,8 @@ async function verifyOpen(
 }
 
 async function verifyOneFile(path: string, options: VerifyCheckpointOptions): Promise<CheckpointReport> {
-  const { scratch, secret, signal } = options;
+  const { scratch, signal } = options;
+  const secret = (await isEncryptedArchive(path)) ? options.secret : undefined;
   const reading = { ...(secret && { secret }), ...(signal && { signal }) };
   try {
     if (scratch === undefined) {

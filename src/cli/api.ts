@@ -7,7 +7,14 @@ import type { Client, ServiceError } from "@grpc/grpc-js";
 import { fromDetailedStatus, STATUS_DETAILS_KEY } from "../daemon/api/status.ts";
 import { type CedanaError, Unavailable } from "../errors/index.ts";
 import { Management } from "../proto/generated/cedana_api.ts";
-import { type Decoded, type Encodable, type GrpcMethod, grpcDefinition, loadGrpc } from "../proto/grpc.ts";
+import {
+  callUnary,
+  type Decoded,
+  type Encodable,
+  type GrpcMethod,
+  grpcDefinition,
+  loadGrpc,
+} from "../proto/grpc.ts";
 import { apiSocketName } from "../shim/socket-name.ts";
 import { runDirectory } from "./daemon.ts";
 
@@ -42,22 +49,15 @@ export class Api implements Disposable {
   }
 
   /** @throws the error that cedanad's method threw, or Unavailable */
-  call<N extends Unary>(name: N, request: Request<N>, signal?: AbortSignal): Promise<Response<N>> {
-    const { path, requestSerialize, responseDeserialize } = this.#definition[name]!;
-    return new Promise((resolve, reject) => {
-      const done = (error: ServiceError | null, response?: unknown) => {
-        if (error) reject(errorOf(error));
-        else resolve(response as Response<N>);
-      };
-      const call = this.#client.makeUnaryRequest(
-        path,
-        requestSerialize,
-        responseDeserialize,
-        request as unknown,
-        done,
-      );
-      signal?.addEventListener("abort", () => call.cancel(), { once: true });
-    });
+  async call<N extends Unary>(name: N, request: Request<N>, signal?: AbortSignal): Promise<Response<N>> {
+    try {
+      const path = `/${Management.name}/${name}`;
+      return (await callUnary(this.#client, path, Management.methods[name], request, {
+        signal,
+      })) as Response<N>;
+    } catch (error) {
+      throw errorOf(error as ServiceError);
+    }
   }
 
   /** The events of a method that sends them as it goes. @throws as `call` */

@@ -1,7 +1,7 @@
 import { resolve } from "node:path";
-import { Args, Command, Flags } from "@oclif/core";
+import { Args, Flags } from "@oclif/core";
 import type { Extracted, ReadOptions } from "../checkpoint/archive/index.ts";
-import { messageOf, toExitCode } from "../errors/index.ts";
+import { CedanaCommand, mib } from "./command.ts";
 import { secretOf } from "./secret.ts";
 
 // `cedana archive …`: checkpoints as files. No cedanad is asked: whoever may read the checkpoint may do this.
@@ -30,13 +30,7 @@ const limitFlags = {
   }),
 };
 
-/** Errors as one line, and the exit code that their class has. */
-abstract class ArchiveCommand extends Command {
-  override async catch(error: Error & { exitCode?: number; oclif?: unknown }): Promise<never> {
-    if (error.oclif !== undefined) throw error; // oclif's own: flags that it doesn't know, and so on
-    return this.error(messageOf(error), { exit: toExitCode(error) });
-  }
-
+abstract class ArchiveCommand extends CedanaCommand {
   protected async secret(flags: {
     "key-file"?: string | undefined;
     "passphrase-file"?: string | undefined;
@@ -92,7 +86,6 @@ abstract class ArchiveCommand extends Command {
   }
 }
 
-const mib = (bytes: number) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 const archiveArg = Args.string({ description: "the archive", required: true });
 
 export class ArchiveCreate extends ArchiveCommand {

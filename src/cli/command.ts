@@ -1,16 +1,33 @@
 import { Command } from "@oclif/core";
 import { messageOf, toExitCode } from "../errors/index.ts";
 
+/** sysexits.h's EX_USAGE: what was written makes no sense. 2 is for an answer that isn't good (docs/cli.md). */
+const USAGE_EXIT_CODE = 64;
+
 /** A command whose errors are one line for people; the exit code is `toExitCode`'s (docs/cli.md). */
 export abstract class CedanaCommand extends Command {
-  protected override async catch(error: Error & { oclif?: unknown }): Promise<never> {
-    if (error.oclif !== undefined) throw error; // oclif's own: flags that it doesn't know, and so on
+  protected override async catch(error: Error & { oclif?: unknown; parse?: unknown }): Promise<never> {
+    if (error.parse !== undefined) return this.error(error.message, { exit: USAGE_EXIT_CODE });
+    if (error.oclif !== undefined) throw error; // an exit that was asked for
     return this.error(messageOf(error), { exit: toExitCode(error) });
   }
 
   /** Prints an object as JSON. Numbers keep all their digits. */
   protected printJson(value: unknown): void {
     this.log(JSON.stringify(value, (_key, one) => (typeof one === "bigint" ? Number(one) : one), 2));
+  }
+
+  /** Columns as wide as they must be; the last is as long as it is. */
+  protected printTable(head: readonly string[], rows: readonly (readonly string[])[]): void {
+    const lines = [head, ...rows];
+    const widths = head.map((_, at) => Math.max(...lines.map((cells) => cells[at]?.length ?? 0)));
+    for (const cells of lines)
+      this.log(
+        cells
+          .map((cell, at) => cell.padEnd(at === cells.length - 1 ? 0 : widths[at]!))
+          .join("  ")
+          .trimEnd(),
+      );
   }
 
   /** Aborted by Ctrl-C, so that what runs in cedanad for us ends, too. A second one kills us. */
@@ -39,3 +56,5 @@ export class ProgressLine implements Disposable {
     if (this.#enabled) process.stderr.write("\r\x1b[K");
   }
 }
+
+export const mib = (bytes: number) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;

@@ -61,6 +61,15 @@ export async function explainCriuLog(path: string): Promise<CriuLogSummary> {
   return { ...summary, firstError, cause: causeOf([firstError, ...summary.errors]) };
 }
 
+/** Whether a restore's log ends well. Lines that are called errors may stand before that: not all of them matter to CRIU itself. */
+export async function restoreSucceeded(path: string): Promise<boolean> {
+  await using file = await open(path);
+  const { size } = await file.stat();
+  const tailStart = Math.max(0, size - TAIL_BYTES);
+  const tail = await readAt(file, tailStart, size - tailStart);
+  return tail.includes("Restore finished successfully");
+}
+
 /** The same of a log, or its end, that is at hand. */
 export function summarizeCriuLog(text: string): CriuLogSummary {
   const lines = text.split("\n").filter((line) => line.trim() !== "");

@@ -12,7 +12,11 @@ import {
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { pino } from "pino";
+import { fillDeviceSlot } from "../checkpoint/device-slot.ts";
+import { setPluginLoader } from "../features/registry.ts";
+import { gpuSlot } from "../gpu/slot.ts";
 import { flock, setCloexec } from "../linux/addon.ts";
+import { unpackDirectory } from "../runtime/configuration.ts";
 import { ShimServer } from "../shim/shim-server.ts";
 import { apiSocketName, daemonSocketName } from "../shim/socket-name.ts";
 import { listenForApi } from "./api/listener.ts";
@@ -48,6 +52,9 @@ const pidFile = join(runDirectory, "cedanad.pid");
 
 takeLock(`${socketPath}.lock`);
 
+fillDeviceSlot(gpuSlot);
+setPluginLoader(async () => await (await import("../plugins/load.ts")).loadPlugins(log, BUILD));
+
 const runtime = new RuntimeServer({ log, endBelowConmon: () => end("conmon waits for its children") });
 await runtime.revive(runDirectory);
 
@@ -78,6 +85,12 @@ server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
   writeFileSync(pidFile, `${process.pid}\n`, { mode: 0o600 });
   log.info({ socketPath, build: BUILD, node: process.version }, "cedanad serves");
 });
+
+// What a restore that a crash of the machine has cut off had unpacked.
+if (existsSync(unpackDirectory()))
+  void import("../checkpoint/unpack.ts")
+    .then(({ sweepUnpacked }) => sweepUnpacked(unpackDirectory()))
+    .catch((error) => log.warn({ err: error }, "sweep unpacked checkpoints"));
 
 for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => end(signal));
 

@@ -1,10 +1,13 @@
 import { readFileSync } from "node:fs";
 import type { Socket } from "node:net";
+import { join } from "node:path";
 import type { Logger } from "pino";
+import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { Cancelled, SyscallFailed } from "../errors/index.ts";
 import type { Conversation, OciCall } from "../runtime/oci/call.ts";
+import { Endings } from "../runtime/oci/endings.ts";
+import { Escalator } from "../runtime/oci/escalator.ts";
 import { thawLeftovers } from "../runtime/oci/frozen.ts";
-import { Escalator } from "../runtime/oci/life.ts";
 import {
   encodeMessage,
   exitStatusOf,
@@ -29,6 +32,7 @@ const SETTLE_MS = 250;
 export class RuntimeServer {
   readonly #log: Logger;
   readonly #escalator: Escalator;
+  readonly #endings: Endings;
   readonly #endBelowConmon: () => void;
   #active = 0;
   #check: NodeJS.Timeout | undefined;
@@ -38,12 +42,14 @@ export class RuntimeServer {
     this.#log = options.log;
     this.#endBelowConmon = options.endBelowConmon;
     this.#escalator = new Escalator(options.log, () => this.#checkSoon());
+    this.#endings = new Endings(options.log, this.#escalator, () => this.#checkSoon());
   }
 
   #checkSoon(): void {
     clearTimeout(this.#check);
     this.#check = setTimeout(() => {
-      if (this.#active === 0 && this.#escalator.pending === 0 && parentIsConmon()) this.#endBelowConmon();
+      const pending = this.#active + this.#escalator.pending + this.#endings.pending;
+      if (pending === 0 && parentIsConmon()) this.#endBelowConmon();
     }, SETTLE_MS);
   }
 
@@ -51,6 +57,8 @@ export class RuntimeServer {
   async revive(runDirectory: string): Promise<void> {
     this.#escalator.revive(runDirectory);
     await thawLeftovers(runDirectory, this.#log);
+    await this.#endings.revive(runDirectory);
+    deviceSlot()?.recoverAll(join(runDirectory, "c", "oci-"), this.#log);
   }
 
   /** Takes up a RUNTIME message. @returns who is told of what follows on that connection */
@@ -67,10 +75,15 @@ export class RuntimeServer {
     wrapper.log.debug({ argv: call.argv }, "cedana-runtime asks");
     // Loaded with the first call: on a node without such callers it would only take memory.
     const answered = import("../runtime/oci/commands.ts").then(({ runCommand }) =>
-      runCommand(call, wrapper, this.#escalator),
+      runCommand(call, wrapper, this.#escalator, this.#endings),
     );
     void answered.then((answer) => {
-      if (answer) send(messageType.RUNTIME_ANSWER, { status: answer.status, message: answer.message });
+      if (answer)
+        send(messageType.RUNTIME_ANSWER, {
+          status: answer.status,
+          message: answer.message,
+          answer: answer.output === undefined ? undefined : Buffer.from(answer.output),
+        });
     });
     return wrapper;
   }

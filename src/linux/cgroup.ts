@@ -88,6 +88,17 @@ export class Cgroup {
     return new Cgroup(found.version, found.paths);
   }
 
+  /**
+   * The cgroup of a path, in every hierarchy that has it.
+   * @param path  with a leading slash, in the hierarchies
+   */
+  static async at(path: string): Promise<Cgroup> {
+    const { version, byController } = await hierarchies();
+    const everywhere = new Map([...byController.keys()].map((controller) => [controller, path]));
+    const { paths } = resolve(everywhere, { version, byController });
+    return new Cgroup(version, new Map([...paths].filter(([, directory]) => existsSync(directory))));
+  }
+
   /** From what `toJSON` gave. */
   static fromPaths(json: CgroupPaths): Cgroup {
     return new Cgroup(json.version, new Map(Object.entries(json.paths)));
@@ -591,4 +602,16 @@ export async function unifiedPath(path: string): Promise<string> {
 /** For setup and preflight: which version this host has. */
 export async function hostCgroupVersion(): Promise<1 | 2> {
   return (await hierarchies()).version;
+}
+
+/**
+ * Version 1 hierarchies of a host whose containers have cgroups of version 2 (a hybrid host seen without them). The container
+ * is in somebody else's cgroup there, and CRIU would take that with everything below it into the images, make what is missing
+ * at the restore, and give it the limits of then. Told that a file is where to look, it finds no cgroup.
+ */
+export async function foreignHierarchies(pid: number): Promise<[controller: string, path: string][]> {
+  if (pid === 0 || (await hostCgroupVersion()) !== 2) return [];
+  const text = await readFile(`/proc/${pid}/cgroup`, "utf8").catch(() => ""); // it has ended: the engine says so
+  const controllers = [...parseMembership(text).keys()].filter((controller) => controller !== "");
+  return controllers.map((controller) => [controller, "/cgroup.procs"]);
 }

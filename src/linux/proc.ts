@@ -1,4 +1,5 @@
 import { readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { readlink, stat } from "node:fs/promises";
 
 // One process as /proc shows it. Everything here reads one or two tiny procfs files synchronously: that takes
 // about 20 us, which is less than a round trip through the thread pool, and procfs never waits for a disk.
@@ -166,4 +167,11 @@ export function childrenOf(pid: number): number[] {
   return threads.flatMap((thread) =>
     (readProc(`/proc/${pid}/task/${thread}/children`) ?? "").split(" ").filter(Boolean).map(Number),
   );
+}
+
+/** The program that a process runs, as it is installed now; where that has gone, a path to the one that runs. */
+export async function programOf(pid: number): Promise<string> {
+  const exe = `/proc/${pid}/exe`;
+  const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
+  return (await stat(installed).catch(() => undefined)) ? installed : exe;
 }

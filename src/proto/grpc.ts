@@ -6,7 +6,7 @@ export interface Service {
   readonly methods: Readonly<Record<string, Method>>;
 }
 
-interface Method {
+export interface Method {
   // biome-ignore lint/suspicious/noExplicitAny: a message is whatever its type says
   readonly request: MessageType<any, any>;
   // biome-ignore lint/suspicious/noExplicitAny: as above
@@ -58,4 +58,31 @@ export async function loadGrpc(): Promise<typeof import("@grpc/grpc-js")> {
   const module = await import("@grpc/grpc-js");
   // CommonJS: bundled, all of it is the default export.
   return (module as unknown as { default?: typeof module }).default ?? module;
+}
+
+/**
+ * One call of a method that has one response.
+ * @param options.signal  cancels it
+ * @throws ServiceError of grpc-js
+ */
+export function callUnary<M extends Method>(
+  client: import("@grpc/grpc-js").Client,
+  path: string,
+  { request, response }: M,
+  message: Encodable<M["request"]>,
+  options: { metadata?: import("@grpc/grpc-js").Metadata | undefined; signal?: AbortSignal | undefined } = {},
+): Promise<Decoded<M["response"]>> {
+  const { promise, resolve, reject } = Promise.withResolvers<Decoded<M["response"]>>();
+  const serialize = (one: Encodable<M["request"]>) => asBuffer(request.encode(one));
+  const deserialize = (bytes: Buffer) => response.decode(bytes) as Decoded<M["response"]>;
+  const done = (error: Error | null, answer?: Decoded<M["response"]>) => {
+    if (error) reject(error);
+    else resolve(answer!);
+  };
+  const call = options.metadata
+    ? client.makeUnaryRequest(path, serialize, deserialize, message, options.metadata, done)
+    : client.makeUnaryRequest(path, serialize, deserialize, message, done);
+  options.signal?.addEventListener("abort", () => call.cancel(), { once: true });
+  if (options.signal?.aborted) call.cancel();
+  return promise;
 }

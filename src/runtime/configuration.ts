@@ -12,7 +12,9 @@ import { parseBytes, parseDuration } from "./spec.ts";
  *   {
  *     "annotations": { "deny": ["lazy"], "hooks": false },
  *     "restoreFromPaths": ["/srv/checkpoints"],
- *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" }
+ *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" },
+ *     "restore": { "verifyDigests": true, "keyFile": "/etc/cedana/key" },
+ *     "plugins": { "load": ["cedana-plugin-audit"], "directory": "/var/lib/cedana/plugins" }
  *   }
  */
 export interface Configuration {
@@ -24,6 +26,12 @@ export interface Configuration {
   };
   /** directories below which `cedana.io/restore-from` may name a path; without one it may only name checkpoints of the store */
   readonly restoreFromPaths: readonly string[];
+  readonly plugins: {
+    /** npm packages from outside of our tree, by name or absolute path */
+    readonly named: readonly string[];
+    /** where those given by name are installed: `npm install --prefix` */
+    readonly directory: string;
+  };
   readonly checkpoints: {
     /** root of the store */
     readonly directory: string;
@@ -40,6 +48,14 @@ export interface Configuration {
     /** what no rootfs diff may exceed, whatever the container says */
     readonly rootfsMaxBytes: number;
   };
+  readonly restore: {
+    /** hash every file of a checkpoint before it is restored, and not only look at sizes: reads all of it once more */
+    readonly verifyDigests: boolean;
+    /** restore on a CPU that lacks instructions which the dumped one had: what uses them is killed by SIGILL, at any time later */
+    readonly ignoreCpu: boolean;
+    /** opens encrypted archives; default: `checkpoints.keyFile` */
+    readonly keyFile?: string | undefined;
+  };
 }
 
 const MAX_BYTES = 1024 * 1024;
@@ -52,10 +68,16 @@ function stateDirectory(): string {
   return process.env.CEDANA_STATE_DIR || "/var/lib/cedana";
 }
 
+/** Where archives are unpacked for restores. */
+export function unpackDirectory(): string {
+  return join(stateDirectory(), "unpacked");
+}
+
 function defaults(): Configuration {
   return {
     annotations: { deny: [], hooks: false },
     restoreFromPaths: [],
+    plugins: { named: [], directory: join(stateDirectory(), "plugins") },
     checkpoints: {
       directory: join(stateDirectory(), "checkpoints"),
       keepLast: 3,
@@ -63,6 +85,7 @@ function defaults(): Configuration {
       rootfsExclude: [],
       rootfsMaxBytes: 4 * 1024 ** 3,
     },
+    restore: { verifyDigests: false, ignoreCpu: false },
   };
 }
 
@@ -127,7 +150,13 @@ export function parseConfiguration(text: string, path: string): Configuration {
       wrong(`${name}: ${JSON.stringify(value)} is not an absolute path`);
     return normalize(value).replace(/(?<=.)\/$/, "");
   };
-  const top = object(json, "the file", ["annotations", "restoreFromPaths", "checkpoints"]);
+  const top = object(json, "the file", [
+    "annotations",
+    "restoreFromPaths",
+    "checkpoints",
+    "restore",
+    "plugins",
+  ]);
   const annotations = object(top.annotations, "annotations", ["deny", "hooks"]);
   const checkpoints = object(top.checkpoints, "checkpoints", [
     "directory",
@@ -138,9 +167,15 @@ export function parseConfiguration(text: string, path: string): Configuration {
     "rootfsExclude",
     "rootfsMaxBytes",
   ]);
+  const restore = object(top.restore, "restore", ["verifyDigests", "ignoreCpu", "keyFile"]);
+  const plugins = object(top.plugins, "plugins", ["load", "directory"]);
   const otherwise = defaults();
   const { hooks = otherwise.annotations.hooks } = annotations;
   if (typeof hooks !== "boolean") return wrong("annotations.hooks is neither true nor false");
+  const { verifyDigests = otherwise.restore.verifyDigests, ignoreCpu = otherwise.restore.ignoreCpu } =
+    restore;
+  if (typeof verifyDigests !== "boolean") return wrong("restore.verifyDigests is neither true nor false");
+  if (typeof ignoreCpu !== "boolean") return wrong("restore.ignoreCpu is neither true nor false");
   const { keepLast = otherwise.checkpoints.keepLast, directory: root = otherwise.checkpoints.directory } =
     checkpoints;
   if (typeof keepLast !== "number" || !Number.isInteger(keepLast) || keepLast < 1 || keepLast > 1000)
@@ -159,6 +194,7 @@ export function parseConfiguration(text: string, path: string): Configuration {
   const keyFile = asText(checkpoints.keyFile, "checkpoints.keyFile");
   if (keyFile !== undefined && compression === undefined)
     return wrong("checkpoints.keyFile encrypts archives: checkpoints.compression must say which");
+  const restoreKeyFile = asText(restore.keyFile, "restore.keyFile");
   const size = asText(checkpoints.rootfsMaxBytes, "checkpoints.rootfsMaxBytes");
   const rootfsMaxBytes = size === undefined ? otherwise.checkpoints.rootfsMaxBytes : parseBytes(size);
   if (rootfsMaxBytes === undefined) return wrong('checkpoints.rootfsMaxBytes is not a size such as "512Mi"');
@@ -167,6 +203,13 @@ export function parseConfiguration(text: string, path: string): Configuration {
     restoreFromPaths: (strings(top.restoreFromPaths, "restoreFromPaths") ?? []).map((one) =>
       directory(one, "restoreFromPaths"),
     ),
+    plugins: {
+      named: strings(plugins.load, "plugins.load") ?? [],
+      directory: directory(
+        asText(plugins.directory, "plugins.directory") ?? otherwise.plugins.directory,
+        "plugins.directory",
+      ),
+    },
     checkpoints: {
       directory: directory(root, "checkpoints.directory"),
       keepLast,
@@ -175,6 +218,11 @@ export function parseConfiguration(text: string, path: string): Configuration {
       ...(keyFile !== undefined && { keyFile: directory(keyFile, "checkpoints.keyFile") }),
       rootfsExclude: strings(checkpoints.rootfsExclude, "checkpoints.rootfsExclude") ?? [],
       rootfsMaxBytes,
+    },
+    restore: {
+      verifyDigests,
+      ignoreCpu,
+      ...(restoreKeyFile !== undefined && { keyFile: directory(restoreKeyFile, "restore.keyFile") }),
     },
   };
 }

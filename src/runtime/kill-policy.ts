@@ -8,6 +8,8 @@ import { type OciProcess, type OciSpec, ownAnnotation, type Setting } from "./sp
  *   cedana.io/kill-signal      what TERM becomes: "SIGINT", "hup", "RTMIN+3", "15"
  *   cedana.io/kill-grace       how long until the next step: "10s", "500ms", "1m30s", "7" (seconds)
  *   cedana.io/kill-escalation  what follows, each a grace after the one before: "QUIT,KILL"; KILL where only a grace is given
+ *   cedana.io/checkpoint-on    signals, "TERM" or "TERM,USR1", upon which the container is checkpointed and ends with the signal's
+ *                              status (src/runtime/checkpoint-on.ts); when that fails, they are sent as above
  *
  * Every other signal is delivered as it came: whoever sends KILL means it. Kubernetes annotates pods: KEY.CONTAINER goes
  * before KEY, and the sandbox container ignores both. An exec'd process has a policy of its own, by `cedana.io/exec-kill-…`, or
@@ -20,6 +22,16 @@ export interface KillPolicy {
   readonly signal: number;
   /** what is sent after it, to a process that still lives */
   readonly escalation: readonly EscalationStep[];
+  /** upon these the container is checkpointed instead */
+  readonly checkpointOn?: readonly number[] | undefined;
+}
+
+/** What becomes of a signal. */
+export interface KillPlan {
+  readonly signal: number;
+  readonly escalation: readonly EscalationStep[];
+  /** instead of all this, while that is possible */
+  readonly checkpoint: boolean;
 }
 
 export interface EscalationStep {
@@ -28,7 +40,7 @@ export interface EscalationStep {
   readonly afterMs: number;
 }
 
-const { SIGTERM, SIGKILL } = constants.signals;
+const { SIGTERM, SIGKILL, SIGSTOP, SIGCONT } = constants.signals;
 /** A day: whoever waits longer for an end doesn't mean one. */
 const maxGraceMs = 24 * 60 * 60 * 1000;
 const maxSteps = 8;
@@ -75,7 +87,21 @@ export function durationMs(text: string): number | undefined {
  * @throws InvalidRequest naming the annotation and what is wrong with it
  */
 export function killPolicy(spec: OciSpec): KillPolicy | undefined {
-  return policyFrom((key) => ownAnnotation(spec, `kill-${key}`));
+  const policy = policyFrom((key) => ownAnnotation(spec, `kill-${key}`));
+  const checkpointOn = checkpointSignals(ownAnnotation(spec, "checkpoint-on"));
+  if (!policy && !checkpointOn) return undefined;
+  return { ...(policy ?? { signal: SIGTERM, escalation: [] }), checkpointOn };
+}
+
+function checkpointSignals(setting: Setting | undefined): number[] | undefined {
+  if (!setting || setting.value === "") return undefined;
+  const signals = setting.value.split(",").map((name) => toSignal(setting, name.trim()));
+  // KILL is what ends a container that doesn't want to; STOP and CONT end nobody.
+  if (signals.some((signal) => [SIGKILL, SIGSTOP, SIGCONT].includes(signal)))
+    throw new InvalidRequest(
+      `${setting.name} is ${JSON.stringify(setting.value)}: KILL, STOP and CONT can't be among the signals upon which a container is checkpointed`,
+    );
+  return signals;
 }
 
 /** … of a process exec'd in it. @throws InvalidRequest */
@@ -86,8 +112,11 @@ export function execKillPolicy(spec: OciSpec, process: OciProcess): KillPolicy |
 }
 
 /** What is to be sent, and what follows it. */
-export function planKill(policy: KillPolicy | undefined, signal: number): KillPolicy {
-  return policy !== undefined && signal === SIGTERM ? policy : { signal, escalation: [] };
+export function planKill(policy: KillPolicy | undefined, signal: number): KillPlan {
+  const checkpoint = policy?.checkpointOn?.includes(signal) ?? false;
+  return policy !== undefined && signal === SIGTERM
+    ? { signal: policy.signal, escalation: policy.escalation, checkpoint }
+    : { signal, escalation: [], checkpoint };
 }
 
 function variable(process: OciProcess, name: string): Setting | undefined {

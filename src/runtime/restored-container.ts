@@ -1,7 +1,7 @@
 import { posix, resolve } from "node:path";
 import type { RestoredContainer } from "../checkpoint/compare.ts";
 import type { EngineFeatures } from "./engine.ts";
-import { annotationsOf, type OciMount, type OciSpec } from "./spec.ts";
+import { annotationsOf, isBind, type OciMount, type OciSpec } from "./spec.ts";
 
 /** Where containerd's CRI, CRI-O and Podman name a container's image. */
 const imageAnnotations = [
@@ -35,10 +35,6 @@ export function restoredContainer(
     devices: (spec.linux?.devices ?? []).map(({ path }) => path),
     rootfs: options.rootfs,
   };
-}
-
-function isBind({ type, options }: OciMount): boolean {
-  return type === "bind" || (options ?? []).some((option) => option === "bind" || option === "rbind");
 }
 
 function destinationOf({ destination }: OciMount): string {

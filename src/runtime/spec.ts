@@ -150,9 +150,27 @@ function isArrayOfObjects(value: unknown): boolean {
  * @throws InvalidRequest when it isn't a spec
  */
 export function withHook(text: string, stage: string, hook: OciHook, path = "config.json"): string {
-  const spec = parseExactly(text, path);
-  spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
-  return JSON.stringify(spec);
+  return withEdits(text, path, (spec) => {
+    spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
+  });
+}
+
+/**
+ * The text of a config.json for a copy of it in another directory: paths that are relative to the bundle become absolute.
+ * @throws InvalidRequest when it isn't a spec
+ */
+export function movedFrom(bundle: string, text: string): string {
+  return withEdits(text, posix.join(bundle, "config.json"), (spec) => {
+    spec.root = { ...spec.root, path: posix.resolve(bundle, spec.root?.path ?? "rootfs") };
+    if (spec.mounts)
+      spec.mounts = spec.mounts.map((mount) =>
+        mount.source && isBind(mount) ? { ...mount, source: posix.resolve(bundle, mount.source) } : mount,
+      );
+  });
+}
+
+export function isBind({ type, options }: OciMount): boolean {
+  return type === "bind" || (options ?? []).some((option) => option === "bind" || option === "rbind");
 }
 
 /**
@@ -169,6 +187,12 @@ export function processLike(
 ): string {
   const { terminal: _, consoleSize: __, ...own } = parseExactly(text, path).process ?? {};
   return JSON.stringify({ ...own, terminal: false, args, env: [...(own.env ?? []), ...env] });
+}
+
+function withEdits(text: string, path: string, edit: (spec: Writable<OciSpec>) => void): string {
+  const spec = parseExactly(text, path);
+  edit(spec);
+  return JSON.stringify(spec);
 }
 
 /** Numbers beyond what JavaScript counts exactly stay as they are written. */
@@ -337,8 +361,14 @@ export interface CedanaAnnotations {
   readonly shellJob?: boolean;
   /** what to restore instead of starting afresh: a name in the store, NAME@GENERATION, or a path */
   readonly restoreFrom?: string;
+  /** which GPU of the checkpoint becomes which here: OLD=NEW,… of UUIDs or indexes */
+  readonly gpuMap?: string;
   /** what becomes of a container whose restore fails; default: it fails */
   readonly onRestoreFailure?: "fail" | "fresh";
+  /** continue from the last container of this key that was checkpointed instead of being ended */
+  readonly autoResume?: string;
+  /** signals upon which the container is checkpointed instead of dying: kill-policy.ts reads them */
+  readonly checkpointOn?: string;
   /** a checkpoint is taken again and again, in the store */
   readonly checkpointEveryMs?: number;
   /** how many of those are kept */
@@ -360,7 +390,10 @@ const policies = [
   ["ext-unix", "extUnix", flag],
   ["shell-job", "shellJob", flag],
   ["restore-from", "restoreFrom", "text"],
+  ["gpu-map", "gpuMap", "text"],
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
+  ["auto-resume", "autoResume", "text"],
+  ["checkpoint-on", "checkpointOn", "text"],
   [
     "checkpoint-every",
     "checkpointEveryMs",

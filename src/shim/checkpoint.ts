@@ -1,7 +1,7 @@
-import { readFile, rm } from "node:fs/promises";
+import { rm } from "node:fs/promises";
 import { join } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
-import { hostCgroupVersion, parseMembership } from "../linux/cgroup.ts";
+import { foreignHierarchies } from "../linux/cgroup.ts";
 import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
 import { pluginsOf, specFacts } from "../runtime/manifest-facts.ts";
@@ -10,7 +10,6 @@ import { hasNetworkNamespace, identityOf, type OciSpec } from "../runtime/spec.t
 import { criuConfigFile, dumpPolicy, policyOptions } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
 import { runHook } from "./hooks.ts";
-import { imageOf } from "./image.ts";
 import type { Tag } from "./keeper.ts";
 import type { Task, Work } from "./task.ts";
 
@@ -67,7 +66,7 @@ export function dumpTarget(
       return task.init.state === "paused";
     },
     get hasEnded() {
-      return task.init.exit !== undefined;
+      return task.init.exit !== undefined || task.init.heldExit !== undefined;
     },
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
@@ -80,7 +79,7 @@ export function dumpTarget(
       ...specFacts(spec),
       plugins: pluginsOf("containerd", engine.name),
     },
-    image: () => imageOf(task, spec),
+    image: async () => await (await import("./image.ts")).imageOf(task, spec),
     log: task.log,
     preDumpHook: async () => {
       const hook = await hookOf(spec, "pre-dump");
@@ -97,13 +96,14 @@ export async function engineCheckpoint(
   engine: Engine,
   options: EngineDump,
 ): Promise<void> {
-  const { imagePath, workPath, parentPath, leaveRunning, policy, networkLock } = options;
+  const { imagePath, workPath, parentPath, leaveRunning, policy, networkLock, withoutPlugins } = options;
   const logFile = join(task.bundle, "checkpoint.log.json");
   const outputPath = join(task.bundle, "checkpoint.out");
   const configFile = await criuConfigFile(task.bundle, "dump", {
     tcpClose: policy.tcp === "close",
     skipInFlight: policy.tcp === "skip-in-flight",
     networkLock: networkLock === "default" ? undefined : networkLock,
+    pluginDirectory: withoutPlugins ? workPath : undefined,
     cgroupRoots: await foreignHierarchies(task.init.pid),
   });
   try {
@@ -123,18 +123,6 @@ export async function engineCheckpoint(
   } finally {
     if (configFile.criuConfigFile) await rm(configFile.criuConfigFile, { force: true });
   }
-}
-
-/**
- * Version 1 hierarchies of a host whose containers have cgroups of version 2 (a hybrid host seen without them). The container
- * is in somebody else's cgroup there, and CRIU would take that with everything below it into the images, make what is missing
- * at the restore, and give it the limits of then. Told that a file is where to look, it finds no cgroup.
- */
-async function foreignHierarchies(pid: number): Promise<[controller: string, path: string][]> {
-  if (pid === 0 || (await hostCgroupVersion()) !== 2) return [];
-  const text = await readFile(`/proc/${pid}/cgroup`, "utf8").catch(() => ""); // it has ended: the engine says so
-  const controllers = [...parseMembership(text).keys()].filter((controller) => controller !== "");
-  return controllers.map((controller) => [controller, "/cgroup.procs"]);
 }
 
 export async function withFeatures(task: Task): Promise<Engine> {

@@ -1,6 +1,8 @@
 import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import type { Claim } from "../checkpoint/resume.ts";
 import { BrokenImage, SyscallFailed } from "../errors/index.ts";
+import type { EscalationStep } from "../runtime/kill-policy.ts";
 import type { PendingEscalation } from "./escalation.ts";
 
 /**
@@ -31,7 +33,15 @@ export interface TaskRecord {
   restoreAsked?: "caller" | "annotation";
   /** how many restores the container has behind it */
   generation?: number;
+  /** of the checkpoint to restore from */
+  claim?: Claim;
+  /** what is mounted at the rootfs, where it may have to be mounted again */
+  rootfs?: { type: string; source: string; target: string; options: string[] }[];
+  /** a failed restore is given up: its files are (reset), or are to be (begun), as before it */
+  afresh?: "begun" | "reset";
   parentCheckpoint?: string;
+  /** it is being checkpointed instead of being sent a signal */
+  ending?: EndingRecord;
   oomKills: number;
   exit?: ExitRecord;
   execs: ExecRecord[];
@@ -39,6 +49,17 @@ export interface TaskRecord {
   escalations?: PendingEscalation[];
   /** Answers given to calls with effects, so that a repeated call gets the same one; the newest last. */
   answers: { request: number; payload: string }[];
+}
+
+/** A checkpoint instead of a signal (`cedana.io/checkpoint-on`). */
+export interface EndingRecord {
+  /** sent when that fails, with what follows it */
+  signal: number;
+  escalation: readonly EscalationStep[];
+  /** what the init ends with */
+  status: number;
+  /** somebody's patience was over: its end is that of SIGKILL */
+  killed: boolean;
 }
 
 export interface ExitRecord {

@@ -1,20 +1,32 @@
-import { link, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
+import { chmod, chown, link, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import {
   type EngineRestore,
   type RestoreTarget,
   restore as restoreContainer,
 } from "../checkpoint/restore.ts";
-import { hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
-import { isAlive } from "../linux/proc.ts";
+import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
+import { descendsFrom, kill, killCriu, watchForDeadCriu } from "../criu/leftovers.ts";
+import { Unsupported } from "../errors/index.ts";
+import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
+import { isAlive, programOf } from "../linux/proc.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
+import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
-import { cgroupPathV2, identityOf, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
+import {
+  cedanaAnnotations,
+  cgroupPathV2,
+  identityOf,
+  type OciSpec,
+  ownsNetworkNamespace,
+  withHook,
+} from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
 import { runHook } from "./hooks.ts";
+import type { RestoreSource } from "./restore-source.ts";
 import type { Task, Work } from "./task.ts";
 
 /*
@@ -34,19 +46,24 @@ import type { Task, Work } from "./task.ts";
  * Restores a task that was created from a checkpoint; see `restore` of src/checkpoint. The engine runs as an operation of the keeper,
  * whose tag comes from the request: a repetition after a crash waits for the engine that was started before, or finds how it ended.
  */
-export async function restore(task: Task, work: Work, path: string): Promise<void> {
+export async function restore(task: Task, work: Work, source: RestoreSource): Promise<void> {
   const spec = await task.spec();
   const engine = await withFeatures(task);
   const config = new BundleConfig(task.bundle);
   const keeperPid = task.pod.keeper.pid;
   const hook = await hookOf(spec, "post-restore");
+  const rootfs = resolve(task.bundle, spec.root?.path ?? "rootfs");
   const target: RestoreTarget = {
     what: `task ${task.id}`,
     directory: task.bundle,
     container: restoredContainer(spec, task.bundle, engine.features, {
       terminal: task.init.stdio.terminal,
-      rootfs: resolve(task.bundle, spec.root?.path ?? "rootfs"),
+      rootfs,
     }),
+    rootfs,
+    allowRootfsDiff: async () => {
+      if (source.onFailure === "fresh") await noteFreshUpper(task.bundle, rootfs);
+    },
     log: task.log,
     identity: identityOf(spec, task.id, task.namespace),
     why: task.restoreAsked,
@@ -71,35 +88,150 @@ export async function restore(task: Task, work: Work, path: string): Promise<voi
       if (cgroup !== undefined && !engine.systemdCgroup && !["full", "strict"].includes(cgroupsMode))
         await makeCgroup(cgroup);
     },
-    removeCgroup: () => task.undo("remove the cgroup of a failed restore", task.removeCgroup()),
+    removeCgroup: () => task.undo("remove the cgroup of a failed restore", removeCgroups(task, spec)),
+    deviceMap: cedanaAnnotations(spec).gpuMap,
+    cgroup: () => task.cgroup(),
     engineRestore: (options) => engineRestore(task, work, engine, spec, options),
+    endCriu: (workPath) => task.undo("end what is left of CRIU", endCriu(task, spec, workPath)),
     undoEngineRestore: () => task.undoEngineRestore(work),
+    criuRoots: [join(task.bundle, "criu-root"), join(engine.root, task.id, "criu-root")], // crun's, runc's
+    unmount: (mountPoint) => task.pod.keeper.unmount(task.pod.keeper.ownTag("unmount-criu"), mountPoint),
   };
   await restoreContainer(
     target,
     {
       key: String(work.request),
       repeated: work.repeated,
-      path,
+      path: source.path,
+      ...(await restoreSettings()),
       workPath: task.options.criuWorkPath || undefined,
     },
     { onBoundary: reachBoundary },
   );
 }
 
+// ---- what is left of an engine or a CRIU that was killed -------------------------------------------------------------
+
+/** All of it descends from the keeper, which adopts orphans. */
+async function endCriu(task: Task, spec: OciSpec, workPath: string): Promise<void> {
+  const left = await killCriu(workPath, task.pod.keeper.pid);
+  if (left.length > 0) task.log.error({ pids: left }, "processes of CRIU don't end");
+  await endRestored(task, spec);
+}
+
+/** Processes that CRIU had restored when it or the engine was killed: the engine doesn't know of them. */
+async function endRestored(task: Task, spec: OciSpec): Promise<void> {
+  const cgroup = await containerCgroup(task, spec);
+  const keeper = task.pod.keeper.pid;
+  const ours = async () =>
+    (await cgroup?.pids().catch(() => []))?.filter((pid) => descendsFrom(pid, keeper)) ?? []; // it is gone with its processes
+  for (let attempt = 0; attempt < 100; attempt++) {
+    const pids = await ours();
+    if (pids.length === 0) return;
+    if (attempt === 0) task.log.warn({ pids }, "killed: restored by halves");
+    await cgroup?.thaw().catch(() => {}); // a frozen process of version 1 doesn't even die
+    for (const pid of pids) kill(pid);
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  task.log.error({ pids: await ours() }, "processes of a failed restore don't end");
+}
+
+/** Of the container that is not there any more, or was never whole; undefined where only the engine knows its path. */
+async function containerCgroup(task: Task, spec: OciSpec): Promise<Cgroup | undefined> {
+  const path = cgroupPathV2(spec, task.id, task.options.systemdCgroup);
+  return path === undefined ? undefined : await Cgroup.at(path);
+}
+
+async function removeCgroups(task: Task, spec: OciSpec): Promise<void> {
+  await task.removeCgroup();
+  const left = await (await containerCgroup(task, spec))?.removeLeft();
+  if (left && left.length > 0) task.log.warn({ left }, "cgroups of a failed restore are still busy");
+}
+
+// ---- files, and back -------------------------------------------------------------------------------------------------
+
+/** The upper layer as it was before a checkpoint's changed files were written to it: there was nothing in it. */
+interface FreshUpper {
+  path: string;
+  mode: number;
+  uid: number;
+  gid: number;
+}
+
+const freshUpperFile = (bundle: string) => join(bundle, "rootfs-upper.json");
+
+/**
+ * A container that may have to start afresh after all gets its files back as they were by emptying its upper layer: there must be one,
+ * and nothing in it. What it was is on disk before anything is written.
+ */
+async function noteFreshUpper(bundle: string, rootfs: string): Promise<void> {
+  if (await readFreshUpper(bundle)) return; // noted before a crash
+  const { upper } = await overlayLayers(rootfs).catch((cause: unknown) => {
+    throw new Unsupported(
+      `the checkpoint's changed files can't be taken back on ${rootfs}, as cedana.io/on-restore-failure: fresh would have it`,
+      { cause },
+    );
+  });
+  if ((await readdir(upper)).length > 0)
+    throw new Unsupported(
+      `the checkpoint's changed files are for a new root file system, and ${rootfs} has changes already (cedana.io/on-restore-failure: fresh)`,
+    );
+  const { mode, uid, gid } = await stat(upper);
+  const note: FreshUpper = { path: upper, mode: mode & 0o7777, uid, gid };
+  await writeFile(`${freshUpperFile(bundle)}.new`, JSON.stringify(note), { mode: 0o600 });
+  await rename(`${freshUpperFile(bundle)}.new`, freshUpperFile(bundle));
+}
+
+async function readFreshUpper(bundle: string): Promise<FreshUpper | undefined> {
+  const text = await readFile(freshUpperFile(bundle), "utf8").catch(() => undefined); // ENOENT: it didn't come to that
+  return text === undefined ? undefined : (JSON.parse(text) as FreshUpper);
+}
+
+/**
+ * Takes back the files that a failed restore has written, if it has.
+ * @param unmounted  unmounts the rootfs, and mounts it again when its work is done: overlay has no changes of its layers under it
+ */
+export async function takeFilesBack(
+  bundle: string,
+  unmounted: (work: () => Promise<void>) => Promise<void>,
+): Promise<void> {
+  const upper = await readFreshUpper(bundle);
+  if (!upper) return;
+  await unmounted(async () => {
+    for (const name of await readdir(upper.path))
+      await rm(join(upper.path, name), { recursive: true, force: true });
+    await chown(upper.path, upper.uid, upper.gid);
+    await chmod(upper.path, upper.mode);
+  });
+}
+
+// ---- engine ----------------------------------------------------------------------------------------------------------
+
 async function engineRestore(
   task: Task,
   work: Work,
   engine: Engine,
   spec: OciSpec,
-  { imagePath, workPath, policy, externalMounts }: EngineRestore,
+  { imagePath, workPath, policy, externalMounts, withoutPlugins }: EngineRestore,
 ): Promise<void> {
   const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
+    pluginDirectory: withoutPlugins ? workPath : undefined,
     externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
+  const done = new AbortController();
+  const watched = watchForDeadCriu(
+    task.pod.keeper.pid,
+    workPath,
+    async (pids) => {
+      task.log.error({ pids }, "CRIU has died: ending what it has made");
+      for (const pid of pids) kill(pid);
+      await endCriu(task, spec, workPath);
+    },
+    done.signal,
+  );
   try {
     await task.engineRestore(work, engine, {
       imagePath,
@@ -109,6 +241,8 @@ async function engineRestore(
       ...configFile,
     });
   } finally {
+    done.abort();
+    await task.undo("watch CRIU", watched);
     if (configFile.criuConfigFile) await rm(configFile.criuConfigFile, { force: true });
   }
 }
@@ -140,7 +274,7 @@ class BundleConfig {
       if (error.code !== "EEXIST") throw error; // an attempt before a crash
     });
     const text = await readFile(this.#original, "utf8");
-    const hook = { path: await keeperProgram(keeperPid), args: ["cedana-loopback"], timeout: 10 };
+    const hook = { path: await programOf(keeperPid), args: ["cedana-loopback"], timeout: 10 };
     await writeFile(`${this.#path}.new`, withHook(text, "createRuntime", hook, this.#path), { mode: 0o600 });
     await rename(`${this.#path}.new`, this.#path);
   }
@@ -150,11 +284,4 @@ class BundleConfig {
       if (error.code !== "ENOENT") throw error; // it wasn't changed
     });
   }
-}
-
-/** The keeper's program as it is installed now; where it has gone, the one that runs. */
-async function keeperProgram(pid: number): Promise<string> {
-  const exe = `/proc/${pid}/exe`;
-  const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
-  return (await stat(installed).catch(() => undefined)) ? installed : exe;
 }

@@ -18,13 +18,17 @@ const MAX_WAIT_MS = 2 ** 31 - 1;
 const JITTER = 0.1;
 const MAX_JITTER_MS = 60_000;
 
-const scheduled = new WeakSet<Task>();
+/** When it became known that a task wants them, milliseconds since 1970; 0: it ran before us, and the last one in the store counts. */
+const sinceMs = new WeakMap<Task, number>();
 let lastInLine: Promise<void> = Promise.resolve();
 
-/** For a task that has begun to run, or was found running. Does nothing without the annotation; what is wrong is in the task's log. */
-export async function scheduleCheckpoints(task: Task): Promise<void> {
-  if (scheduled.has(task)) return;
-  scheduled.add(task);
+/**
+ * For a task that has begun to run, or was found running. Does nothing without the annotation; what is wrong is in the task's log.
+ * @param revived  it has begun under a cedanad before us
+ */
+export async function scheduleCheckpoints(task: Task, revived: boolean): Promise<void> {
+  if (sinceMs.has(task)) return;
+  sinceMs.set(task, revived ? 0 : Date.now());
   try {
     await waitForNext(task);
   } catch (error) {
@@ -50,8 +54,9 @@ async function planOf(task: Task): Promise<{ everyMs: number; wait: number } | u
   const [last] = (
     await new CheckpointStore(checkpoints.directory).generations(owner, checkpointNameOf(task, spec))
   ).slice(-1);
-  const sinceMs = last ? Math.max(0, Date.now() - timeOf(last.generation)) : 0;
-  return { everyMs, wait: Math.max(0, everyMs - sinceMs) };
+  const lastMs = Math.max(last ? timeOf(last.generation) : 0, sinceMs.get(task) ?? 0) || Date.now();
+  sinceMs.set(task, lastMs);
+  return { everyMs, wait: Math.min(everyMs, Math.max(0, lastMs + everyMs - Date.now())) };
 }
 
 /** Of a generation's name: 20261125T191500123Z. */

@@ -1,10 +1,12 @@
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { freezeMarker, hookNote } from "../checkpoint/freeze-marker.ts";
+import { deviceSlot } from "../checkpoint/device-slot.ts";
+import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.ts";
 import {
   AlreadyExists,
   BrokenImage,
+  Cancelled,
   NotFound,
   RuntimeFailed,
   SyscallFailed,
@@ -13,7 +15,9 @@ import {
 } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
+import { isAlive } from "../linux/proc.ts";
 import { pathInRoot } from "../linux/root-path.ts";
+import { unpackDirectory } from "../runtime/configuration.ts";
 import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
 import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
@@ -31,6 +35,7 @@ import type { CheckpointRequest } from "./checkpoint.ts";
 import { Escalations } from "./escalation.ts";
 import * as events from "./events.ts";
 import {
+  type EndingRecord,
   type ExecRecord,
   MAX_ANSWERS,
   type TaskRecord,
@@ -45,6 +50,8 @@ import { planStdio } from "./stdio.ts";
 import { type TaskLogger, taskLogger } from "./task-log.ts";
 
 const SIGKILL = 9;
+/** The kernel needs a moment to end what CRIU has killed, and the keeper to tell. */
+const END_AFTER_DUMP_MS = 5_000;
 /** How long Delete waits for output that a background child may hold open: as the Go shim, unless a test is in a hurry. */
 const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
@@ -115,8 +122,16 @@ export class Task {
   #cgroup: Cgroup | undefined;
   #rootfsMounted = false;
   #restoreSource: RestoreSource | undefined;
+  /** a failed restore is given up: its files are (reset), or are to be, as before it */
+  #afresh: "begun" | "reset" | undefined;
+  /** what was mounted at the rootfs, where it may have to be mounted again */
+  #rootfs: RootfsMount[] = [];
   #parentCheckpoint: string | undefined;
   #oomKills = 0;
+  /** since a signal upon which it is checkpointed instead; its exit is held until the checkpoint is in its place */
+  #ending: EndingRecord | undefined;
+  #endingIsOver = false;
+  readonly #endingGivenUp = new AbortController();
   readonly #escalations: Escalations;
 
   private constructor(
@@ -190,6 +205,7 @@ export class Task {
     task.#spec = spec;
     if (options.warnings.length > 0) task.#log.warn({ warnings: options.warnings }, "runtime options");
     task.#parentCheckpoint = request.parentCheckpoint || undefined;
+    if (restore?.onFailure === "fresh") task.#rootfs = request.rootfs;
     writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
     init.starting = true; // an exit waits until the create event is out
     pod.creating.add(task);
@@ -237,14 +253,18 @@ export class Task {
             path: record.restoreFrom,
             onFailure: record.onRestoreFailure ?? "fail",
             why: record.restoreAsked ?? "caller",
+            claim: record.claim,
           },
     );
     task.generation = record.generation ?? 0;
     init.pid = record.pid;
     if (record.exit) init.markExited({ status: record.exit.status, atNs: BigInt(record.exit.atNs) });
     task.#rootfsMounted = record.rootfsMounted;
+    task.#rootfs = record.rootfs ?? [];
+    task.#afresh = record.afresh;
     task.#parentCheckpoint = record.parentCheckpoint;
     task.#oomKills = record.oomKills;
+    task.#ending = record.ending;
     task.#answers = record.answers;
     for (const exec of record.execs) {
       const process = new Process(
@@ -269,7 +289,7 @@ export class Task {
       this.#spec = await readSpec(this.bundle);
       this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
       void this.outOfMemory(1); // the keeper's notice may have gone to nobody
-      if (this.init.state === "running") this.#scheduleCheckpoints();
+      if (this.init.state === "running") this.#scheduleCheckpoints(true);
     } catch (error) {
       this.#log.warn({ err: error }, "revive the task: its exit is expected");
     }
@@ -342,7 +362,11 @@ export class Task {
         restoreFrom: this.#restoreSource.path,
         onRestoreFailure: this.#restoreSource.onFailure,
         restoreAsked: this.#restoreSource.why,
+        ...(this.#restoreSource.claim && { claim: this.#restoreSource.claim }),
       }),
+      ...(this.#ending && { ending: this.#ending }),
+      ...(this.#rootfs.length > 0 && { rootfs: this.#rootfs }),
+      ...(this.#afresh && { afresh: this.#afresh }),
       ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
       ...(this.generation > 0 && { generation: this.generation }),
       oomKills: this.#oomKills,
@@ -385,14 +409,14 @@ export class Task {
       throw error;
     }
     this.publish(`start:${work.request}`, events.taskStart(this.id, this.init.pid));
-    this.#scheduleCheckpoints();
+    this.#scheduleCheckpoints(false);
     return this.init.pid;
   }
 
   /** Few containers ask for it, and only they load what it takes. */
-  #scheduleCheckpoints(): void {
+  #scheduleCheckpoints(revived: boolean): void {
     if (!this.#spec || !asksForCheckpoints(this.#spec)) return;
-    void import("./schedule.ts").then(({ scheduleCheckpoints }) => scheduleCheckpoints(this));
+    void import("./schedule.ts").then(({ scheduleCheckpoints }) => scheduleCheckpoints(this, revived));
   }
 
   /** The start is on record: an exit that came meanwhile may be told. */
@@ -402,16 +426,25 @@ export class Task {
   }
 
   async #restore(work: Work): Promise<void> {
-    const { path, onFailure } = this.#restoreSource!;
+    const source = this.#restoreSource!;
     const { restore } = await import("./restore.ts");
-    await using _held = await this.#holdOutputs(work, onFailure === "fresh");
+    await using _held = await this.#holdOutputs(work, source.onFailure === "fresh");
+    if (this.#afresh) {
+      await this.#startAfresh(work); // as a cedanad before us had begun to
+      return;
+    }
+    if (source.claim) {
+      const { beginClaim } = await import("../checkpoint/resume.ts");
+      await beginClaim(source.claim); // its processes may run from here on: it is nobody else's any more, whatever crashes
+    }
     try {
-      await restore(this, work, path);
+      await restore(this, work, source);
     } catch (error) {
-      if (onFailure !== "fresh") {
+      if (source.onFailure !== "fresh") {
         // The task must be deletable: it has ended without having lived.
         this.init.markExited({ status: 255, atNs: nowNs() });
         this.record();
+        await this.#giveClaimBack();
         throw error;
       }
       this.#log.warn(
@@ -419,6 +452,9 @@ export class Task {
         "restore failed; as cedana.io/on-restore-failure says, it starts afresh",
       );
       this.generation = 0;
+      this.#afresh = "begun"; // on record: a repetition must not restore into a container that runs
+      this.#writeRecord();
+      await this.#giveClaimBack();
       await this.#startAfresh(work);
     }
   }
@@ -462,7 +498,15 @@ export class Task {
   async discardRestore(): Promise<void> {
     if (!this.#restoreSource) return;
     const { discardRestore } = await import("../checkpoint/restore.ts");
-    await this.undo("remove what a restore has left", discardRestore(this.bundle));
+    await this.undo("remove what a restore has left", discardRestore(this.bundle, unpackDirectory()));
+  }
+
+  /** A checkpoint that it has not run from is there for the next one. */
+  async #giveClaimBack(): Promise<void> {
+    const claim = this.#restoreSource?.claim;
+    if (!claim) return;
+    const { returnClaim } = await import("../checkpoint/resume.ts");
+    await this.undo("give back the claim on a checkpoint", returnClaim(claim));
   }
 
   /** Waits for something that undoes; a failure of it is logged. */
@@ -492,6 +536,11 @@ export class Task {
   /** After a failed restore has been undone. Its stdio was given away with it, and is opened again. */
   async #startAfresh(work: Work): Promise<void> {
     try {
+      if (this.#afresh === "begun") {
+        await this.#resetRootfs(work);
+        this.#afresh = "reset";
+        this.#writeRecord();
+      }
       await this.#pod.keeper.ioFree(work.tag("io-free-restore"), this.init.io);
       const stdio = planStdio(this.init.io, this.init.stdio, this.id, this.namespace, this.options);
       await this.#pod.keeper.ioOpen(work.tag("io-afresh"), stdio);
@@ -506,6 +555,16 @@ export class Task {
       this.record();
       throw error;
     }
+  }
+
+  /** Before the record says that the files are back nothing runs on them, so a repetition may do this again. */
+  async #resetRootfs(work: Work): Promise<void> {
+    const { takeFilesBack } = await import("./restore.ts");
+    await takeFilesBack(this.bundle, async (empty) => {
+      await this.#pod.keeper.unmount(work.tag("unmount-restore"), join(this.bundle, "rootfs"));
+      await empty();
+      await this.#mountRootfs(work, this.#rootfs, "remount");
+    });
   }
 
   /** Starts an exec'd process. @returns its pid */
@@ -598,7 +657,8 @@ export class Task {
     const execsLeft = [...this.execs.values()].some(
       (exec) => exec.state === "running" || (exec.starting && exec.pid !== 0),
     );
-    if (this.init.heldExit && !this.init.starting && !execsLeft) void this.#publishInitExit();
+    if (this.init.heldExit && !this.init.starting && !execsLeft && !this.#isBeingCheckpointed)
+      void this.#publishInitExit();
   }
 
   async #publishInitExit(): Promise<void> {
@@ -609,7 +669,8 @@ export class Task {
   }
 
   #publishExit(process: Process): void {
-    const { status, atNs, sequence } = process.heldExit!;
+    const { atNs, sequence } = process.heldExit!;
+    const status = this.#statusOf(process);
     process.markExited({ status, atNs });
     this.#escalations.end(process.execId);
     this.#publishExitEvent(process, sequence);
@@ -665,7 +726,9 @@ export class Task {
       throw new WrongState(`process not created: ${process.name} of task ${this.id} has not been started`);
     }
     if (process.exit && !work.repeated) throw this.#goneError(process);
-    const { signal, escalation } = planKill(await this.#killPolicy(process), sent);
+    const { signal, escalation, checkpoint } = planKill(await this.#killPolicy(process), sent);
+    if (checkpoint && process.isInit && this.#beginEnding({ signal, escalation, status: 128 + sent })) return;
+    if (sent === SIGKILL && process.isInit) this.#giveUpEnding();
     if (all && process.isInit) {
       const command = this.engine.kill({ id: this.id, signal, all: true, logFile: this.#logFile("kill") });
       await this.#runEngine(work.tag("kill-all"), "kill", command);
@@ -691,10 +754,87 @@ export class Task {
       throw error;
     }
     // A frozen process of cgroups version 1 doesn't even die.
-    if (signal === SIGKILL && this.init.state === "paused" && this.#cgroup?.version === 1) {
+    const stands = this.init.state === "paused" || this.#isBeingCheckpointed;
+    if (signal === SIGKILL && stands && this.#cgroup?.version === 1) {
       await this.#cgroup.thaw();
-      if (!this.init.exit) this.init.move("resume");
+      if (!this.init.exit && this.init.state === "paused") this.init.move("resume");
     }
+  }
+
+  // ---- a checkpoint instead of a signal --------------------------------------------------------------------------------
+
+  /*
+   * `cedana.io/checkpoint-on`. The kill is answered at once, as that of a signal is. The dump ends the container, so that nothing of it
+   * runs on; its exit is told when the checkpoint is in its place, with the signal's status, so that whoever starts the next container
+   * upon it finds the checkpoint. That it is being ended is on record: the next cedanad after a crash goes on. When it fails, the
+   * container gets the signal. A SIGKILL meanwhile ends container and dump.
+   */
+
+  get #isBeingCheckpointed(): boolean {
+    return this.#ending !== undefined && !this.#endingIsOver;
+  }
+
+  #statusOf(process: Process): number {
+    const { status } = process.heldExit!;
+    // CRIU ends what it has dumped by SIGKILL.
+    const dumped = process.isInit && this.#ending && !this.#ending.killed && status === 128 + SIGKILL;
+    return dumped ? this.#ending!.status : status;
+  }
+
+  /** @returns false when it can't be checkpointed now: then the signal is all there is */
+  #beginEnding(ending: Omit<EndingRecord, "killed">): boolean {
+    if (this.#ending) return true; // a second signal changes nothing
+    if (this.init.exit || (this.init.state !== "running" && this.init.state !== "paused")) return false;
+    this.#ending = { ...ending, killed: false };
+    this.record();
+    void this.#end(async () => {
+      const { checkpointAtEnd } = await import("./triggered.ts");
+      await checkpointAtEnd(this, this.#endingGivenUp.signal);
+    });
+    return true;
+  }
+
+  #giveUpEnding(): void {
+    if (!this.#isBeingCheckpointed) return;
+    this.#ending = { ...this.#ending!, killed: true };
+    this.#endingGivenUp.abort(new Cancelled(`task ${this.id} is killed`));
+    this.record();
+  }
+
+  async #end(checkpoint: () => Promise<void>): Promise<void> {
+    const { signal, escalation } = this.#ending!;
+    try {
+      await checkpoint();
+    } catch (error) {
+      const ended = this.init.exit !== undefined || this.init.heldExit !== undefined;
+      if (!ended) this.#ending = undefined;
+      this.#log.warn(
+        { err: error, signal },
+        ended ? "not checkpointed at its end" : "not checkpointed instead of a signal: it gets the signal",
+      );
+      if (!ended) {
+        this.record();
+        const { keeper } = this.#pod;
+        await this.undo("send the signal", this.#signal(keeper.ownTag("signal"), this.init, signal));
+        this.#escalations.begin("", escalation);
+      }
+    } finally {
+      this.#endingIsOver = true;
+      this.#releaseHeldExits();
+    }
+  }
+
+  /** @param resumed  when a checkpoint that was cut off by a crash has come to its end */
+  async #resumeEnding(resumed: Promise<void> | undefined): Promise<void> {
+    await this.#end(async () => {
+      await resumed;
+      const deadline = resumed ? Date.now() + END_AFTER_DUMP_MS : 0;
+      while (!this.init.exit && !this.init.heldExit) {
+        if (isAlive(this.init.pid) && Date.now() > deadline)
+          throw new Cancelled("cedanad ended before the checkpoint was whole");
+        await delay(10);
+      }
+    });
   }
 
   async pause(work: Work): Promise<void> {
@@ -756,10 +896,12 @@ export class Task {
   /** A cedanad before us may have ended in the middle of a dump whose caller has gone: the container must not stay frozen. */
   async thawLeftover(): Promise<void> {
     await this.#pauseLeftover();
+    this.#recoverDevices();
     const marker = freezeMarker(this.bundle);
     if (!existsSync(marker)) return;
     try {
       if (this.init.state === "running" && !this.init.exit) await (await this.cgroup()).thaw();
+      else if (this.init.exit) await thawNoted(this.bundle);
       await rm(marker, { force: true });
       const { abandonAttempt } = await import("../checkpoint/dump.ts");
       const kept = await abandonAttempt(this.bundle, async () => {});
@@ -782,17 +924,38 @@ export class Task {
     }
   }
 
+  #recoverDevices(): void {
+    const { id, bundle, init } = this;
+    if (init.pid === 0 || init.exit) return;
+    deviceSlot()?.recover({
+      what: `task ${id}`,
+      initPid: init.pid,
+      directory: bundle,
+      log: this.#log,
+      cgroup: () => this.cgroup(),
+      get paused() {
+        return init.state === "paused";
+      },
+      get hasEnded() {
+        return init.exit !== undefined;
+      },
+    });
+  }
+
   /**
    * A cedanad before us may have ended in the middle of a checkpoint of its own will: gone on with, before any call of containerd's
    * changes the container.
    */
   resumeCheckpoint(): void {
-    if (!existsSync(join(this.bundle, TRIGGERED_DIRECTORY))) return;
-    const turn = Promise.withResolvers<void>();
-    void this.init.inTurn(() => turn.promise);
-    void import("./triggered.ts")
-      .then(({ resumeCheckpoint }) => resumeCheckpoint(this, turn.resolve))
-      .finally(turn.resolve);
+    let resumed: Promise<void> | undefined;
+    if (existsSync(join(this.bundle, TRIGGERED_DIRECTORY))) {
+      const turn = Promise.withResolvers<void>();
+      void this.init.inTurn(() => turn.promise);
+      resumed = import("./triggered.ts")
+        .then(({ resumeCheckpoint }) => resumeCheckpoint(this, turn.resolve))
+        .finally(turn.resolve);
+    }
+    if (this.#ending && !this.init.exit) void this.#resumeEnding(resumed);
   }
 
   async resizePty(work: Work, process: Process, width: number, height: number): Promise<void> {
@@ -811,6 +974,7 @@ export class Task {
   async delete(work: Work): Promise<{ pid: number; exit: Exit | undefined }> {
     const { init } = this;
     const neverRan = init.state === "created" || init.state === "createdFromCheckpoint";
+    if (init.state === "createdFromCheckpoint") await this.#giveClaimBack();
     if (init.state === "deleted")
       throw new NotFound(`task ${this.id} has been deleted: container not created`);
     init.check("delete");
@@ -860,6 +1024,7 @@ export class Task {
    */
   async destroy(): Promise<Exit> {
     const { keeper } = this.#pod;
+    if (this.init.state === "createdFromCheckpoint") await this.#giveClaimBack();
     if (this.init.state !== "deleted") {
       await this.#engineDelete(keeper.ownTag("destroy"), true).catch((error) =>
         this.#log.warn({ err: error }, "delete the container of an abandoned task"),
@@ -896,22 +1061,22 @@ export class Task {
 
   // ---- parts ---------------------------------------------------------------------------------------------------------
 
-  async #mountRootfs(work: Work, mounts: CreateRequest["rootfs"]): Promise<void> {
+  async #mountRootfs(work: Work, mounts: CreateRequest["rootfs"], step = "mount"): Promise<void> {
     const root = join(this.bundle, "rootfs");
     for (const [index, mount] of mounts.entries()) {
       this.#rootfsMounted = true;
       const target = await pathInRoot(root, mount.target);
       const plan = planMount(mount, target);
       if (plan.helper) {
-        const exit = await this.#pod.keeper.run(work.tag(`mount:${index}`), { argv: plan.helper.argv });
+        const exit = await this.#pod.keeper.run(work.tag(`${step}:${index}`), { argv: plan.helper.argv });
         if (exit.exitStatus !== 0)
           throw new RuntimeFailed(`mount ${mount.type} at ${target}: ${plan.helper.argv[0]} failed`, {
             exitStatus: exit.exitStatus,
           });
         continue;
       }
-      for (const [step, call] of mountCalls(plan).entries())
-        await this.#pod.keeper.mount(work.tag(`mount:${index}.${step}`), call);
+      for (const [part, call] of mountCalls(plan).entries())
+        await this.#pod.keeper.mount(work.tag(`${step}:${index}.${part}`), call);
     }
   }
 
@@ -959,11 +1124,13 @@ export class Task {
         if (!(error instanceof Unavailable)) this.#log.error({ err: error }, `undo a failed create: ${what}`);
       });
     };
+    await this.#giveClaimBack();
     await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
     await undo("remove the cgroup", this.removeCgroup());
     await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));
     if (this.#rootfsMounted)
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
+    await undo("remove what was unpacked", this.discardRestore());
     await rm(join(this.bundle, "cedana-engine"), { force: true });
     this.#pod.keeper.taskGone(this.id); // it may watch for out-of-memory kills
     if (this.init.heldExit) this.#pod.keeper.acknowledge(this.init.heldExit.sequence); // told to nobody

@@ -2,14 +2,17 @@ import { randomUUID } from "node:crypto";
 import { existsSync } from "node:fs";
 import { copyFile, mkdir, readdir, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 import type { Compression } from "../checkpoint/archive/compressions.ts";
 import { IMAGES_DIRECTORY } from "../checkpoint/archive/layout.ts";
 import { abandonAttempt, type DumpOutcome, dump, type EngineDump } from "../checkpoint/dump.ts";
-import { freezeMarker } from "../checkpoint/freeze-marker.ts";
+import { thawNoted } from "../checkpoint/freeze-marker.ts";
 import { MANIFEST_NAME, readManifest } from "../checkpoint/manifest.ts";
+import { offerCheckpoint } from "../checkpoint/resume.ts";
 import { CheckpointStore, type StoredCheckpoint, type StoreOwner } from "../checkpoint/store.ts";
 import { InvalidRequest, NotFound, RuntimeFailed, WrongState } from "../errors/index.ts";
 import { isAlive, startTime } from "../linux/proc.ts";
+import { allowedAnnotations } from "../runtime/annotated-checkpoint.ts";
 import { type Configuration, readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
 import {
@@ -34,11 +37,13 @@ import { type Task, TRIGGERED_DIRECTORY } from "./task.ts";
  */
 
 export interface TriggerRequest {
-  trigger: "command" | "schedule";
+  trigger: "command" | "schedule" | "signal";
   /** default: what the container's annotation says, else its id, or under Kubernetes POD.CONTAINER */
   name?: string | undefined;
   /** the container ends with the dump */
   exit?: boolean;
+  /** the next container of its name may continue from it (src/checkpoint/resume.ts) */
+  resumable?: boolean;
   /** one file of what; undefined: a directory */
   compression?: Compression | undefined;
   /** encrypts that file */
@@ -69,6 +74,8 @@ interface DumpRecord {
   directory: string;
   generation: string;
   exit: boolean;
+  /** the process that has to end before anybody continues from it */
+  offer?: { pid: number; startTime: number } | undefined;
   compression?: Compression | undefined;
   /** with a secret that nobody but the caller knows */
   encrypted: boolean;
@@ -80,6 +87,7 @@ interface DumpRecord {
 /** One that takes cedanad along each time is given up. */
 const MAX_ATTEMPTS = 3;
 const EXIT_AFTER_DUMP_MS = 10_000;
+const BUSY_LOOK_MS = 10;
 
 /** Tasks of which a checkpoint is being taken. */
 const busy = new WeakSet<Task>();
@@ -105,12 +113,29 @@ export async function takeCheckpoint(task: Task, request: TriggerRequest): Promi
       directory: dirname(place),
       generation: place.slice(dirname(place).length + 1),
       exit: request.exit ?? false,
+      offer: request.resumable ? { pid: task.init.pid, startTime: startTime(task.init.pid) ?? 0 } : undefined,
       compression: request.compression,
       encrypted: request.secret !== undefined,
       keep: request.keep,
       attempts: 1,
     };
     return await finish(task, record, request);
+  });
+}
+
+/** Instead of a signal that would have ended it: the dump ends it. */
+export async function checkpointAtEnd(task: Task, signal: AbortSignal): Promise<void> {
+  const spec = await task.spec();
+  const asked = await allowedAnnotations(spec);
+  const { autoResume, keepLast } = asked?.annotations ?? {};
+  while (busy.has(task)) await sleep(BUSY_LOOK_MS, undefined, { signal }); // it is in the middle of a scheduled one
+  await takeCheckpoint(task, {
+    trigger: "signal",
+    name: autoResume,
+    exit: true,
+    resumable: autoResume !== undefined,
+    keep: keepLast ?? asked?.configuration.checkpoints.keepLast,
+    signal,
   });
 }
 
@@ -183,6 +208,7 @@ async function finish(
       outcome = await (record.exit && !resumed ? task.init.inTurn(take) : take());
     }
     resumed?.();
+    if (record.offer) await offerCheckpoint(path, record.offer);
     boundary("archive", request);
     try {
       await archive(path, record, request, task);
@@ -269,12 +295,14 @@ async function dumpInto(
       },
     },
   );
-  if (record.exit)
+  // The exit of one that a signal has brought here is held until we are done.
+  if (record.exit && record.trigger !== "signal")
     await Promise.race([
       task.init.waitForExit(),
       new Promise((resolve) => setTimeout(resolve, EXIT_AFTER_DUMP_MS).unref()),
     ]);
-  else task.publish(`checkpointed:${record.key}`, events.taskCheckpointed(task.id, outcome.path));
+  else if (!record.exit)
+    task.publish(`checkpointed:${record.key}`, events.taskCheckpointed(task.id, outcome.path));
   return outcome;
 }
 
@@ -340,8 +368,7 @@ async function giveUp(task: Task, record: DumpRecord): Promise<void> {
     scratch,
     async (staging) => await endOfDump(join(staging, IMAGES_DIRECTORY)),
   );
-  if (!task.init.exit && task.init.state === "running" && existsSync(freezeMarker(scratch)))
-    await (await task.cgroup()).thaw();
+  if (task.init.state !== "paused") await thawNoted(scratch);
   await rm(scratch, { recursive: true, force: true });
   task.log.error(
     { checkpoint: record.name, ...(kept !== undefined && { kept }) },

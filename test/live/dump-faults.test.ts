@@ -4,6 +4,7 @@ import { existsSync, mkdtempSync, readdirSync, readFileSync, writeFileSync } fro
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import { dumpSteps } from "../../src/checkpoint/dump.ts";
+import { readManifest, verifyFiles } from "../../src/checkpoint/manifest.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
 import { until } from "./harness/until.ts";
@@ -25,17 +26,23 @@ describe("a crash of cedanad in a dump", () => {
     });
     await using task = await live.run(["counter"]);
     await task.nextNumber();
+    // Each replaces the one before.
+    const image = mkdtempSync(join(live.dir, "image-"));
+    writeFileSync(join(image, "mine"), "");
+    let last = "";
     for (const boundary of boundaries) {
-      const image = mkdtempSync(join(live.dir, "image-"));
-      writeFileSync(join(image, "mine"), "");
       daemon.crashNextAt(boundary);
       await live.killCedanad();
       await task.status(); // a delivery to the one that is dying would count
       await task.checkpoint({ imagePath: image });
-      const manifest = JSON.parse(readFileSync(join(image, "cedana.json"), "utf8"));
-      for (const { path } of manifest.files)
-        expect(existsSync(join(image, path)), `${boundary}: ${path}`).toBe(true);
-      expect(readdirSync(image)).toContain("mine");
+      const manifest = (await readManifest(image))!;
+      expect(manifest.createdAt > last, boundary).toBe(true);
+      last = manifest.createdAt;
+      const faults = await verifyFiles(manifest, image);
+      expect(
+        faults.map(({ message }) => message),
+        boundary,
+      ).toEqual(["mine is a file that the manifest doesn't name"]);
       expect(await task.status(), boundary).toBe("RUNNING");
       const before = await task.nextNumber();
       expect(await task.nextNumber(), boundary).toBe(before + 1);

@@ -8,7 +8,7 @@ import { type EngineName, GO_SHIM, Live } from "./harness/live.ts";
 import { IMAGE, imageTar, programs } from "./harness/programs.ts";
 import { anyOf } from "./harness/proto.ts";
 import { containerSpec, processSpec } from "./harness/spec.ts";
-import { isAlive } from "./harness/system.ts";
+import { entries, isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 // Callers other than Podman and Docker. CRI-O is in no Debian release: its calls of conmon and of the runtime are replayed here with
@@ -237,6 +237,115 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
       }
     },
   );
+
+  it("checkpoint a container instead of ending it, and create it from there: created, then started", {
+    timeout: 60_000,
+  }, async () => {
+    const side = "wrapper";
+    const bundle = join(place.dir, side);
+    const original = readFileSync(join(bundle, "config.json"));
+    const configure = (annotations: Record<string, string>): string => {
+      const spec = JSON.parse(original.toString());
+      spec.process.args = ["/programs/counter", "20", "7"]; // ends with 7 at TERM
+      spec.annotations = annotations;
+      writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
+      return JSON.stringify(spec);
+    };
+    const begin = [
+      "--exit-dir",
+      at(side, "exits"),
+      "-P",
+      at(side, "conmon-pidfile"),
+      "-p",
+      at(side, "pidfile"),
+    ];
+    const box = (...args: string[]) => runtime(side, ...args);
+    const state = async () => JSON.parse((await box("state", "box")).stdout);
+    const numbers = () => [...text(at(side, "log")).matchAll(/ F (\d+)$/gm)].map((match) => Number(match[1]));
+    const exited = async () => {
+      const status = await until(() => text(at(side, "exits/box")) || undefined, {
+        what: () => "conmon's exit file",
+      });
+      rmSync(at(side, "exits/box"));
+      return status.trim();
+    };
+    const restored = async () => {
+      const created = await conmon(side, ...begin);
+      expect(created.pid, JSON.stringify(created)).toBeGreaterThan(0);
+      expect(await state()).toMatchObject({ status: "created", pid: created.pid, id: "box", bundle });
+      return created;
+    };
+    try {
+      rmSync(at(side, "exits/box"), { force: true });
+      writeFileSync(at(side, "log"), "");
+      configure({
+        "cedana.io/checkpoint-on": "SIGTERM",
+        "cedana.io/checkpoint-name": "box",
+        "cedana.io/rootfs-diff": "false", // its root file system is a directory
+      });
+      await conmon(side, ...begin);
+      expect((await box("start", "box")).status).toBe(0);
+      await until(() => numbers().length > 2);
+      expect((await box("kill", "box", "15")).status).toBe(0);
+      expect(await exited(), place.cedanadLog()).toBe("143");
+      expect((await box("delete", "box")).status).toBe(0);
+      const before = configure({ "cedana.io/restore-from": "box" });
+
+      // Deleted, or killed, before it was ever started: it is gone, and has done nothing.
+      const count = numbers().length;
+      await restored();
+      expect((await box("delete", "box")).status).toBe(0);
+      expect(await exited()).toBe("137");
+      await restored();
+      const refused = await box("checkpoint", "--image-path", at(side, "none"), "box");
+      expect(refused).toMatchObject({ status: 1, stderr: expect.stringContaining("created state") });
+      expect((await box("kill", "box", "TERM")).status).toBe(0);
+      expect(await exited()).toBe("137");
+      expect((await state()).status).toBe("stopped");
+      expect((await box("start", "box")).status).not.toBe(0);
+      expect((await box("delete", "box")).status).toBe(0);
+      expect((await box("state", "box")).status).not.toBe(0);
+      expect(numbers().length).toBe(count);
+
+      const { pid } = await restored();
+      expect(readFileSync(`/proc/${pid}/stat`, "latin1").split(") ")[1]!.split(" ")[1]).toBe(
+        readFileSync(at(side, "conmon-pidfile"), "utf8").trim(),
+      );
+      const again = await box("create", "--bundle", bundle, "box"); // the id is taken
+      expect(again.status).not.toBe(0);
+      expect((await box("start", "box")).status).toBe(0);
+      expect(await state()).toMatchObject({ status: "running", pid, bundle });
+      expect((await box("start", "box")).status).not.toBe(0);
+      await until(() => numbers().length > count + 1, { what: () => text(at(side, "log")) });
+      expect(numbers()).toEqual(numbers().map((_, n) => n)); // nothing is missing, nothing comes twice
+      expect((await box("delete", "box")).status).not.toBe(0); // it runs
+      expect(readFileSync(join(bundle, "config.json"), "utf8")).toBe(before); // the caller's bundle stays as it was
+      expect((await box("kill", "box", "15")).status).toBe(0);
+      expect(await exited()).toBe("7");
+      expect((await box("delete", "box")).status).toBe(0);
+      for (const left of ["oci", "oci-bundles"]) expect(entries(join(place.runDir, left))).toEqual([]);
+
+      // `run` is both at once; in the foreground it ends as the container does.
+      // By real pipes: Node's are sockets, which CRIU can't put in the place of a pipe.
+      const piped = ["bash", "-c", '"$@" 2>&1 | cat; exit $PIPESTATUS', "bash"];
+      const run = place.spawn([
+        ...piped,
+        ...place.runtime(side, "--root", root(side), "run", "--bundle", bundle, "box"),
+      ]);
+      let said = "";
+      run.stdout!.on("data", (chunk) => (said += chunk));
+      await until(() => /\n/.test(said) && (/^\d/.test(said) || run.exitCode !== null), {
+        what: () => `output of run (${run.exitCode}): ${said}\n${place.cedanadLog().slice(-3000)}`,
+      });
+      expect(Number(said.split("\n")[0]), said).toBeGreaterThan(1);
+      expect((await box("kill", "box", "15")).status).toBe(0);
+      expect(await new Promise((resolve) => run.once("exit", resolve))).toBe(7);
+      expect(await box("state", "box"), place.cedanadLog().slice(-1500)).toMatchObject({ status: 1 });
+    } finally {
+      await box("delete", "--force", "box");
+      writeFileSync(join(bundle, "config.json"), original);
+    }
+  });
 
   /** `update --resources -`, which reads stdin. */
   async function updateByStdin(side: Side): Promise<number | null> {

@@ -72,7 +72,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       expect(await told("c")).toMatchObject({
         generation: 1,
         why: "caller",
-        old: { containerId: id, namespace: "" },
+        old: { containerId: id, namespace: "oci" },
         new: { containerId: id, hostname: expect.any(String) },
       });
       const archive = join(podman.place.dir, "c.tar");

@@ -18,6 +18,7 @@ describe("the administrator's configuration", () => {
     expect(await readConfiguration(path)).toEqual({
       annotations: { deny: [], hooks: false },
       restoreFromPaths: [],
+      plugins: { named: [], directory: expect.stringMatching(/\/plugins$/) },
       checkpoints: {
         directory: expect.stringMatching(/\/checkpoints$/),
         keepLast: 3,
@@ -25,6 +26,7 @@ describe("the administrator's configuration", () => {
         rootfsExclude: [],
         rootfsMaxBytes: 4 * 2 ** 30,
       },
+      restore: { verifyDigests: false, ignoreCpu: false },
     });
   });
 
@@ -54,6 +56,8 @@ describe("the administrator's configuration", () => {
     ["an unknown compression", `{ "checkpoints": { "compression": "xz" } }`, /none, gzip, lz4, zstd/],
     ["a key for nothing", `{ "checkpoints": { "keyFile": "/k" } }`, /encrypts archives/],
     ["no size", `{ "checkpoints": { "rootfsMaxBytes": "much" } }`, /not a size/],
+    ["a text for a switch", `{ "restore": { "ignoreCpu": "yes" } }`, /ignoreCpu is neither/],
+    ["a key that is nowhere", `{ "restore": { "keyFile": "key" } }`, /"key" is not an absolute path/],
     ["nothing to keep", `{ "checkpoints": { "keepLast": 0 } }`, /from 1 to 1000/],
   ])("refuses %s", (_what, text, message) => {
     expect(() => parseConfiguration(text, path)).toThrow(InvalidRequest);

@@ -108,9 +108,24 @@ describe("a container's kill policy", () => {
 
   it("leaves every other signal alone", () => {
     const said = policy({ signal: "INT", grace: "1s" });
-    expect(planKill(said, 15)).toEqual(said);
-    for (const signal of [1, 2, 9, 34]) expect(planKill(said, signal)).toEqual({ signal, escalation: [] });
-    expect(planKill(undefined, 15)).toEqual({ signal: 15, escalation: [] });
+    expect(planKill(said, 15)).toMatchObject({ signal: 2, escalation: [{ signal: 9, afterMs: 1000 }] });
+    for (const signal of [1, 2, 9, 34])
+      expect(planKill(said, signal)).toEqual({ signal, escalation: [], checkpoint: false });
+    expect(planKill(undefined, 15)).toEqual({ signal: 15, escalation: [], checkpoint: false });
+  });
+
+  it("checkpoints upon the signals of checkpoint-on, and says what is sent when that fails", () => {
+    const on = (value: string, more = {}) =>
+      killPolicy(annotated({ "cedana.io/checkpoint-on": value, ...more }));
+    expect(planKill(on("SIGTERM"), 15)).toEqual({ signal: 15, escalation: [], checkpoint: true });
+    expect(planKill(on("TERM, usr1"), 10).checkpoint).toBe(true);
+    expect(planKill(on("TERM"), 9).checkpoint).toBe(false);
+    expect(planKill(on("TERM", { "cedana.io/kill-signal": "INT" }), 15)).toMatchObject({
+      signal: 2,
+      checkpoint: true,
+    });
+    for (const wrong of ["KILL", "TERM,STOP", "CONT", "TREM", "TERM,"])
+      expect(() => on(wrong), wrong).toThrow(InvalidRequest);
   });
 });
 

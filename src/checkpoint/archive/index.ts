@@ -1,6 +1,6 @@
 import { randomUUID } from "node:crypto";
 import { closeSync, fsyncSync, openSync } from "node:fs";
-import { access, lstat, readdir, rename, rm, stat } from "node:fs/promises";
+import { access, lstat, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
 import { AlreadyExists, BrokenImage, InvalidRequest, NotFound } from "../../errors/index.ts";
 import { flock, renameAt } from "../../linux/addon.ts";
@@ -17,6 +17,7 @@ import { Staging } from "../staging.ts";
 import { runJob } from "../worker/pool.ts";
 import type { Compression } from "./compression.ts";
 import type { CreateOutput } from "./create.ts";
+import { isEncrypted } from "./encryption.ts";
 import type { ExtractOutput, Limits } from "./extract.ts";
 import {
   type CheckpointDescription,
@@ -185,6 +186,14 @@ export async function extractArchive(
   const extracted = await read(archive, staging.path, options);
   await staging.commit(options.signal ? { signal: options.signal } : {});
   return extracted;
+}
+
+/** Whether an archive needs a key. */
+export async function isEncryptedArchive(archive: string): Promise<boolean> {
+  await expectFile(archive);
+  await using file = await open(archive);
+  const { buffer, bytesRead } = await file.read(Buffer.alloc(64), 0, 64, 0);
+  return isEncrypted(buffer.subarray(0, bytesRead));
 }
 
 /** Reads an archive to its end and checks all that `extractArchive` checks, but writes nothing. */

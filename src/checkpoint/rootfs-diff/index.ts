@@ -116,6 +116,14 @@ export async function prepareRootfsDiff(signal?: AbortSignal): Promise<void> {
   await runJob("prepareRootfsDiff", undefined, signal);
 }
 
+/** Whether a checkpoint's directory has changes to apply. */
+export async function hasRootfsDiff(directory: string): Promise<boolean> {
+  return (
+    (await firstThatExists([join(directory, ROOTFS_DIFF_NAME), join(directory, DELETED_FILES_NAME)])) !==
+    undefined
+  );
+}
+
 /**
  * Applies a container's changes to a fresh root file system, from a checkpoint of ours, of Podman, CRI-O or containerd. Any failure is
  * an error, and the target is then to be discarded: it is half changed.

@@ -1,7 +1,9 @@
 import { isAbsolute } from "node:path";
-import { findFaults, listProcesses, openContents } from "../../checkpoint/inspect.ts";
+import { type CheckpointProcess, listProcesses } from "../../checkpoint/inspect.ts";
 import { readManifest } from "../../checkpoint/manifest.ts";
+import { findArchive, openDirectoryOf } from "../../checkpoint/open.ts";
 import { CheckpointStore, type StoredCheckpoint, type StoreOwner } from "../../checkpoint/store.ts";
+import { verifyCheckpoint as verify } from "../../checkpoint/verify.ts";
 import { BrokenImage, InvalidRequest, messageOf } from "../../errors/index.ts";
 import type {
   CheckpointInit,
@@ -71,28 +73,39 @@ async function describe(owner: StoreOwner, checkpoint: StoredCheckpoint): Promis
 export async function inspectCheckpoint({
   checkpoint,
 }: InspectCheckpointRequest): Promise<InspectCheckpointResponseInit> {
-  const contents = await openContents(await directoryOf(checkpoint));
-  const processes = await listProcesses(contents);
+  const path = await directoryOf(checkpoint);
+  // What is in an archive is known by its manifest; its processes only by unpacking it.
+  const archived = await findArchive(path);
+  if (archived) return { path, manifestJson: JSON.stringify(archived.manifest) };
+  const { imagePath, manifest } = await openDirectoryOf(path);
+  const processes: CheckpointProcess[] = await listProcesses(imagePath);
   return {
-    path: contents.path,
-    imagePath: contents.imagePath,
-    manifestJson: contents.manifest && JSON.stringify(contents.manifest),
+    path,
+    imagePath,
+    manifestJson: manifest && JSON.stringify(manifest),
     processes,
     memoryBytes: processes.reduce((sum, { memoryBytes }) => sum + memoryBytes, 0),
   };
 }
 
 export async function verifyCheckpoint(
-  { checkpoint, here }: VerifyCheckpointRequest,
+  { checkpoint, here, secret }: VerifyCheckpointRequest,
   { signal }: ApiCall,
   send: (event: VerifyCheckpointEventInit) => Promise<void>,
 ): Promise<void> {
-  const contents = await openContents(await directoryOf(checkpoint));
-  const { findings, digests, bytes } = await findFaults(contents, {
-    here,
+  const path = await directoryOf(checkpoint);
+  await send({ progress: { step: `reading ${path}` } });
+  const { ok, findings, digests, manifest } = await verify(path, {
+    ...(!here && { node: false }),
+    ...(secret.length > 0 && { secret }),
     signal,
-    onStep: (step) => send({ progress: { step } }),
   });
-  const ok = !findings.some(({ severity }) => severity === "error");
-  await send({ result: { ok, findings, digests, bytes } });
+  await send({
+    result: {
+      ok,
+      findings,
+      digests,
+      bytes: (manifest?.files ?? []).reduce((sum, { size }) => sum + size, 0),
+    },
+  });
 }

@@ -21,6 +21,10 @@ export const methods: ApiMethods = {
   ListCheckpoints: async (request, call) =>
     await (await import("./checkpoints.ts")).listCheckpoints(request, call),
   InspectCheckpoint: async (request) => await (await import("./checkpoints.ts")).inspectCheckpoint(request),
+  RestoreContainer: async (request, call, send) =>
+    await (await import("./restore.ts")).restoreContainer(request, call, send),
+  ListPlugins: async () => await (await import("./plugins.ts")).listPlugins(),
+  Check: async (request, call, send) => await (await import("./plugins.ts")).check(request, call, send),
   VerifyCheckpoint: async (request, call, send) =>
     await (await import("./checkpoints.ts")).verifyCheckpoint(request, call, send),
 };

@@ -48,11 +48,21 @@ export interface OciAnswer {
   readonly status: number;
   /** for stderr and the caller's log */
   readonly message?: string | undefined;
+  /** for stdout */
+  readonly output?: string | undefined;
 }
 
 /** The engine's own command line for this call, as the caller gave it. */
 export function asGiven(call: OciCall): string[] {
   return [call.engine, ...call.globalArgv, call.command, ...call.argv];
+}
+
+/** The engine's options before the command, for a call whose errors aren't the caller's to hear. */
+export function withoutLog(globalArgv: readonly string[]): string[] {
+  return globalArgv.filter((argument, at) => {
+    const names = /^--?(log|log-format|log-level)$/;
+    return !(/^--?(log|log-format|log-level)(=.*)?$/s.test(argument) || names.test(globalArgv[at - 1] ?? ""));
+  });
 }
 
 /** Options of checkpoint and restore, as the wrapper has put them: a flag's value is `true`, an option may be given more than once. */

@@ -1,11 +1,16 @@
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
-import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../../checkpoint/dump.ts";
+import {
+  type DumpRequest,
+  type DumpTarget,
+  dump as dumpContainer,
+  type EngineDump,
+} from "../../checkpoint/dump.ts";
 import { explainCriuLog } from "../../criu/log.ts";
-import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed } from "../../errors/index.ts";
-import { Cgroup } from "../../linux/cgroup.ts";
+import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
+import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
-import { type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
+import { criuLines, type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, identityOf, type OciSpec, readSpec } from "../spec.ts";
@@ -14,7 +19,8 @@ import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu
 import { noteFrozen } from "./frozen.ts";
 import { generationOf } from "./generation.ts";
 import { runHook } from "./hooks.ts";
-import { containerState } from "./state.ts";
+import { isUnstarted, readMarker } from "./marker.ts";
+import { containerState, namespaceOf } from "./state.ts";
 
 /*
  * `checkpoint`: the chain of src/checkpoint with a container for its target, whose engine the wrapper runs, with the options that
@@ -29,11 +35,21 @@ interface Dump {
   readonly policy: Policy;
   readonly imagePath: string;
   readonly leaveRunning: boolean;
+  readonly pid: number;
 }
 
-export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<OciAnswer | undefined> {
+/** A checkpoint that nobody's `checkpoint` has asked for. */
+export type OwnDump = Pick<DumpRequest, "place" | "origin" | "rootfs" | "digests">;
+
+export async function checkpoint(
+  call: OciCall,
+  wrapper: Conversation,
+  own?: OwnDump,
+): Promise<OciAnswer | undefined> {
   const options = new Options(call.argv);
   const [features, state] = await Promise.all([engineVersion(call.engine), containerState(call)]);
+  const marker = readMarker(call.marker);
+  if (isUnstarted(marker)) throw new WrongState("Container cannot be checkpointed in created state");
   if (state === undefined || !["running", "paused"].includes(state.status)) {
     wrapper.become([call.engine, ...call.globalArgv, "checkpoint", call.id]); // the engine has the words
     return undefined;
@@ -51,6 +67,7 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
     policy: dumpPolicy(options, spec),
     imagePath: resolve(call.cwd, options.value("image-path") ?? "checkpoint"),
     leaveRunning: preDump || options.has("leave-running"),
+    pid: state.pid,
   };
   const { pid } = state;
   const started = startTime(pid);
@@ -77,8 +94,9 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
       directory: scratch,
       ownNetwork: hasNetworkNamespace(spec),
       mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
+      rootfs: resolve(state.bundle, spec.root?.path ?? "rootfs"),
       facts: {
-        ...identityOf(spec, call.id, ""),
+        ...identityOf(spec, call.id, namespaceOf(call.root)),
         ...(generation > 0 && { generation }),
         terminal: spec.process?.terminal ?? false,
         engine: { name: features.name, version: features.version, path: call.engine },
@@ -100,11 +118,12 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
     };
     const workPath = options.value("work-path");
     await noteFrozen(call.marker, cgroup, async () => {
-      await dumpContainer(target, {
+      const request: DumpRequest = {
         key: call.marker,
         repeated: false,
         place: { imagePath: dump.imagePath },
         digests: "alongside",
+        ...own,
         workPath: workPath && resolve(call.cwd, workPath),
         parentPath: parentPath,
         leaveRunning: dump.leaveRunning,
@@ -113,7 +132,8 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
           emptyNamespaces: [...dump.policy.emptyNamespaces],
           cgroupsMode: dump.policy.cgroupsMode ?? "",
         },
-      });
+      };
+      await dumpContainer(target, request, { signal: wrapper.signal });
     });
   } finally {
     await rm(scratch, { recursive: true, force: true });
@@ -122,13 +142,14 @@ export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<
 }
 
 async function runEngine(
-  { call, options, features, policy }: Dump,
+  { call, options, features, policy, pid }: Dump,
   wrapper: Conversation,
   {
     imagePath,
     workPath,
     parentPath,
     networkLock = "default",
+    withoutPlugins = false,
   }: Pick<EngineDump, "imagePath" | "parentPath"> & Partial<EngineDump>,
 ): Promise<void> {
   const scratch = scratchOf(call);
@@ -140,7 +161,9 @@ async function runEngine(
   ]);
   if (networkLock !== "default" && !options.has("network-lock"))
     criuConfig.push(`network-lock ${networkLock}`);
+  criuConfig.push(...criuLines({ cgroupRoots: await foreignHierarchies(pid) }));
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
+  if (withoutPlugins) criuConfig.push(`libdir "${work}"`);
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
   const outputPath = join(scratch, "output");
   const command = [

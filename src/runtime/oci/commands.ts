@@ -1,8 +1,11 @@
 import { messageOf, toExitCode, Unsupported } from "../../errors/index.ts";
-import { asGiven, type Conversation, type OciAnswer, type OciCall } from "./call.ts";
+import type { Conversation, OciAnswer, OciCall } from "./call.ts";
 import { checkpoint } from "./checkpoint.ts";
-import { create, type Escalator, kill, remove } from "./life.ts";
+import type { Endings } from "./endings.ts";
+import type { Escalator } from "./escalator.ts";
+import { create, kill, remove } from "./life.ts";
 import { restore } from "./restore.ts";
+import { start, state } from "./restored.ts";
 
 /**
  * What becomes of a command that the wrapper leaves to us.
@@ -12,6 +15,7 @@ export async function runCommand(
   call: OciCall,
   wrapper: Conversation,
   escalator: Escalator,
+  endings: Endings,
 ): Promise<OciAnswer | undefined> {
   try {
     switch (call.command) {
@@ -23,13 +27,13 @@ export async function runCommand(
       case "run":
         return await create(call, wrapper);
       case "kill":
-        return await kill(call, wrapper, escalator);
+        return await kill(call, wrapper, escalator, endings);
       case "delete":
-        return await remove(call, wrapper, escalator);
+        return await remove(call, wrapper, escalator, endings);
       case "start":
+        return await start(call, wrapper);
       case "state":
-        wrapper.become(asGiven(call));
-        return undefined;
+        return await state(call, wrapper);
       default:
         throw new Unsupported(`command ${call.command} of a newer cedana-runtime than this cedanad`);
     }

@@ -1,6 +1,8 @@
 import { mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { basename, dirname, join } from "node:path";
+import type { Claim } from "../../checkpoint/resume.ts";
 import { BrokenImage } from "../../errors/index.ts";
+import { isAlive } from "../../linux/proc.ts";
 import type { EscalationStep, KillPolicy } from "../kill-policy.ts";
 
 /*
@@ -17,6 +19,18 @@ export interface Marker {
   engine: string;
   globalArgv: readonly string[];
   kill?: KillPolicy | undefined;
+  /** the caller's; absent where an older cedanad wrote it */
+  bundle?: string | undefined;
+  /** the engine has a copy of the bundle's configuration, which goes with the container */
+  copied?: boolean | undefined;
+  /** restored at create, and standing still until start: the init, and who was stopped when the images were taken, by his own pid */
+  restored?: { pid: number; startTime: number; stopped: readonly number[] } | undefined;
+  /** of the checkpoint that it was restored from */
+  claim?: Claim | undefined;
+  /** it is being checkpointed instead of being sent this signal */
+  ending?:
+    | { pid: number; startTime: number; signal: number; escalation: readonly EscalationStep[] }
+    | undefined;
   /** signals that are still to be sent, to the init with this pid and start time */
   escalation?:
     | { pid: number; startTime: number; dueAtMs: number; steps: readonly EscalationStep[] }
@@ -47,8 +61,15 @@ export function readMarker(path: string): Marker | undefined {
   throw new BrokenImage(`marker ${path} is not of version 1`);
 }
 
+/** With what else is kept for the container. */
 export function removeMarker(path: string): void {
+  rmSync(bundleCopyOf(path), { recursive: true, force: true });
   rmSync(path, { force: true });
+}
+
+/** Where a copy of a container's bundle is kept. */
+export function bundleCopyOf(path: string): string {
+  return join(dirname(dirname(path)), "oci-bundles", basename(path));
 }
 
 /** Paths of all markers below a run directory. */
@@ -56,9 +77,14 @@ export function markersIn(runDirectory: string): string[] {
   const directory = join(runDirectory, "oci");
   try {
     return readdirSync(directory)
-      .filter((name) => /^[0-9a-f]{16}-/.test(name) && !name.endsWith(".new"))
+      .filter((name) => /^[0-9a-f]{16}-/.test(name) && !/\.(new|frozen)$/.test(name))
       .map((name) => join(directory, name));
   } catch {
     return []; // ENOENT: no container was ever ours
   }
+}
+
+/** Whether it was restored and stands still until it is started. */
+export function isUnstarted(marker: Marker | undefined): boolean {
+  return marker?.restored !== undefined && isAlive(marker.restored.pid, marker.restored.startTime);
 }

@@ -1,6 +1,6 @@
 import { mkdir, readFile, rmdir } from "node:fs/promises";
 import { hostCgroupVersion, parseMembership, unifiedPath } from "../../linux/cgroup.ts";
-import { criuConfig } from "../engine.ts";
+import { criuLines } from "../engine.ts";
 import { cgroupPathV2, type OciSpec } from "../spec.ts";
 
 export interface RestoreCgroup {
@@ -33,13 +33,13 @@ export async function restoreCgroup(
     (await hostCgroupVersion()) === 2;
   if (!ours) return { lines: [], make: async () => {}, remove: async () => {} };
   const membership = parseMembership(await readFile(`/proc/${pid}/cgroup`, "utf8"));
-  const lines = criuConfig({
+  const lines = criuLines({
     cgroupRoots: [...membership].map(([controller, at]) => [controller, controller === "" ? path : at]),
-  }).split("\n");
+  });
   const directory = await unifiedPath(path);
   let made: string | undefined;
   return {
-    lines: lines.filter((line) => line !== ""),
+    lines,
     make: async () => {
       made = await mkdir(directory, { recursive: true });
     },

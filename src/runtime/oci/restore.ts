@@ -1,21 +1,44 @@
-import { mkdir, rm, stat } from "node:fs/promises";
+import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
-import { CriuFailed, Unsupported } from "../../errors/index.ts";
-import { isAlive, startTime } from "../../linux/proc.ts";
-import { criuConfig as criuSettings, engineVersion } from "../engine.ts";
+import { killCriu } from "../../criu/leftovers.ts";
+import { restoreSucceeded } from "../../criu/log.ts";
+import { NotFound, Unsupported } from "../../errors/index.ts";
+import { Cgroup } from "../../linux/cgroup.ts";
+import { isAlive, programOf, startTime } from "../../linux/proc.ts";
+import { criuLines, engineVersion } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
+import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
-import { identityOf, readSpec } from "../spec.ts";
+import {
+  cedanaAnnotations,
+  cgroupName,
+  identityOf,
+  movedFrom,
+  ownsNetworkNamespace,
+  readSpec,
+  withHook,
+} from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
 import { noteGeneration } from "./generation.ts";
 import { runHook } from "./hooks.ts";
-import { readMarker, removeMarker, writeMarker } from "./marker.ts";
+import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
 import { restoreCgroup } from "./restore-cgroup.ts";
-import { containerState } from "./state.ts";
+import { containerState, namespaceOf } from "./state.ts";
+
+export interface RestoreExtra {
+  /** more lines for CRIU's configuration file */
+  readonly criuConfig?: readonly string[];
+  /** called with the directory of CRIU's images before they are used */
+  readonly beforeEngine?: (imagePath: string) => Promise<void>;
+  /** its annotations chose the checkpoint */
+  readonly byAnnotation?: boolean;
+  /** its processes don't run yet, so neither does its hook */
+  readonly standsStill?: boolean;
+}
 
 /*
  * `restore`: the chain of src/checkpoint with a container for its target. The engine's own restore is run by the wrapper with the
@@ -24,7 +47,11 @@ import { containerState } from "./state.ts";
  *
  * The caller has made the rest ready: the network namespace, and the files of the root file system.
  */
-export async function restore(call: OciCall, wrapper: Conversation): Promise<OciAnswer> {
+export async function restore(
+  call: OciCall,
+  wrapper: Conversation,
+  extra: RestoreExtra = {},
+): Promise<OciAnswer> {
   const options = new Options(call.argv);
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
@@ -37,13 +64,16 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
   const detached = options.has("detach");
-  const hook = await hookOf(spec, "post-restore");
+  const hook = extra.standsStill ? undefined : await hookOf(spec, "post-restore");
   if (hook && !detached)
     throw new Unsupported(
       `${hook.from} at a restore in the foreground, which lasts as long as the container: restore it with --detach`,
     );
   let status = 0;
   let init = { pid: 0, started: undefined as number | undefined };
+  let engineBundle = bundle;
+  const marker = (): Marker =>
+    readMarker(call.marker) ?? { version: 1, id, root, engine, globalArgv, kill, bundle };
 
   const target: RestoreTarget = {
     what: `container ${id}`,
@@ -52,8 +82,8 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       rootfs: resolve(bundle, spec.root?.path ?? "rootfs"),
     }),
     log: wrapper.log,
-    identity: identityOf(spec, id, ""),
-    why: "caller",
+    identity: identityOf(spec, id, namespaceOf(root)),
+    why: extra.byAnnotation ? "annotation" : "caller",
     get initPid() {
       return init.pid;
     },
@@ -73,15 +103,26 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
         cgroupsMode: policy.cgroupsMode ?? "",
       };
     },
-    prepareNetwork: async () => {},
-    putNetworkBack: async () => {},
+    prepareNetwork: async () => {
+      if (features.name !== "runc" || !ownsNetworkNamespace(spec)) return;
+      engineBundle = await copyWithLoopback(call, bundle);
+      writeMarker(call.marker, { ...marker(), bundle, copied: true });
+    },
+    putNetworkBack: async () => {}, // the copy goes with the container
     prepareCgroup: async (policy) => {
       if (policy.cgroupsMode !== (mode ?? ""))
         cgroup = await restoreCgroup(spec, policy.cgroupsMode || undefined, call.pid);
       await cgroup.make();
     },
     removeCgroup: () => cgroup.remove(),
-    engineRestore: async ({ imagePath, workPath: work, policy, externalMounts }) => {
+    deviceMap: cedanaAnnotations(spec).gpuMap,
+    inForeground: !detached,
+    cgroup: async () => {
+      const state = await containerState(call);
+      if (state === undefined) throw new NotFound(`container ${id} has ended`);
+      return await Cgroup.of(state.pid, cgroupName(spec, id));
+    },
+    engineRestore: async ({ imagePath, workPath: work, policy, externalMounts, withoutPlugins }) => {
       const { argv, criuConfig } = engineArguments(
         "restore",
         features,
@@ -90,19 +131,20 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
         ["image-path", "work-path", "bundle"],
       );
       // The marker first: a kill right after restore must find it.
-      if (kill && known === undefined)
-        writeMarker(call.marker, { version: 1, id, root, engine, globalArgv, kill });
+      if (kill && known === undefined) writeMarker(call.marker, marker());
+      await extra.beforeEngine?.(imagePath);
       const since = Date.now();
       const env = await criuConfigFile(join(scratch, "criu.conf"), [
         ...criuConfig,
         ...cgroup.lines,
-        ...criuSettings({ externalMounts }).split("\n").filter(Boolean),
+        ...(extra.criuConfig ?? []),
+        ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : undefined }),
       ]);
       const command = [
         engine,
         ...globalArgv,
         "restore",
-        `--bundle=${bundle}`,
+        `--bundle=${engineBundle}`,
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
@@ -115,21 +157,31 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
       // In the foreground a status may be the container's: CRIU's log of this attempt says whether it was ever restored.
       const log = join(work, "restore.log");
       const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
-      const failure = await engineError(
+      const ofThis = written !== undefined && written.mtimeMs >= since - 1000;
+      if (!detached && ofThis && (await restoreSucceeded(log))) {
+        await cgroup.remove();
+        return;
+      }
+      throw await engineError(
         `restore of container ${id} from ${imagePath}`,
         status,
         undefined,
-        written && written.mtimeMs >= since - 1000 ? log : undefined,
+        ofThis ? log : undefined,
       );
-      const lived = !detached && !(failure instanceof CriuFailed); // then it is the container's own end
-      if (!lived) throw failure;
-      await cgroup.remove();
     },
     // What the engine failed to restore it has undone itself.
+    // A directory of the caller's may have another CRIU at work in it.
+    endCriu: async (work) => {
+      if (workPath === undefined) await killCriu(work);
+    },
+    criuRoots: [join(bundle, "criu-root"), join(root, id, "criu-root")],
     undoEngineRestore: async () => {
       if (status !== 0) return;
       const outputPath = join(scratch, "output");
       await wrapper.run([engine, ...globalArgv, "delete", "--force", id], { outputPath });
+    },
+    unmount: async (mountPoint) => {
+      await wrapper.run(["umount", "--lazy", mountPoint], { outputPath: join(scratch, "output") });
     },
   };
 
@@ -142,6 +194,8 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
         key: call.marker,
         repeated: false,
         path,
+        ...(await restoreSettings()),
+        unpack: undefined, // the caller extracts archives, with the files of the container in them
         workPath: workPath && resolve(call.cwd, workPath),
       },
       { signal: wrapper.signal },
@@ -155,4 +209,18 @@ export async function restore(call: OciCall, wrapper: Conversation): Promise<Oci
     await rm(scratch, { recursive: true, force: true });
   }
   return { status };
+}
+
+/**
+ * A bundle with a copy of the caller's configuration, which stays as it is. runc restores into an empty network namespace where lo is
+ * down; a hook of the copy, which it runs between CRIU's making of the namespaces and of the sockets, sets it up.
+ */
+async function copyWithLoopback(call: OciCall, bundle: string): Promise<string> {
+  const copy = bundleCopyOf(call.marker);
+  const path = join(bundle, "config.json");
+  const hook = { path: await programOf(call.pid), args: ["cedana-loopback"], timeout: 10 };
+  const text = withHook(movedFrom(bundle, await readFile(path, "utf8")), "createRuntime", hook, path);
+  await mkdir(copy, { recursive: true, mode: 0o700 });
+  await writeFile(join(copy, "config.json"), text, { mode: 0o600 });
+  return copy;
 }

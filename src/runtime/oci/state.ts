@@ -78,3 +78,9 @@ export async function containerState(
     cause: error,
   });
 }
+
+/** containerd's namespace, which its shims put last in the path of the engine's state; else one for all callers that have none. */
+export function namespaceOf(root: string): string {
+  const name = root.replace(/\/+$/, "").split("/").at(-1)!;
+  return ["runc", "crun"].includes(name) || !/^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$/.test(name) ? "oci" : name;
+}

@@ -56,6 +56,7 @@ export class CallerPlace {
   readonly env: Record<string, string>;
   // Podman and conmon pass on nothing that would keep a cedanad from it.
   readonly #forgetKernelCache = forgetKernelCacheLater();
+  #daemonEnv: Record<string, string> = {};
   #holder: ChildProcess | undefined;
   #reaper: ChildProcess | undefined;
 
@@ -76,11 +77,21 @@ export class CallerPlace {
     };
   }
 
-  static async start(engine: EngineName): Promise<CallerPlace> {
+  /** @param daemonEnv  of the cedanad that cedana-runtime starts here */
+  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
+    place.#daemonEnv = daemonEnv;
     for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
-    writeFileSync(place.config, JSON.stringify({ engine, runDirectory: place.runDir }));
+    writeFileSync(
+      place.config,
+      JSON.stringify({
+        engine,
+        runDirectory: place.runDir,
+        stateDirectory: place.env.CEDANA_STATE_DIR,
+        configuration: place.env.CEDANA_CONFIG,
+      }),
+    );
     const v2 = engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers");
     const script = `${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
     place.#holder = spawn("unshare", ["--mount", "--propagation", "private", "sh", "-c", script], {
@@ -184,7 +195,12 @@ export class CallerPlace {
   /** cedana-runtime with our configuration, for Podman: its clean-up after a container passes neither environment nor runtime flags on. */
   #configuredWrapper(): string {
     const path = join(this.dir, "wrapper");
-    writeFileSync(path, `#!/bin/sh\nexec ${wrapper} --cedana-config ${this.config} "$@"\n`, { mode: 0o755 });
+    const exports = Object.entries(this.#daemonEnv).map(([name, value]) => `export ${name}='${value}'\n`);
+    writeFileSync(
+      path,
+      `#!/bin/sh\n${exports.join("")}exec ${wrapper} --cedana-config ${this.config} "$@"\n`,
+      { mode: 0o755 },
+    );
     return path;
   }
 
@@ -249,8 +265,8 @@ export class Podman {
     this.#dir = place.dir;
   }
 
-  static async start(engine: EngineName): Promise<Podman> {
-    const place = await CallerPlace.start(engine);
+  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<Podman> {
+    const place = await CallerPlace.start(engine, daemonEnv);
     const podman = new Podman(place);
     try {
       place.configureContainers();

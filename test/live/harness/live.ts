@@ -46,6 +46,8 @@ export interface LiveOptions {
   /** Kubernetes' interface, with our shim as runtime handler: by its runtime type, or by its path under the type of the Go shim */
   cri?: false | "type" | "path";
   env?: Record<string, string>;
+  /** a directory that goes before the others in PATH */
+  path?: string;
   /** containerd's, and its shims': `debug` makes them say more than they do in normal service */
   logLevel?: "debug" | "info";
 }
@@ -128,6 +130,7 @@ export class Live {
       runtime: options.runtime ?? runtimeUnderTest,
       cri: options.cri ?? false,
       env: options.env ?? {},
+      path: options.path ?? "",
       logLevel: options.logLevel ?? "debug",
     };
     this.binaries = binaries;
@@ -247,6 +250,7 @@ export class Live {
   environment(extra: Record<string, string> = {}): Record<string, string> {
     return {
       PATH: [
+        ...(this.options.path ? [this.options.path] : []),
         join(repository, "bin"),
         this.binaries,
         "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

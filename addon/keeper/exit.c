@@ -1,0 +1,141 @@
+/*
+ * cedana-exit PID STATUS: a process that stands still in a frozen cgroup ends with an exit status, without running on for one
+ * instruction of its own.
+ *
+ * A container that was checkpointed instead of being signalled must end at once: whatever its processes did after the dump, they would
+ * do again after the restore. And who waits for it (conmon, containerd's shim) is to see the status that the signal would have given,
+ * which a kill doesn't: a signal that the program handles, or that comes to the first process of a pid namespace, doesn't end it with
+ * the signal's status, and SIGKILL gives that of SIGKILL. So the process is made to call exit_group(2):
+ *
+ *  1. PTRACE_SEIZE every thread, with EXITKILL: if we end in the middle, so do they. PTRACE_INTERRUPT each: it stops before it returns
+ *     to its program, at the latest when the cgroup is thawed.
+ *  2. Say `ready` on stdout: now the caller thaws.
+ *  3. When a thread has stopped: a system call instruction is written where it would go on (the page becomes its own), its
+ *     registers are set to exit_group(STATUS), and it goes.
+ *
+ * Contract: run by cedanad as root, in the pid namespace that PID is of. Exit 0: the process has ended, or is about to, with STATUS. Exit
+ * 1: a message on stderr; the process is killed with us (EXITKILL) or was not touched. The caller bounds the time.
+ */
+#include <dirent.h>
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "launcher.h"
+#include "util.h"
+
+#define THREADS_MAX 65536
+
+static int fail(const char *what, long pid) {
+  fprintf(stderr, "cedana-exit: %s %ld: %s\n", what, pid, strerror(errno));
+  return 1;
+}
+
+/* Threads that could be seized; nobody makes new ones in a frozen cgroup. */
+static int seize(pid_t pid, pid_t *threads, size_t *count) {
+  autofree char *path = format("/proc/%d/task", (int)pid);
+  DIR *directory = opendir(path);
+  if (!directory) return fail("list the threads of", pid);
+  int result = 0;
+  for (struct dirent *entry; (entry = readdir(directory)) && *count < THREADS_MAX;) {
+    pid_t thread = (pid_t)strtol(entry->d_name, NULL, 10);
+    if (thread <= 0) continue;
+    if (ptrace(PTRACE_SEIZE, thread, NULL, PTRACE_O_EXITKILL) < 0) {
+      /* ESRCH, and EPERM of a thread that has ended and stays for its group: nothing of it will run. */
+      if (errno != ESRCH && errno != EPERM) result = fail("seize", thread);
+      continue;
+    }
+    threads[(*count)++] = thread;
+    ptrace(PTRACE_INTERRUPT, thread, NULL, NULL);
+  }
+  closedir(directory);
+  if (result == 0 && *count == 0) {
+    errno = EPERM; /* kernel.yama.ptrace_scope 3, or it has ended */
+    return fail("trace", pid);
+  }
+  return result;
+}
+
+#if defined(__x86_64__)
+#define SYSCALL_INSTRUCTION "\x0f\x05"
+#define SYSCALL_LENGTH 2
+static unsigned long prepare(struct user_regs_struct *regs, int status) {
+  regs->orig_rax = (unsigned long long)-1; /* no interrupted call is taken up again */
+  regs->rax = SYS_exit_group;
+  regs->rdi = (unsigned long long)status;
+  return regs->rip;
+}
+#elif defined(__aarch64__)
+#define SYSCALL_INSTRUCTION "\x01\x00\x00\xd4"
+#define SYSCALL_LENGTH 4
+static unsigned long prepare(struct user_regs_struct *regs, int status) {
+  regs->regs[8] = SYS_exit_group;
+  regs->regs[0] = (unsigned long long)status;
+  return regs->pc;
+}
+#else
+#error "cedana-exit knows x86-64 and arm64"
+#endif
+
+static int end(pid_t pid, pid_t thread, int status) {
+  struct user_regs_struct regs;
+  struct iovec all = {.iov_base = &regs, .iov_len = sizeof regs};
+  if (ptrace(PTRACE_GETREGSET, thread, NT_PRSTATUS, &all) < 0) return fail("read the registers of", thread);
+  unsigned long at = prepare(&regs, status);
+  autofree char *path = format("/proc/%d/mem", (int)pid);
+  autofd memory = open(path, O_RDWR | O_CLOEXEC);
+  if (memory < 0) return fail("open the memory of", pid);
+  /* Through read-only mappings, too: we trace it. */
+  if (pwrite(memory, SYSCALL_INSTRUCTION, SYSCALL_LENGTH, (off_t)at) != SYSCALL_LENGTH) return fail("write to the memory of", pid);
+#if defined(__aarch64__)
+  int none = -1;
+  struct iovec call = {.iov_base = &none, .iov_len = sizeof none};
+  ptrace(PTRACE_SETREGSET, thread, NT_ARM_SYSTEM_CALL, &call);
+#endif
+  if (ptrace(PTRACE_SETREGSET, thread, NT_PRSTATUS, &all) < 0) return fail("set the registers of", thread);
+  return 0;
+}
+
+int exit_main(int argc, char **argv) {
+  if (argc != 3) {
+    fprintf(stderr, "usage: cedana-exit PID STATUS\n");
+    return 1;
+  }
+  pid_t pid = (pid_t)strtol(argv[1], NULL, 10);
+  int status = (int)strtol(argv[2], NULL, 10);
+  autofree pid_t *threads = allocate(THREADS_MAX * sizeof *threads);
+  size_t count = 0;
+  int result = seize(pid, threads, &count);
+  if (result) return result;
+  if (write_all(1, "ready\n", 6) < 0) return fail("tell who has called us about", pid);
+  /* Any thread will do; the first that stops. Others stay stopped until exit_group ends them. */
+  pid_t ending = 0;
+  for (;;) {
+    int wait_status;
+    pid_t thread = waitpid(-1, &wait_status, __WALL);
+    if (thread < 0 && errno == EINTR) continue;
+    if (thread < 0) return errno == ECHILD && ending ? 0 : fail("wait for", pid);
+    if (WIFEXITED(wait_status) || WIFSIGNALED(wait_status)) {
+      if (thread == pid) {
+        if (WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == status) return 0;
+        fprintf(stderr, "cedana-exit: %d has ended with wait status %#x\n", (int)pid, (unsigned)wait_status);
+        return 1;
+      }
+      continue;
+    }
+    if (!WIFSTOPPED(wait_status)) continue;
+    if (!ending && (result = end(pid, thread, status))) return result;
+    if (!ending) ending = thread;
+    /* Again for a signal that came meanwhile (SIGCHLD of one that was killed), which it doesn't get. */
+    if (thread == ending && ptrace(PTRACE_CONT, thread, NULL, NULL) < 0 && errno != ESRCH) return fail("let go", thread);
+  }
+}

@@ -1,0 +1,109 @@
+import { readdir, readFile, readlink } from "node:fs/promises";
+import { childrenOf, processStat } from "../linux/proc.ts";
+
+// What is left of a CRIU whose caller was killed, or that was killed itself: it goes on alone, or its half-made processes wait for it.
+
+const POLL_MS = 20;
+
+/**
+ * CRIU's processes that work in a directory: CRIU itself, which has gone there, its helpers, and processes that it is about to restore,
+ * which are still it.
+ * @param workPath  CRIU's work directory, absolute
+ * @param ancestor  only those that descend from it
+ */
+export async function criuProcesses(workPath: string, ancestor?: number): Promise<number[]> {
+  const pids = (await readdir("/proc")).filter((name) => /^\d+$/.test(name)).map(Number);
+  const found = await Promise.all(
+    pids.map(async (pid) => {
+      const cwd = await readlink(`/proc/${pid}/cwd`).catch(() => undefined); // it has ended
+      if (cwd !== workPath || !/^criu/.test(processStat(pid)?.comm ?? "")) return undefined;
+      return ancestor === undefined || descendsFrom(pid, ancestor) ? pid : undefined;
+    }),
+  );
+  return found.filter((pid) => pid !== undefined);
+}
+
+/** Whether a process is another one's child, grandchild and so on. */
+export function descendsFrom(pid: number, ancestor: number): boolean {
+  let at = processStat(pid)?.parentPid;
+  while (at !== undefined && at > 1 && at !== ancestor) at = processStat(at)?.parentPid;
+  return at === ancestor;
+}
+
+/**
+ * Waits until CRIU has done with its work in a directory. Meanwhile it holds the processes that it dumps: killed, it would leave them with
+ * its code in them.
+ * @returns false when it is still there at the end of the time
+ */
+export async function waitForCriu(workPath: string, timeoutMs: number): Promise<boolean> {
+  for (const until = Date.now() + timeoutMs; ; await pause()) {
+    if ((await criuProcesses(workPath)).length === 0) return true;
+    if (Date.now() >= until) return false;
+  }
+}
+
+/** Kills CRIU in the middle of a restore, with what it has made so far. @returns what is still there after some seconds */
+export async function killCriu(workPath: string, ancestor?: number): Promise<number[]> {
+  for (const until = Date.now() + 5_000; ; await pause()) {
+    const left = await criuProcesses(workPath, ancestor);
+    if (left.length === 0 || Date.now() >= until) return left;
+    for (const pid of left) kill(pid);
+  }
+}
+
+const WATCH_MS = 500;
+
+/**
+ * Notices a CRIU that has died under its engine. What it has made of the container so far holds the connection that the engine listens
+ * on, so that the engine would wait for ever.
+ * @param parent    of the engine, which is told by the work path in its command line
+ * @param workPath  CRIU's work directory
+ * @param onDeath   ends what CRIU has left; called with its processes that are known by their descent
+ * @param signal    ends the watch
+ */
+export async function watchForDeadCriu(
+  parent: number,
+  workPath: string,
+  onDeath: (pids: number[]) => Promise<void>,
+  signal: AbortSignal,
+): Promise<void> {
+  const isDead = (pid: number) => {
+    const stat = processStat(pid);
+    return stat?.state === "Z" && /^criu/.test(stat.comm);
+  };
+  for (let rounds = 0; await sleepUnless(signal); ) {
+    const engines: number[] = [];
+    for (const pid of childrenOf(parent)) if ((await commandLine(pid)).includes(workPath)) engines.push(pid);
+    const bereft = engines.filter((pid) => childrenOf(pid).some(isDead));
+    // One that has just ended is about to be waited for.
+    rounds = bereft.length > 0 ? rounds + 1 : 0;
+    if (rounds >= 2 && !signal.aborted)
+      await onDeath(bereft.flatMap(childrenOf).filter((pid) => !isDead(pid)));
+  }
+}
+
+/** @returns false when the time is up because of the signal */
+async function sleepUnless(signal: AbortSignal): Promise<boolean> {
+  await new Promise<void>((resolve) => {
+    const timer = setTimeout(resolve, WATCH_MS);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      resolve();
+    });
+  });
+  return !signal.aborted;
+}
+
+async function commandLine(pid: number): Promise<string> {
+  return await readFile(`/proc/${pid}/cmdline`, "utf8").catch(() => ""); // it has ended
+}
+
+export function kill(pid: number): void {
+  try {
+    process.kill(pid, "SIGKILL");
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error;
+  }
+}
+
+const pause = () => new Promise((resolve) => setTimeout(resolve, POLL_MS));

@@ -1,0 +1,4 @@
+import { engineFeatures } from "../engine.ts";
+import type { Plugin } from "../plugin.ts";
+
+export const plugin: Plugin = { name: "crun", features: engineFeatures("crun") };

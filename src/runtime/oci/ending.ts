@@ -1,0 +1,159 @@
+import { type ChildProcess, spawn } from "node:child_process";
+import { closeSync, openSync } from "node:fs";
+import { join } from "node:path";
+import type { Logger } from "pino";
+import { offerCheckpoint, withdrawOffer } from "../../checkpoint/resume.ts";
+import { NotFound, RuntimeFailed, SyscallFailed, TimedOut } from "../../errors/index.ts";
+import type { Cgroup } from "../../linux/cgroup.ts";
+import { isAlive } from "../../linux/proc.ts";
+import { placeForSignal } from "../checkpoint-on.ts";
+import { readSpec } from "../spec.ts";
+import { type Conversation, type OciCall, type RunOptions, withoutLog } from "./call.ts";
+import { checkpoint } from "./checkpoint.ts";
+import { cgroupOf } from "./endings.ts";
+import type { Marker } from "./marker.ts";
+import { namespaceOf } from "./state.ts";
+
+/** cedana-exit needs the time in which the kernel stops a thread, or thaws it. */
+const exitPatienceMs = 10_000;
+
+export interface Ending {
+  readonly call: OciCall;
+  readonly marker: Marker;
+  /** the caller's signal, which the status is to tell of */
+  readonly sent: number;
+  /** path of our native program */
+  readonly helper: string;
+  readonly log: Logger;
+  readonly signal: AbortSignal;
+}
+
+/**
+ * Checkpoints a container and ends it; see endings.ts.
+ * @throws what keeps it from that; it may be frozen then
+ */
+export async function end(ending: Ending): Promise<void> {
+  const { call, marker, sent, log, signal } = ending;
+  const { pid, startTime: started } = marker.ending!;
+  const spec = await readSpec(marker.bundle!);
+  const wanted = await placeForSignal(spec, namespaceOf(call.root), call.id);
+  if (!wanted) throw new NotFound(`container ${call.id} no longer asks for a checkpoint`);
+  const cgroup = await cgroupOf(marker, pid);
+  if (!(await cgroup.isFrozen())) await cgroup.freeze(undefined, signal);
+  const { directory, generation } = wanted.place;
+  const path = join(directory, generation);
+  // The caller's `--log` is the kill's, whose answer has gone out.
+  const globalArgv = withoutLog(call.globalArgv);
+  const argv = [`--image-path=${path}`, "--leave-running", "--", call.id];
+  const dumping = { ...call, command: "checkpoint", globalArgv, argv, cwd: "/", pid: process.pid };
+  await checkpoint(dumping, new OwnConversation(log, signal), wanted);
+  try {
+    if (wanted.resumable) await offerCheckpoint(path, { pid, startTime: started });
+    signal.throwIfAborted();
+    await endFrozen(ending, cgroup, 128 + sent);
+  } catch (error) {
+    if (!isAlive(pid, started)) throw error; // by somebody else: it goes on where it was dumped all the same
+    await withdrawOffer(path);
+    throw error;
+  }
+  log.info({ path, signal: sent }, "checkpointed instead of being sent the signal");
+  await wanted.store
+    .prune(wanted.owner, wanted.name, wanted.keep)
+    .catch((error) => log.warn({ err: error }, "remove older checkpoints"));
+}
+
+/** Ends the frozen container with a status of our choice; what fails ends it with SIGKILL's. */
+async function endFrozen({ marker, helper, log }: Ending, cgroup: Cgroup, status: number): Promise<void> {
+  const { pid, startTime: started } = marker.ending!;
+  try {
+    for (const other of await cgroup.pids()) if (other !== pid) killIfThere(other);
+    await exitFrozen(helper, pid, status, async () => await cgroup.thaw());
+  } catch (error) {
+    log.warn({ err: error, status }, "the container ends with the status of SIGKILL instead");
+    await cgroup.kill();
+    await cgroup.thaw().catch(() => {}); // NotFound: it has gone
+  }
+  for (let attempt = 0; isAlive(pid, started); attempt++) {
+    if (attempt > 1000) throw new TimedOut(`process ${pid} doesn't end`);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
+
+function killIfThere(pid: number): void {
+  try {
+    process.kill(pid, "SIGKILL");
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error;
+  }
+}
+
+/**
+ * Makes a process of a frozen cgroup end with a status, without running on (addon/keeper/exit.c).
+ * @param thaw  called when it is held
+ * @throws RuntimeFailed, TimedOut; then it runs, or has been killed
+ */
+export async function exitFrozen(
+  helper: string,
+  pid: number,
+  status: number,
+  thaw: () => Promise<void>,
+): Promise<void> {
+  const child = spawn(helper, [String(pid), String(status)], {
+    argv0: "cedana-exit",
+    stdio: ["ignore", "pipe", "pipe"],
+  });
+  const timer = setTimeout(() => child.kill("SIGKILL"), exitPatienceMs);
+  try {
+    let words = "";
+    child.stderr.on("data", (chunk) => (words += chunk));
+    const ended = endOf(child);
+    const held = new Promise<void>((resolve) => child.stdout.once("data", () => resolve()));
+    await Promise.race([held, ended]);
+    if (child.exitCode === null && child.signalCode === null) await thaw();
+    const exitStatus = await ended;
+    if (exitStatus !== 0)
+      throw new RuntimeFailed(`end process ${pid} with status ${status}: ${words.trim()}`, { exitStatus });
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** Exit status, 128 + signal for one that was killed. @throws SyscallFailed when it could not be started */
+async function endOf(child: ChildProcess): Promise<number> {
+  return await new Promise((resolve, reject) => {
+    child.once("error", (error) => reject(SyscallFailed.from(error)));
+    child.once("close", (code, name) => resolve(name === null ? code! : 137));
+  });
+}
+
+/** Runs engines as our own children: of a dump, nobody has to be the ancestor. */
+class OwnConversation implements Conversation {
+  readonly log: Logger;
+  readonly signal: AbortSignal;
+
+  constructor(log: Logger, signal: AbortSignal) {
+    this.log = log;
+    this.signal = signal;
+  }
+
+  async run(argv: readonly string[], { env, outputPath }: RunOptions = {}): Promise<number> {
+    const output = openSync(outputPath ?? "/dev/null", "w", 0o600);
+    try {
+      const [file, ...rest] = argv;
+      return await endOf(
+        spawn(file!, rest, {
+          env: { PATH: process.env.PATH, ...env },
+          stdio: ["ignore", output, output],
+          signal: this.signal,
+          killSignal: "SIGKILL",
+        }),
+      );
+    } finally {
+      closeSync(output);
+    }
+  }
+
+  become(argv: readonly string[]): void {
+    throw new NotFound(`the container has ended: ${argv.slice(-2).join(" ")} is not possible`);
+  }
+}

@@ -1,0 +1,129 @@
+import type { Logger } from "pino";
+import { Cancelled, NotFound } from "../../errors/index.ts";
+import { Pidfd } from "../../linux/addon.ts";
+import { Cgroup } from "../../linux/cgroup.ts";
+import { isAlive, programOf, startTime } from "../../linux/proc.ts";
+import type { KillPlan } from "../kill-policy.ts";
+import { cgroupName, type OciSpec, readSpec } from "../spec.ts";
+import type { OciCall } from "./call.ts";
+import type { Escalator } from "./escalator.ts";
+import { type Marker, markersIn, readMarker, writeMarker } from "./marker.ts";
+import { containerState } from "./state.ts";
+
+/*
+ * Containers that are checkpointed instead of being sent a signal (`cedana.io/checkpoint-on`). The kill is answered at once, as that of a
+ * signal is, and what follows is cedanad's own work:
+ *
+ *  1. The cgroup is frozen. From here on no instruction of the container's is executed any more, unless something fails.
+ *  2. The dump, into the store; it leaves the container as it is, frozen. Only when the checkpoint is whole and in its place …
+ *  3. … the container ends, still frozen, with the status that the signal has by convention, 128 and its number (cedana-exit).
+ *
+ * Whatever fails before 3, the container is thawed and gets the signal as if there were no annotation, with what follows it. A SIGKILL
+ * of the caller's, whose patience is over, ends container and dump: what is half made is removed, older checkpoints stay. That a
+ * container is being ended is on record in its marker: after a crash of cedanad the next one thaws it and sends the signal.
+ */
+
+export class Endings {
+  readonly #log: Logger;
+  readonly #escalator: Escalator;
+  readonly #done: () => void;
+  readonly #jobs = new Map<string, AbortController>();
+
+  /** @param done  called when one is over */
+  constructor(log: Logger, escalator: Escalator, done: () => void) {
+    this.#log = log;
+    this.#escalator = escalator;
+    this.#done = done;
+  }
+
+  /** How many are under way. */
+  get pending(): number {
+    return this.#jobs.size;
+  }
+
+  /**
+   * Takes a kill over.
+   * @returns false when the container isn't one that can be checkpointed: then the signal is all there is. One that is being ended stays
+   *   at that: a second signal changes nothing
+   */
+  async begin(call: OciCall, marker: Marker, sent: number, plan: KillPlan): Promise<boolean> {
+    if (this.#jobs.has(call.marker)) return true;
+    const job = new AbortController();
+    this.#jobs.set(call.marker, job);
+    try {
+      const state = await containerState(call);
+      const started = state && state.pid > 0 ? startTime(state.pid) : undefined;
+      if (!state || started === undefined || !["running", "paused"].includes(state.status)) return false;
+      const ending = { pid: state.pid, startTime: started, signal: plan.signal, escalation: plan.escalation };
+      const noted: Marker = { ...marker, ending };
+      const helper = await programOf(call.pid); // while the wrapper is there
+      writeMarker(call.marker, noted);
+      const log = this.#log.child({ container: call.id, command: "kill" });
+      const wasPaused = state.status === "paused";
+      // Loaded with the first: on a node without such containers it would only take memory.
+      void import("./ending.ts")
+        .then(({ end }) => end({ call, marker: noted, sent, helper, log, signal: job.signal }))
+        .catch((error) => this.#fallBack(call.marker, noted, wasPaused, error, log))
+        .finally(() => {
+          const now = readMarker(call.marker); // undefined: deleted meanwhile
+          if (now?.ending) writeMarker(call.marker, { ...now, ending: undefined });
+          this.#jobs.delete(call.marker);
+          this.#done();
+        });
+      return true;
+    } finally {
+      if (readMarker(call.marker)?.ending === undefined) this.#jobs.delete(call.marker);
+    }
+  }
+
+  /** Nobody wants the checkpoint any more: the container is being killed, or has been deleted. */
+  abort(path: string): void {
+    this.#jobs.get(path)?.abort(new Cancelled("the container is killed"));
+  }
+
+  /** What an earlier cedanad has left in the middle. */
+  async revive(runDirectory: string): Promise<void> {
+    for (const path of markersIn(runDirectory)) {
+      try {
+        const marker = readMarker(path);
+        if (!marker?.ending) continue;
+        const log = this.#log.child({ container: marker.id });
+        await this.#fallBack(path, marker, false, new Cancelled("cedanad ended in the middle of it"), log);
+        writeMarker(path, { ...marker, ending: undefined });
+      } catch (error) {
+        this.#log.error({ err: error, path }, "take up a container that was being checkpointed at its end");
+      }
+    }
+  }
+
+  async #fallBack(
+    path: string,
+    marker: Marker,
+    wasPaused: boolean,
+    why: unknown,
+    log: Logger,
+  ): Promise<void> {
+    const { pid, startTime: started, signal, escalation } = marker.ending!;
+    if (!isAlive(pid, started)) {
+      log.warn({ err: why }, "not checkpointed at its end: it has ended");
+      return;
+    }
+    log.warn({ err: why, signal }, "not checkpointed instead of being sent the signal: it gets the signal");
+    try {
+      using init = Pidfd.open(pid);
+      if (startTime(pid) !== started) return;
+      init.signal(signal);
+      if (!wasPaused) await (await cgroupOf(marker, pid)).thaw();
+      this.#escalator.begin(path, marker, pid, escalation);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code === "ESRCH" || error instanceof NotFound) return; // it has ended
+      log.error({ err: error, signal }, "send the signal to a container that could not be checkpointed");
+    }
+  }
+}
+
+/** The container's, as its spec names it. */
+export async function cgroupOf(marker: Marker, pid: number): Promise<Cgroup> {
+  const spec: OciSpec = marker.bundle ? await readSpec(marker.bundle) : {};
+  return await Cgroup.of(pid, cgroupName(spec, marker.id));
+}
