@@ -3,6 +3,7 @@
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { CheckpointStore } from "../../src/checkpoint/store.ts";
 import { missingCallers, type Outcome, Podman } from "./harness/callers.ts";
 import type { EngineName } from "./harness/live.ts";
 import { IMAGE, programs } from "./harness/programs.ts";
@@ -96,6 +97,32 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       await fails(/post-restore hook.*did not end within 1500 ms/, "container", "restore", "c");
       expect(await status("c")).toBe("exited");
       expect(podman.place.living().filter((argv) => /4321|counter/.test(argv))).toEqual([]);
+    });
+
+    it("run in start for a container that was restored at its creation by its annotations", async () => {
+      await run("c", { "checkpoint-on": "TERM", "checkpoint-name": "web", "hook.pre-dump": "sleep 0.1" });
+      await ok("stop", "--time", "20", "c");
+      const store = new CheckpointStore(join(podman.place.dir, "var/checkpoints"));
+      const [checkpoint] = await store.generations({ namespace: "oci" }, "web");
+      const { timings } = JSON.parse(readFileSync(join(checkpoint!.path, "cedana.json"), "utf8"));
+      expect(timings.preDumpHook).toBeGreaterThan(100); // frozen for the end of it, and running for its hook
+      await ok("rm", "c");
+      const volume = `${await programs()}:/programs:ro`;
+      const create = async (name: string, hook: string) => {
+        const flags = ["restore-from=web", `hook.post-restore=${hook}`].map(
+          (one) => `--annotation=cedana.io/${one}`,
+        );
+        await ok("create", "--name", name, "--volume", volume, ...flags, IMAGE, "/programs/counter");
+        await ok("init", name); // the runtime's create, without its start
+      };
+      await create("d", "echo $CEDANA_GENERATION $CEDANA_WHY > /tmp/told");
+      await ok("start", "d");
+      expect(await ok("exec", "d", "cat", "/tmp/told")).toBe("1 annotation");
+      expect(await told("d")).toMatchObject({ generation: 1, why: "annotation" });
+      await create("e", "exit 5");
+      await fails(/post-restore hook.*status 5/, "start", "e");
+      const counters = () => podman.place.living().filter((argv) => /programs\/counter/.test(argv));
+      await until(() => counters().length === 1, { what: () => `the end of e; there are ${counters()}` });
     });
 
     it("are refused at the creation where the administrator doesn't allow them", async () => {

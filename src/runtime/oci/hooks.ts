@@ -1,3 +1,4 @@
+import { readFileSync } from "node:fs";
 import { mkdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { TimedOut } from "../../errors/index.ts";
@@ -7,7 +8,7 @@ import { childrenOf } from "../../linux/proc.ts";
 import { lastLogError } from "../engine.ts";
 import { endSession, type Hook, HookOutput, hookFailure } from "../hooks.ts";
 import { cgroupName, type OciSpec, processLike } from "../spec.ts";
-import type { Conversation, OciCall } from "./call.ts";
+import { type Conversation, type OciCall, withoutLog } from "./call.ts";
 
 /** For an engine whose hook has been killed. */
 const ENGINE_ENDS_MS = 2_000;
@@ -39,8 +40,7 @@ export async function runHook(
   try {
     const command = [
       call.engine,
-      // The caller's log is for what fails; a later one of the same option wins.
-      ...call.globalArgv,
+      ...withoutLog(call.globalArgv),
       `--log=${file("log")}`,
       "--log-format=json",
       "exec",
@@ -58,7 +58,7 @@ export async function runHook(
     let exitStatus = await within(running, hook.timeoutMs);
     await end();
     if (exitStatus === undefined && (await within(running, ENGINE_ENDS_MS)) === undefined) {
-      killChildren(call.pid); // an engine that hangs before there is a process
+      killEngine(call.pid, `--process=${file("json")}`); // it hangs before there is a process
       await running;
       await end();
       exitStatus = undefined;
@@ -91,14 +91,14 @@ async function within<T>(promise: Promise<T>, timeoutMs: number): Promise<T | un
   }
 }
 
-/** The wrapper has no other child than the engine. */
-function killChildren(wrapperPid: number): void {
-  for (const pid of childrenOf(wrapperPid)) {
+/** The child of whoever runs it that has this among its arguments. */
+function killEngine(parentPid: number, argument: string): void {
+  for (const pid of childrenOf(parentPid)) {
     try {
       using child = Pidfd.open(pid);
-      child.signal(9);
+      if (readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0").includes(argument)) child.signal(9);
     } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== "ESRCH")
+      if (!["ESRCH", "ENOENT"].includes((error as NodeJS.ErrnoException).code ?? ""))
         throw new TimedOut(`the engine that runs a hook (pid ${pid}) can't be killed`, { cause: error });
     }
   }
