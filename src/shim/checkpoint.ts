@@ -80,6 +80,7 @@ export function dumpTarget(
       plugins: pluginsOf("containerd", engine.name),
     },
     image: async () => await (await import("./image.ts")).imageOf(task, spec),
+    wholeMemory: (signal) => task.memory.whole(signal),
     log: task.log,
     preDumpHook: async () => {
       const hook = await hookOf(spec, "pre-dump");
