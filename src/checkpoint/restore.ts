@@ -1,6 +1,7 @@
 import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
+import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/index.ts";
 import { pluginsLoaded } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
@@ -19,9 +20,11 @@ import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
-import { readImageFacts } from "./image-facts.ts";
+import { makeMountPoint } from "./gpu-mounts.ts";
+import { adaptedImages, adaptHostname } from "./identity.ts";
+import { type ImageFacts, readImageFacts } from "./image-facts.ts";
 import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
-import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
+import { type CheckpointManifest, type ContainerIdentity, compareSizes, verifyFiles } from "./manifest.ts";
 import {
   findArchive,
   findFaultsOfFiles,
@@ -31,6 +34,7 @@ import {
   openDirectoryOf,
 } from "./open.ts";
 import type { CriuPolicy } from "./policy.ts";
+import { writeRestoredFile } from "./restored-file.ts";
 import { applyRootfsDiff, hasRootfsDiff } from "./rootfs-diff/index.ts";
 import { UnpackedCheckpoint } from "./unpack.ts";
 
@@ -101,6 +105,18 @@ export interface RestoreCandidate {
 
 /** What is restored, as its owner has it: the shim a task, the OCI runtime a container. */
 export interface RestoreTarget extends RestoreCandidate {
+  /** who it is now */
+  readonly identity: ContainerIdentity;
+  /** who chose the checkpoint */
+  readonly why: "caller" | "annotation";
+  /** on the host, once the engine has restored it */
+  readonly initPid: number;
+  /** the restored processes have ended already, as short work does */
+  readonly hasEnded: boolean;
+  /** What the container wants to do itself before it counts as restored. @param env  what it is told. @throws when it is not to be */
+  readonly postRestoreHook?: ((env: readonly string[]) => Promise<void>) | undefined;
+  /** Remembers for the next dump how many restores there have been. */
+  setGeneration(generation: number): Promise<void>;
   /** root of the file system that the container will have, when a checkpoint's rootfs diff goes there; else its owner has seen to that */
   readonly rootfs?: string | undefined;
   /** Before the rootfs diff is applied: what can't be undone then is refused. */
@@ -138,6 +154,8 @@ interface CheckContext extends ChainContext {
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
   externalMounts: readonly ExternalMount[];
+  /** undefined: the images are broken, or a cedanad before us has read them */
+  facts: ImageFacts | undefined;
   /** what is wrong, and what differs: all of it, judged by `refuseDifferences` */
   readonly findings: Finding[];
 }
@@ -146,6 +164,8 @@ export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
   workPath: string;
+  /** the images as CRIU is to see them: those of the checkpoint, or links to them */
+  engineImages: string | undefined;
   devices: DeviceRestore | undefined;
   /** from `startPageDaemon` on, where there is one */
   lazy: LazyRestore | undefined;
@@ -168,6 +188,7 @@ export const restoreChecks = [
 /** The restore, in order. Each step undoes its own work when a later one fails. */
 export const restoreSteps = [
   ...restoreChecks,
+  adaptImages, // for another host name
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
   restoreAdaptersOfPlugins, // those of all plugins stand here
@@ -175,11 +196,14 @@ export const restoreSteps = [
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
+  prepareMountPoints,
   startPageDaemon, // where the container wants it, and it can be had; from here on somebody fills memory
   lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
+  makeDeviceNodes, // the new container's, which the driver opens by their names
   restoreDevices, // before anybody is told that the container runs
-  // Hooks in the container: a step after that, the last one.
+  tellContainer, // restore.json, for the hook to read
+  postRestoreHook, // of the container's own, last: it may use all that it has
 ] as const satisfies readonly RestoreStep[];
 
 interface ChainOptions {
@@ -204,6 +228,7 @@ export async function restore(
     target,
     request,
     workPath: "",
+    engineImages: attempt?.engineImages,
     devices: undefined,
     lazy: undefined,
     whyNotLazy: undefined,
@@ -222,6 +247,7 @@ export async function restore(
     context = { ...begin(), whyNotLazy };
     await run(restoreSteps, context);
   }
+  keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
   const times = timesByStep(context.times);
   target.log.info({ checkpoint: request.path, lazy: context.lazy !== undefined, times }, "restored");
   return times;
@@ -246,6 +272,7 @@ export async function checkRestore(
  */
 export async function discardRestore(directory: string, unpackRoot: string | undefined): Promise<void> {
   if (unpackRoot !== undefined) await new UnpackedCheckpoint(unpackRoot, directory).remove();
+  await rm(adaptedImages(directory), { recursive: true, force: true });
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
   await rm(appliedMark(directory), { force: true });
@@ -258,6 +285,7 @@ function checkContext(target: RestoreCandidate, request: RestoreLook, options: C
     checkpoint: { path: request.path, imagePath: "", manifest: undefined, manifestPath: undefined },
     policy: target.policy(undefined),
     externalMounts: [],
+    facts: undefined,
     findings: [],
     times: [],
     signal: options.signal ?? new AbortController().signal,
@@ -322,6 +350,9 @@ async function compareWithContainer(context: CheckContext, next: () => Promise<v
   const compared = await compareToContainer(checkpoint, facts, target.container);
   findings.push(...compared.findings);
   context.externalMounts = compared.externalMounts;
+  context.facts = facts;
+  if (compared.closesTcp && ["keep", "skip-in-flight"].includes(context.policy.tcp ?? ""))
+    context.policy = { ...context.policy, tcp: "close" };
   await next();
 }
 
@@ -341,6 +372,20 @@ async function refuseDifferences(context: CheckContext, next: () => Promise<void
   for (const { kind, message } of findings)
     target.log.warn({ checkpoint: request.path, kind }, `restore all the same: ${message}`);
   await next();
+}
+
+// ---- images ----------------------------------------------------------------------------------------------------------
+
+async function adaptImages(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, facts, target } = context;
+  const { container, directory } = target;
+  try {
+    if (facts && (await adaptHostname(checkpoint.imagePath, facts, container.hostname, directory)))
+      context.engineImages = adaptedImages(directory);
+    await next();
+  } finally {
+    await rm(adaptedImages(directory), { recursive: true, force: true });
+  }
 }
 
 // ---- plugins ---------------------------------------------------------------------------------------------------------
@@ -389,6 +434,7 @@ interface RestoreAttempt {
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
   externalMounts: readonly ExternalMount[];
+  engineImages: string | undefined;
 }
 
 function restoreAttemptFile(directory: string): string {
@@ -403,14 +449,14 @@ async function earlierRestore(
   const text = await readFile(restoreAttemptFile(directory), "utf8").catch(() => undefined); // the crash came before it
   const attempt = text === undefined ? undefined : (JSON.parse(text) as RestoreAttempt);
   if (attempt?.key !== key) return undefined;
-  const { checkpoint, policy, externalMounts } = attempt;
-  return { checkpoint, policy, externalMounts };
+  const { checkpoint, policy, externalMounts, engineImages } = attempt;
+  return { checkpoint, policy, externalMounts, engineImages };
 }
 
 async function recordRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, externalMounts, policy, request, target } = context;
+  const { checkpoint, engineImages, externalMounts, policy, request, target } = context;
   const file = restoreAttemptFile(target.directory);
-  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts };
+  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts, engineImages };
   await writeFile(`${file}.new`, JSON.stringify(attempt), { mode: 0o600 });
   await rename(`${file}.new`, file);
   try {
@@ -474,6 +520,16 @@ async function prepareDevices(context: RestoreContext, next: () => Promise<void>
   await next();
 }
 
+async function makeDeviceNodes({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const nodes = target.container.gpuNodes ?? [];
+  // In the foreground the container has come and gone.
+  if (nodes.length > 0 && !target.inForeground) {
+    const { makeGpuNodes } = await import("./gpu-nodes.ts");
+    makeGpuNodes(await (await target.cgroup()).pids(), nodes, target.log);
+  }
+  await next();
+}
+
 async function restoreDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
   await context.devices?.restore();
   await next();
@@ -522,6 +578,17 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
   }
 }
 
+/** CRIU mounts on what is there. In a fresh root file system it isn't, where somebody past the engine had made it in the old one. */
+async function prepareMountPoints(
+  { externalMounts, target }: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  const { rootfs } = target.container;
+  for (const { mountPoint, source } of externalMounts)
+    if (rootfs !== undefined && mountPoint !== undefined) await makeMountPoint(rootfs, mountPoint, source);
+  await next();
+}
+
 // ---- lazy pages ------------------------------------------------------------------------------------------------------
 
 /** Where a page daemon's guard and log are, below the owner's directory; whoever owns the daemon removes it. */
@@ -562,11 +629,12 @@ async function startPageDaemon(context: RestoreContext, next: () => Promise<void
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, devices, externalMounts, lazy, policy, request, target, workPath } = context;
+  const { checkpoint, devices, engineImages, externalMounts, lazy, policy, request, target, workPath } =
+    context;
   try {
     await target
       .engineRestore({
-        imagePath: checkpoint.imagePath,
+        imagePath: engineImages ?? checkpoint.imagePath,
         workPath,
         policy,
         externalMounts,
@@ -585,4 +653,56 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
     await target.undoEngineRestore({ lazy: lazy !== undefined });
     throw error;
   }
+}
+
+// ---- the container's own ---------------------------------------------------------------------------------------------
+
+function generationOf({ checkpoint }: RestoreContext): number {
+  return (checkpoint.manifest?.generation ?? 0) + 1;
+}
+
+/** A container that has no place for the file is restored all the same: who needs it can find out in its hook's environment. */
+async function tellContainer(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, target } = context;
+  const { manifest } = checkpoint;
+  const generation = generationOf(context);
+  await target.setGeneration(generation);
+  try {
+    if (!target.hasEnded)
+      await writeRestoredFile(target.initPid, {
+        version: 1,
+        generation,
+        why: target.why,
+        ...(manifest && { dumpedAt: manifest.createdAt }),
+        restoredAt: new Date().toISOString(),
+        ...(manifest && { old: identityIn(manifest) }),
+        new: target.identity,
+      });
+  } catch (error) {
+    if (!target.hasEnded)
+      target.log.warn({ err: error }, "write /run/cedana/restore.json into the container");
+  }
+  await next();
+}
+
+function identityIn({ containerId, namespace, hostname, pod }: CheckpointManifest): ContainerIdentity {
+  return {
+    containerId,
+    namespace,
+    ...(hostname !== undefined && { hostname }),
+    ...(pod && { pod }),
+  };
+}
+
+/** What has ended has nothing more to do: short work that was restored near its end is no failure of its hook. */
+async function postRestoreHook(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { target } = context;
+  if (target.postRestoreHook && !target.hasEnded)
+    await target
+      .postRestoreHook([`CEDANA_GENERATION=${generationOf(context)}`, `CEDANA_WHY=${target.why}`])
+      .catch((error) => {
+        if (!target.hasEnded) throw error;
+        target.log.info({ err: error }, "the container has ended before its post-restore hook");
+      });
+  await next();
 }
