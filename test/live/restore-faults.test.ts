@@ -61,7 +61,7 @@ describe("a crash of cedanad in a restore", () => {
     const crashes = boundariesOfCreate.length + boundaries.length;
     expect(live.cedanadLog().match(/cedanad serves/g)!.length).toBeGreaterThan(2 * crashes);
     await live.expectNoLeftovers();
-  }, 240_000); // more than a second for each boundary, when others compute
+  });
 
   it("that ends two cedanads leaves a task that can be deleted, with the container that runs already", async () => {
     // Where the engine has restored it, and nobody has been told.
