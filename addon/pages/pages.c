@@ -29,6 +29,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/kcmp.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <sched.h>
@@ -182,6 +183,9 @@ static void hold(pid_t parent, int daemon) {
   _exit(0);
 }
 
+/* Not after a further execve(2): what was called criu was a script. */
+static bool shares_descriptors(pid_t daemon) { return syscall(SYS_kcmp, getpid(), daemon, KCMP_FILES, 0, 0) == 0; }
+
 static void guard(pid_t daemon, pid_t holder, uint64_t deadline) {
   sigset_t waited;
   sigemptyset(&waited);
@@ -200,7 +204,8 @@ static void guard(pid_t daemon, pid_t holder, uint64_t deadline) {
     if (deadline) {
       uint64_t now = now_ms();
       if (now >= deadline) {
-        too_late = any_descriptor(is_listener); /* CRIU closes it with the connection that it waits for */
+        /* CRIU closes it with the connection that it waits for. One whose descriptors we don't see has no use for us, nor we for it. */
+        too_late = !shares_descriptors(daemon) || any_descriptor(is_listener);
         deadline = 0;
         if (too_late) kill(daemon, SIGKILL);
         continue;

@@ -71,7 +71,11 @@ beforeEach(() => {
     },
   };
 });
-afterEach(() => rmSync(base, { recursive: true }));
+afterEach(async () => {
+  for (const child of started) child.kill("SIGTERM"); // where a test has failed; a guard takes its daemon along
+  await nobodyLives();
+  rmSync(base, { recursive: true });
+});
 
 const start = (repeated = false) =>
   PageDaemon.start(host, {
@@ -132,6 +136,12 @@ describe.skipIf(reason)(`the page daemon${reason ? ` (${reason})` : ""}`, () => 
     expect(isAlive(daemon.record.daemon.pid)).toBe(false);
   });
 
+  it("is ended by the deadline also when it has gone on to another program, which nobody guards", async () => {
+    fakeCriu("exec sleep 1000");
+    host.env = ["CEDANA_PAGES_DEADLINE_MS=200"];
+    await expect(start()).rejects.toThrow(/no restore came/);
+  });
+
   it("goes on with what a cedanad before has started, and says how it has ended", async () => {
     const first = await start();
     const revived = PageDaemon.revive(host, JSON.parse(JSON.stringify(first.record)));
@@ -165,7 +175,7 @@ describe.skipIf(reason)(`the page daemon${reason ? ` (${reason})` : ""}`, () => 
     await expect(start()).rejects.toThrow(/lock the checkpoint: it is gone/);
     await nobodyLives();
     expect(existsSync(join(base, "lazy-pages"))).toBe(false);
-  });
+  }, 60_000);
 });
 
 describe.skipIf(reason)("a container can't be restored lazily", () => {
