@@ -4,15 +4,10 @@ import { mkdtempSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import { restoreChecks, restoreSteps } from "../../src/checkpoint/restore.ts";
+import { boundariesOf } from "./harness/boundaries.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
 import type { LiveTask } from "./harness/task.ts";
-
-const boundariesOf = (name: string, steps: readonly { name: string }[]) =>
-  steps.flatMap((step, index) => [
-    `${name}.${step.name}.before`,
-    ...(index < steps.length - 1 ? [`${name}.${step.name}.after`] : []),
-  ]);
 
 /** Files of a restore, in the bundle. */
 const leftIn = (task: LiveTask) =>
@@ -34,13 +29,15 @@ describe("a crash of cedanad in a restore", () => {
     }
     let first: number | undefined;
     const before = readdirSync(image).sort();
-    for (const boundary of boundariesOf("checkRestore", restoreChecks)) {
+    const checks = boundariesOf("checkRestore", restoreChecks);
+    const steps = boundariesOf("restore", restoreSteps);
+    for (const boundary of checks) {
       daemon.crashNextAt(boundary);
       await live.killCedanad();
       await using task = await live.create(["counter"], { criuImagePath: image });
       expect(await task.status(), boundary).toBe("CREATED");
     }
-    for (const boundary of boundariesOf("restore", restoreSteps)) {
+    for (const boundary of steps) {
       await using task = await live.create(["counter"], { criuImagePath: image });
       daemon.crashNextAt(boundary);
       await live.killCedanad();
@@ -55,8 +52,9 @@ describe("a crash of cedanad in a restore", () => {
       expect(live.events.summary(task.id), boundary).toEqual(["create", "start"]);
     }
     expect(readdirSync(image).sort()).toEqual(before);
-    const crashes = restoreChecks.length * 2 - 1 + restoreSteps.length * 2 - 1;
-    expect(live.cedanadLog().match(/cedanad serves/g)!.length).toBeGreaterThan(2 * crashes);
+    expect(live.cedanadLog().match(/cedanad serves/g)!.length).toBeGreaterThan(
+      2 * (checks.length + steps.length),
+    );
     await live.expectNoLeftovers();
   });
 });
