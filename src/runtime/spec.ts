@@ -263,14 +263,31 @@ export function groupOf(spec: OciSpec): string | undefined {
   return key && annotations[key];
 }
 
-/** Kubernetes' namespace of the pod; undefined elsewhere. containerd's CRI sets it, the pod can't. */
+/**
+ * Kubernetes' namespace of the pod; undefined elsewhere. containerd's CRI and CRI-O say it in annotations of their own, which they set
+ * after the pod's, so a pod can't choose it; with both, one of them is the pod's.
+ * @throws PermissionDenied for two that differ
+ */
 export function podNamespaceOf(spec: OciSpec): string | undefined {
-  return annotationsOf(spec)["io.kubernetes.cri.sandbox-namespace"] || undefined;
+  const byContainerd = annotationsOf(spec)["io.kubernetes.cri.sandbox-namespace"] || undefined;
+  const byCrio = crioSandbox(spec)?.namespace;
+  if (byContainerd !== undefined && byCrio !== undefined && byContainerd !== byCrio)
+    throw new PermissionDenied(
+      `annotations name two namespaces of the pod, ${byContainerd} and ${byCrio}: containerd sets the one, CRI-O the other`,
+    );
+  return byContainerd ?? byCrio;
 }
 
 /** Kubernetes' name of the pod; undefined elsewhere. */
 export function podNameOf(spec: OciSpec): string | undefined {
-  return annotationsOf(spec)["io.kubernetes.cri.sandbox-name"] || undefined;
+  return annotationsOf(spec)["io.kubernetes.cri.sandbox-name"] || crioSandbox(spec)?.name;
+}
+
+/** CRI-O's name of the sandbox: k8s_NAME_NAMESPACE_UID_ATTEMPT, of which no part has an underscore. Source: cri-o, internal/lib/sandbox. */
+function crioSandbox(spec: OciSpec): { name: string; namespace: string } | undefined {
+  const text = annotationsOf(spec)["io.kubernetes.cri-o.SandboxName"] ?? "";
+  const [, name, namespace] = /^k8s_([^_]+)_([^_]+)_[^_]+_\d+$/.exec(text) ?? [];
+  return name !== undefined && namespace !== undefined ? { name, namespace } : undefined;
 }
 
 /** Whether it is a pod's sandbox ("pause") container. CRI-O names the type like this too, with its own prefix. */
@@ -308,6 +325,8 @@ export interface CedanaAnnotations {
   readonly autoResume?: string;
   /** signals upon which the container is checkpointed instead of dying: kill-policy.ts reads them */
   readonly checkpointOn?: string;
+  /** it ends with a checkpoint whose caller says nothing of that: Docker can't tell a runtime like ours */
+  readonly checkpointExit?: boolean;
   /** a checkpoint is taken again and again, in the store */
   readonly checkpointEveryMs?: number;
   /** how many of those are kept */
@@ -333,6 +352,7 @@ const policies = [
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
   ["auto-resume", "autoResume", "text"],
   ["checkpoint-on", "checkpointOn", "text"],
+  ["checkpoint-exit", "checkpointExit", flag],
   [
     "checkpoint-every",
     "checkpointEveryMs",

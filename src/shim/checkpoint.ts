@@ -1,5 +1,5 @@
 import { rm } from "node:fs/promises";
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
 import { foreignHierarchies } from "../linux/cgroup.ts";
 import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
@@ -63,7 +63,7 @@ export function dumpTarget(
     },
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
-    rootfs: join(task.bundle, spec.root?.path ?? "rootfs"),
+    rootfs: resolve(task.bundle, spec.root?.path ?? "rootfs"),
     facts: {
       containerId: task.id,
       namespace: task.namespace,

@@ -176,7 +176,9 @@ export const taskService: Record<string, Handler<CallContext>> = {
 
   Checkpoint: effect(api.CheckpointTaskRequest, async (request, task, work) => {
     return await task.init.inTurn(async () => {
-      const options = decodeCheckpointOptions(request.options ?? undefined);
+      const told = decodeCheckpointOptions(request.options ?? undefined);
+      const exit = request.options?.typeUrl ? told.exit : await task.endsWithCheckpoint();
+      const options = { ...told, exit };
       await task.checkpoint(work, { imagePath: options.imagePath || request.path, options });
       if (options.exit)
         await Promise.race([

@@ -23,6 +23,7 @@ import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtim
 import { decodeOptions, type RuntimeOptions } from "../runtime/options.ts";
 import {
   asksForCheckpoints,
+  cedanaAnnotations,
   cgroupName,
   cgroupPathV2,
   hasOurAnnotations,
@@ -869,6 +870,12 @@ export class Task {
   async spec(): Promise<OciSpec> {
     this.#spec ??= await readSpec(this.bundle);
     return this.#spec;
+  }
+
+  /** What a checkpoint does whose caller passes no options at all: Docker passes them to io.containerd.runc.v2 alone. */
+  async endsWithCheckpoint(): Promise<boolean> {
+    const spec = await this.spec();
+    return hasOurAnnotations(spec) && (cedanaAnnotations(spec).checkpointExit ?? false);
   }
 
   async checkpoint(work: Work, request: CheckpointRequest): Promise<void> {

@@ -8,8 +8,6 @@ import { until } from "./harness/until.ts";
 
 const missing = missingCallers();
 const runtimes = ["runc", "wrapper", "shim"];
-/** Docker tells only runtimes of the type io.containerd.runc.v2 that a container is to end with its checkpoint. */
-const checkpointing = ["runc", "wrapper"];
 const loop = "trap 'echo bye; exit 7' TERM; echo up; while :; do sleep 0.05; done";
 
 describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
@@ -100,7 +98,7 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
   });
 
   it("checkpoints, lists, starts from a checkpoint, removes it", async () => {
-    const both = async (...args: string[]) => await on(checkpointing, args);
+    const both = async (...args: string[]) => await on(runtimes, args);
     const counter = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.05; done";
     expect(
       (
@@ -111,6 +109,9 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
           "@",
           "--security-opt",
           "seccomp=unconfined",
+          // Docker tells only runtimes of the type io.containerd.runc.v2 that a container is to end with its checkpoint.
+          "--annotation",
+          "cedana.io/checkpoint-exit=true",
           IMAGE,
           "sh",
           "-c",
@@ -120,25 +121,26 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
     ).toBe(0);
     const numbers = async (runtime: string) =>
       (await docker.ok("logs", `c-${runtime}`)).split("\n").map(Number);
-    for (const runtime of checkpointing)
+    for (const runtime of runtimes)
       await until(async () => (await numbers(runtime)).length > 2, { everyMs: 50 });
-    expect((await both("checkpoint", "create", "--leave-running", "@", "first")).status).toBe(0);
+    const leaving = async (...args: string[]) => await on(["runc", "wrapper"], args);
+    expect((await leaving("checkpoint", "create", "--leave-running", "@", "first")).status).toBe(0);
     expect((await both("inspect", "--format", "{{.State.Status}}", "@")).stdout.trim()).toBe("running");
     expect((await both("checkpoint", "create", "@", "second")).status).toBe(0);
-    for (const runtime of checkpointing)
+    for (const runtime of runtimes)
       await until(
         async () =>
           (await docker.ok("inspect", "--format", "{{.State.Status}}", `c-${runtime}`)) === "exited",
         { everyMs: 50 },
       );
     expect((await both("checkpoint", "create", "@", "third")).status).not.toBe(0);
-    expect((await both("checkpoint", "ls", "@")).stdout.split("\n").map((line) => line.trim())).toEqual([
+    expect((await leaving("checkpoint", "ls", "@")).stdout.split("\n").map((line) => line.trim())).toEqual([
       "CHECKPOINT NAME",
       "first",
       "second",
       "",
     ]);
-    for (const runtime of checkpointing)
+    for (const runtime of runtimes)
       await until(
         async () => {
           const start = docker.ok("start", "--checkpoint", "second", `c-${runtime}`);
@@ -153,7 +155,7 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
         },
         { everyMs: 1_100, what: () => `${runtime}'s start` },
       );
-    for (const runtime of checkpointing) {
+    for (const runtime of runtimes) {
       const before = (await numbers(runtime)).length;
       await until(async () => (await numbers(runtime)).length > before + 1, {
         everyMs: 50,
@@ -162,8 +164,38 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
       const all = await numbers(runtime);
       expect(all).toEqual(all.map((_, at) => at)); // no number is missing, none comes twice
     }
-    expect((await both("checkpoint", "rm", "@", "first")).status).toBe(0);
+    expect((await leaving("checkpoint", "rm", "@", "first")).status).toBe(0);
+    expect((await both("checkpoint", "rm", "@", "second")).status).toBe(0);
     expect((await both("rm", "--force", "@")).status).toBe(0);
+  });
+
+  it("goes on after docker stop where it was, by checkpoint-on and auto-resume", {
+    timeout: 60_000,
+  }, async () => {
+    const ours = async (...args: string[]) => await on(["wrapper", "shim"], args);
+    const keyed = [
+      ...["--annotation", "cedana.io/checkpoint-on=SIGTERM", "--annotation", "cedana.io/auto-resume=@"],
+      ...["--security-opt", "seccomp=unconfined"],
+    ];
+    const counter = "trap 'exit 7' TERM; i=0; while :; do echo $i; i=$((i+1)); sleep 0.05; done";
+    expect((await ours("run", "--detach", "--name", "@", ...keyed, IMAGE, "sh", "-c", counter)).status).toBe(
+      0,
+    );
+    const numbers = async (runtime: string) =>
+      (await docker.ok("logs", `c-${runtime}`)).split("\n").map(Number);
+    for (const runtime of ["wrapper", "shim"])
+      await until(async () => (await numbers(runtime)).length > 2, { everyMs: 50 });
+    expect((await ours("stop", "--time", "30", "@")).status).toBe(0);
+    const left = await ours("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "@");
+    expect(left.stdout.trim(), docker.place.cedanadLog()).toBe("exited 143");
+    expect((await ours("start", "@")).status).toBe(0);
+    for (const runtime of ["wrapper", "shim"]) {
+      const before = (await numbers(runtime)).length;
+      await until(async () => (await numbers(runtime)).length > before + 1, { everyMs: 50 });
+      const all = await numbers(runtime);
+      expect(all).toEqual(all.map((_, at) => at)); // no number is missing, none comes twice
+    }
+    expect((await ours("rm", "--force", "@")).status).toBe(0);
   });
 
   it("takes what the wrapper says for what it can", async () => {

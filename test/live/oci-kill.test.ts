@@ -150,11 +150,11 @@ describe.skipIf(missing)(`the same by cedana-runtime under Podman${missing ? ` (
       "wrapper",
       "run",
       "--annotation",
-      "cedana.io/auto-resume=x",
+      "cedana.io/auto-resume=../x",
       IMAGE,
       "true",
     );
-    expect(store).toContain("annotation cedana.io/auto-resume");
+    expect(store).toContain('"../x" is not a name');
   });
 });
 

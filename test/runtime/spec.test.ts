@@ -2,7 +2,7 @@ import { mkdirSync, mkdtempSync, rmSync, truncateSync, writeFileSync } from "nod
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { InvalidRequest, NotFound } from "../../src/errors/index.ts";
+import { InvalidRequest, NotFound, PermissionDenied } from "../../src/errors/index.ts";
 import {
   annotationsOf,
   cedanaAnnotations,
@@ -10,9 +10,12 @@ import {
   cgroupPathV2,
   groupOf,
   isSandboxContainer,
+  movedFrom,
   type OciSpec,
   ownsNetworkNamespace,
   parseSpec,
+  podNameOf,
+  podNamespaceOf,
   readSpec,
   sharesPidNamespace,
   withHook,
@@ -215,4 +218,27 @@ describe("checkpoint policy in annotations", () => {
       "cedana.io/tcp.web",
     );
   });
+});
+
+describe("the pod of a container", () => {
+  const crio = { "io.kubernetes.cri-o.SandboxName": "k8s_web-0_shop_8d1c-uid_0" };
+  it("is what containerd or CRI-O says of it, not what it says itself", () => {
+    expect(podNamespaceOf({ annotations: crio })).toBe("shop");
+    expect(podNameOf({ annotations: crio })).toBe("web-0");
+    expect(podNamespaceOf({ annotations: { "io.kubernetes.cri.sandbox-namespace": "a" } })).toBe("a");
+    expect(podNamespaceOf({})).toBeUndefined();
+    expect(() =>
+      podNamespaceOf({ annotations: { ...crio, "io.kubernetes.cri.sandbox-namespace": "other" } }),
+    ).toThrow(PermissionDenied);
+  });
+});
+
+it("a copy of a configuration in another directory means the same, to the last digit", () => {
+  const text = `{"root": {"path": "rootfs"}, "linux": {"resources": {"memory": {"limit": 18446744073709551615}}},
+    "mounts": [{"destination": "/a", "source": "files", "options": ["rbind"]}, {"destination": "/p", "type": "proc", "source": "proc"}]}`;
+  const moved = movedFrom("/bundle", text);
+  expect(moved).toContain("18446744073709551615");
+  const spec = JSON.parse(moved);
+  expect(spec.root.path).toBe("/bundle/rootfs");
+  expect(spec.mounts.map(({ source }: { source: string }) => source)).toEqual(["/bundle/files", "proc"]);
 });
