@@ -36,6 +36,10 @@ export async function directoryOf(ref: CheckpointRef | undefined): Promise<strin
     throw new InvalidRequest("name a checkpoint by its path, or by its owner's namespace and its name");
   if (ref.path !== "") {
     if (!isAbsolute(ref.path)) throw new InvalidRequest(`checkpoint ${ref.path} is not an absolute path`);
+    await stat(ref.path).catch((error: NodeJS.ErrnoException) => {
+      if (error.code !== "ENOENT" && error.code !== "ENOTDIR") throw SyscallFailed.from(error);
+      throw new NotFound(`checkpoint ${ref.path} does not exist`, { cause: error });
+    });
     return ref.path;
   }
   if (ref.namespace === "")
