@@ -17,6 +17,7 @@ import { machineFacts } from "./machine.ts";
 import { type Result, resultOf, table } from "./report.ts";
 import { checkpoint } from "./subjects/checkpoint.ts";
 import { launcher } from "./subjects/launcher.ts";
+import { lazy } from "./subjects/lazy.ts";
 import { lifecycle, parallel } from "./subjects/lifecycle.ts";
 import { memory } from "./subjects/memory.ts";
 import { firstCall, gap } from "./subjects/recovery.ts";
@@ -31,6 +32,7 @@ const subjects: Subject[] = [
   checkpoint,
   standstill,
   archiving,
+  lazy,
   firstCall,
   memory,
   gap,

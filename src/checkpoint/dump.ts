@@ -119,6 +119,11 @@ export interface DumpTarget {
   inTurn?<T>(work: () => Promise<T>): Promise<T>;
   readonly log: Pick<Logger, "info" | "warn" | "error">;
   cgroup(): Promise<Cgroup>;
+  /**
+   * Waits until all memory of a container that was restored lazily is there; default: it is.
+   * @throws WrongState when it will never be
+   */
+  wholeMemory?(signal: AbortSignal): Promise<void>;
   /** The engine's `checkpoint`. @throws WrongState, RuntimeFailed */
   engineCheckpoint(options: EngineDump): Promise<void>;
 }
@@ -151,6 +156,7 @@ type DumpStep = Step<DumpContext>;
 /** The dump, in order. Each step undoes its own work when a later one fails. */
 export const dumpSteps = [
   validateDumpRequest,
+  waitForMemory, // of a container that was restored lazily; CRIU would leave out what isn't there yet, and say nothing
   openStaging, // what is made is beside its place, and put there on the way back, whole
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
@@ -286,6 +292,11 @@ async function validateDumpRequest(context: DumpContext, next: () => Promise<voi
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
   if (parentPath && !(await stat(join(absoluteParent(request), "inventory.img")).catch(() => undefined)))
     throw new NotFound(`parent ${parentPath} of the checkpoint of ${target.what} holds no images`);
+  await next();
+}
+
+async function waitForMemory({ target, signal }: DumpContext, next: () => Promise<void>): Promise<void> {
+  await target.wholeMemory?.(signal);
   await next();
 }
 

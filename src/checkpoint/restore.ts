@@ -22,6 +22,7 @@ import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
 import { adaptedImages, adaptHostname } from "./identity.ts";
 import { type ImageFacts, readImageFacts } from "./image-facts.ts";
+import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
 import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
 import {
   findArchive,
@@ -80,6 +81,8 @@ export interface EngineRestore {
   readonly imagePath: string;
   readonly workPath: string;
   readonly policy: CriuPolicy;
+  /** memory is left to the page daemon that listens in the work path */
+  readonly lazy: boolean;
   /** CRIU's own plugins keep away: what they would do is done by others */
   readonly withoutPlugins: boolean;
   /** besides those that the engine tells CRIU of */
@@ -121,11 +124,13 @@ export interface RestoreTarget extends RestoreCandidate {
   /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
   endCriu(workPath: string): Promise<void>;
   /** Then: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
-  undoEngineRestore(): Promise<void>;
+  undoEngineRestore(options: Pick<EngineRestore, "lazy">): Promise<void>;
   /** where the engine shows CRIU the root file system */
   readonly criuRoots: readonly string[];
   /** Unmounts what CRIU or the engine, killed, has left mounted. */
   unmount(mountPoint: string): Promise<void>;
+  /** The container wants to start before its memory is there; undefined: it doesn't, or its owner can't. */
+  readonly lazy?: LazyTarget | undefined;
 }
 
 interface CheckContext extends ChainContext {
@@ -148,6 +153,10 @@ export interface RestoreContext extends CheckContext {
   /** the images as CRIU is to see them: those of the checkpoint, or links to them */
   engineImages: string | undefined;
   devices: DeviceRestore | undefined;
+  /** from `startPageDaemon` on, where there is one */
+  lazy: LazyRestore | undefined;
+  /** set when a lazy restore has failed and an eager one may not */
+  whyNotLazy: string | undefined;
 }
 
 type RestoreStep = Step<RestoreContext>;
@@ -173,7 +182,7 @@ export const restoreSteps = [
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
-  // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
+  startPageDaemon, // where the container wants it, and it can be had; from here on somebody fills memory
   lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
   restoreDevices, // before anybody is told that the container runs
@@ -196,7 +205,7 @@ export async function restore(
   options: ChainOptions = {},
 ): Promise<Record<string, number>> {
   const attempt = await earlierRestore(target.directory, request);
-  const context: RestoreContext = {
+  const begin = (): RestoreContext => ({
     ...checkContext(target, request, options),
     ...attempt,
     target,
@@ -204,12 +213,25 @@ export async function restore(
     workPath: "",
     engineImages: attempt?.engineImages,
     devices: undefined,
-  };
+    lazy: undefined,
+    whyNotLazy: undefined,
+  });
   await pluginsLoaded();
-  const steps: readonly RestoreStep[] = attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps;
-  await runChain("restore", steps.flatMap(withRestoreAdapters), context);
+  const run = async (steps: readonly RestoreStep[], context: RestoreContext) => {
+    await runChain("restore", steps.flatMap(withRestoreAdapters), context);
+  };
+  let context = begin();
+  try {
+    await run(attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
+  } catch (error) {
+    const { whyNotLazy } = context;
+    if (whyNotLazy === undefined) throw error;
+    target.log.warn({ err: error }, "the lazy restore failed; once more, eagerly");
+    context = { ...begin(), whyNotLazy };
+    await run(restoreSteps, context);
+  }
   const times = timesByStep(context.times);
-  target.log.info({ checkpoint: request.path, times }, "restored");
+  target.log.info({ checkpoint: request.path, lazy: context.lazy !== undefined, times }, "restored");
   return times;
 }
 
@@ -226,11 +248,11 @@ export async function checkRestore(
 }
 
 /**
- * Removes what a restore keeps for a repetition, when there can be none any more: it is on record as done, or its owner goes.
+ * Removes what a restore keeps for a repetition, when there can be none any more: it is on record as done, or its owner goes. After a lazy
+ * restore only when the page daemon has ended: it reads what was unpacked.
  * @param unpackRoot  as in the request
  */
 export async function discardRestore(directory: string, unpackRoot: string | undefined): Promise<void> {
-  // Lazy pages: what is unpacked is read until the page daemon ends.
   if (unpackRoot !== undefined) await new UnpackedCheckpoint(unpackRoot, directory).remove();
   await rm(adaptedImages(directory), { recursive: true, force: true });
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
@@ -429,7 +451,7 @@ async function recordRestore(context: RestoreContext, next: () => Promise<void>)
 
 // ---- work path -------------------------------------------------------------------------------------------------------
 
-function defaultWorkPath(directory: string): string {
+export function defaultWorkPath(directory: string): string {
   return join(directory, "criu-restore");
 }
 
@@ -531,10 +553,48 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
   }
 }
 
+// ---- lazy pages ------------------------------------------------------------------------------------------------------
+
+/** Where a page daemon's guard and log are, below the owner's directory; whoever owns the daemon removes it. */
+export function pageDaemonDirectory(directory: string): string {
+  return join(directory, "lazy-pages");
+}
+
+async function startPageDaemon(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, request, target, workPath } = context;
+  if (!target.lazy) return await next();
+  const { beginLazyRestore } = await import("./lazy/begin.ts");
+  const begun =
+    context.whyNotLazy ??
+    (context.devices && "it has GPU state, whose restore needs all of its memory") ??
+    (await beginLazyRestore(target.lazy, {
+      directory: pageDaemonDirectory(target.directory),
+      imagePath: checkpoint.imagePath,
+      checkpointPath: checkpoint.path,
+      workPath,
+      repeated: request.repeated,
+    }));
+  if (typeof begun === "string") {
+    context.whyNotLazy = undefined; // an eager restore's failure is final
+    target.log.warn({ reason: begun }, "restored eagerly, though cedana.io/lazy asks for a lazy restore");
+    target.lazy.refused(begun);
+    return await next();
+  }
+  context.lazy = begun;
+  try {
+    await next();
+  } catch (error) {
+    await begun.stop();
+    context.whyNotLazy = begun.toBlame(error);
+    throw error;
+  }
+}
+
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, devices, engineImages, externalMounts, policy, request, target, workPath } = context;
+  const { checkpoint, devices, engineImages, externalMounts, lazy, policy, request, target, workPath } =
+    context;
   try {
     await target
       .engineRestore({
@@ -543,6 +603,7 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
         policy,
         externalMounts,
         withoutPlugins: devices?.withoutCriuPlugins ?? false,
+        lazy: lazy !== undefined,
       })
       .catch(async (error: Error) => {
         const what = `restore of ${target.what} from ${request.path}`;
@@ -550,9 +611,10 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
       });
     await next();
   } catch (error) {
+    lazy?.restoreHasFailed();
     await target.endCriu(workPath);
     await unmountLeft(target.criuRoots, target);
-    await target.undoEngineRestore();
+    await target.undoEngineRestore({ lazy: lazy !== undefined });
     throw error;
   }
 }

@@ -195,6 +195,11 @@ export function ownsNetworkNamespace(spec: OciSpec): boolean {
   return namespace !== undefined && !namespace.path;
 }
 
+/** Whether the container's processes are in a user namespace that isn't the host's. */
+export function hasUserNamespace(spec: OciSpec): boolean {
+  return spec.linux?.namespaces?.some(({ type }) => type === "user") ?? false;
+}
+
 /**
  * Path of the container's cgroup in the version 2 hierarchy, as both engines make it; undefined where that depends on the
  * cgroup that the engine runs in (a relative path, or none).
@@ -315,6 +320,8 @@ export interface CedanaAnnotations {
   readonly fileLocks?: boolean;
   readonly extUnix?: boolean;
   readonly shellJob?: boolean;
+  /** restored, it starts at once, and its memory is filled behind it */
+  readonly lazy?: boolean;
   /** what to restore instead of starting afresh: a name in the store, NAME@GENERATION, or a path */
   readonly restoreFrom?: string;
   /** which GPU of the checkpoint becomes which here: OLD=NEW,… of UUIDs or indexes */
@@ -347,6 +354,7 @@ const policies = [
   ["file-locks", "fileLocks", flag],
   ["ext-unix", "extUnix", flag],
   ["shell-job", "shellJob", flag],
+  ["lazy", "lazy", flag],
   ["restore-from", "restoreFrom", "text"],
   ["gpu-map", "gpuMap", "text"],
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],

@@ -73,6 +73,7 @@ export function dumpTarget(
       plugins: pluginsOf("containerd", engine.name),
     },
     image: async () => await (await import("./image.ts")).imageOf(task, spec),
+    wholeMemory: (signal) => task.memory.whole(signal),
     log: task.log,
     cgroup: () => task.cgroup(),
     ...own,

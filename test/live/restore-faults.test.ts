@@ -22,7 +22,7 @@ const leftIn = (task: LiveTask) =>
 
 describe("a crash of cedanad in a restore", () => {
   // Two new cedanads for each boundary: a second where the machine is idle, three where it isn't.
-  it("leaves one whole container, at each boundary of its steps", { timeout: 150_000 }, async () => {
+  it("leaves one whole container, at each boundary of its steps", { timeout: 240_000 }, async () => {
     using daemon = new BreakableDaemon();
     await using live = await Live.start({
       containerd: "1.7",

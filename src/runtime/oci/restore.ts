@@ -173,6 +173,10 @@ export async function restore(
     },
   };
 
+  if (cedanaAnnotations(spec).lazy)
+    wrapper.log.warn(
+      "restored eagerly, though cedana.io/lazy asks for a lazy restore: cedana-runtime has nobody to look after a page daemon",
+    );
   await mkdir(scratch, { recursive: true, mode: 0o700 });
   let failed = true;
   try {
