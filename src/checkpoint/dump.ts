@@ -1,8 +1,9 @@
 import { renameSync, writeFileSync } from "node:fs";
-import { copyFile, mkdir, readFile, rm, stat } from "node:fs/promises";
+import { copyFile, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
+import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
@@ -26,7 +27,14 @@ import { cpuFacts } from "./cpu.ts";
 import { type DeviceDump, deviceSlot } from "./device-slot.ts";
 import { type Follower, followFiles } from "./digest.ts";
 import { dumpFeatures, type PluginDump } from "./features.ts";
-import { freezeMarker, readFreezeNote, thawNoted, thawWherever, writeFreezeNote } from "./freeze-marker.ts";
+import {
+  freezeMarker,
+  hookNote,
+  readFreezeNote,
+  thawNoted,
+  thawWherever,
+  writeFreezeNote,
+} from "./freeze-marker.ts";
 import { type CheckpointManifest, type GpuFacts, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
@@ -111,13 +119,27 @@ export interface DumpTarget {
   /** what the manifest says of it */
   readonly facts: Pick<
     CheckpointManifest,
-    "containerId" | "namespace" | "terminal" | "engine" | "specDigest" | "namespaces" | "plugins"
+    | "containerId"
+    | "namespace"
+    | "hostname"
+    | "pod"
+    | "generation"
+    | "terminal"
+    | "engine"
+    | "specDigest"
+    | "namespaces"
+    | "plugins"
   >;
   /** The image that it was made of, as far as that can be found out. */
   image?(): Promise<CheckpointManifest["image"]>;
   /** Does something that other calls for the container wait for; default: nobody else calls. */
   inTurn?<T>(work: () => Promise<T>): Promise<T>;
   readonly log: Pick<Logger, "info" | "warn" | "error">;
+  /**
+   * What the container wants to do itself before it is dumped, in it, while it runs; undefined: nothing.
+   * @throws when the administrator doesn't allow it; what is returned, when the dump is not to be
+   */
+  preDumpHook?(): Promise<(() => Promise<void>) | undefined>;
   cgroup(): Promise<Cgroup>;
   /**
    * Waits until all memory of a container that was restored lazily is there; default: it is.
@@ -162,6 +184,7 @@ export const dumpSteps = [
   openWorkPath,
   adaptersOfPlugins, // those of all plugins stand here
   checkOptions, // before anything is frozen
+  preDumpHook, // of the container's own; it may be there to remove what the preflight would find
   findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
   findLayers,
@@ -220,6 +243,7 @@ export async function dump(
   };
   await pluginsLoaded();
   await runChain("dump", dumpSteps.flatMap(withAdapters), context);
+  keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
@@ -492,6 +516,42 @@ export function isOlder(version: string, than: string): boolean {
     if (difference !== 0) return difference < 0;
   }
   return false;
+}
+
+// ---- the container's hook --------------------------------------------------------------------------------------------
+
+/**
+ * A container that its owner has paused (as containerd's client and CRI-O do before they ask for a checkpoint) runs as long as its hook
+ * does, and stands still again before anything else is done.
+ */
+async function preDumpHook(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request } = context;
+  const hook = target.hasEnded ? undefined : await target.preDumpHook?.();
+  if (!hook) {
+    await next();
+    return;
+  }
+  const note = hookNote(target.directory);
+  const done = `${request.key}\ndone\n`;
+  // Done before a crash: the container may be frozen by now, or CRIU at work on it.
+  const isDone = request.repeated && (await readFile(note, "utf8").catch(() => "")) === done; // the crash came before it
+  const run = async () => {
+    const cgroup = target.paused ? await target.cgroup() : undefined;
+    await writeFile(note, `${request.key}\n`, { mode: 0o600 });
+    try {
+      await cgroup?.thaw();
+      await hook();
+    } finally {
+      if (!target.hasEnded) await cgroup?.freeze();
+    }
+    await writeFile(note, done, { mode: 0o600 });
+  };
+  try {
+    if (!isDone) await (target.inTurn ? target.inTurn(run) : run()); // nobody pauses or resumes it meanwhile
+    await next();
+  } finally {
+    await rm(note, { force: true });
+  }
 }
 
 // ---- preflight -------------------------------------------------------------------------------------------------------

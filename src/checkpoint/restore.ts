@@ -1,6 +1,7 @@
 import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
+import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/index.ts";
 import { pluginsLoaded } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
@@ -23,7 +24,7 @@ import { type Finding, refusalOfRestore } from "./finding.ts";
 import { adaptedImages, adaptHostname } from "./identity.ts";
 import { type ImageFacts, readImageFacts } from "./image-facts.ts";
 import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
-import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
+import { type CheckpointManifest, type ContainerIdentity, compareSizes, verifyFiles } from "./manifest.ts";
 import {
   findArchive,
   findFaultsOfFiles,
@@ -33,6 +34,7 @@ import {
   openDirectoryOf,
 } from "./open.ts";
 import type { CriuPolicy } from "./policy.ts";
+import { writeRestoredFile } from "./restored-file.ts";
 import { applyRootfsDiff, hasRootfsDiff } from "./rootfs-diff/index.ts";
 import { UnpackedCheckpoint } from "./unpack.ts";
 
@@ -103,6 +105,18 @@ export interface RestoreCandidate {
 
 /** What is restored, as its owner has it: the shim a task, the OCI runtime a container. */
 export interface RestoreTarget extends RestoreCandidate {
+  /** who it is now */
+  readonly identity: ContainerIdentity;
+  /** who chose the checkpoint */
+  readonly why: "caller" | "annotation";
+  /** on the host, once the engine has restored it */
+  readonly initPid: number;
+  /** the restored processes have ended already, as short work does */
+  readonly hasEnded: boolean;
+  /** What the container wants to do itself before it counts as restored. @param env  what it is told. @throws when it is not to be */
+  readonly postRestoreHook?: ((env: readonly string[]) => Promise<void>) | undefined;
+  /** Remembers for the next dump how many restores there have been. */
+  setGeneration(generation: number): Promise<void>;
   /** root of the file system that the container will have, when a checkpoint's rootfs diff goes there; else its owner has seen to that */
   readonly rootfs?: string | undefined;
   /** Before the rootfs diff is applied: what can't be undone then is refused. */
@@ -186,7 +200,8 @@ export const restoreSteps = [
   lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
   restoreDevices, // before anybody is told that the container runs
-  // Hooks in the container: a step after that, the last one.
+  tellContainer, // restore.json, for the hook to read
+  postRestoreHook, // of the container's own, last: it may use all that it has
 ] as const satisfies readonly RestoreStep[];
 
 interface ChainOptions {
@@ -230,6 +245,7 @@ export async function restore(
     context = { ...begin(), whyNotLazy };
     await run(restoreSteps, context);
   }
+  keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
   const times = timesByStep(context.times);
   target.log.info({ checkpoint: request.path, lazy: context.lazy !== undefined, times }, "restored");
   return times;
@@ -617,4 +633,56 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
     await target.undoEngineRestore({ lazy: lazy !== undefined });
     throw error;
   }
+}
+
+// ---- the container's own ---------------------------------------------------------------------------------------------
+
+function generationOf({ checkpoint }: RestoreContext): number {
+  return (checkpoint.manifest?.generation ?? 0) + 1;
+}
+
+/** A container that has no place for the file is restored all the same: who needs it can find out in its hook's environment. */
+async function tellContainer(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, target } = context;
+  const { manifest } = checkpoint;
+  const generation = generationOf(context);
+  await target.setGeneration(generation);
+  try {
+    if (!target.hasEnded)
+      await writeRestoredFile(target.initPid, {
+        version: 1,
+        generation,
+        why: target.why,
+        ...(manifest && { dumpedAt: manifest.createdAt }),
+        restoredAt: new Date().toISOString(),
+        ...(manifest && { old: identityIn(manifest) }),
+        new: target.identity,
+      });
+  } catch (error) {
+    if (!target.hasEnded)
+      target.log.warn({ err: error }, "write /run/cedana/restore.json into the container");
+  }
+  await next();
+}
+
+function identityIn({ containerId, namespace, hostname, pod }: CheckpointManifest): ContainerIdentity {
+  return {
+    containerId,
+    namespace,
+    ...(hostname !== undefined && { hostname }),
+    ...(pod && { pod }),
+  };
+}
+
+/** What has ended has nothing more to do: short work that was restored near its end is no failure of its hook. */
+async function postRestoreHook(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { target } = context;
+  if (target.postRestoreHook && !target.hasEnded)
+    await target
+      .postRestoreHook([`CEDANA_GENERATION=${generationOf(context)}`, `CEDANA_WHY=${target.why}`])
+      .catch((error) => {
+        if (!target.hasEnded) throw error;
+        target.log.info({ err: error }, "the container has ended before its post-restore hook");
+      });
+  await next();
 }

@@ -226,6 +226,14 @@ export function openBeneath(directory: number, path: PathLike, flags: number, mo
   );
 }
 
+/**
+ * Opens a path as somebody would whose root is that directory: its symbolic links, absolute ones and `..` lead about in it, and never
+ * out of it. Links of /proc are not followed.
+ */
+export function openInRoot(root: number, path: PathLike, flags: number, mode = 0): number {
+  return addon().openat2(root, path, flags, mode, RESOLVE.IN_ROOT | RESOLVE.NO_MAGICLINKS);
+}
+
 /** One packet, and the descriptors that came with it, which are the receiver's to close. */
 export interface Packet {
   /** empty: the other side has closed */

@@ -31,6 +31,9 @@ export interface TaskRecord {
   /** directory of the images to restore from at start */
   restoreFrom?: string;
   onRestoreFailure?: "fail" | "fresh";
+  restoreAsked?: "caller" | "annotation";
+  /** how many restores the container has behind it */
+  generation?: number;
   /** of the checkpoint to restore from */
   claim?: Claim;
   /** what is mounted at the rootfs, where it may have to be mounted again */

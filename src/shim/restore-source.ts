@@ -18,6 +18,8 @@ export interface RestoreSource {
   /** directory of the checkpoint, absolute */
   readonly path: string;
   readonly onFailure: "fail" | "fresh";
+  /** who chose it */
+  readonly why: "caller" | "annotation";
   /** nobody else continues from it */
   readonly claim?: Claim | undefined;
 }
@@ -62,7 +64,7 @@ export async function chooseRestoreSource(
       policy: (manifest: CheckpointManifest | undefined) => restorePolicy(manifest, spec),
     };
     await checkRestore(candidate, { path, ...(await restoreSettings()) }, { onBoundary: reachBoundary });
-    return { path, onFailure, claim };
+    return { path, onFailure, claim, why: asked === undefined ? "annotation" : "caller" };
   } catch (error) {
     if (claim) await returnClaim(claim);
     if (onFailure === "fail" || !maySetAside(error)) throw error;

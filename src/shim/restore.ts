@@ -9,15 +9,17 @@ import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
 import { descendsFrom, kill, killCriu, watchForDeadCriu } from "../criu/leftovers.ts";
 import { Unsupported } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
-import { programOf } from "../linux/proc.ts";
+import { isAlive, programOf } from "../linux/proc.ts";
 import { readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
+import { hookOf } from "../runtime/hooks.ts";
 import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
 import {
   cedanaAnnotations,
   cgroupPathV2,
   hasUserNamespace,
+  identityOf,
   type OciSpec,
   ownsNetworkNamespace,
   withHook,
@@ -25,6 +27,7 @@ import {
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
+import { runHook } from "./hooks.ts";
 import type { RestoreSource } from "./restore-source.ts";
 import type { Task, Work } from "./task.ts";
 
@@ -50,6 +53,7 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
   const engine = await withFeatures(task);
   const config = new BundleConfig(task.bundle);
   const keeperPid = task.pod.keeper.pid;
+  const hook = await hookOf(spec, "post-restore");
   const rootfs = resolve(task.bundle, spec.root?.path ?? "rootfs");
   const target: RestoreTarget = {
     what: `task ${task.id}`,
@@ -63,6 +67,18 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
       if (source.onFailure === "fresh") await noteFreshUpper(task.bundle, rootfs);
     },
     log: task.log,
+    identity: identityOf(spec, task.id, task.namespace),
+    why: task.restoreAsked,
+    get initPid() {
+      return task.init.pid;
+    },
+    get hasEnded() {
+      return task.init.exit !== undefined || task.init.heldExit !== undefined || !isAlive(task.init.pid);
+    },
+    postRestoreHook: hook && ((env) => runHook(task, work.tag, hook, env)),
+    setGeneration: async (generation) => {
+      task.generation = generation; // on record with the start
+    },
     policy: (manifest) => restorePolicy(manifest, spec),
     prepareNetwork: async () => {
       if (engine.name === "runc" && ownsNetworkNamespace(spec)) await config.addLoopbackHook(keeperPid);

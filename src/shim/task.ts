@@ -2,7 +2,7 @@ import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
-import { freezeMarker, thawNoted } from "../checkpoint/freeze-marker.ts";
+import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -117,6 +117,8 @@ export class Task {
   readonly options: RuntimeOptions;
   readonly execs = new Map<string, Process>();
   readonly memory: LazyMemory;
+  /** how many restores the container has behind it */
+  generation = 0;
   readonly #pod: Pod;
   readonly #log: TaskLogger;
   readonly #execSpecs = new Map<string, { serial: number; spec: string }>();
@@ -191,6 +193,11 @@ export class Task {
     return this.#restoreSource?.path;
   }
 
+  /** Who chose what it is restored from. */
+  get restoreAsked(): RestoreSource["why"] {
+    return this.#restoreSource?.why ?? "caller";
+  }
+
   /**
    * Containerd's Create: rootfs, stdio, and the engine's `create`, or everything but that when it will be restored.
    * @param answer  what the call will be answered, for the record: without one on disk there is no task
@@ -204,6 +211,7 @@ export class Task {
     const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
     killPolicy(spec); // a signal that doesn't exist is refused now, not when it is needed
     execKillPolicy(spec, {});
+    if (hasOurAnnotations(spec)) await (await import("../runtime/hooks.ts")).checkHooks(spec);
     const restore = await restoreSourceOf(pod, request, options, spec);
     const state = restore ? "createdFromCheckpoint" : "created";
     const init = new Process("", request.id, request.stdio, state);
@@ -259,9 +267,11 @@ export class Task {
         : {
             path: record.restoreFrom,
             onFailure: record.onRestoreFailure ?? "fail",
+            why: record.restoreAsked ?? "caller",
             claim: record.claim,
           },
     );
+    task.generation = record.generation ?? 0;
     init.pid = record.pid;
     if (record.exit) init.markExited({ status: record.exit.status, atNs: BigInt(record.exit.atNs) });
     task.#rootfsMounted = record.rootfsMounted;
@@ -368,12 +378,14 @@ export class Task {
       ...(this.#restoreSource && {
         restoreFrom: this.#restoreSource.path,
         onRestoreFailure: this.#restoreSource.onFailure,
+        restoreAsked: this.#restoreSource.why,
         ...(this.#restoreSource.claim && { claim: this.#restoreSource.claim }),
       }),
       ...(this.#ending && { ending: this.#ending }),
       ...(this.#rootfs.length > 0 && { rootfs: this.#rootfs }),
       ...(this.#afresh && { afresh: this.#afresh }),
       ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
+      ...(this.generation > 0 && { generation: this.generation }),
       oomKills: this.#oomKills,
       ...exitRecord(this.init.exit),
       execs: [...this.execs.values()].map((process): ExecRecord => {
@@ -458,6 +470,7 @@ export class Task {
         { err: error },
         "restore failed; as cedana.io/on-restore-failure says, it starts afresh",
       );
+      this.generation = 0;
       this.#afresh = "begun"; // on record: a repetition must not restore into a container that runs
       this.#writeRecord();
       await this.#giveClaimBack();
@@ -947,6 +960,7 @@ export class Task {
 
   /** A cedanad before us may have ended in the middle of a dump whose caller has gone: the container must not stay frozen. */
   async thawLeftover(): Promise<void> {
+    await this.#pauseLeftover();
     this.#recoverDevices();
     const marker = freezeMarker(this.bundle);
     if (!existsSync(marker)) return;
@@ -960,6 +974,18 @@ export class Task {
       this.#log.warn("thawed: it had been frozen for a dump that a crash cut off");
     } catch (error) {
       this.#log.error({ err: error }, "thaw a container that a dump cut off by a crash had frozen");
+    }
+  }
+
+  /** … or in the hook of a paused one, which ran for it: what its owner has paused must not go on. */
+  async #pauseLeftover(): Promise<void> {
+    const note = hookNote(this.bundle);
+    if (!existsSync(note)) return;
+    try {
+      if (this.init.state === "paused" && !this.init.exit) await (await this.cgroup()).freeze();
+      await rm(note, { force: true });
+    } catch (error) {
+      this.#log.error({ err: error }, "pause a container again that ran for its hook when cedanad ended");
     }
   }
 
