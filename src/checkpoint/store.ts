@@ -4,6 +4,7 @@ import { join } from "node:path";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed, WrongState } from "../errors/index.ts";
 import { MANIFEST_NAME } from "./manifest.ts";
 import { resumeSuffixes } from "./resume.ts";
+import { sweep } from "./staging.ts";
 import { CheckpointUse } from "./use.ts";
 
 /*
@@ -35,6 +36,8 @@ export interface StoredCheckpoint {
 const NAME = /^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$/;
 const GENERATION = /^\d{8}T\d{9}Z(-\d{1,4})?$/;
 const STAGING = "tmp";
+/** In the staging directory: what is being removed, and is no checkpoint any more. */
+const REMOVED_PREFIX = "removed-";
 const NO_POD_NAMESPACE = "-";
 
 /** 20261125T191500123Z */
@@ -159,11 +162,33 @@ export class CheckpointStore {
     const staging = join(checkpoint.path, "..", STAGING);
     await mkdir(staging, { recursive: true, mode: 0o700 });
     await this.#check(staging);
-    const aside = join(staging, `removed-${checkpoint.generation}-${process.pid}`);
+    const aside = join(staging, `${REMOVED_PREFIX}${checkpoint.generation}-${process.pid}`);
     await rename(checkpoint.path, aside);
     for (const suffix of resumeSuffixes) await rm(`${checkpoint.path}${suffix}`, { force: true });
     await rm(aside, { recursive: true });
     return true;
+  }
+
+  /**
+   * Removes what crashes have left: dumps that nobody goes on with, and what was being removed. What somebody works on stays.
+   * @returns how many directories were removed
+   */
+  async sweep(): Promise<number> {
+    let count = 0;
+    for (const owner of await this.owners()) {
+      const directory = await this.#existing(ownerParts(owner));
+      for (const name of directory === undefined ? [] : await names(directory)) {
+        const path = await this.#existing([...ownerParts(owner), name]);
+        if (path === undefined) continue;
+        count += (await sweep(path)).length;
+        const removed = await readdir(join(path, STAGING)).catch((): string[] => []); // ENOENT: there never was one
+        for (const one of removed.filter((entry) => entry.startsWith(REMOVED_PREFIX))) {
+          await rm(join(path, STAGING, one), { recursive: true, force: true });
+          count++;
+        }
+      }
+    }
+    return count;
   }
 
   /** Path of a directory below the root, or undefined when it isn't there. Every step of the way is checked. */

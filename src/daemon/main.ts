@@ -92,6 +92,13 @@ if (existsSync(unpackDirectory()))
     .then(({ sweepUnpacked }) => sweepUnpacked(unpackDirectory()))
     .catch((error) => log.warn({ err: error }, "sweep unpacked checkpoints"));
 
+// By then every keeper has come back, and whoever goes on with a dump that was cut off has a lock on it.
+const SWEEP_STORE_AFTER_MS = 60_000;
+setTimeout(
+  () => void import("./sweep-store.ts").then(({ sweepStore }) => sweepStore(log)),
+  SWEEP_STORE_AFTER_MS,
+).unref();
+
 for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => end(signal));
 
 function end(why: string): never {

@@ -1,7 +1,9 @@
+import { randomUUID } from "node:crypto";
 import { chmodSync, existsSync, mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { Staging } from "../../src/checkpoint/staging.ts";
 import { CheckpointStore, generationAt } from "../../src/checkpoint/store.ts";
 import { CheckpointUse } from "../../src/checkpoint/use.ts";
 import { InvalidRequest, NotFound, PermissionDenied } from "../../src/errors/index.ts";
@@ -117,5 +119,21 @@ describe("a store of checkpoints", () => {
     expect(paths.map((path) => existsSync(path))).toEqual([false, false, true, true]);
     await store.prune(alice, "web", 0);
     expect(await store.generations(alice, "web")).toHaveLength(1);
+  });
+
+  it("is swept of what crashes have left, and of nothing that somebody works on", async () => {
+    const whole = await make(alice, "web", at(1));
+    const left = join(whole, "../tmp", randomUUID());
+    const removed = join(whole, "../tmp/removed-20260101T000000000Z-1");
+    for (const directory of [left, removed]) mkdirSync(directory, { recursive: true, mode: 0o700 });
+    await using living = await Staging.beside(join(whole, ".."), generationAt(at(2)));
+    mkdirSync(left, { recursive: true, mode: 0o700 }); // the new one has swept it
+    expect(await store.sweep()).toBe(2);
+    expect([whole, living.path, left, removed].map((path) => existsSync(path))).toEqual([
+      true,
+      true,
+      false,
+      false,
+    ]);
   });
 });

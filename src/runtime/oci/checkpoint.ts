@@ -117,7 +117,7 @@ export async function checkpoint(
       },
     };
     const workPath = options.value("work-path");
-    await noteFrozen(call.marker, cgroup, async () => {
+    await noteFrozen(call.marker, cgroup, scratch, async () => {
       const request: DumpRequest = {
         key: call.marker,
         repeated: false,
