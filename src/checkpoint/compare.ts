@@ -7,6 +7,7 @@ import { pathInRoot } from "../linux/root-path.ts";
 import { type CpuFacts, cpuFacts, instructionsMissing } from "./cpu.ts";
 import { isOlder } from "./dump.ts";
 import { type Finding, Found } from "./finding.ts";
+import { compareAddresses, type NetworkOfRestore } from "./identity.ts";
 import type { DumpedFile, DumpedMount, ImageFacts } from "./image-facts.ts";
 import type { OpenCheckpoint } from "./open.ts";
 import { hasRootfsDiff } from "./rootfs-diff/index.ts";
@@ -31,6 +32,9 @@ export interface RestoredContainer {
   readonly cgroupMountPoints: readonly string[];
   readonly maskedPaths: readonly string[];
   readonly devices: readonly string[];
+  /** undefined: as it was */
+  readonly hostname: string | undefined;
+  readonly network: NetworkOfRestore;
   /** its root file system, where that is there already */
   readonly rootfs?: string | undefined;
 }
@@ -45,6 +49,8 @@ export interface Comparison {
   readonly findings: Finding[];
   /** for CRIU, besides what the engine says */
   readonly externalMounts: ExternalMount[];
+  /** established TCP connections can only come back closed */
+  readonly closesTcp: boolean;
 }
 
 /** What differs between the container that was dumped and the one that is to become it. */
@@ -70,12 +76,23 @@ export async function compareToContainer(
       "image",
       `it is of the image ${dumpedImage}, this container of ${container.image}: files that the program has open or mapped must be the same`,
     );
-  if (!facts) return { findings: found.list, externalMounts: [] };
+  if (!facts) return { findings: found.list, externalMounts: [], closesTcp: false };
   const externalMounts = await compareMounts(facts.mounts, container, found);
-  // What a rootfs diff brings isn't there yet.
+  // What a rootfs diff brings isn't there yet: `compareFilesWithDiff`.
   if (container.rootfs !== undefined && !(await hasRootfsDiff(path)))
     await compareFiles(facts, container, found);
-  return { findings: found.list, externalMounts };
+  const closesTcp = await compareAddresses(facts.sockets, container.network, found);
+  return { findings: found.list, externalMounts, closesTcp };
+}
+
+/** What differs in files that were open, when a rootfs diff has been applied: it may leave out some, or be of another image. */
+export async function compareFilesWithDiff(
+  facts: ImageFacts,
+  container: RestoredContainer,
+): Promise<Finding[]> {
+  const found = new Found("container");
+  if (container.rootfs !== undefined) await compareFiles(facts, container, found);
+  return found.list;
 }
 
 // ---- mounts ----------------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ class Status extends CedanaCommand {
       this.log(`keeper ${pod.keeper}  namespace ${pod.namespace}  protocol ${pod.protocol}`);
       for (const task of pod.tasks) {
         this.log(`  ${task.id}  ${task.state}  pid ${task.pid}  ${task.engine}`);
+        if (task.lazy)
+          this.log(`    memory ${task.lazy.state}${task.lazy.reason ? `: ${task.lazy.reason}` : ""}`);
         for (const exec of task.execs) this.log(`    exec ${exec.execId}  ${exec.state}  pid ${exec.pid}`);
       }
     }

@@ -5,6 +5,7 @@ import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { Staging } from "../../src/checkpoint/staging.ts";
 import { CheckpointStore, generationAt } from "../../src/checkpoint/store.ts";
+import { CheckpointUse } from "../../src/checkpoint/use.ts";
 import { InvalidRequest, NotFound, PermissionDenied } from "../../src/errors/index.ts";
 
 let directory: string;
@@ -93,6 +94,21 @@ describe("a store of checkpoints", () => {
     await expect(store.directoryFor(alice, "web")).rejects.toBeInstanceOf(PermissionDenied);
     chmodSync(store.root, 0o777);
     await expect(store.find(bob, "web")).rejects.toThrow(/can be written by others \(mode 777\)/);
+  });
+
+  it("keeps what is in use: a removal says so, a pruning leaves it for the next one", async () => {
+    const paths: string[] = [];
+    for (let n = 1; n <= 3; n++) paths.push(await make(alice, "web", at(n)));
+    {
+      using _first = CheckpointUse.use(paths[0]!);
+      using _second = CheckpointUse.use(paths[0]!);
+      const [oldest] = await store.generations(alice, "web");
+      await expect(store.remove(oldest!)).rejects.toThrow(/is in use/);
+      expect((await store.prune(alice, "web", 1)).map(({ path }) => path)).toEqual([paths[1]]);
+      expect(paths.map((path) => existsSync(path))).toEqual([true, false, true]);
+    }
+    expect((await store.prune(alice, "web", 1)).map(({ path }) => path)).toEqual([paths[0]]);
+    expect(() => CheckpointUse.use(paths[0]!)).toThrow(NotFound);
   });
 
   it("prunes the oldest, and never the last", async () => {

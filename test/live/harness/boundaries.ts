@@ -1,10 +1,10 @@
-/**
- * Where a chain can be cut off: before each step, and after what follows it. Without those where the adapters of plugins stand: with no
- * plugin they do nothing, and a crash there is one at the next boundary.
- */
+/** With no plugin, nothing is done where their adapters stand: a crash there is one at the next boundary. */
+export const doesSomething = ({ name }: { name: string }) => !/adaptersOfPlugins$/i.test(name);
+
+/** Where a chain can be cut off: before each step, and after what follows it. */
 export function boundariesOf(chain: string, steps: readonly { name: string }[]): string[] {
   return steps
-    .filter(({ name }) => !/adaptersOfPlugins$/i.test(name))
+    .filter(doesSomething)
     .flatMap(({ name }, index, all) => [
       `${chain}.${name}.before`,
       ...(index < all.length - 1 ? [`${chain}.${name}.after`] : []),
