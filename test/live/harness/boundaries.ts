@@ -1,5 +1,5 @@
 /** With no plugin, nothing is done where their adapters stand: a crash there is one at the next boundary. */
-export const doesSomething = ({ name }: { name: string }) => !/adaptersOfPlugins$/i.test(name);
+const doesSomething = ({ name }: { name: string }) => !/adaptersOfPlugins$/i.test(name);
 
 /** Where a chain can be cut off: before each step, and after what follows it. */
 export function boundariesOf(chain: string, steps: readonly { name: string }[]): string[] {
