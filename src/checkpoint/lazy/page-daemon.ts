@@ -236,10 +236,13 @@ const SIGTERM = 15;
 const SIGKILL = 9;
 const LOG_NAME = "lazy-pages.log";
 
-/** One that has no guard knows nothing of SIGTERM's meaning here. */
+/** Ends what was spawned, and with it what it has started. A guard takes its daemon along, CRIU alone is only that. */
 async function kill(host: PageDaemonHost, pid: number): Promise<void> {
-  // A guarded one's daemon is the guard's child, and would go on alone.
-  if (pid > 0) await host.signal(pid, SIGTERM).catch(() => {}); // ESRCH: it has ended
+  if (pid === 0) return;
+  const started = startTime(pid);
+  await host.signal(pid, SIGTERM).catch(() => {}); // ESRCH: it has ended
+  const limit = performance.now() + STOP_LIMIT_MS;
+  while (isAlive(pid, started) && performance.now() < limit) await delay(STOP_LOOKS_MS);
 }
 
 /** A program that was executed by what the library had divided has a table of its own. */
