@@ -253,6 +253,7 @@ function report(timelines: Timeline[]): void {
     const sides = (["ours", "theirs"] as const).filter((side) => of(side).length > 0);
     const segments = Object.fromEntries(sides.map((side) => [side, of(side).map(segmentsOf)]));
     const names = [...new Set(Object.values(segments).flatMap((all) => all.flatMap(Object.keys)))];
+    if (sides.length === 0) throw new Error(`${what}: no run of it was seen whole`);
     const count = of(sides[0]!).length;
     console.log(`\n## ${what}, ${options.mib} MiB, ${engine}: medians and minima of ${count} (ms)\n`);
     // Where others compute, the quickest of many says more than the middle.
@@ -290,7 +291,10 @@ try {
   const sides: Side[] = engine === "crun" ? ["ours"] : ["ours", "theirs"];
   for (let at = -1; at < Number(options.rounds); at++)
     for (const side of at % 2 === 0 ? sides : sides.toReversed()) {
-      const found = await round(bench, side, procwatch);
+      const found = await round(bench, side, procwatch).catch((error: Error) => {
+        console.error(`left out: ${error.message}`); // on a busy machine events get lost
+        return [];
+      });
       if (at >= 0) timelines.push(...found); // the first warms up
     }
   const machine = machineFacts(bench);
