@@ -94,17 +94,15 @@ function timelineOf(side: Side, what: string, lines: string[], command: string, 
     else if (kind === "exec") {
       const [pid, argv] = [Number(fields[1]), (fields[2] ?? "").split("\x1f").filter(Boolean)];
       const known = processes.get(pid);
+      let process = known;
       // One that executes another program is another one; but not env(1), and an engine that executes a copy of itself.
-      const isSame = known && (/\/env$/.test(known.argv[0] ?? "") || known.argv.join() === argv.join());
-      if (known && !isSame) ended.push({ ...known, endMs: ms(fields[0]!) });
-      const process = {
-        pid,
-        parent: parents.get(pid) ?? 0,
-        argv,
-        beginMs: isSame ? known.beginMs : ms(fields[0]!),
-        endMs: Number.NaN,
-      };
-      processes.set(pid, process);
+      if (known && (/\/env$/.test(known.argv[0] ?? "") || known.argv.join() === argv.join()))
+        known.argv = argv;
+      else {
+        if (known) ended.push({ ...known, endMs: ms(fields[0]!) });
+        process = { pid, parent: parents.get(pid) ?? 0, argv, beginMs: ms(fields[0]!), endMs: Number.NaN };
+        processes.set(pid, process);
+      }
       if (argv.join(" ").includes(command) && basename(argv[0] ?? "") === "ctr") begin ??= process;
     } else if (kind === "exit") {
       const process = processes.get(Number(fields[1]));
