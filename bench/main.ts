@@ -17,6 +17,7 @@ import { machineFacts } from "./machine.ts";
 import { type Result, resultOf, table } from "./report.ts";
 import { checkpoint, largeCheckpoint } from "./subjects/checkpoint.ts";
 import { launcher } from "./subjects/launcher.ts";
+import { lazy } from "./subjects/lazy.ts";
 import { lifecycle, parallel } from "./subjects/lifecycle.ts";
 import { memory } from "./subjects/memory.ts";
 import { passThrough, podmanRuns } from "./subjects/oci-runtime.ts";
@@ -33,6 +34,7 @@ const subjects: Subject[] = [
   largeCheckpoint,
   standstill,
   archiving,
+  lazy,
   firstCall,
   memory,
   gap,

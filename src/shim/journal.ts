@@ -4,6 +4,7 @@ import type { Claim } from "../checkpoint/resume.ts";
 import { BrokenImage, SyscallFailed } from "../errors/index.ts";
 import type { EscalationStep } from "../runtime/kill-policy.ts";
 import type { PendingEscalation } from "./escalation.ts";
+import type { LazyRecord } from "./lazy-memory.ts";
 
 /**
  * A task's state as the next cedanad will find it: one small JSON file in the bundle, replaced at each transition.
@@ -45,6 +46,8 @@ export interface TaskRecord {
   oomKills: number;
   exit?: ExitRecord;
   execs: ExecRecord[];
+  /** of a container that was, or was to be, restored lazily */
+  lazy?: LazyRecord;
   /** signals that are still to be sent after a kill */
   escalations?: PendingEscalation[];
   /** Answers given to calls with effects, so that a repeated call gets the same one; the newest last. */

@@ -10,6 +10,7 @@ import { descendsFrom, kill, killCriu, watchForDeadCriu } from "../criu/leftover
 import { Unsupported } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
 import { isAlive, programOf } from "../linux/proc.ts";
+import { readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
 import { restoreSettings } from "../runtime/restore-settings.ts";
@@ -17,6 +18,7 @@ import { restoredContainer } from "../runtime/restored-container.ts";
 import {
   cedanaAnnotations,
   cgroupPathV2,
+  hasUserNamespace,
   identityOf,
   type OciSpec,
   ownsNetworkNamespace,
@@ -93,9 +95,14 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
     cgroup: () => task.cgroup(),
     engineRestore: (options) => engineRestore(task, work, engine, spec, options),
     endCriu: (workPath) => task.undo("end what is left of CRIU", endCriu(task, spec, workPath)),
-    undoEngineRestore: () => task.undoEngineRestore(work),
+    undoEngineRestore: ({ lazy }) => task.undoEngineRestore(work, lazy),
     criuRoots: [join(task.bundle, "criu-root"), join(engine.root, task.id, "criu-root")], // crun's, runc's
     unmount: (mountPoint) => task.pod.keeper.unmount(task.pod.keeper.ownTag("unmount-criu"), mountPoint),
+    lazy: (await wantsLazy(spec))
+      ? task.memory.target(hasUserNamespace(spec), (spawn) =>
+          task.pod.keeper.run(work.tag("lazy-pages"), spawn),
+        )
+      : undefined,
   };
   await restoreContainer(
     target,
@@ -108,6 +115,13 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
     },
     { onBoundary: reachBoundary },
   );
+}
+
+/** As the container's annotation has it. What the administrator forbids is refused here, where it is asked for. */
+async function wantsLazy(spec: OciSpec): Promise<boolean> {
+  if (!cedanaAnnotations(spec).lazy) return false;
+  const { annotations } = await readConfiguration();
+  return cedanaAnnotations(spec, { denied: annotations.deny.filter((key) => key === "lazy") }).lazy === true;
 }
 
 // ---- what is left of an engine or a CRIU that was killed -------------------------------------------------------------
@@ -212,11 +226,12 @@ async function engineRestore(
   work: Work,
   engine: Engine,
   spec: OciSpec,
-  { imagePath, workPath, policy, externalMounts, withoutPlugins }: EngineRestore,
+  { imagePath, workPath, policy, externalMounts, lazy, withoutPlugins }: EngineRestore,
 ): Promise<void> {
   const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
+    lazyPages: lazy,
     pluginDirectory: withoutPlugins ? workPath : undefined,
     externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
@@ -238,6 +253,7 @@ async function engineRestore(
       workPath,
       ...policyOptions(policy),
       tcpClose: policy.tcp === "close",
+      lazyPages: lazy,
       ...configFile,
     });
   } finally {

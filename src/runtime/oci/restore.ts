@@ -1,7 +1,7 @@
 import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
-import { killCriu } from "../../criu/leftovers.ts";
+import { killCriu, kill as killProcess, watchForDeadCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
 import { NotFound, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
@@ -148,7 +148,24 @@ export async function restore(
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
-      status = await wrapper.run([...command, ...argv, id], { env });
+      const done = new AbortController();
+      if (!detached) done.abort(); // an engine in the foreground lives as long as the container, and is not watched
+      const watched = watchForDeadCriu(
+        call.pid,
+        work,
+        async (pids) => {
+          wrapper.log.error({ pids }, "CRIU has died: ending what it has made");
+          for (const pid of pids) killProcess(pid);
+          await killCriu(work, call.pid);
+        },
+        done.signal,
+      );
+      try {
+        status = await wrapper.run([...command, ...argv, id], { env });
+      } finally {
+        done.abort();
+        await watched.catch((cause) => wrapper.log.warn({ err: cause }, "watch CRIU"));
+      }
       if (status === 0) {
         const pid = detached ? ((await containerState(call))?.pid ?? 0) : 0; // in the foreground it is over
         init = { pid, started: startTime(pid) };
@@ -174,7 +191,9 @@ export async function restore(
     endCriu: async (work) => {
       if (workPath === undefined) await killCriu(work);
     },
-    criuRoots: [join(bundle, "criu-root"), join(root, id, "criu-root")],
+    get criuRoots() {
+      return [join(engineBundle, "criu-root"), join(bundle, "criu-root"), join(root, id, "criu-root")];
+    },
     undoEngineRestore: async () => {
       if (status !== 0) return;
       const outputPath = join(scratch, "output");
@@ -185,6 +204,10 @@ export async function restore(
     },
   };
 
+  if (cedanaAnnotations(spec).lazy)
+    wrapper.log.warn(
+      "restored eagerly, though cedana.io/lazy asks for a lazy restore: cedana-runtime has nobody to look after a page daemon",
+    );
   await mkdir(scratch, { recursive: true, mode: 0o700 });
   let failed = true;
   try {
