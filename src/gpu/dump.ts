@@ -8,6 +8,7 @@ import type { ProcessStateName } from "./codes.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
 import { holdThreads, releaseThreads, waitUntilHeld } from "./hold.ts";
 import { availableMemory } from "./host-memory.ts";
+import { holdAtBoundary, refuseUncheckpointable } from "./interception.ts";
 import { type JournalEntry, readJournal, removeJournal, writeJournal } from "./journal.ts";
 import { chooseMeans, type GpuDevice, HelperKeeper, type Means } from "./means.ts";
 import { askNvml, devicesOf } from "./nvml.ts";
@@ -116,6 +117,7 @@ class GpuDump implements DeviceDump {
     await this.#whileRunning(async () => {
       this.#clients = await this.#confirm();
       if (this.#clients.length === 0) return;
+      await refuseUncheckpointable(this.#clients, this.#owner.what);
       writeJournal(this.#owner, (await this.#owner.cgroup()).toJSON(), this.#clients);
       this.#touched = true;
       await this.#lockAll();
@@ -151,6 +153,7 @@ class GpuDump implements DeviceDump {
   /** All at once: those that wait for each other's GPU work come to an end only together. */
   async #lockAll(): Promise<void> {
     const until = performance.now() + this.#limits.lock;
+    await using _held = await holdAtBoundary(this.#clients, this.#limits.lock);
     await this.#each("lockMs", async ({ pid }) => {
       if ((await this.#means.state(pid)) !== "running") return; // before us, or by a cedanad before us
       const leftMs = Math.max(1, Math.round(until - performance.now()));

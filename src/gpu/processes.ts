@@ -3,6 +3,7 @@ import { isAbsolute } from "node:path";
 import { Unsupported } from "../errors/index.ts";
 import { pidsInNamespaces, processStat, startTime } from "../linux/proc.ts";
 import { pathInRoot } from "../linux/root-path.ts";
+import { PRELOADED } from "../runtime/gpu-injection.ts";
 
 /** A process that may be a client of the driver. */
 export interface GpuProcess {
@@ -39,7 +40,11 @@ export function describeProcess(pid: number): Omit<GpuProcess, "devices"> | unde
 
 function mapsDriver(pid: number): boolean {
   const text = readIfThere(`/proc/${pid}/maps`);
-  return text.includes("/libcuda.so") && text.split("\n").some((line) => driverFile.test(line));
+  // The interception library has the driver's name, and is in every process of a container that asks for it.
+  return (
+    text.includes("/libcuda.so") &&
+    text.split("\n").some((line) => driverFile.test(line) && !line.includes(` ${PRELOADED}`))
+  );
 }
 
 function openDevices(pid: number): string[] {
