@@ -164,7 +164,9 @@ class GpuDump implements DeviceDump {
   /** All at once: those that wait for each other's GPU work come to an end only together. */
   async #lockAll(): Promise<void> {
     const until = performance.now() + this.#limits.lock;
-    await using _held = await holdAtBoundary(this.#clients, this.#limits.lock);
+    const states = await Promise.all(this.#clients.map(({ pid }) => this.#means.state(pid)));
+    const running = this.#clients.filter((_client, at) => states[at] === "running");
+    await using _held = await holdAtBoundary(running, this.#limits.lock / 2, this.#owner.log);
     await this.#each("lockMs", async ({ pid }) => {
       if ((await this.#means.state(pid)) !== "running") return; // before us, or by a cedanad before us
       const leftMs = Math.max(1, Math.round(until - performance.now()));
