@@ -16,7 +16,7 @@ import { type BackTimes, giveBack, hundredths, reach } from "./back.ts";
 import type { ProcessStateName } from "./codes.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
 import { availableMemory } from "./host-memory.ts";
-import { holdAtBoundary, refuseUncheckpointable } from "./interception.ts";
+import { holdAtBoundary, letCallsIn, refuseUncheckpointable } from "./interception.ts";
 import { type JournalEntry, readJournal, removeJournal, writeJournal } from "./journal.ts";
 import { chooseMeans, type GpuDevice, HelperKeeper, type Means } from "./means.ts";
 import { askNvml, devicesOf } from "./nvml.ts";
@@ -172,6 +172,8 @@ class GpuDump implements DeviceDump {
       const leftMs = Math.max(1, Math.round(until - performance.now()));
       await reach(this.#means, pid, "locked", this.#means.lock(pid, leftMs));
     });
+    // Those that a cedanad before us had locked may still be held by it.
+    if (this.#earlier.length > 0) await letCallsIn(this.#clients);
   }
 
   async checkpoint(): Promise<void> {
