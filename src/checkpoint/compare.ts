@@ -9,6 +9,7 @@ import { isOlder } from "./dump.ts";
 import { type Finding, Found } from "./finding.ts";
 import { explainMissing, gpuMountSource } from "./gpu-mounts.ts";
 import type { GpuNode } from "./gpu-nodes.ts";
+import { compareAddresses, type NetworkOfRestore } from "./identity.ts";
 import type { DumpedFile, DumpedMount, ImageFacts } from "./image-facts.ts";
 import type { OpenCheckpoint } from "./open.ts";
 import { hasRootfsDiff } from "./rootfs-diff/index.ts";
@@ -33,6 +34,9 @@ export interface RestoredContainer {
   readonly cgroupMountPoints: readonly string[];
   readonly maskedPaths: readonly string[];
   readonly devices: readonly string[];
+  /** undefined: as it was */
+  readonly hostname: string | undefined;
+  readonly network: NetworkOfRestore;
   /** those that are GPUs', as they are to be in the container */
   readonly gpuNodes?: readonly GpuNode[];
   /** its root file system, where that is there already */
@@ -51,6 +55,8 @@ export interface Comparison {
   readonly findings: Finding[];
   /** for CRIU, besides what the engine says */
   readonly externalMounts: ExternalMount[];
+  /** established TCP connections can only come back closed */
+  readonly closesTcp: boolean;
 }
 
 /** What differs between the container that was dumped and the one that is to become it. */
@@ -76,12 +82,13 @@ export async function compareToContainer(
       "image",
       `it is of the image ${dumpedImage}, this container of ${container.image}: files that the program has open or mapped must be the same`,
     );
-  if (!facts) return { findings: found.list, externalMounts: [] };
+  if (!facts) return { findings: found.list, externalMounts: [], closesTcp: false };
   const externalMounts = await compareMounts(facts.mounts, container, found);
   // What a rootfs diff brings isn't there yet.
   if (container.rootfs !== undefined && !(await hasRootfsDiff(path)))
     await compareFiles(facts, container, found);
-  return { findings: found.list, externalMounts };
+  const closesTcp = await compareAddresses(facts.sockets, container.network, found);
+  return { findings: found.list, externalMounts, closesTcp };
 }
 
 // ---- mounts ----------------------------------------------------------------------------------------------------------

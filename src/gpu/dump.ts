@@ -1,20 +1,11 @@
-import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceDump, DeviceOwner } from "../checkpoint/device-slot.ts";
 import type { GpuFacts } from "../checkpoint/manifest.ts";
-import {
-  CedanaError,
-  messageOf,
-  ResourceExhausted,
-  TimedOut,
-  Unsupported,
-  WrongState,
-} from "../errors/index.ts";
-import type { Cgroup } from "../linux/cgroup.ts";
+import { CedanaError, messageOf, ResourceExhausted, Unsupported, WrongState } from "../errors/index.ts";
 import type { NvmlAnswer } from "../linux/cuda.ts";
-import { isAlive } from "../linux/proc.ts";
 import { type BackTimes, giveBack, hundredths, reach } from "./back.ts";
 import type { ProcessStateName } from "./codes.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
+import { holdThreads, releaseThreads, waitUntilHeld } from "./hold.ts";
 import { availableMemory } from "./host-memory.ts";
 import { holdAtBoundary, letCallsIn, refuseUncheckpointable } from "./interception.ts";
 import { type JournalEntry, readJournal, removeJournal, writeJournal } from "./journal.ts";
@@ -38,9 +29,6 @@ import { recoverInBackground } from "./recover.ts";
  * A repetition after a crash finds its work done by the processes' states. The journal tells who is to get what back when there is no
  * repetition.
  */
-
-/** For the threads that are held to come to their stop, once they may run. */
-const STOP_MS = 5_000;
 
 export async function findForDump(owner: DeviceOwner): Promise<DeviceDump | undefined> {
   const found = findGpuProcesses(await (await owner.cgroup()).pids());
@@ -184,9 +172,11 @@ class GpuDump implements DeviceDump {
     this.#refuseNewcomers(await cgroup.pids());
     let failure: unknown;
     try {
-      await this.#holdOthers(cgroup);
+      const free = new Map(this.#clients.map(({ pid, restoreThread }) => [pid, restoreThread]));
+      const all = (await cgroup.pids()).map((pid) => ({ pid, restoreThread: free.get(pid) }));
+      await holdThreads(this.#helpers, this.#limits, all);
       await cgroup.thaw();
-      await this.#waitForStops();
+      await waitUntilHeld(this.#helpers, this.#limits, this.#owner.what);
       await this.#each("checkpointMs", async ({ pid }) => {
         if ((await this.#means.state(pid)) === "checkpointed") return;
         await reach(this.#means, pid, "checkpointed", this.#means.checkpoint(pid));
@@ -197,7 +187,7 @@ class GpuDump implements DeviceDump {
     // In this order nobody runs in between. A helper that was ended has let go of them already.
     try {
       await cgroup.freeze();
-      await this.#helpers.helper().call("releaseThreads", {}, this.#limits.ask);
+      await releaseThreads(this.#helpers, this.#limits);
     } catch (error) {
       failure ??= error;
     }
@@ -212,28 +202,6 @@ class GpuDump implements DeviceDump {
       throw new WrongState(
         `process ${newcomer.pid} (${newcomer.comm}) of ${this.#owner.what} has begun to use a GPU in the middle of the checkpoint: try again`,
       );
-  }
-
-  async #holdOthers(cgroup: Cgroup): Promise<void> {
-    const threads = new Map(this.#clients.map(({ pid, restoreThread }) => [pid, restoreThread]));
-    for (const pid of await cgroup.pids())
-      if (isAlive(pid))
-        await this.#helpers
-          .helper()
-          .call("holdThreads", { pid, except: threads.get(pid) ?? 0 }, this.#limits.ask);
-  }
-
-  async #waitForStops(): Promise<void> {
-    const until = performance.now() + STOP_MS;
-    for (;;) {
-      const { stopped } = await this.#helpers.helper().call("heldStopped", {}, this.#limits.ask);
-      if (stopped) return;
-      if (performance.now() > until)
-        throw new TimedOut(
-          `threads of ${this.#owner.what} did not stop in ${STOP_MS} ms for its GPU checkpoint`,
-        );
-      await sleep(1);
-    }
   }
 
   /** Does something to every client at once. @throws all that failed, in one error of the first one's class */

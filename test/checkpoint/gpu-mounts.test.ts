@@ -104,6 +104,8 @@ describe("a restore", () => {
     cgroupMountPoints: [],
     maskedPaths: [],
     devices: [],
+    hostname: undefined,
+    network: "host",
   });
   const mount = (id: number, mountPoint: string, externalKey?: string, root = "/") => ({
     id,
@@ -125,7 +127,7 @@ describe("a restore", () => {
     ];
     const { findings, externalMounts } = await compareToContainer(
       checkpoint,
-      { mounts, files: [] },
+      { mounts, files: [], sockets: [], hostname: undefined, hostnameImage: undefined },
       container([["/usr/lib/libcuda.so.1", place]]),
     );
     expect(externalMounts.map(({ key, source }) => [key, source])).toEqual([

@@ -167,8 +167,8 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
         return stdout;
       };
       const linker = `${join(directory, "rt", basename(LINKER))}:${LINKER}:ro`;
-      await ok(
-        ...["run", "--detach", "--name", "c", "--security-opt", "seccomp=unconfined"],
+      const inContainer = [
+        ...["--security-opt", "seccomp=unconfined"],
         ...["--device", "/dev/fuse:/dev/nvidia0", "--device", "/dev/fuse:/dev/nvidia1"],
         ...[
           "--volume",
@@ -180,7 +180,8 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
         ],
         ...["--env", `LD_LIBRARY_PATH=${directory}/rt`, "--env", `CEDANA_TEST_GPU_DIR=${gpus.path}`],
         ...[IMAGE, `${directory}/client-procaddress`, "--devices", "2"],
-      );
+      ];
+      await ok("run", "--detach", "--name", "c", ...inContainer);
       const counted = async (beyond: number) =>
         await until(
           async () => {
@@ -200,6 +201,28 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
       await ok("container", "restore", "c");
       expectCounted(await counted(last + 3), last);
       expect(gpus.allocations(UUIDS[1])).toBe(3);
+      await ok("rm", "--force", "--time", "0", "c");
+      // By annotation, at the engine's create: it stands still until its start.
+      gpus.wipe();
+      const named = (key: string) => ["--annotation", `cedana.io/${key}=gpus`];
+      await ok(
+        ...["run", "--detach", "--name", "c", "--annotation", "cedana.io/checkpoint-on=TERM"],
+        ...[...named("checkpoint-name"), ...inContainer],
+      );
+      await counted(8);
+      const beforeTerm = numbersIn(await ok("logs", "c")).at(-1)!;
+      await ok("stop", "--time", "30", "c");
+      await ok("rm", "c");
+      gpus.wipe();
+      await ok("create", "--name", "c", ...named("restore-from"), ...inContainer);
+      await ok("init", "c"); // the engine's create, without its start
+      expect(gpus.allocations(UUIDS[1])).toBe(3);
+      await new Promise((resolve) => setTimeout(resolve, 100));
+      expect(numbersIn(await ok("logs", "c"))).toEqual([]);
+      await ok("start", "c");
+      const text = await counted(beforeTerm + 5);
+      expectCounted(text, beforeTerm);
+      expect(numbersIn(text)[0]).toBeGreaterThan(8);
     } finally {
       await podman.stop();
     }
