@@ -2,6 +2,7 @@ import type { DeviceDump, DeviceOwner } from "../checkpoint/device-slot.ts";
 import type { GpuFacts } from "../checkpoint/manifest.ts";
 import { CedanaError, messageOf, ResourceExhausted, Unsupported, WrongState } from "../errors/index.ts";
 import type { NvmlAnswer } from "../linux/cuda.ts";
+import { isAlive, pidsInNamespaces } from "../linux/proc.ts";
 import { type BackTimes, giveBack, hundredths, reach } from "./back.ts";
 import type { ProcessStateName } from "./codes.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
@@ -166,8 +167,6 @@ class GpuDump implements DeviceDump {
 
   async checkpoint(): Promise<void> {
     if (this.#owner.hasEnded || this.#clients.length === 0) return;
-    const states = await Promise.all(this.#clients.map(({ pid }) => this.#means.state(pid)));
-    if (states.every((state) => state === "checkpointed")) return; // CRIU may be at work on them
     const cgroup = await this.#owner.cgroup();
     this.#refuseNewcomers(await cgroup.pids());
     let failure: unknown;
@@ -271,12 +270,14 @@ class GpuDump implements DeviceDump {
       ...(this.#nvml.error === undefined && { driver: this.#nvml.driver }),
       devices: this.#devices.map(({ uuid, name, memoryBytes }) => ({ uuid, name, memoryBytes })),
       processes: this.#clients.map((client) => {
-        const { pid, pidInContainer, comm, before, lockMs, checkpointMs } = client;
+        const { pid, pidInContainer, comm, before, restoreThread, lockMs, checkpointMs } = client;
+        const tidInContainer = pidsInNamespaces(restoreThread).at(-1);
         const use = useOf(pid, this.#nvml);
         return {
           pidInContainer,
           comm,
           before,
+          ...(tidInContainer !== undefined && { restoreThread: tidInContainer }),
           ...(use && { devices: use.uuids, memoryBytes: use.bytes }),
           times: {
             ...(lockMs !== undefined && { lockMs }),
@@ -291,7 +292,9 @@ class GpuDump implements DeviceDump {
   async close(): Promise<void> {
     await this.#helpers[Symbol.asyncDispose]();
     if (!this.#touched) return;
-    if (this.#resumed || readJournal(this.#owner)?.processes.length === 0) removeJournal(this.#owner);
+    const entries = this.#clients.length > 0 ? this.#clients : this.#earlier;
+    if (this.#resumed || !entries.some(({ pid, startTime }) => isAlive(pid, startTime)))
+      removeJournal(this.#owner);
     else recoverInBackground(this.#owner);
   }
 }

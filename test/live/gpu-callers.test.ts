@@ -51,6 +51,33 @@ describe.skipIf(missingRunc)(`GPUs by ctr${missingRunc ? ` (${missingRunc})` : "
     await countsOn(after);
   });
 
+  it("are checkpointed by NVIDIA's program where the administrator wants that", async () => {
+    const directory = await standIn();
+    using gpus = new Gpus("/run");
+    await using live = await Live.start({
+      containerd: "2.1",
+      engine: "runc",
+      env: {
+        ...driverEnvironment(directory, gpus),
+        CEDANA_GPU_PROGRAM: join(directory, "cuda-checkpoint"),
+        CEDANA_GPU_MEANS: "cuda-checkpoint",
+      },
+    });
+    const task = await runClient(live, directory, gpus, ["--devices", "2"]);
+    await countsOn(task);
+    const image = await task.checkpoint({ exit: true });
+    await task.exited;
+    await task[Symbol.asyncDispose]();
+    const { gpu } = JSON.parse(readFileSync(join(image, "cedana.json"), "utf8"));
+    expect(gpu).toMatchObject({ means: "cuda-checkpoint", processes: [{ comm: "client" }] });
+    gpus.wipe();
+    await using after = await runClient(live, directory, gpus, [], {
+      criuImagePath: image,
+      annotations: { "cedana.io/gpu-map": "0=1,1=0" },
+    });
+    await countsOn(after);
+  });
+
   it("cost a container without any nothing: nothing is started, nothing loaded", async () => {
     const directory = await standIn();
     using gpus = new Gpus("/run");
