@@ -8,7 +8,7 @@ import type { ProcessStateName } from "./codes.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
 import { holdThreads, releaseThreads, waitUntilHeld } from "./hold.ts";
 import { availableMemory } from "./host-memory.ts";
-import { holdAtBoundary, refuseUncheckpointable } from "./interception.ts";
+import { holdAtBoundary, letCallsIn, refuseUncheckpointable } from "./interception.ts";
 import { type JournalEntry, readJournal, removeJournal, writeJournal } from "./journal.ts";
 import { chooseMeans, type GpuDevice, HelperKeeper, type Means } from "./means.ts";
 import { askNvml, devicesOf } from "./nvml.ts";
@@ -153,12 +153,16 @@ class GpuDump implements DeviceDump {
   /** All at once: those that wait for each other's GPU work come to an end only together. */
   async #lockAll(): Promise<void> {
     const until = performance.now() + this.#limits.lock;
-    await using _held = await holdAtBoundary(this.#clients, this.#limits.lock);
+    const states = await Promise.all(this.#clients.map(({ pid }) => this.#means.state(pid)));
+    const running = this.#clients.filter((_client, at) => states[at] === "running");
+    await using _held = await holdAtBoundary(running, this.#limits.lock / 2, this.#owner.log);
     await this.#each("lockMs", async ({ pid }) => {
       if ((await this.#means.state(pid)) !== "running") return; // before us, or by a cedanad before us
       const leftMs = Math.max(1, Math.round(until - performance.now()));
       await reach(this.#means, pid, "locked", this.#means.lock(pid, leftMs));
     });
+    // Those that a cedanad before us had locked may still be held by it.
+    if (this.#earlier.length > 0) await letCallsIn(this.#clients);
   }
 
   async checkpoint(): Promise<void> {
