@@ -308,29 +308,39 @@ for (const combination of bothEngines) {
       }
     });
 
-    it("fills several processes, and those that they fork meanwhile; killed, none reads a wrong byte", async () => {
-      const command = ["pattern", "96", "2", "3", "fork"];
-      const several = (await dumped(command)).images;
-      {
-        await using task = await live.restore(several, command, { annotations: LAZY });
-        await verified(task, 96);
-        await filled(task);
-      }
-      const random = generator(7);
-      for (let round = 0; round < 3; round++) {
-        await using task = await live.restore(several, command, { annotations: LAZY });
-        await new Promise((resolve) => setTimeout(resolve, random() * 120));
-        const file = join(task.bundle, "lazy-pages/guard");
-        const daemon = existsSync(file) ? Number(readFileSync(file, "utf8").split(" ")[1]) : 0;
-        if (daemon > 0 && isAlive(daemon)) process.kill(daemon, "SIGKILL");
-        const state = await until(() => ["filled", "lost"].find((state) => state === lazy(task).state), {
-          timeoutMs: 60_000,
-        });
-        if (state === "lost") expect(await task.wait()).toBe(137);
-        expect(task.stdout.text).not.toContain("WRONG");
-      }
-      rmSync(several, { recursive: true });
-    }, 120_000);
+    const changing: [what: string, command: string[]][] = [
+      ["several processes, and those that they fork meanwhile", ["pattern", "96", "2", "3", "fork"]],
+      ["memory that moves and is given back meanwhile", ["pattern", "96", "2", "0", "move"]],
+    ];
+    it.each(changing.slice(0, combination.engine === "runc" ? 2 : 1))(
+      "fills %s; killed, none reads a wrong byte",
+      async (_what, command) => {
+        const several = (await dumped(command)).images;
+        {
+          await using task = await live.restore(several, command, { annotations: LAZY });
+          await verified(task, 96);
+          await filled(task);
+        }
+        const random = generator(7);
+        for (const goesOnFirst of [false, true]) {
+          await using task = await halfFilled(several, command);
+          const { daemon } = pageDaemon(task);
+          if (goesOnFirst) {
+            goOn(task);
+            await new Promise((resolve) => setTimeout(resolve, random() * 40));
+          }
+          if (isAlive(daemon)) process.kill(daemon, "SIGKILL");
+          const state = await until(() => ["filled", "lost"].find((state) => state === lazy(task).state), {
+            timeoutMs: 60_000,
+          });
+          if (!goesOnFirst) expect(state).toBe("lost");
+          if (state === "lost") expect(await task.wait()).toBe(137);
+          expect(task.stdout.text).not.toContain("WRONG");
+        }
+        rmSync(several, { recursive: true });
+      },
+      120_000,
+    );
 
     once(
       "is one container, at a crash of cedanad between the steps",

@@ -144,6 +144,10 @@ describe("command lines", () => {
     expect(command.argv).not.toContain("--tcp-close");
     expect(criuConfig({ tcpClose: true, leaveStopped: true })).toBe("tcp-close\nleave-stopped\n");
     expect(criuConfig({ skipInFlight: true })).toBe("skip-in-flight\n");
+    const lazy = { ...paths, workPath: "/w", lazyPages: true, criuConfigFile: "/w/criu.conf" };
+    expect(runc.restore(lazy).argv).toContain("--lazy-pages"); // it says to CRIU what it is not told as well
+    expect(crun.restore(lazy).argv).not.toContain("--lazy-pages");
+    expect(criuConfig({ lazyPages: true })).toBe("lazy-pages\n");
     const cgroupRoots = [
       ["", "/pod/new"],
       ["name=systemd", "/here"],

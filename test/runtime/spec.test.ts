@@ -197,8 +197,9 @@ describe("checkpoint policy in annotations", () => {
         "cedana.io/file-locks": "true",
         "cedana.io/ext-unix": "false",
         "cedana.io/shell-job": "true",
+        "cedana.io/lazy": "true",
       }),
-    ).toEqual({ tcp: "skip-in-flight", fileLocks: true, extUnix: false, shellJob: true });
+    ).toEqual({ tcp: "skip-in-flight", fileLocks: true, extUnix: false, shellJob: true, lazy: true });
   });
 
   it("of one container goes before that of the pod", () => {

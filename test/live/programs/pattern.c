@@ -1,7 +1,7 @@
-// pattern MIB MS [PROCESSES] [fork]: fills MIB mebibytes with numbers that follow from their place, then counts, a number every MS
+// pattern MIB MS [PROCESSES] [fork|move]: fills MIB mebibytes with numbers that follow from their place, then counts, a number every MS
 // milliseconds, and looks at one mebibyte after another and at a page somewhere each time. PROCESSES more do the same without counting,
-// in memory that they share with the first one until somebody writes; with `fork`, each number is looked for by a child. What isn't as
-// it was: "WRONG …", and the end with status 99.
+// in memory that they share with the first one until somebody writes; with `fork`, each number is looked for by a child; with `move`, the
+// memory goes to another address each time, and a piece beside it is given back. What isn't as it was: "WRONG …", and the end with status 99.
 #include "say.h"
 #include <stdint.h>
 #include <sys/mman.h>
@@ -32,9 +32,29 @@ static void look(uint64_t tick) {
   for (uint64_t page = tick * PAGES_PER_MIB % pages, end = page + PAGES_PER_MIB; page < end; page++) look_at(page);
 }
 
+// To the other of two places, and what was unused there is unmapped; a piece of our own elsewhere becomes zeros again.
+static void move(void) {
+  static uint64_t *other, *scratch;
+  size_t size = pages * 4096, piece = 64 * 4096;
+  if (!other) {
+    other = mmap(0, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    scratch = mmap(0, piece, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (other == MAP_FAILED || scratch == MAP_FAILED) fail("mmap");
+  }
+  uint64_t *from = memory;
+  memory = mremap(from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, other);
+  if (memory == MAP_FAILED) fail("mremap");
+  other = mmap(from, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  if (other != from) fail("mmap there");
+  scratch[0] = 1;
+  if (madvise(scratch, piece, MADV_DONTNEED) < 0) fail("madvise");
+  if (scratch[0] != 0) fail("a page that was given back");
+}
+
 int main(int argc, char **argv) {
   pages = (uint64_t)(argc > 1 ? atol(argv[1]) : 16) * PAGES_PER_MIB;
   long ms = argc > 2 ? atol(argv[2]) : 10, processes = argc > 3 ? atol(argv[3]) : 0;
+  int moves = argc > 4 && strcmp(argv[4], "move") == 0;
   int forks = argc > 4 && strcmp(argv[4], "fork") == 0;
   memory = mmap(0, pages * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) fail("mmap");
@@ -47,6 +67,7 @@ int main(int argc, char **argv) {
         rest(ms);
       }
   for (uint64_t tick = 1;; tick++) {
+    if (moves) move();
     if (forks) {
       int status = 0;
       pid_t child = fork();
