@@ -5,6 +5,7 @@
 //   proto    proto/*.proto            -> src/proto/generated/*.ts
 //   ts       src/{daemon,cli}         -> dist/cedanad.js, dist/cedana.js, dist/commands.js, and chunks that load when needed
 //            src/checkpoint/worker    -> dist/checkpoint-worker.js, what worker threads of both run
+//            src/gpu/helper           -> dist/gpu-helper.js, the process that loads a GPU driver
 //   native   addon/keeper, addon/gpu  -> build/keeper/cedana-keeper, bin/containerd-shim-cedana-v2, bin/cedana-runtime
 //            addon/binding            -> build/binding/cedana.node
 //
@@ -91,6 +92,7 @@ async function buildTypeScript() {
     { cedana: "src/cli/main.ts", commands: "src/cli/commands.ts" },
     { "image-worker": "src/criu/image/worker.ts" },
     { "checkpoint-worker": "src/checkpoint/worker/main.ts" },
+    { "gpu-helper": "src/gpu/helper/main.ts" },
   ];
   const written = new Set();
   let news = 0;

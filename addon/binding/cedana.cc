@@ -21,10 +21,12 @@
 #include <string>
 #include <vector>
 
+#include "cuda.h"
 #include "sealed.h"
 #include "seqpacket.h"
 #include "sockets.h"
 #include "support.h"
+#include "threads.h"
 #include "unique-fd.h"
 
 namespace {
@@ -243,6 +245,22 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
       {"removeXattr", RemoveXattr},
       {"mknod", Mknod},
       {"utimens", Utimens},
+      {"ptraceSeize", PtraceSeize},
+      {"ptraceInterrupt", PtraceInterrupt},
+      {"ptraceDetach", PtraceDetach},
+      {"waitStopped", WaitStopped},
+      {"cudaOpen", CudaOpen},
+      {"cudaInit", CudaInit},
+      {"cudaDriverVersion", CudaDriverVersion},
+      {"cudaErrorName", CudaErrorName},
+      {"cudaDevices", CudaDevices},
+      {"cudaState", CudaState},
+      {"cudaRestoreThread", CudaRestoreThread},
+      {"cudaLock", CudaLock},
+      {"cudaCheckpoint", CudaCheckpoint},
+      {"cudaRestore", CudaRestore},
+      {"cudaUnlock", CudaUnlock},
+      {"nvmlQuery", NvmlQuery},
   };
   for (const auto& binding : bindings)
     exports.Set(binding.name, Napi::Function::New(env, binding.function, binding.name));

@@ -1,4 +1,5 @@
-import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { renameSync, writeFileSync } from "node:fs";
+import { copyFile, mkdir, readFile, rm, stat } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
@@ -22,10 +23,11 @@ import { adapterSteps } from "./adapters.ts";
 import { IMAGES_DIRECTORY } from "./archive/layout.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { cpuFacts } from "./cpu.ts";
+import { type DeviceDump, deviceSlot } from "./device-slot.ts";
 import { type Follower, followFiles } from "./digest.ts";
 import { dumpFeatures, type PluginDump } from "./features.ts";
 import { freezeMarker, readFreezeNote, thawNoted, thawWherever, writeFreezeNote } from "./freeze-marker.ts";
-import { type CheckpointManifest, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
+import { type CheckpointManifest, type GpuFacts, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
@@ -83,6 +85,8 @@ export type DumpPlace =
 export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunning" | "policy"> {
   /** directory of CRIU's images */
   readonly imagePath: string;
+  /** CRIU's own plugins keep away: what they would do is done */
+  readonly withoutPlugins: boolean;
   readonly workPath: string;
   readonly networkLock: NetworkLock;
 }
@@ -135,6 +139,7 @@ interface DumpContext extends ChainContext {
   layers: Layers | undefined;
   cgroup: Cgroup | undefined;
   follower: Follower | undefined;
+  devices: DeviceDump | undefined;
   frozenMs: number;
   criuFrozenMs: number | undefined;
   /** the processes are in the images alone now */
@@ -151,11 +156,14 @@ export const dumpSteps = [
   openWorkPath,
   adaptersOfPlugins, // those of all plugins stand here
   checkOptions, // before anything is frozen
+  findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
   findLayers,
   takeTurn, // from here on no other call changes the container's state
+  lockDevices, // while the processes run; on the way back they get them again
   freeze, // nothing below may wait for the container: it stands still
   detectNetwork, // on the frozen container: nobody opens a socket any more
+  checkpointDevices, // their state goes to the processes' memory, and the devices are let go
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
   lateAdaptersOfPlugins, // their last word, on the frozen container
@@ -196,6 +204,7 @@ export async function dump(
     layers: undefined,
     cgroup: undefined,
     follower: undefined,
+    devices: undefined,
     frozenMs: 0,
     criuFrozenMs: undefined,
     ended: false,
@@ -301,6 +310,8 @@ interface Attempt {
   phase: "begun" | "dumped" | "committing";
   leaveRunning: boolean;
   rootfsDiff?: RootfsDiffFacts;
+  /** the devices' state is in the processes' memory; null: it turned out that nobody has any */
+  gpu?: GpuFacts | null;
 }
 
 async function openStaging(context: DumpContext, next: () => Promise<void>): Promise<void> {
@@ -316,11 +327,11 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
   }
   const { staging } = context;
   try {
-    await noteAttempt(context);
+    noteAttempt(context);
     context.parentPath = request.parentPath && relative(imagesIn(context), absoluteParent(request));
     await mkdir(imagesIn(context), { recursive: true, mode: 0o700 });
     await next();
-    await noteAttempt(context, { phase: "committing" });
+    noteAttempt(context, { phase: "committing" });
     await staging.commit({ synced: !(await mustSync(context)) });
   } catch (error) {
     if (!context.ended) throw error;
@@ -391,11 +402,12 @@ export async function abandonAttempt(
   return kept;
 }
 
-async function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): Promise<void> {
+function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): void {
   Object.assign(context.attempt, news);
   const path = attemptFile(context.target);
-  await writeFile(`${path}.new`, JSON.stringify(context.attempt), { mode: 0o600 });
-  await rename(`${path}.new`, path);
+  // At once, some 100 us: the container stands still, and a trip through a busy thread pool may take milliseconds.
+  writeFileSync(`${path}.new`, JSON.stringify(context.attempt), { mode: 0o600 });
+  renameSync(`${path}.new`, path);
 }
 
 function attemptFile(target: DumpTarget): string {
@@ -487,10 +499,56 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
         policy: request.policy,
         engine: engine.name === "runc" || engine.name === "crun" ? engine.name : undefined,
         ...(criu !== undefined && { criu: { version: criu } }),
+        ...(context.devices && { pluginDevices: context.devices.devices }),
       },
       { signal: context.signal },
     );
     if (!report.ok) throw new WrongState(refusalOf(target.what, report));
+  }
+  await next();
+}
+
+// ---- devices ---------------------------------------------------------------------------------------------------------
+
+async function findDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target } = context;
+  if (!target.hasEnded) context.devices = await deviceSlot()?.findForDump(target);
+  await using _ = { [Symbol.asyncDispose]: async () => await context.devices?.close() };
+  await next();
+}
+
+async function lockDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { devices, attempt, target } = context;
+  if (!devices) {
+    await next();
+    return;
+  }
+  try {
+    if (attempt.gpu === undefined) await devices.lock();
+    await next();
+  } catch (error) {
+    if (!context.ended) {
+      const also = await devices.resume().then(
+        () => undefined,
+        (failure: Error) => failure,
+      );
+      if (also) {
+        target.log.error({ err: also }, "give devices back after a failed dump");
+        if (error instanceof Error) error.message += `; ${also.message}`;
+      }
+    }
+    throw error;
+  }
+  if (context.ended) return; // nobody is left to get them
+  await devices.resume();
+  if (attempt.gpu) Object.assign(attempt.gpu, devices.facts(attempt.gpu));
+}
+
+async function checkpointDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { devices, attempt } = context;
+  if (devices && attempt.gpu === undefined) {
+    await devices.checkpoint();
+    await noteAttempt(context, { gpu: devices.facts() ?? null });
   }
   await next();
 }
@@ -508,7 +566,7 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
   const frozen = !target.paused && context.attempt.phase === "begun" && !(await isDumping(context));
   const since = performance.now();
   if (frozen) {
-    await noteFreeze(context, cgroup, false);
+    noteFreeze(context, cgroup, false);
     await cgroup.freeze(undefined, context.signal);
   }
   context.cgroup = cgroup;
@@ -524,8 +582,8 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
   }
 }
 
-async function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): Promise<void> {
-  await writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
+function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): void {
+  writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
 }
 
 /**
@@ -551,8 +609,7 @@ async function detectNetwork(context: DumpContext, next: () => Promise<void>): P
   const { target } = context;
   const canSkip =
     !target.hasEnded && context.criu !== undefined && !isOlder(context.criu, NETWORK_LOCK_SKIP_SINCE);
-  if (canSkip && target.ownNetwork && !(await hasNetworkSockets(target.initPid)))
-    context.networkLock = "skip";
+  if (canSkip && target.ownNetwork && !hasNetworkSockets(target.initPid)) context.networkLock = "skip";
   await next();
 }
 
@@ -589,7 +646,7 @@ async function takeRootfs(context: DumpContext, next: () => Promise<void>): Prom
       maxBytes,
       signal,
     });
-    await noteAttempt(context, {
+    noteAttempt(context, {
       rootfsDiff: { source: "overlay", bytes, members, deleted, exclude: [...exclude], sockets },
     });
   }
@@ -627,9 +684,17 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     await next();
     return;
   }
-  if (context.cgroup && !target.paused && !target.hasEnded) await noteFreeze(context, context.cgroup, true);
+  if (context.cgroup && !target.paused && !target.hasEnded) noteFreeze(context, context.cgroup, true);
   try {
-    await target.engineCheckpoint({ imagePath, workPath, parentPath, leaveRunning, policy, networkLock });
+    await target.engineCheckpoint({
+      imagePath,
+      workPath,
+      parentPath,
+      leaveRunning,
+      policy,
+      networkLock,
+      withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
+    });
   } catch (error) {
     if (error instanceof WrongState) throw error; // before CRIU was asked
     // An engine that was killed leaves CRIU behind, which goes on: it may yet put the container to its end.
@@ -643,7 +708,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     target.log.warn({ err: error }, "the engine has ended before it could say that CRIU's dump is whole");
   }
   context.ended = !leaveRunning;
-  await noteAttempt(context, { phase: "dumped" });
+  noteAttempt(context, { phase: "dumped" });
   await next();
 }
 
@@ -678,7 +743,12 @@ export async function criuFailure(
 async function recordDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const facts = Promise.all([cpuFacts(), context.target.image?.()]);
   facts.catch(() => {}); // looked at below
-  await next();
+  try {
+    await next();
+  } catch (error) {
+    context.follower?.abandon(); // CRIU had done its part, and what came after it failed: nobody asks for the digests any more
+    throw error;
+  }
   const { target, request, startedAt, staging } = context;
   const [cpu, image] = await facts;
   const files = await (context.follower ?? followFiles(staging.path, context.signal)).finish();
@@ -691,6 +761,7 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
       ...request.origin,
       ...(image && { image }),
       ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),
+      ...(context.attempt.gpu && { gpu: context.attempt.gpu }),
       cpu,
       kernel: release(),
       ...(process.env.CEDANA_BUILD && { cedanaVersion: process.env.CEDANA_BUILD }),

@@ -1,4 +1,5 @@
-import { readFile, rename, writeFile } from "node:fs/promises";
+import { renameSync, writeFileSync } from "node:fs";
+import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { NotFound } from "../errors/index.ts";
 import { Cgroup, type CgroupPaths } from "../linux/cgroup.ts";
@@ -18,10 +19,11 @@ export interface FreezeNote {
   cgroup: CgroupPaths;
 }
 
-export async function writeFreezeNote(directory: string, note: FreezeNote): Promise<void> {
+/** At once, some 100 us: the container stands still, or is about to. */
+export function writeFreezeNote(directory: string, note: FreezeNote): void {
   const path = freezeMarker(directory);
-  await writeFile(`${path}.new`, JSON.stringify(note), { mode: 0o600 });
-  await rename(`${path}.new`, path);
+  writeFileSync(`${path}.new`, JSON.stringify(note), { mode: 0o600 });
+  renameSync(`${path}.new`, path);
 }
 
 /** @returns undefined when there is none, or one that says nothing */

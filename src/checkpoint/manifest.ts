@@ -40,6 +40,8 @@ export interface CheckpointManifest {
    * All but this file is in an archive beside it, which has a manifest of its own, of the checkpoint's files. `files` names the archive.
    */
   archive?: { file: string; compression: "none" | "gzip" | "lz4" | "zstd"; encrypted: boolean };
+  /** the container's GPU state, when it has any: in the memory images, put there by the driver */
+  gpu?: GpuFacts;
   /** the plugins that took part */
   plugins?: { name: string; version: string }[];
   /** of the container, as its spec names them; with a path: joined, not its own */
@@ -85,6 +87,29 @@ export interface RootfsDiffFacts {
   exclude: string[];
   /** sockets, which no tar holds; their servers make them again */
   sockets: string[];
+}
+
+/** What a restore must know of the GPUs; taken by the driver, by NVIDIA's program over it, or by CRIU's plugin, which knows the rest itself. */
+export interface GpuFacts {
+  means: "driver" | "cuda-checkpoint" | "criu-plugin";
+  /** of the driver's interface: 13000 is 13.0 */
+  driverVersion?: number;
+  /** of the driver itself: "580.65.06" */
+  driver?: string;
+  /** all of the machine; uuid: 32 hexadecimal digits */
+  devices: { uuid: string; name: string; memoryBytes: number }[];
+  processes: {
+    /** its own number for itself */
+    pidInContainer: number;
+    comm: string;
+    /** what it comes back to */
+    before: "running" | "locked" | "checkpointed";
+    /** UUIDs of those that it used, and its memory on them, as far as NVML tells */
+    devices?: string[];
+    memoryBytes?: number;
+    /** milliseconds; restore and unlock where it ran on */
+    times: { lockMs?: number; checkpointMs?: number; restoreMs?: number; unlockMs?: number };
+  }[];
 }
 
 /**

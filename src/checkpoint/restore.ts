@@ -1,8 +1,9 @@
 import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
-import { InvalidRequest, NotFound, Unsupported } from "../errors/index.ts";
+import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/index.ts";
 import { pluginsLoaded } from "../features/registry.ts";
+import type { Cgroup } from "../linux/cgroup.ts";
 import { readMountInfo } from "../linux/mount-options.ts";
 import { adapterSteps } from "./adapters.ts";
 import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
@@ -14,6 +15,7 @@ import {
   nodeFacts,
   type RestoredContainer,
 } from "./compare.ts";
+import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
@@ -76,6 +78,8 @@ export interface EngineRestore {
   readonly imagePath: string;
   readonly workPath: string;
   readonly policy: CriuPolicy;
+  /** CRIU's own plugins keep away: what they would do is done by others */
+  readonly withoutPlugins: boolean;
   /** besides those that the engine tells CRIU of */
   readonly externalMounts: readonly ExternalMount[];
 }
@@ -104,6 +108,12 @@ export interface RestoreTarget extends RestoreCandidate {
   /** The container's cgroup is where its configuration says, whatever the images say. */
   prepareCgroup(policy: CriuPolicy): Promise<void>;
   removeCgroup(): Promise<void>;
+  /** which device becomes which (`cedana.io/gpu-map`) */
+  readonly deviceMap?: string | undefined;
+  /** the engine's restore returns when the container has ended, not when it runs */
+  readonly inForeground?: boolean;
+  /** Of the restored container. */
+  cgroup(): Promise<Cgroup>;
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
   /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
@@ -131,6 +141,7 @@ export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
   workPath: string;
+  devices: DeviceRestore | undefined;
 }
 
 type RestoreStep = Step<RestoreContext>;
@@ -151,13 +162,14 @@ export const restoreSteps = [
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
   restoreAdaptersOfPlugins, // those of all plugins stand here
+  prepareDevices, // whether they can be had here
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
   // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
   lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
-  // Devices: a step here restores them, before anybody is told that the container runs.
+  restoreDevices, // before anybody is told that the container runs
   // Hooks in the container: a step after that, the last one.
 ] as const satisfies readonly RestoreStep[];
 
@@ -183,6 +195,7 @@ export async function restore(
     target,
     request,
     workPath: "",
+    devices: undefined,
   };
   await pluginsLoaded();
   const steps: readonly RestoreStep[] = attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps;
@@ -421,6 +434,29 @@ async function unmountLeft(directories: readonly string[], target: RestoreTarget
   for (const mountPoint of mounts.reverse()) await target.unmount(mountPoint);
 }
 
+// ---- devices ---------------------------------------------------------------------------------------------------------
+
+async function prepareDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, target } = context;
+  const facts = checkpoint.manifest?.gpu;
+  if (facts) {
+    const slot = deviceSlot();
+    if (!slot) throw new Unavailable("the checkpoint has GPU state, and this program can't restore any");
+    if (target.inForeground && facts.means !== "criu-plugin")
+      throw new Unsupported(
+        `the checkpoint has GPU state, which is restored when the container runs: restore ${target.what} in the background (--detach)`,
+      );
+    context.devices = await slot.prepareRestore(target, facts);
+  }
+  await using _ = { [Symbol.asyncDispose]: async () => await context.devices?.close() };
+  await next();
+}
+
+async function restoreDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await context.devices?.restore();
+  await next();
+}
+
 // ---- files -----------------------------------------------------------------------------------------------------------
 
 /** The rootfs diff is applied: a repetition finds the engine at work on these files. */
@@ -467,10 +503,16 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, externalMounts, policy, request, target, workPath } = context;
+  const { checkpoint, devices, externalMounts, policy, request, target, workPath } = context;
   try {
     await target
-      .engineRestore({ imagePath: checkpoint.imagePath, workPath, policy, externalMounts })
+      .engineRestore({
+        imagePath: checkpoint.imagePath,
+        workPath,
+        policy,
+        externalMounts,
+        withoutPlugins: devices?.withoutCriuPlugins ?? false,
+      })
       .catch(async (error: Error) => {
         const what = `restore of ${target.what} from ${request.path}`;
         throw await criuFailure(what, error, workPath, "restore.log");

@@ -1,10 +1,14 @@
 import { Command } from "@oclif/core";
 import { messageOf, toExitCode } from "../errors/index.ts";
 
+/** sysexits.h's EX_USAGE: what was written makes no sense. 2 is for an answer that isn't good (docs/cli.md). */
+const USAGE_EXIT_CODE = 64;
+
 /** A command whose errors are one line for people; the exit code is `toExitCode`'s (docs/cli.md). */
 export abstract class CedanaCommand extends Command {
-  protected override async catch(error: Error & { oclif?: unknown }): Promise<never> {
-    if (error.oclif !== undefined) throw error; // oclif's own: flags that it doesn't know, and so on
+  protected override async catch(error: Error & { oclif?: unknown; parse?: unknown }): Promise<never> {
+    if (error.parse !== undefined) return this.error(error.message, { exit: USAGE_EXIT_CODE });
+    if (error.oclif !== undefined) throw error; // an exit that was asked for
     return this.error(messageOf(error), { exit: toExitCode(error) });
   }
 

@@ -1,7 +1,8 @@
-import { Command, Flags } from "@oclif/core";
+import { Flags } from "@oclif/core";
 import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./archive.ts";
 import { Check } from "./check.ts";
 import { CheckpointInspect, CheckpointList, CheckpointVerify } from "./checkpoint.ts";
+import { CedanaCommand } from "./command.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 import { DumpContainerd } from "./dump.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
@@ -10,7 +11,7 @@ import { Preflight } from "./preflight.ts";
 import { RestoreContainerd } from "./restore.ts";
 import { Setup } from "./setup.ts";
 
-class Status extends Command {
+class Status extends CedanaCommand {
   static override description = "Show cedanad, its keepers and their tasks";
   static override flags = { json: Flags.boolean({ description: "print JSON" }) };
 
@@ -35,7 +36,7 @@ class Status extends Command {
   }
 }
 
-class DaemonStop extends Command {
+class DaemonStop extends CedanaCommand {
   static override description =
     "End cedanad; containers run on, and a keeper that has tasks starts a new one";
   static override flags = {

@@ -1,18 +1,9 @@
-import { Args, Command, Flags } from "@oclif/core";
-import { CedanaError, toExitCode } from "../errors/index.ts";
+import { Args, Flags } from "@oclif/core";
+import { CedanaCommand } from "./command.ts";
 
 // `cedana image …`: CRIU's image files by themselves. Needs neither cedanad nor CRIU. The code behind it loads when it runs.
 
-/** Errors of ours are said without a stack; the exit status is `toExitCode`'s. */
-abstract class ImageCommand extends Command {
-  protected override async catch(error: Error): Promise<void> {
-    const isOurs = error instanceof CedanaError || (error as NodeJS.ErrnoException).syscall !== undefined;
-    if (isOurs) this.error(error.message, { exit: toExitCode(error) });
-    await super.catch(error);
-  }
-}
-
-export class ImageDecode extends ImageCommand {
+export class ImageDecode extends CedanaCommand {
   static override description =
     "Print a CRIU image as JSON, as `crit decode` does; of a directory, every image as a file in another one";
   static override examples = [
@@ -46,7 +37,7 @@ export class ImageDecode extends ImageCommand {
   }
 }
 
-export class ImageEncode extends ImageCommand {
+export class ImageEncode extends CedanaCommand {
   static override description = "Make a CRIU image from JSON that `image decode` or `crit decode` printed";
   static override examples = ["<%= config.bin %> image encode pstree.json --output checkpoint/pstree.img"];
   static override args = {
@@ -66,7 +57,7 @@ export class ImageEncode extends ImageCommand {
   }
 }
 
-export class ImageVerify extends ImageCommand {
+export class ImageVerify extends CedanaCommand {
   static override description =
     "Check that a directory of CRIU images is whole, without restoring it. Exit status 1: it isn't (or not for this machine); 2: it could not be looked at";
   static override examples = ["<%= config.bin %> image verify /var/lib/cedana/checkpoints/web/checkpoint"];

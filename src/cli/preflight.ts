@@ -1,11 +1,12 @@
 import { execFile } from "node:child_process";
 import { promisify } from "node:util";
-import { Args, Command, Flags } from "@oclif/core";
+import { Args, Flags } from "@oclif/core";
 import { type CriuFacts, type PreflightInput, preflight } from "../checkpoint/preflight/preflight.ts";
 import { type PreflightDocument, toDocument, toText } from "../checkpoint/preflight/report.ts";
 import { CriuFailed, InvalidRequest, NotFound } from "../errors/index.ts";
 import { childrenOf, isAlive } from "../linux/proc.ts";
 import { preflightInput } from "../runtime/preflight.ts";
+import { CedanaCommand } from "./command.ts";
 import { daemonStatus } from "./daemon.ts";
 
 const run = promisify(execFile);
@@ -73,7 +74,7 @@ async function criuFacts(): Promise<CriuFacts | null> {
   }
 }
 
-export class Preflight extends Command {
+export class Preflight extends CedanaCommand {
   static override description =
     "Say what keeps a container from being checkpointed, and which options a checkpoint needs; nothing is touched. Exit status 2: it can't be checkpointed as it is";
   static override args = { container: Args.string({ description: "id of a container of cedanad's" }) };

@@ -1,6 +1,7 @@
 import { join } from "node:path";
-import { Command, Flags } from "@oclif/core";
+import { Flags } from "@oclif/core";
 import { InvalidRequest } from "../errors/index.ts";
+import { CedanaCommand } from "./command.ts";
 import {
   apply,
   planRegistration,
@@ -12,7 +13,7 @@ import {
 } from "./registration.ts";
 
 /** `cedana setup`: see registration.ts. */
-export class Setup extends Command {
+export class Setup extends CedanaCommand {
   static override description =
     "Make containerd, CRI-O, Podman or Docker know cedana's runtime, or take it back. Prints what it changes; restarts nothing";
   static override examples = [

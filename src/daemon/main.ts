@@ -12,7 +12,9 @@ import {
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { pino } from "pino";
+import { fillDeviceSlot } from "../checkpoint/device-slot.ts";
 import { setPluginLoader } from "../features/registry.ts";
+import { gpuSlot } from "../gpu/slot.ts";
 import { flock, setCloexec } from "../linux/addon.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
 import { ShimServer } from "../shim/shim-server.ts";
@@ -50,6 +52,7 @@ const pidFile = join(runDirectory, "cedanad.pid");
 
 takeLock(`${socketPath}.lock`);
 
+fillDeviceSlot(gpuSlot);
 setPluginLoader(async () => await (await import("../plugins/load.ts")).loadPlugins(log, BUILD));
 
 const runtime = new RuntimeServer({ log, endBelowConmon: () => end("conmon waits for its children") });

@@ -1,6 +1,8 @@
 import { readFileSync } from "node:fs";
 import type { Socket } from "node:net";
+import { join } from "node:path";
 import type { Logger } from "pino";
+import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { Cancelled, SyscallFailed } from "../errors/index.ts";
 import type { Conversation, OciCall } from "../runtime/oci/call.ts";
 import { Endings } from "../runtime/oci/endings.ts";
@@ -56,6 +58,7 @@ export class RuntimeServer {
     this.#escalator.revive(runDirectory);
     await thawLeftovers(runDirectory, this.#log);
     await this.#endings.revive(runDirectory);
+    deviceSlot()?.recoverAll(join(runDirectory, "c", "oci-"), this.#log);
   }
 
   /** Takes up a RUNTIME message. @returns who is told of what follows on that connection */

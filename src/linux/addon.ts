@@ -47,6 +47,11 @@ type PathLike = string | Buffer;
 
 let loaded: Addon | undefined;
 
+/** The part of the addon whose types stand elsewhere (src/linux/cuda.ts). */
+export function addonPart<T>(): T {
+  return addon() as unknown as T;
+}
+
 /** Loads the addon at its first use, so that a program which needs none of it runs without. */
 function addon(): Addon {
   loaded ??= load();

@@ -344,6 +344,8 @@ export function criuConfig(options: {
   readonly skipInFlight?: boolean | undefined;
   readonly leaveStopped?: boolean | undefined;
   readonly networkLock?: "skip" | "nftables" | undefined;
+  /** where CRIU looks for plugins; a directory without any keeps those of the machine away */
+  readonly pluginDirectory?: string | undefined;
   /** What is mounted from outside, besides what the engine says. */
   readonly externalMounts?: readonly { readonly key: string; readonly source: string }[] | undefined;
   /** What cgroups are restored below instead of where they were, by controller; that of version 2 is "". */
@@ -354,6 +356,8 @@ export function criuConfig(options: {
     options.skipInFlight && "skip-in-flight",
     options.leaveStopped && "leave-stopped",
     options.networkLock && `network-lock ${options.networkLock}`,
+    options.pluginDirectory !== undefined &&
+      `libdir "${absolute("plugin directory", options.pluginDirectory)}"`,
     ...(options.externalMounts ?? []).map(
       ({ key, source }) => `external ${quoted(`mnt[${key}]:${source}`, "mount")}`,
     ),

@@ -317,6 +317,8 @@ export interface CedanaAnnotations {
   readonly shellJob?: boolean;
   /** what to restore instead of starting afresh: a name in the store, NAME@GENERATION, or a path */
   readonly restoreFrom?: string;
+  /** which GPU of the checkpoint becomes which here: OLD=NEW,… of UUIDs or indexes */
+  readonly gpuMap?: string;
   /** what becomes of a container whose restore fails; default: it fails */
   readonly onRestoreFailure?: "fail" | "fresh";
   /** continue from the last container of this key that was checkpointed instead of being ended */
@@ -346,6 +348,7 @@ const policies = [
   ["ext-unix", "extUnix", flag],
   ["shell-job", "shellJob", flag],
   ["restore-from", "restoreFrom", "text"],
+  ["gpu-map", "gpuMap", "text"],
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
   ["auto-resume", "autoResume", "text"],
   ["checkpoint-on", "checkpointOn", "text"],

@@ -8,7 +8,6 @@ import type { CheckpointRequestOptions } from "../runtime/options.ts";
 import { hasNetworkNamespace, type OciSpec } from "../runtime/spec.ts";
 import { criuConfigFile, dumpPolicy, policyOptions } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
-import { imageOf } from "./image.ts";
 import type { Tag } from "./keeper.ts";
 import type { Task, Work } from "./task.ts";
 
@@ -73,7 +72,7 @@ export function dumpTarget(
       ...specFacts(spec),
       plugins: pluginsOf("containerd", engine.name),
     },
-    image: () => imageOf(task, spec),
+    image: async () => await (await import("./image.ts")).imageOf(task, spec),
     log: task.log,
     cgroup: () => task.cgroup(),
     ...own,
@@ -86,13 +85,14 @@ export async function engineCheckpoint(
   engine: Engine,
   options: EngineDump,
 ): Promise<void> {
-  const { imagePath, workPath, parentPath, leaveRunning, policy, networkLock } = options;
+  const { imagePath, workPath, parentPath, leaveRunning, policy, networkLock, withoutPlugins } = options;
   const logFile = join(task.bundle, "checkpoint.log.json");
   const outputPath = join(task.bundle, "checkpoint.out");
   const configFile = await criuConfigFile(task.bundle, "dump", {
     tcpClose: policy.tcp === "close",
     skipInFlight: policy.tcp === "skip-in-flight",
     networkLock: networkLock === "default" ? undefined : networkLock,
+    pluginDirectory: withoutPlugins ? workPath : undefined,
     cgroupRoots: await foreignHierarchies(task.init.pid),
   });
   try {

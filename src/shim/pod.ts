@@ -31,6 +31,8 @@ export interface CallContext {
 export class Pod {
   readonly keeper: Keeper;
   readonly namespace: string;
+  /** containerd's own API; empty: unknown */
+  readonly containerdAddress: string;
   readonly log: Logger;
   readonly tasks = new Map<string, Task>();
   /** tasks whose Create is under way: nobody sees them yet but their processes' exits */
@@ -48,12 +50,14 @@ export class Pod {
   constructor(options: {
     keeper: Keeper;
     namespace: string;
+    containerdAddress: string;
     runDirectory: string;
     log: Logger;
     dispatcher: Dispatcher<CallContext>;
   }) {
     this.keeper = options.keeper;
     this.namespace = options.namespace;
+    this.containerdAddress = options.containerdAddress;
     this.log = options.log;
     this.#runDirectory = options.runDirectory;
     this.#dispatcher = options.dispatcher;

@@ -13,7 +13,13 @@ import { programOf } from "../linux/proc.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
-import { cgroupPathV2, type OciSpec, ownsNetworkNamespace, withHook } from "../runtime/spec.ts";
+import {
+  cedanaAnnotations,
+  cgroupPathV2,
+  type OciSpec,
+  ownsNetworkNamespace,
+  withHook,
+} from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
@@ -67,6 +73,8 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
         await makeCgroup(cgroup);
     },
     removeCgroup: () => task.undo("remove the cgroup of a failed restore", removeCgroups(task, spec)),
+    deviceMap: cedanaAnnotations(spec).gpuMap,
+    cgroup: () => task.cgroup(),
     engineRestore: (options) => engineRestore(task, work, engine, spec, options),
     endCriu: (workPath) => task.undo("end what is left of CRIU", endCriu(task, spec, workPath)),
     undoEngineRestore: () => task.undoEngineRestore(work),
@@ -188,11 +196,12 @@ async function engineRestore(
   work: Work,
   engine: Engine,
   spec: OciSpec,
-  { imagePath, workPath, policy, externalMounts }: EngineRestore,
+  { imagePath, workPath, policy, externalMounts, withoutPlugins }: EngineRestore,
 ): Promise<void> {
   const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
+    pluginDirectory: withoutPlugins ? workPath : undefined,
     externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });

@@ -174,6 +174,7 @@ export class ShimServer {
     connection.pod = new Pod({
       keeper,
       namespace,
+      containerdAddress: hello.string("containerdAddress"),
       runDirectory: this.#runDirectory,
       log,
       dispatcher: this.#dispatcher,

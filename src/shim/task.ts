@@ -1,6 +1,7 @@
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { freezeMarker, thawNoted } from "../checkpoint/freeze-marker.ts";
 import {
   AlreadyExists,
@@ -888,6 +889,7 @@ export class Task {
 
   /** A cedanad before us may have ended in the middle of a dump whose caller has gone: the container must not stay frozen. */
   async thawLeftover(): Promise<void> {
+    this.#recoverDevices();
     const marker = freezeMarker(this.bundle);
     if (!existsSync(marker)) return;
     try {
@@ -901,6 +903,24 @@ export class Task {
     } catch (error) {
       this.#log.error({ err: error }, "thaw a container that a dump cut off by a crash had frozen");
     }
+  }
+
+  #recoverDevices(): void {
+    const { id, bundle, init } = this;
+    if (init.pid === 0 || init.exit) return;
+    deviceSlot()?.recover({
+      what: `task ${id}`,
+      initPid: init.pid,
+      directory: bundle,
+      log: this.#log,
+      cgroup: () => this.cgroup(),
+      get paused() {
+        return init.state === "paused";
+      },
+      get hasEnded() {
+        return init.exit !== undefined;
+      },
+    });
   }
 
   /**

@@ -311,6 +311,22 @@ describe("the schema in the repository", () => {
       sockets: ["run/s"],
     },
     archive: { file: "checkpoint.tar.zst", compression: "zstd", encrypted: false },
+    gpu: {
+      means: "driver",
+      driverVersion: 13000,
+      driver: "580.65.06",
+      devices: [{ uuid: "a0".repeat(16), name: "some GPU", memoryBytes: 1 }],
+      processes: [
+        {
+          pidInContainer: 1,
+          comm: "python",
+          before: "running",
+          devices: ["a0".repeat(16)],
+          memoryBytes: 1,
+          times: { lockMs: 1, checkpointMs: 2.5, restoreMs: 3, unlockMs: 4 },
+        },
+      ],
+    },
     plugins: [{ name: "runc", version: "0.1.0" }],
     namespaces: [{ type: "network", path: "/run/netns/pod" }],
     options: { ...(written.options as Whole<CheckpointManifest["options"]>) },

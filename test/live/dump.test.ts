@@ -76,6 +76,7 @@ for (const combination of enginesForCheckpoints) {
           trigger: "command",
           containerId: task.id,
           options: { leaveRunning: true },
+          image: { name: live.image, digest: expect.stringMatching(/^sha256:/) },
           rootfsDiff: { source: "overlay" },
         });
         expectNothingLeft(task);
@@ -120,6 +121,28 @@ for (const combination of enginesForCheckpoints) {
         (one: { reg?: { name: string } }) => one.reg?.name === "/tmp/log",
       );
       expect(Number(log.reg.size)).toBe(statSync(join(root, "tmp/log")).size);
+    });
+
+    it("restores with the files that the container had changed", async () => {
+      let last: number;
+      {
+        await using task = await live.run(["files"]);
+        await task.nextNumber();
+        expect((await task.execToEnd(["sh", "-c", "echo kept >/srv-file; rm /etc/group"])).status).toBe(0);
+        await dump(task, "--name", "with-files");
+        task.stdout.skip();
+        last = await task.nextNumber();
+      }
+      // It ends when a file has another length, or other contents, than its memory says.
+      await using restored = await live.run(["files"], {
+        annotations: { "cedana.io/restore-from": "with-files" },
+      });
+      expect(await restored.nextNumber()).toBeGreaterThan(0);
+      expect(last).toBeGreaterThan(0);
+      await restored.nextNumber();
+      expect((await restored.execToEnd(["sh", "-c", "cat /srv-file; ls /etc"])).stdout).toBe(
+        "kept\npasswd\n",
+      );
     });
 
     it("comes to nothing where CRIU can't dump it, and neither the container nor the store knows", async () => {

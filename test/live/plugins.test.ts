@@ -35,6 +35,13 @@ export const plugin = {
       note(dump, "late", { state: stateOf(dump.initPid) });
       await next();
     } }],
+    restoreMiddleware: [{ name: "gate", async run(restore, next) {
+      refuse("restore");
+      if (restore.dumped === undefined || !existsSync(join(restore.imagePath, "inventory.img"))) throw new Error("what is it?");
+      writeFileSync(join(here, "restored"), restore.dumped.containerId + " into " + restore.what);
+      await next();
+      writeFileSync(join(here, "runs"), "");
+    } }],
     healthChecks: [{ name: "audit trail", run: async () => ({ status: "warning", summary: "it is short", advice: "make it longer" }) }],
   },
 };
@@ -124,6 +131,26 @@ describe.skipIf(isControl)("a plugin from outside of the tree", () => {
     await runsOn(task);
   });
 
+  it("takes part in a restore, and can refuse it", async () => {
+    const place = join(packages, "node_modules/cedana-plugin-audit");
+    await using task = await live.run(["counter"]);
+    const last = await task.nextNumber();
+    const image = await task.checkpoint({ exit: false });
+    {
+      await using restored = await live.run(["counter"], { criuImagePath: image });
+      expect(await restored.nextNumber()).toBeGreaterThan(last);
+      expect(readFileSync(join(place, "restored"), "utf8")).toBe(`${task.id} into task ${restored.id}`);
+      expect(existsSync(join(place, "runs"))).toBe(true);
+    }
+    writeFileSync(join(place, "refuse-restore"), "");
+    try {
+      await expect(live.run(["counter"], { criuImagePath: image })).rejects.toThrow(/not today: restore/);
+    } finally {
+      rmSync(join(place, "refuse-restore"));
+    }
+    await runsOn(task);
+  });
+
   it("is in the matrix, and one that can't be loaded is there with its reason and harms nobody", async () => {
     const { columns, rows, errors } = JSON.parse(await live.cedana("features", "--json"));
     expect(columns).toEqual(expect.arrayContaining(["runc", "audit", "kata", "cedana-plugin-old"]));
@@ -143,7 +170,7 @@ describe.skipIf(isControl)("a plugin from outside of the tree", () => {
     const text = await live.cedana("features", "--errors");
     expect(text).toMatch(/^Dump middleware .*✔/m);
     expect(text).toMatch(/^cedana-plugin-old: it is for version 0/m);
-    expect(await live.cedana("plugin", "list")).toMatch(/^audit +1\.2\.3 +3 /m);
+    expect(await live.cedana("plugin", "list")).toMatch(/^audit +1\.2\.3 +4 /m);
     const { rows: health } = JSON.parse(await live.cedana("check", "--plugin", "audit", "--json"));
     expect(health).toEqual([
       {

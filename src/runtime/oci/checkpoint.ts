@@ -141,6 +141,7 @@ async function runEngine(
     workPath,
     parentPath,
     networkLock = "default",
+    withoutPlugins = false,
   }: Pick<EngineDump, "imagePath" | "parentPath"> & Partial<EngineDump>,
 ): Promise<void> {
   const scratch = scratchOf(call);
@@ -154,6 +155,7 @@ async function runEngine(
     criuConfig.push(`network-lock ${networkLock}`);
   criuConfig.push(...criuLines({ cgroupRoots: await foreignHierarchies(pid) }));
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
+  if (withoutPlugins) criuConfig.push(`libdir "${work}"`);
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
   const outputPath = join(scratch, "output");
   const command = [

@@ -3,17 +3,27 @@ import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
 import { killCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
+import { NotFound } from "../../errors/index.ts";
+import { Cgroup } from "../../linux/cgroup.ts";
 import { programOf } from "../../linux/proc.ts";
 import { criuLines, engineVersion } from "../engine.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
-import { movedFrom, ownsNetworkNamespace, readSpec, withHook } from "../spec.ts";
+import {
+  cedanaAnnotations,
+  cgroupName,
+  movedFrom,
+  ownsNetworkNamespace,
+  readSpec,
+  withHook,
+} from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
 import { restoreCgroup } from "./restore-cgroup.ts";
+import { containerState } from "./state.ts";
 
 export interface RestoreExtra {
   /** more lines for CRIU's configuration file */
@@ -78,7 +88,14 @@ export async function restore(
       await cgroup.make();
     },
     removeCgroup: () => cgroup.remove(),
-    engineRestore: async ({ imagePath, workPath: work, policy, externalMounts }) => {
+    deviceMap: cedanaAnnotations(spec).gpuMap,
+    inForeground: !detached,
+    cgroup: async () => {
+      const state = await containerState(call);
+      if (state === undefined) throw new NotFound(`container ${id} has ended`);
+      return await Cgroup.of(state.pid, cgroupName(spec, id));
+    },
+    engineRestore: async ({ imagePath, workPath: work, policy, externalMounts, withoutPlugins }) => {
       const { argv, criuConfig } = engineArguments(
         "restore",
         features,
@@ -94,7 +111,7 @@ export async function restore(
         ...criuConfig,
         ...cgroup.lines,
         ...(extra.criuConfig ?? []),
-        ...criuLines({ externalMounts }),
+        ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : undefined }),
       ]);
       const command = [
         engine,

@@ -54,6 +54,7 @@ export class CallerPlace {
   readonly runDir = join(this.dir, "run");
   readonly config = join(this.dir, "runtime.json");
   readonly env: Record<string, string>;
+  #daemonEnv: Record<string, string> = {};
   #holder: ChildProcess | undefined;
   #reaper: ChildProcess | undefined;
 
@@ -73,8 +74,10 @@ export class CallerPlace {
     };
   }
 
-  static async start(engine: EngineName): Promise<CallerPlace> {
+  /** @param daemonEnv  of the cedanad that cedana-runtime starts here */
+  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
+    place.#daemonEnv = daemonEnv;
     for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
     writeFileSync(
@@ -189,7 +192,12 @@ export class CallerPlace {
   /** cedana-runtime with our configuration, for Podman: its clean-up after a container passes neither environment nor runtime flags on. */
   #configuredWrapper(): string {
     const path = join(this.dir, "wrapper");
-    writeFileSync(path, `#!/bin/sh\nexec ${wrapper} --cedana-config ${this.config} "$@"\n`, { mode: 0o755 });
+    const exports = Object.entries(this.#daemonEnv).map(([name, value]) => `export ${name}='${value}'\n`);
+    writeFileSync(
+      path,
+      `#!/bin/sh\n${exports.join("")}exec ${wrapper} --cedana-config ${this.config} "$@"\n`,
+      { mode: 0o755 },
+    );
     return path;
   }
 
@@ -253,8 +261,8 @@ export class Podman {
     this.#dir = place.dir;
   }
 
-  static async start(engine: EngineName): Promise<Podman> {
-    const place = await CallerPlace.start(engine);
+  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<Podman> {
+    const place = await CallerPlace.start(engine, daemonEnv);
     const podman = new Podman(place);
     try {
       place.configureContainers();

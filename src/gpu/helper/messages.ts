@@ -1,0 +1,39 @@
+import type { NvmlAnswer } from "../../linux/cuda.ts";
+
+/** What the helper is asked, a line of JSON each; answers come in any order. */
+export interface HelperCalls {
+  /** Loads the driver's library. */
+  open: { input: { path: string }; output: { symbols: Record<string, boolean>; version: number } };
+  init: { input: object; output: { code: number } };
+  devices: {
+    input: object;
+    output: {
+      code: number;
+      devices: { uuid: string; name: string; memoryBytes: number; pciBusId: string }[];
+    };
+  };
+  state: { input: { pid: number }; output: { code: number; value: number } };
+  restoreThread: { input: { pid: number }; output: { code: number; value: number } };
+  lock: { input: { pid: number; timeoutMs: number }; output: { code: number } };
+  checkpoint: { input: { pid: number }; output: { code: number } };
+  /** pairs: UUIDs of 32 hexadecimal digits, old and new */
+  restore: { input: { pid: number; pairs: [string, string][] }; output: { code: number } };
+  unlock: { input: { pid: number }; output: { code: number } };
+  nvml: { input: { path: string }; output: NvmlAnswer };
+  /** Holds every thread of a process but one, which may be frozen; they stand still however the cgroup is. */
+  holdThreads: { input: { pid: number; except: number }; output: { held: number } };
+  /** Whether all that are held have stopped. */
+  heldStopped: { input: object; output: { stopped: boolean } };
+  /** Lets go of all. */
+  releaseThreads: { input: object; output: { released: number } };
+}
+
+export type HelperCall = keyof HelperCalls;
+
+export interface HelperRequest<C extends HelperCall = HelperCall> {
+  id: number;
+  call: C;
+  input: HelperCalls[C]["input"];
+}
+
+export type HelperAnswer = { id: number; output: unknown } | { id: number; error: string; code?: string };

@@ -1,0 +1,98 @@
+import type { DeviceRestore, RestoreWithDevice } from "../checkpoint/device-slot.ts";
+import type { GpuFacts } from "../checkpoint/manifest.ts";
+import { CedanaError, messageOf, Unsupported } from "../errors/index.ts";
+import { hundredths, reach } from "./back.ts";
+import { deadlines } from "./deadlines.ts";
+import { mapDevices } from "./device-map.ts";
+import { chooseMeans, criuPlugin, HelperKeeper, type Means } from "./means.ts";
+import { askNvml, devicesOf } from "./nvml.ts";
+import { describeProcess } from "./processes.ts";
+
+/*
+ * The GPU's part of a restore. CRIU makes the processes with what the driver had put into their memory, checkpointed; they run, and wait at
+ * their next call of the driver. All of them get their GPUs, then all go on, and only then is anybody told that the container runs.
+ */
+
+export async function prepareRestore(target: RestoreWithDevice, facts: GpuFacts): Promise<DeviceRestore> {
+  if (facts.means === "criu-plugin") {
+    if (criuPlugin() === undefined)
+      throw new Unsupported(
+        `the checkpoint's GPU state was taken by CRIU's CUDA plugin, which this machine's CRIU doesn't have: install it, or take the checkpoint with a driver of r570 or newer`,
+      );
+    return { withoutCriuPlugins: false, restore: async () => {}, close: async () => {} };
+  }
+  const limits = deadlines();
+  const helpers = new HelperKeeper();
+  try {
+    const names = new Map<number, string>();
+    const means = await chooseMeans(helpers, limits, (pid) => names.get(pid) ?? `process ${pid}`);
+    if (means === "criu-plugin")
+      throw new Unsupported(
+        `the checkpoint's GPU state was taken by the driver; here there is only CRIU's CUDA plugin, which doesn't know of it`,
+      );
+    const listed = devicesOf(await askNvml(helpers, limits));
+    const here = listed.length > 0 ? listed : await means.devices();
+    const used = facts.processes.every(({ devices }) => devices !== undefined)
+      ? [...new Set(facts.processes.flatMap(({ devices }) => devices ?? []))]
+      : undefined;
+    const pairs = here.length > 0 ? mapDevices(facts.devices, here, { map: target.deviceMap, used }) : [];
+    return {
+      withoutCriuPlugins: true,
+      restore: () => restoreAll(target, facts, means, pairs, names),
+      close: () => helpers[Symbol.asyncDispose](),
+    };
+  } catch (error) {
+    await helpers[Symbol.asyncDispose]();
+    throw error;
+  }
+}
+
+async function restoreAll(
+  target: RestoreWithDevice,
+  facts: GpuFacts,
+  means: Means,
+  pairs: readonly [string, string][],
+  names: Map<number, string>,
+): Promise<void> {
+  const found = await (await target.cgroup()).pids();
+  const processes = facts.processes.map((saved) => {
+    const pid = found.find((one) => describeProcess(one)?.pidInContainer === saved.pidInContainer);
+    if (pid === undefined)
+      throw new CedanaError(
+        `process ${saved.pidInContainer} (${saved.comm}) of ${target.what}, which had a GPU, is not there after the restore`,
+      );
+    names.set(pid, `process ${pid} (${saved.comm}) of ${target.what}`);
+    return { ...saved, pid };
+  });
+  const times: Record<string, Record<string, number>> = {};
+  const each = async (time: string, work: (process: (typeof processes)[number]) => Promise<boolean>) => {
+    const results = await Promise.allSettled(
+      processes.map(async (process) => {
+        const since = performance.now();
+        if (!(await work(process))) return;
+        times[process.pid] = { ...times[process.pid], [time]: hundredths(performance.now() - since) };
+      }),
+    );
+    const errors = results.flatMap((result) =>
+      result.status === "rejected" ? [result.reason as Error] : [],
+    );
+    if (errors.length > 1)
+      throw new CedanaError([...new Set(errors.map(messageOf))].join("; "), { cause: errors[0] });
+    if (errors[0]) throw errors[0];
+  };
+  // By their states, so that a repetition after a crash does what is left to do.
+  await each("restoreMs", async ({ pid, before }) => {
+    if (before === "checkpointed" || (await means.state(pid)) !== "checkpointed") return false;
+    await reach(means, pid, "locked", means.restore(pid, pairs));
+    return true;
+  });
+  await each("unlockMs", async ({ pid, before }) => {
+    if (before !== "running" || (await means.state(pid)) !== "locked") return false;
+    await reach(means, pid, "running", means.unlock(pid));
+    return true;
+  });
+  target.log.info(
+    { what: target.what, means: means.name, remapped: pairs.length > 0, times },
+    "GPU state restored",
+  );
+}

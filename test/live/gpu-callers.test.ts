@@ -1,0 +1,186 @@
+// Containers with GPUs (the stand-in driver of test/gpu/libcuda) outside of containerd's API: ctr, cedana-runtime on a bundle, and Podman.
+
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { basename, join } from "node:path";
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { countsOn, gpuOptions, runClient } from "../gpu/container.ts";
+import { driverEnvironment, Gpus, LINKER, standIn, UUIDS } from "../gpu/harness.ts";
+import { CallerPlace, missingCallers, Podman } from "./harness/callers.ts";
+import { Live } from "./harness/live.ts";
+import { missingFor } from "./harness/matrix.ts";
+import { IMAGE } from "./harness/programs.ts";
+import { containerSpec } from "./harness/spec.ts";
+import { until } from "./harness/until.ts";
+
+const numbersIn = (text: string) => (text.match(/(?<=\bclient )\d+/g) ?? []).map(Number);
+
+/** One by one, without a gap. */
+function expectCounted(text: string, beyond: number): void {
+  expect(text).not.toContain("FAILED");
+  const all = numbersIn(text);
+  expect(all.at(-1)).toBeGreaterThan(beyond);
+  expect(all).toEqual(all.map((_, index) => all[0]! + index));
+}
+
+const missingRunc = missingFor({ containerd: "1.7", engine: "runc" });
+describe.skipIf(missingRunc)(`GPUs by ctr${missingRunc ? ` (${missingRunc})` : ""}`, () => {
+  it("are checkpointed while ctr holds the task paused, and come back from the content store", async () => {
+    const directory = await standIn();
+    using gpus = new Gpus("/run");
+    await using live = await Live.start({
+      containerd: "2.1",
+      engine: "runc",
+      env: driverEnvironment(directory, gpus),
+    });
+    await using task = await runClient(live, directory, gpus, ["--devices", "2"]);
+    const last = await countsOn(task);
+    await live.ctr("task", "checkpoint", task.id); // pauses it meanwhile
+    task.stdout.skip();
+    expect(await countsOn(task)).toBeGreaterThan(last);
+    await task.pause();
+    const image = await task.checkpoint();
+    expect(await task.status()).toBe("PAUSED");
+    const before = task.stdout.text.length;
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    expect(task.stdout.text.length).toBe(before);
+    await task.resume();
+    await countsOn(task);
+    await task[Symbol.asyncDispose]();
+    gpus.wipe();
+    await using after = await runClient(live, directory, gpus, [], { criuImagePath: image });
+    await countsOn(after);
+  });
+
+  it("cost a container without any nothing: nothing is started, nothing loaded", async () => {
+    const directory = await standIn();
+    using gpus = new Gpus("/run");
+    await using live = await Live.start({
+      containerd: "2.1",
+      engine: "runc",
+      env: driverEnvironment(directory, gpus),
+    });
+    await using task = await live.run(["counter"], gpuOptions(directory, gpus)); // devices, but no client
+    await task.nextNumber();
+    const seen = gpus.watchCalls();
+    const image = await task.checkpoint();
+    const manifest = JSON.parse(readFileSync(join(image, "cedana.json"), "utf8"));
+    expect(manifest.gpu).toBeUndefined();
+    expect(manifest.timings.findDevices).toBeLessThan(50); // starting a helper takes more
+    expect(seen()).toEqual([]);
+    expect(existsSync(join(live.runDir, "gpu"))).toBe(false);
+    const { pid } = live.cedanad()!;
+    expect(readFileSync(`/proc/${pid}/maps`, "utf8")).not.toContain("libcuda");
+  });
+});
+
+const missing = missingCallers();
+describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : ""}`, () => {
+  let directory: string;
+  let gpus: Gpus;
+  beforeAll(async () => {
+    directory = await standIn();
+    gpus = new Gpus("/run");
+  }, 60_000);
+  afterEach(() => gpus.wipe());
+  afterAll(() => gpus?.[Symbol.dispose]());
+
+  it("come back in a runc container by cedana-runtime", async () => {
+    const place = await CallerPlace.start("runc");
+    try {
+      const env = { ...place.env, ...driverEnvironment(directory, gpus) };
+      const bundle = mkdtempSync(join(place.dir, "bundle-"));
+      mkdirSync(join(bundle, "rootfs"));
+      const spec = containerSpec({
+        ...gpuOptions(directory, gpus),
+        args: [`${directory}/client-dlsym`, "--devices", "2"],
+        namespaces: { network: "host" },
+        cgroupsPath: `/${place.namespace}/c`,
+        programs: directory,
+      });
+      writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
+      const runtime = (...args: string[]) =>
+        place.runtime("wrapper", "--root", join(place.dir, "runc"), ...args);
+      const output = join(place.dir, "output");
+      // A pipe, whose other end goes to a file: CRIU knows a pipe of the engine's stdio again, not a file of the host.
+      const shell = (command: string[]) => [
+        "sh",
+        "-c",
+        `(${command.map((word) => `'${word}'`).join(" ")} || echo "FAILED: $?") 2>&1 < /dev/null | cat >> ${output} 2>/dev/null &`,
+      ];
+      await place.ok(shell(runtime("run", "--detach", "--bundle", bundle, "c")), { env });
+      const read = () => (existsSync(output) ? readFileSync(output, "utf8") : "");
+      await until(() => numbersIn(read()).length > 3, { what: () => `the first numbers: ${read()}` });
+      const images = join(place.dir, "images");
+      await place.ok(runtime("checkpoint", "--image-path", images, "c"), { env });
+      const last = numbersIn(read()).at(-1)!;
+      gpus.wipe();
+      const foreground = await place.run(
+        runtime("restore", "--bundle", bundle, "--image-path", images, "d"),
+        { env },
+      );
+      expect(foreground.stderr).toMatch(/restore container d in the background \(--detach\)/);
+      await place.ok(shell(runtime("restore", "--detach", "--bundle", bundle, "--image-path", images, "d")), {
+        env,
+      });
+      await until(() => numbersIn(read()).at(-1)! > last + 2, {
+        what: () => `to go on: ${read().slice(-300)}`,
+      });
+      await place.ok(runtime("kill", "d", "KILL"), { env });
+      await until(async () => (await place.run(runtime("delete", "d"), { env })).status === 0, {
+        what: () => "delete",
+      });
+      expectCounted(read(), last);
+    } finally {
+      await place.stop();
+    }
+  });
+
+  it("come back by Podman through cedana-runtime", async () => {
+    const podman = await Podman.start("runc", driverEnvironment(directory, gpus));
+    try {
+      const ok = async (...args: string[]) => {
+        const { status, stdout, stderr } = await podman.on("wrapper", ...args);
+        expect(status, `podman ${args.join(" ")}: ${stderr}\n${podman.place.cedanadLog().slice(-2000)}`).toBe(
+          0,
+        );
+        return stdout;
+      };
+      const linker = `${join(directory, "rt", basename(LINKER))}:${LINKER}:ro`;
+      await ok(
+        ...["run", "--detach", "--name", "c", "--security-opt", "seccomp=unconfined"],
+        ...["--device", "/dev/fuse:/dev/nvidia0", "--device", "/dev/fuse:/dev/nvidia1"],
+        ...[
+          "--volume",
+          linker,
+          "--volume",
+          `${directory}:${directory}:ro`,
+          "--volume",
+          `${gpus.path}:${gpus.path}`,
+        ],
+        ...["--env", `LD_LIBRARY_PATH=${directory}/rt`, "--env", `CEDANA_TEST_GPU_DIR=${gpus.path}`],
+        ...[IMAGE, `${directory}/client-procaddress`, "--devices", "2"],
+      );
+      const counted = async (beyond: number) =>
+        await until(
+          async () => {
+            const text = await ok("logs", "c");
+            return (numbersIn(text).at(-1) ?? 0) > beyond && text;
+          },
+          {
+            everyMs: 50,
+            what: () => `c to count beyond ${beyond}: ${podman.place.cedanadLog().slice(-1000)}`,
+          },
+        );
+      await counted(8);
+      await ok("container", "checkpoint", "--leave-running", "c");
+      await ok("container", "checkpoint", "c");
+      const last = numbersIn(await ok("logs", "c")).at(-1)!;
+      gpus.wipe();
+      await ok("container", "restore", "c");
+      expectCounted(await counted(last + 3), last);
+      expect(gpus.allocations(UUIDS[1])).toBe(3);
+    } finally {
+      await podman.stop();
+    }
+  });
+});

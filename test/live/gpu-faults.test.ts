@@ -1,0 +1,335 @@
+// What goes wrong with the driver, the helper, CRIU or cedanad in the middle: the container's processes have their GPUs afterwards, and run.
+// On the stand-in driver, whose fault switches stand in test/gpu/libcuda/RULES.md.
+
+import { execFileSync } from "node:child_process";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmdirSync } from "node:fs";
+import { join } from "node:path";
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
+import { childrenOf, processStat } from "../../src/linux/proc.ts";
+import { countsOn, gpuOptions, runClient } from "../gpu/container.ts";
+import { driverEnvironment, Gpus, standIn, UUIDS } from "../gpu/harness.ts";
+import { BreakableDaemon } from "./harness/breakable.ts";
+import { Live } from "./harness/live.ts";
+import { missingFor } from "./harness/matrix.ts";
+import type { LiveTask } from "./harness/task.ts";
+import { until } from "./harness/until.ts";
+
+const [a0, a1] = UUIDS;
+const combination = { containerd: "2.1", engine: "runc" } as const;
+const missing = missingFor(combination);
+const both = ["--devices", "2", "--fork"];
+
+describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
+  let live: Live;
+  let directory: string;
+  let gpus: Gpus;
+  let daemon: BreakableDaemon;
+  let disk: string;
+  beforeAll(async () => {
+    directory = await standIn();
+    gpus = new Gpus("/run");
+    daemon = new BreakableDaemon();
+    disk = mkdtempSync("/run/cd-");
+    execFileSync("mount", ["-t", "tmpfs", "-o", "size=256k", "cedana-live", disk]);
+    live = await Live.start({
+      ...combination,
+      env: {
+        ...driverEnvironment(directory, gpus),
+        CEDANA_GPU_DEADLINES: "lock=1500,checkpoint=1500,restore=1500,unlock=1500,ask=5000",
+        CEDANA_DAEMON: daemon.program,
+      },
+    });
+  }, 90_000);
+  beforeEach(() => {
+    gpus.faults();
+    gpus.plug([a0, "one", 16], [a1, "one", 16]);
+  });
+  afterEach(async () => {
+    gpus.faults();
+    gpus.wipe();
+    await live.expectNoLeftovers();
+  });
+  afterAll(async () => {
+    await live?.stop();
+    daemon?.[Symbol.dispose]();
+    gpus?.[Symbol.dispose]();
+    execFileSync("umount", [disk]);
+    rmdirSync(disk);
+  });
+
+  const journals = () => (existsSync(join(live.runDir, "gpu")) ? readdirSync(join(live.runDir, "gpu")) : []);
+
+  /** Both processes count on, and nothing is left to be given back. */
+  async function bothRun(task: LiveTask, what: string): Promise<void> {
+    await until(() => journals().length === 0, { what: () => `${what}: the end of the journal` });
+    expect(await task.status(), what).toBe("RUNNING");
+    for (const name of ["client", "client2"]) {
+      task.stdout.skip();
+      await countsOn(task, name);
+    }
+  }
+
+  const failing: [fault: string, message: RegExp][] = [
+    [
+      "lock@client2=never",
+      /lock of the GPU state of process \d+ \(client2\) .*did not come to an end in time/,
+    ],
+    ["lock@client2=error:999", /lock .*\(client2\) of task .*999.*\(step lockDevices\)/],
+    [
+      "checkpoint@client=error:2",
+      /checkpoint .*\(client\).*not enough host memory.*\(step checkpointDevices\)/,
+    ],
+    ["checkpoint@client2=alloc:3", /not enough host memory/],
+    ["checkpoint@client2=error:46", /GPU is not available/],
+    ["nvml=off mig=on lock@client=error:401", /another state/],
+  ];
+  it.each(failing)("%s: the dump fails by name, and both processes run on", async (fault, message) => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    const image = mkdtempSync(join(live.dir, "image-"));
+    gpus.faults(...fault.split(" "));
+    await expect(task.checkpoint({ imagePath: image })).rejects.toThrow(message);
+    expect(readdirSync(image)).toEqual([]);
+    await bothRun(task, fault);
+  });
+
+  it.each([
+    ["lock@client2=hang", /lock on process \d+ did not return in \d+ ms/],
+    ["checkpoint@client=hang", /checkpoint on process \d+ did not return in 1500 ms/],
+    ["restore@client2=error:46", /did not get their GPU back.*restore .*\(client2\).*46/],
+    ["restore@client=hang", /did not get their GPU back.*restore on process/],
+    ["unlock@client2=error:999", /did not get their GPU back.*unlock/],
+    ["unlock@client=hang", /did not get their GPU back.*unlock on process/],
+  ] as [string, RegExp][])(
+    "%s: the dump fails, and both run on as soon as the driver lets them",
+    async (fault, message) => {
+      await using task = await runClient(live, directory, gpus, both);
+      await countsOn(task, "client2");
+      const image = mkdtempSync(join(live.dir, "image-"));
+      gpus.faults(fault);
+      await expect(task.checkpoint({ imagePath: image })).rejects.toThrow(message);
+      expect(readdirSync(image)).toEqual([]);
+      gpus.faults();
+      await bothRun(task, fault);
+      await task.checkpoint();
+      await bothRun(task, fault);
+    },
+  );
+
+  it("refuses what the driver can't checkpoint, by its name, while it runs", async () => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    const calls = gpus.watchCalls();
+    gpus.faults("mig=on");
+    await expect(task.checkpoint()).rejects.toThrow(/GPU-a0a0.*divided into instances \(MIG\)/);
+    gpus.faults("memory=huge");
+    await expect(task.checkpoint()).rejects.toThrow(/must fit into host memory/);
+    expect(calls()).toEqual([]);
+    gpus.faults();
+    await bothRun(task, "refusals");
+    const made = await task.execToEnd([
+      "sh",
+      "-c",
+      "mkdir -p /tmp/nvidia-mps && mkfifo /tmp/nvidia-mps/control",
+    ]);
+    expect(made.status).toBe(0);
+    await expect(task.checkpoint()).rejects.toThrow(/through MPS \(\/tmp\/nvidia-mps\/control\)/);
+    expect(calls()).toEqual([]);
+  });
+
+  it("says that a process is lost when the driver says so, and the other one runs on", async () => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    gpus.faults("checkpoint@client2=broken");
+    await expect(task.checkpoint()).rejects.toThrow(
+      /managed \(UVM\) memory.*marked it as failed: its GPU state is lost/,
+    );
+    gpus.faults();
+    task.stdout.skip();
+    await countsOn(task, "client");
+  });
+
+  it("goes on without a process that dies in the middle of it", async () => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    gpus.faults("checkpoint@client2=die");
+    await expect(task.checkpoint()).rejects.toThrow(/client2/);
+    gpus.faults();
+    await until(() => journals().length === 0, { what: () => "the end of the journal" });
+    task.stdout.skip();
+    await countsOn(task, "client");
+  });
+
+  it("gives the GPUs back when CRIU fails, and when it is killed", async () => {
+    await using task = await runClient(live, directory, gpus, [...both, "--bytes", "2000000"]);
+    await countsOn(task, "client2");
+    await expect(task.checkpoint({ imagePath: join(disk, "image") })).rejects.toThrow(
+      /step criuDump|ENOSPC|space/,
+    );
+    await bothRun(task, "a full disk");
+    const image = mkdtempSync(join(live.dir, "image-"));
+    const failed = task.checkpoint({ imagePath: image }).then(
+      () => undefined,
+      (error: Error) => error,
+    );
+    // The one that dumps: runc asks another one for its version before.
+    const log = join(task.bundle, "criu-work/dump.log");
+    const criu = await until(() => existsSync(log) && findBelow(live.shimOf(task.id).pid, "criu"), {
+      everyMs: 1,
+      what: () => "CRIU at work",
+    });
+    process.kill(criu, "SIGKILL");
+    expect(await failed).toBeInstanceOf(Error);
+    await bothRun(task, "CRIU killed");
+  });
+
+  /** In the middle of each call of the driver. */
+  const calls = ["lock", "checkpoint", "restore", "unlock"];
+
+  it("gives the GPUs back when the helper is killed, at each of the driver's calls", async () => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    for (const call of calls) {
+      gpus.faults(`${call}@client2=slow:700`);
+      const seen = gpus.watchCalls();
+      const failed = task.checkpoint().then(
+        () => undefined,
+        (error: Error) => error,
+      );
+      await until(() => seen().includes(`${call} client2`), { everyMs: 2, what: () => `${call}: ${seen()}` });
+      const helper = childrenOf(live.cedanad()!.pid).find((pid) => commandOf(pid).includes("gpu-helper"));
+      process.kill(helper!, "SIGKILL");
+      expect(String(await failed), call).toMatch(/the GPU helper has ended \(SIGKILL\)/);
+      gpus.faults();
+      await bothRun(task, `helper killed at ${call}`);
+    }
+  });
+
+  it("finishes the checkpoint when cedanad is killed, at each of the driver's calls", async () => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    for (const call of calls) {
+      gpus.faults(`${call}@client2=slow:700`);
+      const seen = gpus.watchCalls();
+      const image = mkdtempSync(join(live.dir, "image-"));
+      const done = task.checkpoint({ imagePath: image });
+      done.catch(() => {}); // looked at below
+      await until(() => seen().includes(`${call} client2`), { everyMs: 2, what: () => `${call}: ${seen()}` });
+      await live.killCedanad();
+      await done;
+      gpus.faults();
+      const manifest = JSON.parse(readFileSync(join(image, "cedana.json"), "utf8"));
+      expect(manifest.gpu.processes, call).toHaveLength(2);
+      await bothRun(task, `cedanad killed at ${call}`);
+    }
+  });
+
+  it("finishes the checkpoint when cedanad ends between the steps", async () => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    const steps = ["findDevices", "lockDevices", "freeze", "checkpointDevices", "criuDump"];
+    for (const boundary of steps.flatMap((step) => [`${step}.before`, `${step}.after`])) {
+      if (boundary === "criuDump.after") continue; // nothing follows it
+      const image = mkdtempSync(join(live.dir, "image-"));
+      daemon.crashNextAt(`dump.${boundary}`);
+      await live.killCedanad();
+      await task.status();
+      await task.checkpoint({ imagePath: image });
+      expect(
+        JSON.parse(readFileSync(join(image, "cedana.json"), "utf8")).gpu.processes,
+        boundary,
+      ).toHaveLength(2);
+      await bothRun(task, boundary);
+    }
+  });
+
+  it("gives the GPUs back when nobody repeats the dump that a crash of cedanad has cut off", async () => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    gpus.faults("checkpoint@client2=slow:1400");
+    const seen = gpus.watchCalls();
+    const failed = task.checkpoint().then(
+      () => undefined,
+      (error: Error) => error,
+    );
+    // Twice in the middle of it: the third delivery is refused.
+    for (let crash = 1; crash <= 2; crash++) {
+      await until(() => seen().filter((line) => line === "checkpoint client2").length >= crash, {
+        everyMs: 2,
+        what: () => `call ${crash}: ${seen()}`,
+      });
+      await live.killCedanad();
+    }
+    expect(String(await failed)).toMatch(/INTERNAL/);
+    gpus.faults();
+    await bothRun(task, "nobody repeats");
+  });
+
+  it("kills what it has restored when the driver can't give the GPUs, and keeps the images", async () => {
+    let image: string;
+    {
+      await using task = await runClient(live, directory, gpus, both);
+      await countsOn(task, "client2");
+      image = await task.checkpoint({ exit: true });
+      await task.exited;
+    }
+    const files = readdirSync(image).sort();
+    for (const [fault, message] of [
+      ["restore@client2=error:46", /restore .*\(client2\).*46.*\(step restoreDevices\)/],
+      ["restore@client2=hang", /restore on process \d+ did not return/],
+      ["restore@client2=die", /client2/],
+      ["unlock@client2=error:999", /unlock .*\(client2\)/],
+      ["unlock@client=hang", /unlock on process/],
+    ] as [string, RegExp][]) {
+      gpus.wipe();
+      gpus.faults(fault);
+      const task = await live.create(
+        [`${directory}/client-dlsym`],
+        gpuOptions(directory, gpus, { criuImagePath: image }),
+      );
+      try {
+        await expect(task.start(), fault).rejects.toThrow(message);
+        expect(await task.status(), fault).toBe("STOPPED");
+        const left = live.leftovers().filter((line) => /^cgroup|^engine state|\(container,/.test(line));
+        expect(left, fault).toEqual([]);
+      } finally {
+        await task[Symbol.asyncDispose]();
+      }
+      expect(readdirSync(image).sort(), fault).toEqual(files);
+    }
+    gpus.faults();
+    gpus.wipe();
+    // Crashes of cedanad in the restore: it is gone on with.
+    for (const boundary of ["prepareDevices.after", "criuRestore.before", "restoreDevices.before"]) {
+      await using task = await live.create(
+        [`${directory}/client-dlsym`],
+        gpuOptions(directory, gpus, { criuImagePath: image }),
+      );
+      daemon.crashNextAt(`restore.${boundary}`);
+      await live.killCedanad();
+      await task.status();
+      await task.start();
+      await countsOn(task, "client");
+      await countsOn(task, "client2");
+      await task[Symbol.asyncDispose]();
+      gpus.wipe();
+    }
+  });
+});
+
+function commandOf(pid: number): string {
+  try {
+    return readFileSync(`/proc/${pid}/cmdline`, "utf8");
+  } catch {
+    return ""; // it has ended
+  }
+}
+
+function findBelow(pid: number, comm: string): number | undefined {
+  for (const child of childrenOf(pid)) {
+    if (processStat(child)?.comm === comm) return child;
+    const found = findBelow(child, comm);
+    if (found !== undefined) return found;
+  }
+  return undefined;
+}
