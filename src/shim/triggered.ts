@@ -13,15 +13,10 @@ import { endOfWriters } from "../checkpoint/writers.ts";
 import { InvalidRequest, NotFound, RuntimeFailed, WrongState } from "../errors/index.ts";
 import { startTime } from "../linux/proc.ts";
 import { allowedAnnotations } from "../runtime/annotated-checkpoint.ts";
-import { type Configuration, readConfiguration } from "../runtime/configuration.ts";
+import { checkpointNameOf as nameOf, rootfsOf } from "../runtime/checkpoint-on.ts";
+import { readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
-import {
-  cedanaAnnotations,
-  containerNameOf,
-  type OciSpec,
-  podNameOf,
-  podNamespaceOf,
-} from "../runtime/spec.ts";
+import { cedanaAnnotations, type OciSpec, podNamespaceOf } from "../runtime/spec.ts";
 import { dumpTarget, engineCheckpoint, withFeatures } from "./checkpoint.ts";
 import { dumpPolicy } from "./criu-policy.ts";
 import * as events from "./events.ts";
@@ -139,11 +134,9 @@ export async function checkpointAtEnd(task: Task, signal: AbortSignal): Promise<
   });
 }
 
-/** What its checkpoints are called. */
+/** What its checkpoints are called, but those of a key. */
 export function checkpointNameOf(task: Task, spec: OciSpec): string {
-  const { checkpointName } = cedanaAnnotations(spec);
-  const [pod, container] = [podNameOf(spec), containerNameOf(spec)];
-  return checkpointName ?? (pod && container ? `${pod}.${container}` : task.id);
+  return nameOf({ ...cedanaAnnotations(spec), autoResume: undefined }, spec, task.id);
 }
 
 async function alone<T>(task: Task, work: () => Promise<T>): Promise<T> {
@@ -282,7 +275,7 @@ async function dumpInto(
       },
       leaveRunning: !record.exit,
       policy: dumpPolicy(undefined, spec),
-      rootfs: rootfsOf(spec, checkpoints, annotations.deny),
+      rootfs: rootfsOf(cedanaAnnotations(spec, { denied: annotations.deny }), checkpoints),
       digests: "afterwards",
       origin: { name: record.name, trigger: record.trigger },
     },
@@ -304,20 +297,6 @@ async function dumpInto(
   else if (!record.exit)
     task.publish(`checkpointed:${record.key}`, events.taskCheckpointed(task.id, outcome.path));
   return outcome;
-}
-
-/** Which changed files come along; undefined: none. The administrator's bounds hold for everybody. */
-function rootfsOf(
-  spec: OciSpec,
-  { rootfsExclude, rootfsMaxBytes }: Configuration["checkpoints"],
-  denied: readonly string[],
-) {
-  const wanted = cedanaAnnotations(spec, { denied });
-  if (wanted.rootfsDiff === false) return undefined;
-  return {
-    exclude: [...rootfsExclude, ...(wanted.rootfsExclude ?? [])],
-    maxBytes: Math.min(rootfsMaxBytes, wanted.rootfsMaxBytes ?? Number.POSITIVE_INFINITY),
-  };
 }
 
 // ---- the engine, over crashes ----------------------------------------------------------------------------------------
