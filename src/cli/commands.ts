@@ -3,6 +3,7 @@ import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./arc
 import { Check } from "./check.ts";
 import { CheckpointInspect, CheckpointList, CheckpointVerify } from "./checkpoint.ts";
 import { CedanaCommand } from "./command.ts";
+import { FreezeContainerd, QueryContainerd, UnfreezeContainerd } from "./container.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 import { DumpContainerd } from "./dump.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
@@ -69,6 +70,9 @@ export const commands = {
   "checkpoint:verify": CheckpointVerify,
   "checkpoint:decode": ImageDecode,
   "checkpoint:encode": ImageEncode,
+  "freeze:containerd": FreezeContainerd,
+  "unfreeze:containerd": UnfreezeContainerd,
+  "query:containerd": QueryContainerd,
   "plugin:features": Features,
   features: Features,
   "plugin:list": PluginList,

@@ -896,14 +896,15 @@ export class Task {
     });
   }
 
-  async pause(work: Work): Promise<void> {
+  /** @param work  its request tells this pause from another of the task's */
+  async pause(work: { readonly request: number | string }): Promise<void> {
     this.init.check("pause");
     await (await this.cgroup()).freeze();
     this.init.move("pause");
     this.publish(`paused:${work.request}`, events.taskPaused(this.id));
   }
 
-  async resume(work: Work): Promise<void> {
+  async resume(work: { readonly request: number | string }): Promise<void> {
     this.init.check("resume");
     await (await this.cgroup()).thaw();
     this.init.move("resume");

@@ -4,16 +4,16 @@ import { mkdtempSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import { restoreChecks, restoreSteps } from "../../src/checkpoint/restore.ts";
+import { boundariesOf } from "./harness/boundaries.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
 import type { LiveTask } from "./harness/task.ts";
 
 // What only looks has nothing to undo: one moment in each of these steps. At a create, two of them stand for all.
 const looks = new Set<string>(restoreChecks.map((step) => step.name));
-const boundaries = restoreSteps.flatMap((step, index) => [
-  `restore.${step.name}.before`,
-  ...(looks.has(step.name) || index === restoreSteps.length - 1 ? [] : [`restore.${step.name}.after`]),
-]);
+const boundaries = boundariesOf("restore", restoreSteps).filter(
+  (boundary) => !(boundary.endsWith(".after") && looks.has(boundary.split(".")[1]!)),
+);
 const boundariesOfCreate = ["checkRestore.openCheckpoint.after", "checkRestore.refuseDifferences.before"];
 
 /** Files of a restore, in the bundle. */

@@ -9,7 +9,9 @@ export const plugin: Plugin = {
   features: {
     dumpCommand: "dump:containerd",
     restoreCommand: "restore:containerd",
-    queryCommand: "status",
+    queryCommand: "query:containerd",
+    freezeCommand: "freeze:containerd",
+    unfreezeCommand: "unfreeze:containerd",
     helperCommand: "setup",
     dumpHandler: async () => (await import("../../shim/checkpoint.ts")).dump,
     restoreHandler: async () => (await import("../../shim/restore.ts")).restore,
