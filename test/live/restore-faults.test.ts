@@ -12,7 +12,7 @@ import type { LiveTask } from "./harness/task.ts";
 // What only looks has nothing to undo: one moment in each of these steps. At a create, two of them stand for all.
 const looks = new Set<string>(restoreChecks.map((step) => step.name));
 const boundaries = boundariesOf("restore", restoreSteps).filter(
-  (boundary) => !looks.has(boundary.split(".")[1]!) || boundary.endsWith(".before"),
+  (boundary) => !(boundary.endsWith(".after") && looks.has(boundary.split(".")[1]!)),
 );
 const boundariesOfCreate = ["checkRestore.openCheckpoint.after", "checkRestore.refuseDifferences.before"];
 
