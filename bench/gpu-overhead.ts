@@ -19,7 +19,7 @@ try {
   const program = join(place, "gpu-calls");
   execFileSync(
     "cc",
-    ["-O2", join(root, "bench/programs/gpu-calls.c"), "-o", program, join(standIn, "libcuda.so.1")],
+    ["-O2", join(root, "bench/gpu/gpu-calls.c"), "-o", program, join(standIn, "libcuda.so.1")],
     { stdio: "inherit" },
   );
   for (const name of ["gpu", "trace"]) mkdirSync(join(place, name));

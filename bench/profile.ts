@@ -94,17 +94,15 @@ function timelineOf(side: Side, what: string, lines: string[], command: string, 
     else if (kind === "exec") {
       const [pid, argv] = [Number(fields[1]), (fields[2] ?? "").split("\x1f").filter(Boolean)];
       const known = processes.get(pid);
+      let process = known;
       // One that executes another program is another one; but not env(1), and an engine that executes a copy of itself.
-      const isSame = known && (/\/env$/.test(known.argv[0] ?? "") || known.argv.join() === argv.join());
-      if (known && !isSame) ended.push({ ...known, endMs: ms(fields[0]!) });
-      const process = {
-        pid,
-        parent: parents.get(pid) ?? 0,
-        argv,
-        beginMs: isSame ? known.beginMs : ms(fields[0]!),
-        endMs: Number.NaN,
-      };
-      processes.set(pid, process);
+      if (known && (/\/env$/.test(known.argv[0] ?? "") || known.argv.join() === argv.join()))
+        known.argv = argv;
+      else {
+        if (known) ended.push({ ...known, endMs: ms(fields[0]!) });
+        process = { pid, parent: parents.get(pid) ?? 0, argv, beginMs: ms(fields[0]!), endMs: Number.NaN };
+        processes.set(pid, process);
+      }
       if (argv.join(" ").includes(command) && basename(argv[0] ?? "") === "ctr") begin ??= process;
     } else if (kind === "exit") {
       const process = processes.get(Number(fields[1]));
@@ -253,6 +251,7 @@ function report(timelines: Timeline[]): void {
     const sides = (["ours", "theirs"] as const).filter((side) => of(side).length > 0);
     const segments = Object.fromEntries(sides.map((side) => [side, of(side).map(segmentsOf)]));
     const names = [...new Set(Object.values(segments).flatMap((all) => all.flatMap(Object.keys)))];
+    if (sides.length === 0) throw new Error(`${what}: no run of it was seen whole`);
     const count = of(sides[0]!).length;
     console.log(`\n## ${what}, ${options.mib} MiB, ${engine}: medians and minima of ${count} (ms)\n`);
     // Where others compute, the quickest of many says more than the middle.
@@ -290,7 +289,10 @@ try {
   const sides: Side[] = engine === "crun" ? ["ours"] : ["ours", "theirs"];
   for (let at = -1; at < Number(options.rounds); at++)
     for (const side of at % 2 === 0 ? sides : sides.toReversed()) {
-      const found = await round(bench, side, procwatch);
+      const found = await round(bench, side, procwatch).catch((error: Error) => {
+        console.error(`left out: ${error.message}`); // on a busy machine events get lost
+        return [];
+      });
       if (at >= 0) timelines.push(...found); // the first warms up
     }
   const machine = machineFacts(bench);

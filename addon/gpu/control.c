@@ -131,6 +131,11 @@ static void resume(struct mailbox *out) {
 
 static uint32_t quiesce(struct mailbox *out) {
   uint64_t now = now_ns();
+  if (out->state == MAILBOX_QUIESCED) { /* still: only its lease begins anew. The driver may have been locked meanwhile */
+    lease_left_ns = out->lease_ms * MS;
+    lease_looked_ns = now;
+    return MAILBOX_OK;
+  }
   gate_close();
   set_state(out, MAILBOX_QUIESCING);
   uint32_t status = wait_for_quiet(now + out->deadline_ms * MS, out);

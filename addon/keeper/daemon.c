@@ -206,6 +206,7 @@ int daemon_start(pid_t *pid) {
       .fds = {null, log, log, listener, lock},
       .fd_count = 5,
       .new_session = true,
+      .close_others = true, /* a status pipe of the wrapper's caller, say, who waits for its end */
       .sibling = daemon_as_sibling,
       .oom_score_adj = "-500",
       .join = join,

@@ -23,6 +23,7 @@ struct spawn {
   int fds[SPAWN_FDS];           /* fds[n] becomes n */
   int fd_count;
   bool new_session;             /* setsid instead of setpgid */
+  bool close_others; /* inherits nothing but fds: what our caller left open for somebody else isn't held open */
   bool sibling;                 /* a child of our parent (CLONE_PARENT), so that we aren't its reaper */
   bool sched_core;              /* a core-scheduling cookie of its own, where the kernel has them */
   const struct rlimit *nofile;  /* RLIMIT_NOFILE to go back to, or NULL */

@@ -42,7 +42,7 @@ export const checkpoint: Subject = {
 export const largeCheckpoint: Subject = {
   rows: rowsOf([1024], noSlower),
   maxRounds: 3,
-  warmUps: 1,
+  warmUps: 0, // a minute or two each
   measure: (bench, side) => measure(bench, side, [1024]),
 };
 

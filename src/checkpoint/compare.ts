@@ -84,11 +84,21 @@ export async function compareToContainer(
     );
   if (!facts) return { findings: found.list, externalMounts: [], closesTcp: false };
   const externalMounts = await compareMounts(facts.mounts, container, found);
-  // What a rootfs diff brings isn't there yet.
+  // What a rootfs diff brings isn't there yet: `compareFilesWithDiff`.
   if (container.rootfs !== undefined && !(await hasRootfsDiff(path)))
     await compareFiles(facts, container, found);
   const closesTcp = await compareAddresses(facts.sockets, container.network, found);
   return { findings: found.list, externalMounts, closesTcp };
+}
+
+/** What differs in files that were open, when a rootfs diff has been applied: it may leave out some, or be of another image. */
+export async function compareFilesWithDiff(
+  facts: ImageFacts,
+  container: RestoredContainer,
+): Promise<Finding[]> {
+  const found = new Found("container");
+  if (container.rootfs !== undefined) await compareFiles(facts, container, found);
+  return found.list;
 }
 
 // ---- mounts ----------------------------------------------------------------------------------------------------------

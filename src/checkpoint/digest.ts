@@ -169,7 +169,7 @@ export function hashFilesHere(
 }
 
 /** How long to wait when there was nothing new. */
-const FOLLOW_PAUSE_MS = 2;
+const FOLLOW_PAUSE_MS = 5;
 
 const FOLLOWER_NICENESS = 10;
 /** CRIU and the engines let everybody read what they write. */

@@ -49,6 +49,7 @@ import {
   takeRootfsDiff,
 } from "./rootfs-diff/index.ts";
 import { Staging, type StagingRecord } from "./staging.ts";
+import { endOfWriters } from "./writers.ts";
 
 /*
  * A dump of a container: what is asked for, what is dumped, and the steps in their order.
@@ -421,20 +422,21 @@ async function earlierAttempt(
 
 /**
  * After a crash, a dump that nobody goes on with: what was made is removed, or kept where the container is in it alone.
- * @param quiet  waits until nobody writes into the staging directory any more
+ * @param hasEnded  whether the container has; asked when nobody writes into the staging directory any more
  * @returns where it is kept
  */
 export async function abandonAttempt(
   directory: string,
-  quiet: (stagingPath: string) => Promise<void>,
+  hasEnded: () => Promise<boolean>,
 ): Promise<string | undefined> {
   const path = join(directory, ATTEMPT_NAME);
   const text = await readFile(path, "utf8").catch(() => undefined); // none was begun
   if (text === undefined) return undefined;
   const { staging: record, phase, leaveRunning } = JSON.parse(text) as Attempt;
   const staging = Staging.resume(record);
-  if (staging) await quiet(staging.path);
-  const kept = staging && phase !== "begun" && !leaveRunning && !staging.isEmpty ? staging.keep() : undefined;
+  if (staging) await endOfWriters(staging.path);
+  const isLast = !leaveRunning && (phase !== "begun" || (await hasEnded()));
+  const kept = staging && isLast && !staging.isEmpty ? staging.keep() : undefined;
   await staging?.[Symbol.asyncDispose]();
   await rm(path, { force: true });
   return kept;

@@ -1,6 +1,6 @@
-import { lstat, mkdir, stat, writeFile } from "node:fs/promises";
+import { lstat, mkdir, readFile, stat, writeFile } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
-import { type MountInfo, readMountInfo } from "../linux/mount-options.ts";
+import { type MountInfo, parseMountInfoLine, readMountInfo } from "../linux/mount-options.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 
 /*
@@ -45,10 +45,15 @@ export interface GpuMount {
  * @param configured  where its configuration mounts something: these are the engine's to tell CRIU of
  */
 export async function findGpuMounts(pid: number, configured: readonly string[]): Promise<GpuMount[]> {
+  // Nearly every container has none: its mounts are not even parsed.
+  const text = await readFile(`/proc/${pid}/mountinfo`, "utf8").catch(() => ""); // ESRCH: it has ended
+  if (!/nvidia|cuda|cedana-gpu|dxg|\/dri\/|libnv|libdxcore|libd3d12|nvoptix/.test(text)) return [];
   const mine = (path: string) => path === LIBRARY_MOUNT || path === TRACE_MOUNT || isDriverFile(path);
-  const mounts = (await readMountInfo(pid)).filter(
-    ({ mountPoint }) => mine(mountPoint) && !configured.includes(mountPoint),
-  );
+  const mounts = text
+    .split("\n")
+    .map(parseMountInfoLine)
+    .filter((mount) => mount !== undefined)
+    .filter(({ mountPoint }) => mine(mountPoint) && !configured.includes(mountPoint));
   if (mounts.length === 0) return [];
   const host = await readMountInfo("self");
   const found = await Promise.all(

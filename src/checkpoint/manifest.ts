@@ -119,6 +119,8 @@ export interface GpuFacts {
     comm: string;
     /** what it comes back to */
     before: "running" | "locked" | "checkpointed";
+    /** the thread of it that does the driver's work, by its own number: it must run for a restore */
+    restoreThread?: number;
     /** UUIDs of those that it used, and its memory on them, as far as NVML tells */
     devices?: string[];
     memoryBytes?: number;

@@ -10,6 +10,7 @@ import { adapterSteps } from "./adapters.ts";
 import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import {
+  compareFilesWithDiff,
   compareToContainer,
   compareToNode,
   type ExternalMount,
@@ -544,7 +545,7 @@ function appliedMark(directory: string): string {
 
 /** What the container had changed in its root file system, in the new one's; strictly: nothing of it leads out, or else it fails. */
 async function prepareRootfs(
-  { checkpoint, signal, target }: RestoreContext,
+  { checkpoint, facts, request, signal, target }: RestoreContext,
   next: () => Promise<void>,
 ): Promise<void> {
   const mark = appliedMark(target.directory);
@@ -553,6 +554,9 @@ async function prepareRootfs(
     // From its beginning also where a crash has cut it off: each member is made anew.
     await applyRootfsDiff(checkpoint.path, target.rootfs, { signal });
     await writeFile(mark, "", { mode: 0o600 });
+    const differences = facts ? await compareFilesWithDiff(facts, target.container) : [];
+    const refusal = refusalOfRestore(request.path, differences);
+    if (refusal) throw refusal;
   }
   await next();
 }

@@ -8,8 +8,8 @@ import { childrenOf, processStat } from "../linux/proc.ts";
 const POLL_MS = 20;
 
 /**
- * CRIU's processes that work in a directory: CRIU itself, which has gone there, its helpers, and processes that it is about to restore,
- * which are still it.
+ * CRIU's processes that work in a directory: CRIU itself, its helpers, and processes that it is about to restore, which are still it. They
+ * have gone there, and all have its log open, which counts where CRIU looks into a container's mounts and is elsewhere meanwhile.
  * @param workPath  CRIU's work directory, absolute
  * @param ancestor  only those that descend from it
  */
@@ -17,12 +17,22 @@ export async function criuProcesses(workPath: string, ancestor?: number): Promis
   const pids = (await readdir("/proc")).filter((name) => /^\d+$/.test(name)).map(Number);
   const found = await Promise.all(
     pids.map(async (pid) => {
-      const cwd = await readlink(`/proc/${pid}/cwd`).catch(() => undefined); // it has ended
-      if (cwd !== workPath || !/^criu/.test(processStat(pid)?.comm ?? "")) return undefined;
+      if (!/^criu/.test(processStat(pid)?.comm ?? "") || !(await worksIn(pid, workPath))) return undefined;
       return ancestor === undefined || descendsFrom(pid, ancestor) ? pid : undefined;
     }),
   );
   return found.filter((pid) => pid !== undefined);
+}
+
+async function worksIn(pid: number, directory: string): Promise<boolean> {
+  try {
+    if ((await readlink(`/proc/${pid}/cwd`)) === directory) return true;
+    for (const fd of await readdir(`/proc/${pid}/fd`))
+      if ((await readlink(`/proc/${pid}/fd/${fd}`).catch(() => "")).startsWith(`${directory}/`)) return true; // closed
+  } catch {
+    // it has ended
+  }
+  return false;
 }
 
 /** Whether a process is another one's child, grandchild and so on. */

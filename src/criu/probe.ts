@@ -141,7 +141,7 @@ export async function hasCriuFeature(feature: CriuFeature, criu = "criu"): Promi
   let answer = entry.features.get(feature);
   if (!answer) {
     answer = forgetFailure(
-      run(path, ["check", "--feature", feature]).then(
+      runCheck(path, ["--feature", feature]).then(
         () => true,
         (error: { code?: unknown }) => {
           if (typeof error.code === "number") return false;
@@ -228,9 +228,17 @@ async function knownNames(path: string): Promise<ReadonlySet<string> | undefined
   return known;
 }
 
+/**
+ * `criu check`, by way of a shell: one of its tests makes a process with CLONE_PARENT, which is a child of whoever started CRIU, and
+ * nobody's to wait for. The shell's end hands it to init; ours would be a zombie for as long as we live.
+ */
+function runCheck(path: string, options: readonly string[]): Promise<{ stdout: string; stderr: string }> {
+  return run("/bin/sh", ["-c", '"$0" check "$@"; exit $?', path, ...options]);
+}
+
 /** 0: all there. 1: something is missing; the text tells whether it is essential. */
 async function check(path: string): Promise<CriuCheck> {
-  const result = await run(path, ["check", "--all", "-v2"]).catch(
+  const result = await runCheck(path, ["--all", "-v2"]).catch(
     (error: { code?: unknown; stdout?: string; stderr?: string }) => {
       if (typeof error.code !== "number")
         throw new CriuFailed(`run \`${path} check\`: ${messageOf(error)}`, { cause: error });

@@ -2,6 +2,7 @@ import { messageOf, WrongState } from "../errors/index.ts";
 import { isAlive } from "../linux/proc.ts";
 import type { ProcessStateName } from "./codes.ts";
 import { StuckCall } from "./helper.ts";
+import { letCallsIn } from "./interception.ts";
 import type { JournalEntry } from "./journal.ts";
 import type { Means } from "./means.ts";
 
@@ -62,6 +63,7 @@ export async function giveBack(
       await reach(means, pid, "running", means.unlock(pid));
       return true;
     });
+  await letCallsIn(processes.filter(({ abandoned }) => abandoned));
   return failures;
 }
 

@@ -2,12 +2,13 @@ import type { DeviceDump, DeviceOwner } from "../checkpoint/device-slot.ts";
 import type { GpuFacts } from "../checkpoint/manifest.ts";
 import { CedanaError, messageOf, ResourceExhausted, Unsupported, WrongState } from "../errors/index.ts";
 import type { NvmlAnswer } from "../linux/cuda.ts";
+import { isAlive, pidsInNamespaces } from "../linux/proc.ts";
 import { type BackTimes, giveBack, hundredths, reach } from "./back.ts";
 import type { ProcessStateName } from "./codes.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
 import { holdThreads, releaseThreads, waitUntilHeld } from "./hold.ts";
 import { availableMemory } from "./host-memory.ts";
-import { holdAtBoundary, refuseUncheckpointable } from "./interception.ts";
+import { holdAtBoundary, letCallsIn, refuseUncheckpointable } from "./interception.ts";
 import { type JournalEntry, readJournal, removeJournal, writeJournal } from "./journal.ts";
 import { chooseMeans, type GpuDevice, HelperKeeper, type Means } from "./means.ts";
 import { askNvml, devicesOf } from "./nvml.ts";
@@ -152,18 +153,20 @@ class GpuDump implements DeviceDump {
   /** All at once: those that wait for each other's GPU work come to an end only together. */
   async #lockAll(): Promise<void> {
     const until = performance.now() + this.#limits.lock;
-    await using _held = await holdAtBoundary(this.#clients, this.#limits.lock);
+    const states = await Promise.all(this.#clients.map(({ pid }) => this.#means.state(pid)));
+    const running = this.#clients.filter((_client, at) => states[at] === "running");
+    await using _held = await holdAtBoundary(running, this.#limits.lock / 2, this.#owner.log);
     await this.#each("lockMs", async ({ pid }) => {
       if ((await this.#means.state(pid)) !== "running") return; // before us, or by a cedanad before us
       const leftMs = Math.max(1, Math.round(until - performance.now()));
       await reach(this.#means, pid, "locked", this.#means.lock(pid, leftMs));
     });
+    // Those that a cedanad before us had locked may still be held by it.
+    if (this.#earlier.length > 0) await letCallsIn(this.#clients);
   }
 
   async checkpoint(): Promise<void> {
     if (this.#owner.hasEnded || this.#clients.length === 0) return;
-    const states = await Promise.all(this.#clients.map(({ pid }) => this.#means.state(pid)));
-    if (states.every((state) => state === "checkpointed")) return; // CRIU may be at work on them
     const cgroup = await this.#owner.cgroup();
     this.#refuseNewcomers(await cgroup.pids());
     let failure: unknown;
@@ -267,12 +270,14 @@ class GpuDump implements DeviceDump {
       ...(this.#nvml.error === undefined && { driver: this.#nvml.driver }),
       devices: this.#devices.map(({ uuid, name, memoryBytes }) => ({ uuid, name, memoryBytes })),
       processes: this.#clients.map((client) => {
-        const { pid, pidInContainer, comm, before, lockMs, checkpointMs } = client;
+        const { pid, pidInContainer, comm, before, restoreThread, lockMs, checkpointMs } = client;
+        const tidInContainer = pidsInNamespaces(restoreThread).at(-1);
         const use = useOf(pid, this.#nvml);
         return {
           pidInContainer,
           comm,
           before,
+          ...(tidInContainer !== undefined && { restoreThread: tidInContainer }),
           ...(use && { devices: use.uuids, memoryBytes: use.bytes }),
           times: {
             ...(lockMs !== undefined && { lockMs }),
@@ -287,7 +292,9 @@ class GpuDump implements DeviceDump {
   async close(): Promise<void> {
     await this.#helpers[Symbol.asyncDispose]();
     if (!this.#touched) return;
-    if (this.#resumed || readJournal(this.#owner)?.processes.length === 0) removeJournal(this.#owner);
+    const entries = this.#clients.length > 0 ? this.#clients : this.#earlier;
+    if (this.#resumed || !entries.some(({ pid, startTime }) => isAlive(pid, startTime)))
+      removeJournal(this.#owner);
     else recoverInBackground(this.#owner);
   }
 }

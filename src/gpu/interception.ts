@@ -1,5 +1,6 @@
 import { execFile } from "node:child_process";
 import { readFileSync } from "node:fs";
+import type { Logger } from "pino";
 import { TimedOut, Unavailable, Unsupported, WrongState } from "../errors/index.ts";
 import { findGpuFile, PRELOADED } from "../runtime/gpu-injection.ts";
 
@@ -59,7 +60,7 @@ export async function quiesce(
   pid: number,
   options: { deadlineMs: number; leaseMs: number; signal?: AbortSignal },
 ): Promise<InterceptionReport | undefined> {
-  return await control(["quiesce", String(pid), "--lease", String(options.leaseMs)], options);
+  return await control(["quiesce", String(pid), "--lease", String(Math.ceil(options.leaseMs))], options);
 }
 
 /** Lets a quiesced process call the driver again; one that isn't quiesced is left as it is. */
@@ -79,7 +80,7 @@ async function control(
   }>((resolve, reject) => {
     const child = execFile(
       program,
-      [...argv, "--deadline", String(deadlineMs)],
+      [...argv, "--deadline", String(Math.ceil(deadlineMs))],
       {
         timeout: deadlineMs + PATIENCE_MS,
         killSignal: "SIGKILL",
@@ -159,28 +160,38 @@ export async function refuseUncheckpointable(
 
 /**
  * Brings those that have the library to the boundary of the driver's API and holds them there until disposed of: while the driver locks
- * them, none is in the middle of cuInit or of a long call. All at once: they may wait for each other's work.
- * @throws WrongState, TimedOut when one isn't quiet by the deadline: then all of them run on
+ * them, none is in the middle of cuInit or of a long call. All at once: they may wait for each other's work. Where that can't be had in time, all run
+ * on, and the driver's lock has to do without.
  */
 export async function holdAtBoundary(
   processes: readonly NamedProcess[],
   deadlineMs: number,
+  log: Pick<Logger, "warn">,
 ): Promise<AsyncDisposable> {
   const intercepted = processes.filter(({ pid }) => isIntercepted(pid));
-  const release = async () => {
-    // One that doesn't answer has ended, or goes on when its lease is over.
-    await Promise.all(intercepted.map(({ pid }) => resume(pid).catch(() => undefined)));
-  };
+  // One that doesn't answer has ended, or goes on when its lease is over.
+  const release = async () => await letCallsIn(intercepted);
   const held = await Promise.allSettled(
     intercepted.map(({ pid }) => quiesce(pid, { deadlineMs, leaseMs: deadlineMs + LEASE_MARGIN_MS })),
   );
-  const failure = held.find((result) => result.status === "rejected");
-  if (failure) {
-    await release();
-    throw failure.reason as Error;
-  }
-  return { [Symbol.asyncDispose]: release };
+  const failures = held.filter((result) => result.status === "rejected");
+  if (failures.length === 0) return { [Symbol.asyncDispose]: release };
+  log.warn(
+    { failures: failures.map(({ reason }) => (reason as Error).message) },
+    "processes could not be held at the boundary of the GPU driver's API: the driver locks them as they are",
+  );
+  await release();
+  return { [Symbol.asyncDispose]: async () => {} };
 }
 
-/** For the driver's lock that follows, and for us to say that it is over. */
-const LEASE_MARGIN_MS = 20_000;
+/** After a dump that was cut off: its hold may still be on. One that doesn't answer goes on when its lease is over. */
+export async function letCallsIn(processes: readonly { readonly pid: number }[]): Promise<void> {
+  await Promise.all(
+    processes.map(async ({ pid }) => {
+      if (isIntercepted(pid)) await resume(pid).catch(() => undefined);
+    }),
+  );
+}
+
+/** Beside the driver's lock, for us to say that it is over. */
+const LEASE_MARGIN_MS = 10_000;

@@ -2,7 +2,7 @@ import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
 import { delimiter, join } from "node:path";
 import { promisify } from "node:util";
-import { messageOf, TimedOut, Unavailable, Unsupported } from "../errors/index.ts";
+import { InvalidRequest, messageOf, TimedOut, Unavailable, Unsupported } from "../errors/index.ts";
 import { code, failureOf, type ProcessStateName, stateName } from "./codes.ts";
 import type { Deadlines } from "./deadlines.ts";
 import { GpuHelper } from "./helper.ts";
@@ -286,6 +286,7 @@ export class ProgramMeans implements Means {
 }
 
 export function programPath(): string | undefined {
+  if (process.env.CEDANA_GPU_PROGRAM) return process.env.CEDANA_GPU_PROGRAM;
   return (process.env.PATH ?? "/usr/local/bin:/usr/bin:/bin")
     .split(delimiter)
     .map((directory) => join(directory, "cuda-checkpoint"))
@@ -313,28 +314,40 @@ export function criuPlugin(): string | undefined {
 }
 
 /**
- * The first means that works here. With CRIU's plugin there is nothing for us to do but to stay away.
- * @throws Unsupported with every reason
+ * The first means that works here, or the one that the administrator has chosen (`CEDANA_GPU_MEANS`). With CRIU's plugin there is nothing for
+ * us to do but to stay away.
+ * @throws Unsupported with every reason, InvalidRequest for a choice that is none
  */
 export async function chooseMeans(
   helpers: HelperKeeper,
   limits: Deadlines,
   describe: Describe,
 ): Promise<Means | "criu-plugin"> {
+  const ways = {
+    driver: async () => {
+      const driver = new DriverMeans(helpers, limits, describe);
+      await driver.open();
+      return driver;
+    },
+    "cuda-checkpoint": () => ProgramMeans.open(limits, describe),
+    "criu-plugin": async () => {
+      if (criuPlugin() !== undefined && programPath() !== undefined) return "criu-plugin" as const;
+      throw new Unavailable("CRIU has no CUDA plugin with a cuda-checkpoint to run");
+    },
+  } satisfies Record<MeansName, () => Promise<Means | "criu-plugin">>;
+  const chosen = process.env.CEDANA_GPU_MEANS;
+  if (chosen && !Object.hasOwn(ways, chosen))
+    throw new InvalidRequest(
+      `CEDANA_GPU_MEANS is ${JSON.stringify(chosen)}; it may be ${Object.keys(ways).join(", ")}`,
+    );
   const reasons: string[] = [];
-  try {
-    const driver = new DriverMeans(helpers, limits, describe);
-    await driver.open();
-    return driver;
-  } catch (error) {
-    reasons.push(messageOf(error));
+  for (const [name, open] of Object.entries(ways)) {
+    if (chosen && name !== chosen) continue;
+    try {
+      return await open();
+    } catch (error) {
+      reasons.push(messageOf(error));
+    }
   }
-  try {
-    return await ProgramMeans.open(limits, describe);
-  } catch (error) {
-    reasons.push(messageOf(error));
-  }
-  if (criuPlugin() !== undefined && programPath() !== undefined) return "criu-plugin";
-  reasons.push("CRIU has no CUDA plugin with a cuda-checkpoint to run");
   throw new Unsupported(`the GPU state can't be checkpointed: ${reasons.join("; ")}`);
 }

@@ -4,6 +4,7 @@ import { existsSync } from "node:fs";
 export function mayHaveGpu(): boolean {
   return (
     process.env.CEDANA_GPU_DRIVER !== undefined ||
+    process.env.CEDANA_GPU_PROGRAM !== undefined ||
     existsSync("/dev/nvidiactl") ||
     existsSync("/proc/driver/nvidia/version") ||
     existsSync("/dev/dxg") // WSL

@@ -1,7 +1,7 @@
 import type { DeviceRestore, RestoreWithDevice } from "../checkpoint/device-slot.ts";
 import type { GpuFacts } from "../checkpoint/manifest.ts";
 import { CedanaError, messageOf, Unsupported } from "../errors/index.ts";
-import { processStat } from "../linux/proc.ts";
+import { pidsInNamespaces, processStat, threadsOf } from "../linux/proc.ts";
 import { hundredths, reach } from "./back.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
 import { mapDevices } from "./device-map.ts";
@@ -113,14 +113,21 @@ async function restoreAll(target: RestoreWithDevice, facts: GpuFacts, tools: Too
  */
 async function freeRestoreThreads(
   { what }: RestoreWithDevice,
-  processes: readonly { readonly pid: number }[],
-  { means, helpers, limits }: Tools,
+  processes: readonly { readonly pid: number; readonly restoreThread?: number }[],
+  { helpers, limits }: Tools,
 ): Promise<AsyncDisposable> {
   const stopped = processes.filter(({ pid }) => processStat(pid)?.state === "T");
   if (stopped.length === 0) return { [Symbol.asyncDispose]: async () => {} };
-  const withThreads = await Promise.all(
-    stopped.map(async ({ pid }) => ({ pid, restoreThread: await means.restoreThread(pid) })),
-  );
+  // The driver isn't asked for it: the process that would answer stands still.
+  const withThreads = stopped.map(({ pid, restoreThread }) => ({
+    pid,
+    restoreThread: threadsOf(pid).find((tid) => pidsInNamespaces(tid).at(-1) === restoreThread),
+  }));
+  const without = withThreads.find(({ restoreThread }) => restoreThread === undefined);
+  if (without)
+    throw new CedanaError(
+      `process ${without.pid} of ${what} stands still, and its thread that restores its GPU state is not to be found`,
+    );
   await holdThreads(helpers, limits, withThreads);
   for (const { pid } of stopped) process.kill(pid, "SIGCONT");
   await waitUntilHeld(helpers, limits, what);

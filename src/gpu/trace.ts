@@ -41,6 +41,7 @@ export interface Trace {
   };
 }
 
+const HEAD = '{"displayTimeUnit":"ns","traceEvents":[';
 const MAX_FILE_BYTES = 512 * 1024 ** 2;
 const MAX_FILES = 4096;
 
@@ -59,13 +60,20 @@ export async function readTraces(path: string): Promise<Trace> {
     traceEvents: [],
     otherData: { dropped: 0, broken: 0, calls: {} },
   };
-  // Both parts of a process have the sums of all its calls: the newer's count, where it has come to have some.
-  const summed = new Set<string>();
-  for (const file of files.toSorted((a, b) => Number(isOlder(a)) - Number(isOlder(b)))) {
-    const trace = parseTrace(await readBounded(file));
-    const process = file.replace(/(\.old)?\.json$/, "");
-    addTrace(whole, trace, !summed.has(process));
-    if (Object.keys(trace.otherData.calls).length > 0) summed.add(process);
+  // Both parts of a process have the sums of all its calls: the newer's count, where it has come to have some. Where a kill has cut off
+  // the sums, they are made of the events that are left.
+  const parts = Map.groupBy(files, (file) => file.replace(/(\.old)?\.json$/, ""));
+  for (const of of parts.values()) {
+    const traces: Trace[] = [];
+    for (const file of of.toSorted((a, b) => Number(isOlder(b)) - Number(isOlder(a))))
+      traces.push(parseTrace(await readBounded(file)));
+    const summed = traces.findLast(({ otherData }) => Object.keys(otherData.calls).length > 0);
+    for (const { traceEvents, otherData } of traces) {
+      for (const event of traceEvents) whole.traceEvents.push(event);
+      whole.otherData.broken += otherData.broken;
+    }
+    whole.otherData.dropped += summed?.otherData.dropped ?? 0;
+    addSums(whole, summed?.otherData.calls ?? sumsOf(traces.flatMap(({ traceEvents }) => traceEvents)));
   }
   return whole;
 }
@@ -99,8 +107,9 @@ export function parseTrace(text: string): Trace {
     otherData: { dropped: 0, broken: 0, calls: {} },
   };
   const [head = "", ...lines] = text.split("\n");
-  if (!/"traceEvents":\[$/.test(head))
-    throw new InvalidRequest("it does not begin as a trace of the GPU interception does");
+  // Of a process that was killed before or within its first write.
+  if (lines.length === 0 && HEAD.startsWith(head)) return trace;
+  if (head !== HEAD) throw new InvalidRequest("it does not begin as a trace of the GPU interception does");
   for (const line of lines) {
     if (line === "") continue;
     if (line.startsWith("]")) {
@@ -149,27 +158,32 @@ function parseOrNothing(text: string): unknown {
 
 const isOlder = (file: string) => file.endsWith(".old.json");
 
-function addTrace(whole: Trace, { traceEvents, otherData }: Trace, withSums: boolean): void {
-  for (const event of traceEvents) whole.traceEvents.push(event);
-  whole.otherData.broken += otherData.broken;
-  if (!withSums) return;
-  whole.otherData.dropped += otherData.dropped;
-  for (const [name, total] of Object.entries(otherData.calls)) {
-    const sum = Object.hasOwn(whole.otherData.calls, name)
-      ? whole.otherData.calls[name]!
-      : { calls: 0, bytes: 0, ns: 0, errors: 0 };
-    Object.defineProperty(whole.otherData.calls, name, {
-      enumerable: true,
-      configurable: true,
-      writable: true,
-      value: {
-        calls: sum.calls + total.calls,
-        bytes: sum.bytes + total.bytes,
-        ns: sum.ns + total.ns,
-        errors: sum.errors + total.errors,
-      },
+function addSums(whole: Trace, calls: Trace["otherData"]["calls"]): void {
+  const sums = new Map(Object.entries(whole.otherData.calls));
+  for (const [name, total] of Object.entries(calls)) {
+    const sum = sums.get(name) ?? { calls: 0, bytes: 0, ns: 0, errors: 0 };
+    sums.set(name, {
+      calls: sum.calls + total.calls,
+      bytes: sum.bytes + total.bytes,
+      ns: sum.ns + total.ns,
+      errors: sum.errors + total.errors,
     });
   }
+  whole.otherData.calls = Object.fromEntries(sums);
+}
+
+function sumsOf(events: readonly TraceEvent[]): Trace["otherData"]["calls"] {
+  const sums = new Map<string, EntryPointTotal>();
+  for (const { name, ph, dur, args } of events) {
+    if (ph !== "X") continue;
+    const sum = sums.get(name) ?? { calls: 0, bytes: 0, ns: 0, errors: 0 };
+    sum.calls++;
+    sum.bytes += Number(args?.bytes) || 0;
+    sum.ns += Math.round((Number(dur) || 0) * 1000);
+    sum.errors += args?.error === undefined ? 0 : 1;
+    sums.set(name, sum);
+  }
+  return Object.fromEntries(sums);
 }
 
 /** Entry points by the time spent in them, a line each. */

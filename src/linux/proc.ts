@@ -155,16 +155,19 @@ export function tracerPid(pid: number): number | undefined {
   return text === undefined ? undefined : Number(/^TracerPid:\s*(\d+)$/m.exec(text)?.[1] ?? 0);
 }
 
-/** The process's child processes; of all its threads, because each thread has its own children. */
-export function childrenOf(pid: number): number[] {
-  let threads: string[];
+/** Ids of the process's threads; empty when it has ended. */
+export function threadsOf(pid: number): number[] {
   try {
-    threads = readdirSync(`/proc/${pid}/task`);
+    return readdirSync(`/proc/${pid}/task`).map(Number);
   } catch (err) {
     if (hasEnded(err)) return [];
     throw err;
   }
-  return threads.flatMap((thread) =>
+}
+
+/** The process's child processes; of all its threads, because each thread has its own children. */
+export function childrenOf(pid: number): number[] {
+  return threadsOf(pid).flatMap((thread) =>
     (readProc(`/proc/${pid}/task/${thread}/children`) ?? "").split(" ").filter(Boolean).map(Number),
   );
 }

@@ -2,6 +2,7 @@ import { dirname } from "node:path";
 import type { DumpRequest } from "../checkpoint/dump.ts";
 import { CheckpointStore, type StoreOwner } from "../checkpoint/store.ts";
 import { allowedAnnotations, storeOwner } from "./annotated-checkpoint.ts";
+import type { Configuration } from "./configuration.ts";
 import { type CedanaAnnotations, containerNameOf, type OciSpec, podNameOf } from "./spec.ts";
 
 /** Where the checkpoint goes that a container gets instead of a signal, and what it holds. */
@@ -23,12 +24,24 @@ export interface SignalCheckpoint {
  * What its checkpoints are called: by its key, else by its own annotation, else as its pod and container are, else by its id.
  */
 export function checkpointNameOf(
-  { autoResume, checkpointName }: CedanaAnnotations,
+  { autoResume, checkpointName }: { autoResume?: string | undefined; checkpointName?: string | undefined },
   spec: OciSpec,
   id: string,
 ): string {
   const [pod, container] = [podNameOf(spec), containerNameOf(spec)];
   return autoResume ?? checkpointName ?? (pod && container ? `${pod}.${container}` : id);
+}
+
+/** Which changed files come along; undefined: none. The administrator's bounds hold for everybody. */
+export function rootfsOf(
+  { rootfsDiff, rootfsExclude, rootfsMaxBytes }: CedanaAnnotations,
+  bounds: Configuration["checkpoints"],
+): DumpRequest["rootfs"] {
+  if (rootfsDiff === false) return undefined;
+  return {
+    exclude: [...bounds.rootfsExclude, ...(rootfsExclude ?? [])],
+    maxBytes: Math.min(bounds.rootfsMaxBytes, rootfsMaxBytes ?? Number.POSITIVE_INFINITY),
+  };
 }
 
 /**
@@ -44,7 +57,7 @@ export async function placeForSignal(
   const asked = await allowedAnnotations(spec);
   if (!asked) return undefined;
   const { annotations, configuration } = asked;
-  const { directory, keepLast, rootfsExclude, rootfsMaxBytes } = configuration.checkpoints;
+  const { directory, keepLast } = configuration.checkpoints;
   const store = new CheckpointStore(directory);
   const owner = storeOwner(spec, namespace);
   const name = checkpointNameOf(annotations, spec, id);
@@ -55,13 +68,7 @@ export async function placeForSignal(
     name,
     place: { directory: dirname(place), generation: place.slice(dirname(place).length + 1) },
     origin: { name, trigger: "signal" },
-    rootfs:
-      annotations.rootfsDiff === false
-        ? undefined
-        : {
-            exclude: [...rootfsExclude, ...(annotations.rootfsExclude ?? [])],
-            maxBytes: Math.min(rootfsMaxBytes, annotations.rootfsMaxBytes ?? Number.POSITIVE_INFINITY),
-          },
+    rootfs: rootfsOf(annotations, configuration.checkpoints),
     digests: "afterwards",
     resumable: annotations.autoResume !== undefined,
     keep: annotations.keepLast ?? keepLast,

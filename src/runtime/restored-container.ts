@@ -41,7 +41,7 @@ export function restoredContainer(
   };
 }
 
-/** A container of a pod joins the pod's namespace, but CRIU gives it one of its own: CRI says the pod's name in the environment. */
+/** A container of a pod has the pod's, which CRI says in the environment: what CRIU restores must not give it the name of another pod. */
 function hostnameOf(spec: OciSpec): string | undefined {
   if (spec.hostname) return spec.hostname;
   const uts = spec.linux?.namespaces?.find(({ type }) => type === "uts");

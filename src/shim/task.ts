@@ -976,7 +976,7 @@ export class Task {
       else if (this.init.exit) await thawNoted(this.bundle);
       await rm(marker, { force: true });
       const { abandonAttempt } = await import("../checkpoint/dump.ts");
-      const kept = await abandonAttempt(this.bundle, async () => {});
+      const kept = await abandonAttempt(this.bundle, async () => this.init.exit !== undefined);
       if (kept !== undefined) this.#log.warn({ kept }, "kept the images of a dump that a crash cut off");
       this.#log.warn("thawed: it had been frozen for a dump that a crash cut off");
     } catch (error) {

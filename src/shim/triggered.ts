@@ -1,27 +1,22 @@
 import { randomUUID } from "node:crypto";
 import { existsSync } from "node:fs";
-import { copyFile, mkdir, readdir, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Compression } from "../checkpoint/archive/compressions.ts";
-import { IMAGES_DIRECTORY } from "../checkpoint/archive/layout.ts";
 import { abandonAttempt, type DumpOutcome, dump, type EngineDump } from "../checkpoint/dump.ts";
 import { thawNoted } from "../checkpoint/freeze-marker.ts";
 import { MANIFEST_NAME, readManifest } from "../checkpoint/manifest.ts";
 import { offerCheckpoint } from "../checkpoint/resume.ts";
 import { CheckpointStore, type StoredCheckpoint, type StoreOwner } from "../checkpoint/store.ts";
+import { endOfWriters } from "../checkpoint/writers.ts";
 import { InvalidRequest, NotFound, RuntimeFailed, WrongState } from "../errors/index.ts";
-import { isAlive, startTime } from "../linux/proc.ts";
+import { startTime } from "../linux/proc.ts";
 import { allowedAnnotations } from "../runtime/annotated-checkpoint.ts";
-import { type Configuration, readConfiguration } from "../runtime/configuration.ts";
+import { checkpointNameOf as nameOf, rootfsOf } from "../runtime/checkpoint-on.ts";
+import { readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
-import {
-  cedanaAnnotations,
-  containerNameOf,
-  type OciSpec,
-  podNameOf,
-  podNamespaceOf,
-} from "../runtime/spec.ts";
+import { cedanaAnnotations, type OciSpec, podNamespaceOf } from "../runtime/spec.ts";
 import { dumpTarget, engineCheckpoint, withFeatures } from "./checkpoint.ts";
 import { dumpPolicy } from "./criu-policy.ts";
 import * as events from "./events.ts";
@@ -139,11 +134,9 @@ export async function checkpointAtEnd(task: Task, signal: AbortSignal): Promise<
   });
 }
 
-/** What its checkpoints are called. */
+/** What its checkpoints are called, but those of a key. */
 export function checkpointNameOf(task: Task, spec: OciSpec): string {
-  const { checkpointName } = cedanaAnnotations(spec);
-  const [pod, container] = [podNameOf(spec), containerNameOf(spec)];
-  return checkpointName ?? (pod && container ? `${pod}.${container}` : task.id);
+  return nameOf({ ...cedanaAnnotations(spec), autoResume: undefined }, spec, task.id);
 }
 
 async function alone<T>(task: Task, work: () => Promise<T>): Promise<T> {
@@ -282,7 +275,7 @@ async function dumpInto(
       },
       leaveRunning: !record.exit,
       policy: dumpPolicy(undefined, spec),
-      rootfs: rootfsOf(spec, checkpoints, annotations.deny),
+      rootfs: rootfsOf(cedanaAnnotations(spec, { denied: annotations.deny }), checkpoints),
       digests: "afterwards",
       origin: { name: record.name, trigger: record.trigger },
     },
@@ -306,20 +299,6 @@ async function dumpInto(
   return outcome;
 }
 
-/** Which changed files come along; undefined: none. The administrator's bounds hold for everybody. */
-function rootfsOf(
-  spec: OciSpec,
-  { rootfsExclude, rootfsMaxBytes }: Configuration["checkpoints"],
-  denied: readonly string[],
-) {
-  const wanted = cedanaAnnotations(spec, { denied });
-  if (wanted.rootfsDiff === false) return undefined;
-  return {
-    exclude: [...rootfsExclude, ...(wanted.rootfsExclude ?? [])],
-    maxBytes: Math.min(rootfsMaxBytes, wanted.rootfsMaxBytes ?? Number.POSITIVE_INFINITY),
-  };
-}
-
 // ---- the engine, over crashes ----------------------------------------------------------------------------------------
 
 /** The engine's `checkpoint`; after a crash, the outcome of the one that was started then. @throws RuntimeFailed */
@@ -330,7 +309,7 @@ async function checkpointOnce(
   repeated: boolean,
 ): Promise<void> {
   if (repeated) {
-    await endOfDump(engineDump.imagePath);
+    await endOfWriters(engineDump.imagePath);
     // CRIU writes its statistics when it has succeeded, and its log from the beginning on.
     const has = async (name: string) =>
       (await stat(join(engineDump.workPath, name)).catch(() => undefined)) !== undefined;
@@ -341,33 +320,10 @@ async function checkpointOnce(
   await engineCheckpoint(task, task.pod.keeper.ownTag("checkpoint"), engine, engineDump);
 }
 
-/** Waits until no process works on these images any more: neither an engine that was told to, nor the CRIU that it left behind. */
-async function endOfDump(imagePath: string): Promise<void> {
-  for (const pid of (await readdir("/proc")).filter((name) => /^\d+$/.test(name)).map(Number)) {
-    const started = startTime(pid);
-    if (started === undefined || !(await worksOn(pid, imagePath))) continue;
-    while (isAlive(pid, started)) await new Promise((resolve) => setTimeout(resolve, 10));
-  }
-}
-
-async function worksOn(pid: number, imagePath: string): Promise<boolean> {
-  const command = await readFile(`/proc/${pid}/cmdline`, "utf8").catch(() => ""); // it has ended
-  const words = command.split("\0");
-  if (words.includes(imagePath)) return true;
-  if (!/(^|\/)criu$/.test(words[0] ?? "")) return false;
-  const fds = await readdir(`/proc/${pid}/fd`).catch(() => []);
-  for (const fd of fds)
-    if ((await readlink(`/proc/${pid}/fd/${fd}`).catch(() => "")).startsWith(imagePath)) return true;
-  return false;
-}
-
 /** A dump that took cedanad along again and again: what it left is undone, or kept where it is the container's last. */
 async function giveUp(task: Task, record: DumpRecord): Promise<void> {
   const scratch = scratchOf(task);
-  const kept = await abandonAttempt(
-    scratch,
-    async (staging) => await endOfDump(join(staging, IMAGES_DIRECTORY)),
-  );
+  const kept = await abandonAttempt(scratch, async () => task.init.exit !== undefined);
   if (task.init.state !== "paused") await thawNoted(scratch);
   await rm(scratch, { recursive: true, force: true });
   task.log.error(

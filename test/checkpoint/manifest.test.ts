@@ -324,6 +324,7 @@ describe("the schema in the repository", () => {
           pidInContainer: 1,
           comm: "python",
           before: "running",
+          restoreThread: 7,
           devices: ["a0".repeat(16)],
           memoryBytes: 1,
           times: { lockMs: 1, checkpointMs: 2.5, restoreMs: 3, unlockMs: 4 },

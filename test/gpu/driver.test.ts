@@ -1,6 +1,6 @@
 // The addon's calls in the helper process, and the rules of the stand-in driver, without any container.
 
-import { readFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { TimedOut, Unavailable, Unsupported } from "../../src/errors/index.ts";
@@ -182,6 +182,27 @@ describe("the driver's calls, by the helper, on the stand-in driver", () => {
     );
     using _none = withEnvironment({ CEDANA_GPU_DRIVER: "/nonexistent/libcuda.so.1" });
     await expect(chooseMeans(new HelperKeeper(), limits, who)).rejects.toThrow(/cannot open shared object/);
+  });
+
+  it("are made by the means that the administrator has chosen, and no other", async () => {
+    using _ = withEnvironment({
+      CEDANA_GPU_MEANS: "criu-plugin",
+      CEDANA_GPU_PROGRAM: join(directory, "cuda-checkpoint"),
+    });
+    await using helpers = new HelperKeeper();
+    await expect(chooseMeans(helpers, limits, who)).rejects.toThrow(
+      "the GPU state can't be checkpointed: CRIU has no CUDA plugin",
+    );
+    using place = new Gpus();
+    writeFileSync(join(place.path, "cuda_plugin.so"), "");
+    using _plugin = withEnvironment({ CRIU_LIBS_DIR: place.path });
+    expect(await chooseMeans(helpers, limits, who)).toBe("criu-plugin");
+    using _program = withEnvironment({ CEDANA_GPU_MEANS: "cuda-checkpoint" });
+    expect(await chooseMeans(helpers, limits, who)).toBeInstanceOf(ProgramMeans);
+    using _none = withEnvironment({ CEDANA_GPU_MEANS: "magic" });
+    await expect(chooseMeans(helpers, limits, who)).rejects.toThrow(
+      /may be driver, cuda-checkpoint, criu-plugin/,
+    );
   });
 
   it("refuse to move memory with a driver that can't", async () => {

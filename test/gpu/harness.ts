@@ -61,7 +61,16 @@ export class Gpus implements Disposable {
 
   /** The driver's calls from now on, each as "OPERATION NAME". */
   watchCalls(): () => string[] {
-    const path = join(this.path, "calls");
+    return this.#watch("calls");
+  }
+
+  /** Who asks NVML from now on: each helper does, before anything else. */
+  watchQueries(): () => string[] {
+    return this.#watch("queries");
+  }
+
+  #watch(name: string): () => string[] {
+    const path = join(this.path, name);
     writeFileSync(path, "", { mode: 0o666 });
     return () => readFileSync(path, "utf8").split("\n").filter(Boolean);
   }

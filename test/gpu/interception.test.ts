@@ -10,7 +10,7 @@ import { readTraces, type Trace } from "../../src/gpu/trace.ts";
 import { isAlive } from "../../src/linux/proc.ts";
 import { cached } from "../live/harness/programs.ts";
 import { until } from "../live/harness/until.ts";
-import { standIn } from "./harness.ts";
+import { onRealGpu, standIn } from "./harness.ts";
 
 /*
  * The interception library as it is built, in front of the stand-in driver, and in front of one that only says what it was called with.
@@ -188,6 +188,22 @@ describe("the library", () => {
       expect(lines.join("\n")).not.toContain("FAILED");
     },
   );
+});
+
+/** The opt-in tier: the same clients, and the same library in front of the machine's own driver. */
+describe.runIf(onRealGpu)("on a real GPU, the library", () => {
+  it.each(["linked", "dlsym", "procaddress"])("reports, quiesces and traces a client (%s)", async (way) => {
+    const client = start(`client-${way}`, ["--bytes", "8192"], { ...tracing(), LD_LIBRARY_PATH: "" });
+    await event("the client counts", () => client.lines.length > 2);
+    expect((await reportOf(client.pid)).devices[0]!.memory.device).toEqual({ count: 2, bytes: 16384 });
+    expect((await quiesce(client.pid, { deadlineMs: 20_000, leaseMs: 0 }))!.state).toBe("quiesced");
+    await resume(client.pid);
+    const before = client.lines.length;
+    await event("it counts on", () => client.lines.length > before + 2);
+    expect(client.lines.join("\n")).not.toContain("FAILED");
+    const { calls } = (await readTraces(join(place, "trace"))).otherData;
+    expect(calls.cuLaunchKernel?.calls).toBeGreaterThan(2);
+  });
 });
 
 describe("a report", () => {

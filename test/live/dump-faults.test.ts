@@ -5,14 +5,12 @@ import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import { dumpSteps } from "../../src/checkpoint/dump.ts";
 import { readManifest, verifyFiles } from "../../src/checkpoint/manifest.ts";
+import { boundariesOf } from "./harness/boundaries.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
 import { until } from "./harness/until.ts";
 
-const boundaries = dumpSteps.flatMap((step, index) => [
-  `dump.${step.name}.before`,
-  ...(index < dumpSteps.length - 1 ? [`dump.${step.name}.after`] : []),
-]);
+const boundaries = boundariesOf("dump", dumpSteps);
 
 describe("a crash of cedanad in a dump", () => {
   // Two crashes within a second each: the keeper waits between its attempts, some 2 s a boundary.

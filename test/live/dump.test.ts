@@ -10,6 +10,7 @@ import { dumpSteps } from "../../src/checkpoint/dump.ts";
 import { readManifest } from "../../src/checkpoint/manifest.ts";
 import { CheckpointStore } from "../../src/checkpoint/store.ts";
 import { verifyImages } from "../../src/criu/image/index.ts";
+import { boundariesOf } from "./harness/boundaries.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
@@ -294,10 +295,7 @@ describe("with runc", () => {
 
 describe("a crash of cedanad while it takes a checkpoint of its own will", () => {
   const boundaries = [
-    ...dumpSteps.flatMap((step, index) => [
-      `dump.${step.name}.before`,
-      ...(index < dumpSteps.length - 1 ? [`dump.${step.name}.after`] : []),
-    ]),
+    ...boundariesOf("dump", dumpSteps),
     "triggered.archive.before",
     "triggered.prune.before",
     "triggered.done.before",

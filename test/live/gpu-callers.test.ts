@@ -51,6 +51,33 @@ describe.skipIf(missingRunc)(`GPUs by ctr${missingRunc ? ` (${missingRunc})` : "
     await countsOn(after);
   });
 
+  it("are checkpointed by NVIDIA's program where the administrator wants that", async () => {
+    const directory = await standIn();
+    using gpus = new Gpus("/run");
+    await using live = await Live.start({
+      containerd: "2.1",
+      engine: "runc",
+      env: {
+        ...driverEnvironment(directory, gpus),
+        CEDANA_GPU_PROGRAM: join(directory, "cuda-checkpoint"),
+        CEDANA_GPU_MEANS: "cuda-checkpoint",
+      },
+    });
+    const task = await runClient(live, directory, gpus, ["--devices", "2"]);
+    await countsOn(task);
+    const image = await task.checkpoint({ exit: true });
+    await task.exited;
+    await task[Symbol.asyncDispose]();
+    const { gpu } = JSON.parse(readFileSync(join(image, "cedana.json"), "utf8"));
+    expect(gpu).toMatchObject({ means: "cuda-checkpoint", processes: [{ comm: "client" }] });
+    gpus.wipe();
+    await using after = await runClient(live, directory, gpus, [], {
+      criuImagePath: image,
+      annotations: { "cedana.io/gpu-map": "0=1,1=0" },
+    });
+    await countsOn(after);
+  });
+
   it("cost a container without any nothing: nothing is started, nothing loaded", async () => {
     const directory = await standIn();
     using gpus = new Gpus("/run");
@@ -61,15 +88,20 @@ describe.skipIf(missingRunc)(`GPUs by ctr${missingRunc ? ` (${missingRunc})` : "
     });
     await using task = await live.run(["counter"], gpuOptions(directory, gpus)); // devices, but no client
     await task.nextNumber();
-    const seen = gpus.watchCalls();
+    const [seen, queries] = [gpus.watchCalls(), gpus.watchQueries()];
     const image = await task.checkpoint();
     const manifest = JSON.parse(readFileSync(join(image, "cedana.json"), "utf8"));
     expect(manifest.gpu).toBeUndefined();
-    expect(manifest.timings.findDevices).toBeLessThan(50); // starting a helper takes more
-    expect(seen()).toEqual([]);
+    expect([...seen(), ...queries()]).toEqual([]);
     expect(existsSync(join(live.runDir, "gpu"))).toBe(false);
     const { pid } = live.cedanad()!;
     expect(readFileSync(`/proc/${pid}/maps`, "utf8")).not.toContain("libcuda");
+    // One with a client is noticed by the same means.
+    await using client = await runClient(live, directory, gpus);
+    await countsOn(client);
+    await client.checkpoint();
+    expect(queries().length).toBe(1);
+    expect(seen().length).toBe(4);
   });
 });
 

@@ -35,7 +35,7 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
       ...combination,
       env: {
         ...driverEnvironment(directory, gpus),
-        CEDANA_GPU_DEADLINES: "lock=1000,checkpoint=1000,restore=1000,unlock=1000,ask=5000",
+        CEDANA_GPU_DEADLINES: "lock=1500,checkpoint=1500,restore=1500,unlock=1500,ask=8000",
         CEDANA_DAEMON: daemon.program,
       },
     });
@@ -102,7 +102,7 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
     const image = mkdtempSync(join(live.dir, "image-"));
     for (const [fault, message] of [
       ["lock@client2=hang", /lock on process \d+ did not return in \d+ ms/],
-      ["checkpoint@client=hang", /checkpoint on process \d+ did not return in 1000 ms/],
+      ["checkpoint@client=hang", /checkpoint on process \d+ did not return in 1500 ms/],
       ["restore@client2=error:46", /did not get their GPU back.*restore .*\(client2\).*46/],
       ["restore@client=hang", /did not get their GPU back.*restore on process/],
       ["unlock@client2=error:999", /did not get their GPU back.*unlock/],

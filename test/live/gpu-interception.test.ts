@@ -99,6 +99,25 @@ for (const combination of enginesForCheckpoints) {
       await countsOn(task);
     });
 
+    it("is held only as long as its driver locks it, whatever becomes of cedanad", async () => {
+      await using task = await runClient(live, directory, gpus, [], { annotations: intercept });
+      await countsOn(task);
+      const stateIs = (state: string) =>
+        until(
+          async () =>
+            (await interceptionReport(task.pid).catch(() => undefined))?.state === state || undefined,
+          { everyMs: 20, timeoutMs: 25_000, what: () => `the process to be ${state}` },
+        );
+      gpus.faults("lock=slow:1500");
+      const checkpoint = task.checkpoint();
+      await stateIs("quiesced");
+      await live.killCedanad();
+      await checkpoint; // the next cedanad does it again
+      gpus.faults();
+      await stateIs("running");
+      await countsOn(task);
+    });
+
     it("traces where the administrator allows it, and goes on with it after a restore", async () => {
       await expect(runClient(live, directory, gpus, [], { annotations: traced })).rejects.toThrow(
         /cedana\.io\/gpu-tracing lets a container write files on this node, which its administrator has not allowed/,

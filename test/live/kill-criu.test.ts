@@ -8,6 +8,7 @@ import { DeadlyCriu, dumpMoments, restoreMoments } from "./harness/deadly-criu.t
 import { Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
 import { entries } from "./harness/system.ts";
+import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
 
 const ROUNDS = process.env.CEDANA_SOAK ? 40 : 3;
@@ -25,6 +26,12 @@ function criuIn(bundle: string): number[] {
         return false; // it has ended
       }
     });
+}
+
+function numberAfter(task: LiveTask, what: string): Promise<number> {
+  return task.nextNumber().catch((cause) => {
+    throw new Error(`nothing more of a container after the end of ${what}`, { cause });
+  });
 }
 
 const nonEmpty = <T>(list: T[]) => (list.length > 0 ? list : undefined);
@@ -77,7 +84,7 @@ for (const combination of enginesForCheckpoints) {
           failed++;
           expect(await task.status(), what).toBe("RUNNING");
           task.stdout.skip();
-          const before = await task.nextNumber();
+          const before = await numberAfter(task, what);
           expect(await task.nextNumber(), what).toBe(before + 1);
           expect(readdirSync(image), what).toEqual([]);
         }
@@ -85,7 +92,7 @@ for (const combination of enginesForCheckpoints) {
       await task.destroy();
     });
 
-    it("leaves the memory right when CRIU is killed while it reads it", async () => {
+    it("leaves the memory right, or no process, when CRIU is killed while it reads it", async () => {
       await using task = await live.run(["memory", "64"]);
       const sum = (await task.stdout.lineMatching(/^ready (\S+)/))[1];
       for (let round = 0; round < ROUNDS; round++) {
@@ -104,10 +111,11 @@ for (const combination of enginesForCheckpoints) {
         }
         const outcome = await dump;
         if (outcome === "done" || killed === 0) continue; // it had the last word
-        expect(await task.status()).toBe("RUNNING");
+        expect(readdirSync(image)).toEqual([]);
+        // CRIU runs code in the processes: killed in that moment, it takes them along.
+        if ((await task.status()) === "STOPPED") return;
         task.stdout.skip();
         expect((await task.stdout.lineMatching(/^\d+ (\S+)/))[1]).toBe(sum);
-        expect(readdirSync(image)).toEqual([]);
       }
     });
 

@@ -273,6 +273,10 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
         const sums = async () => (await ok("logs", "c")).split("\n").length;
         const before = await sums();
         await until(async () => (await sums()) > before, { everyMs: 50, what: () => "it to go on" });
+        const left = () =>
+          entries(join(podman.place.runDir, "oci")).some((name) => name.endsWith(".dumping")) ||
+          entries(join(podman.place.runDir, "c")).some((name) => name.startsWith("oci-"));
+        await until(() => !left(), { what: () => "the end of what the dump had begun" });
         await ok("container", "checkpoint", "--leave-running", "c");
       },
     );

@@ -101,6 +101,10 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       const second = (await numbers("d", 3)).at(-1)!;
       await ok("stop", "--time", "30", "d");
       expect(await ok("wait", "d")).toBe("143");
+      // One that is removed before its start has not continued from anything.
+      await ok("create", "--name", "f", ...flags(keyed), IMAGE, "/programs/counter", "20");
+      await ok("init", "f");
+      await ok("rm", "--force", "f");
       await ok("start", "d");
       const count = (await numbers("d")).length;
       const all = await numbers("d", count + 2);

@@ -151,6 +151,28 @@ describe.skipIf(isControl)("a plugin from outside of the tree", () => {
     await runsOn(task);
   });
 
+  it("makes the check of the node fail while it can't be loaded; the rest of the node is well", async () => {
+    const failure = (await live.cedana("check", "--json").catch((error) => error)) as {
+      code: number;
+      stdout: string;
+    };
+    expect(failure.code).toBe(2);
+    const { ok, rows } = JSON.parse(failure.stdout) as {
+      ok: boolean;
+      rows: { plugin: string; name: string; status: string }[];
+    };
+    expect(ok).toBe(false);
+    const failed = rows.filter(({ status }) => status === "failed");
+    expect(failed.map(({ plugin, name }) => `${plugin}: ${name}`).sort()).toEqual(
+      ["broken", "greedy", "impostor", "missing", "old"].map((name) => `cedana-plugin-${name}: plugin`),
+    );
+    const trial = rows.find(({ name }) => name === "dump of a process with sockets");
+    expect(trial).toMatchObject({ plugin: "criu", status: "ok", summary: "works" });
+    expect(rows.map(({ plugin }) => plugin)).toEqual(
+      expect.arrayContaining(["host", "criu", "runc", "crun", "containerd", "audit"]),
+    );
+  });
+
   it("is in the matrix, and one that can't be loaded is there with its reason and harms nobody", async () => {
     const { columns, rows, errors } = JSON.parse(await live.cedana("features", "--json"));
     expect(columns).toEqual(expect.arrayContaining(["runc", "audit", "kata", "cedana-plugin-old"]));

@@ -146,6 +146,24 @@ describe("cedana.io/restore-from of an archive", () => {
     expect(readdirSync(outside)).toEqual([]);
   });
 
+  it("names a file that the changed ones don't bring, before CRIU runs", async () => {
+    const partial = join(allowed, "partial");
+    mkdirSync(partial, { mode: 0o700 });
+    const command = ["sh", "-c", "echo open >/opened; exec counter 20 7 9</opened"];
+    {
+      await using task = await live.run(command);
+      await task.nextNumber();
+      await task.pause();
+      await task.checkpoint({ imagePath: join(partial, "checkpoint") });
+      await takeRootfsDiff(await overlayLayers("/", task.pid), partial, { exclude: ["/opened"] });
+      await task.resume();
+    }
+    const refused = /can't be restored as this container: \/opened is missing/;
+    await expect(live.run(command, from(partial))).rejects.toThrow(refused);
+    await using task = await live.run(command, from(partial, "fresh"));
+    expect(await task.nextNumber()).toBe(0);
+  });
+
   it("gives a container that starts afresh its own files", async () => {
     const broken = join(allowed, "broken");
     execFileSync("sh", ["-c", `cp -a ${good} ${broken}`]);

@@ -1,10 +1,12 @@
+import { stat } from "node:fs/promises";
 import { isAbsolute } from "node:path";
+import { isDirectory } from "../../checkpoint/archive/index.ts";
 import { type CheckpointProcess, listProcesses } from "../../checkpoint/inspect.ts";
 import { readManifest } from "../../checkpoint/manifest.ts";
 import { findArchive, openDirectoryOf } from "../../checkpoint/open.ts";
 import { CheckpointStore, type StoredCheckpoint, type StoreOwner } from "../../checkpoint/store.ts";
 import { verifyCheckpoint as verify } from "../../checkpoint/verify.ts";
-import { BrokenImage, InvalidRequest, messageOf } from "../../errors/index.ts";
+import { BrokenImage, InvalidRequest, messageOf, NotFound, SyscallFailed } from "../../errors/index.ts";
 import type {
   CheckpointInit,
   CheckpointRef,
@@ -34,6 +36,10 @@ export async function directoryOf(ref: CheckpointRef | undefined): Promise<strin
     throw new InvalidRequest("name a checkpoint by its path, or by its owner's namespace and its name");
   if (ref.path !== "") {
     if (!isAbsolute(ref.path)) throw new InvalidRequest(`checkpoint ${ref.path} is not an absolute path`);
+    await stat(ref.path).catch((error: NodeJS.ErrnoException) => {
+      if (error.code !== "ENOENT" && error.code !== "ENOTDIR") throw SyscallFailed.from(error);
+      throw new NotFound(`checkpoint ${ref.path} does not exist`, { cause: error });
+    });
     return ref.path;
   }
   if (ref.namespace === "")
@@ -78,6 +84,10 @@ export async function inspectCheckpoint({
   checkpoint,
 }: InspectCheckpointRequest): Promise<InspectCheckpointResponseInit> {
   const path = await directoryOf(checkpoint);
+  if (!(await isDirectory(path)))
+    throw new InvalidRequest(
+      `${path} is not a directory: of an archive, \`cedana archive show\` says what it is`,
+    );
   // What is in an archive is known by its manifest; its processes only by unpacking it.
   const archived = await findArchive(path);
   if (archived) return { path, manifestJson: JSON.stringify(archived.manifest) };

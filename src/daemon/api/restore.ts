@@ -1,4 +1,4 @@
-import { readManifest } from "../../checkpoint/manifest.ts";
+import { isDirectory } from "../../checkpoint/archive/index.ts";
 import { findArchive, openDirectoryOf } from "../../checkpoint/open.ts";
 import { InvalidRequest } from "../../errors/index.ts";
 import type { RestoreContainerEventInit, RestoreContainerRequest } from "../../proto/generated/cedana_api.ts";
@@ -18,7 +18,9 @@ export async function restoreContainer(
   const dumped = await dumpedContainer(checkpoint);
   const id = request.id || dumped;
   if (id === undefined)
-    throw new InvalidRequest(`checkpoint ${checkpoint} doesn't say of which container it is: name one`);
+    throw new InvalidRequest(
+      `checkpoint ${checkpoint} doesn't say of which container it is: name one (--id), and whom a new one is like (--like)`,
+    );
   using containerd = await Containerd.open(request.address || CONTAINERD_SOCKET, namespace);
   const { pid, created } = await restoreInContainerd(containerd, {
     checkpoint,
@@ -32,8 +34,9 @@ export async function restoreContainer(
   await send({ result: { namespace, id, pid, checkpoint, created, totalMs: Date.now() - startedAt } });
 }
 
-/** undefined: another program took it */
+/** undefined: another program took it, or it is a file that would have to be read to its end to know */
 async function dumpedContainer(checkpoint: string): Promise<string | undefined> {
+  if (!(await isDirectory(checkpoint))) return undefined;
   const { manifest } = (await findArchive(checkpoint)) ?? (await openDirectoryOf(checkpoint));
-  return manifest?.containerId ?? (await readManifest(checkpoint))?.containerId;
+  return manifest?.containerId;
 }

@@ -128,15 +128,22 @@ function specFor({ id, spec }: Container, newId: string): Container["spec"] {
   return { typeUrl: spec.typeUrl, value: Buffer.from(JSON.stringify(json)) };
 }
 
+/** containerd's CRI labels what is Kubernetes': the kubelet would not know of a container that we make. */
+const CRI_LABEL = "io.cri-containerd.kind";
+
 /** The runtime's options as the container has them, with the checkpoint. */
-function optionsFor({ id, runtime }: Container, checkpoint: string) {
+function optionsFor({ id, labels, runtime }: Container, checkpoint: string) {
+  if (labels[CRI_LABEL] !== undefined)
+    throw new Unsupported(
+      `container ${id} is Kubernetes': restore it by the annotation cedana.io/restore-from of its pod`,
+    );
   if (!runtime?.name.includes("cedana"))
     throw new Unsupported(
       `container ${id} runs under ${runtime?.name || "no runtime"}: only cedana's shim restores it from here`,
     );
   if (runtime.options && !isOfType(runtime.options, Options))
     throw new Unsupported(
-      `container ${id} has runtime options of the type ${runtime.options.typeUrl}, as Kubernetes' containers do: restore it by the annotation cedana.io/restore-from`,
+      `container ${id} has runtime options of the type ${runtime.options.typeUrl}, which can't carry a checkpoint: restore it by the annotation cedana.io/restore-from`,
     );
   const given = runtime.options ? unpack(runtime.options, Options) : {};
   return pack(Options, { ...given, criuImagePath: checkpoint });

@@ -74,8 +74,9 @@ export async function checkpoint(
   const scratch = scratchOf(call);
   await mkdir(scratch, { recursive: true, mode: 0o700 });
   try {
-    // A pre-dump is no checkpoint yet, and CRIU stops the processes for it by itself, for a moment.
-    if (preDump) {
+    // A pre-dump is no checkpoint yet, and CRIU stops the processes for it by itself, for a moment. With lazy pages the caller reads the
+    // images while CRIU still serves the memory, as --status-fd tells him: they can't be put in their place afterwards.
+    if (preDump || options.has("lazy-pages")) {
       await withImagePath(
         dump.imagePath,
         async () => await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath }),
@@ -117,7 +118,7 @@ export async function checkpoint(
       },
     };
     const workPath = options.value("work-path");
-    await noteFrozen(call.marker, cgroup, async () => {
+    await noteFrozen(call.marker, cgroup, scratch, async () => {
       const request: DumpRequest = {
         key: call.marker,
         repeated: false,

@@ -25,7 +25,7 @@ export interface Marker {
   copied?: boolean | undefined;
   /** restored at create, and standing still until start: the init, and who was stopped when the images were taken, by his own pid */
   restored?: { pid: number; startTime: number; stopped: readonly number[] } | undefined;
-  /** of the checkpoint that it was restored from */
+  /** of the checkpoint that it is restored from, until its processes may run */
   claim?: Claim | undefined;
   /** it is being checkpointed instead of being sent this signal */
   ending?:

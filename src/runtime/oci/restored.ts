@@ -147,8 +147,12 @@ async function restoreAsCreated(
 ): Promise<OciAnswer> {
   const standsStill = call.command === "create";
   const restoring = { ...call, command: "restore", argv: restoreArguments(call, path) };
-  writeMarker(call.marker, { ...marker, claim }); // whoever deletes it after a crash gives the claim back
-  if (claim && !standsStill) await beginClaim(claim);
+  // Whoever deletes it after a crash gives the claim back, until its processes may run.
+  writeMarker(call.marker, { ...marker, claim });
+  if (claim && !standsStill) {
+    await beginClaim(claim);
+    writeMarker(call.marker, marker);
+  }
   let stopped: readonly number[] = [];
   const answer = await restore(restoring, wrapper, {
     byAnnotation: true,
@@ -203,8 +207,8 @@ export async function start(call: OciCall, wrapper: Conversation): Promise<OciAn
     wrapper.become(asGiven(call)); // the engine has the words for one that has ended
     return undefined;
   }
-  const { restored, ...started } = marker;
-  if (marker.claim) await beginClaim(marker.claim);
+  const { restored, claim, ...started } = marker;
+  if (claim) await beginClaim(claim);
   const spec = await readSpec(marker.bundle!);
   const cgroup = await Cgroup.of(restored.pid, cgroupName(spec, call.id));
   for (const pid of await cgroup.pids()) {
@@ -284,7 +288,7 @@ export function signalOfUnstarted(signal: number): number {
 
 /** After its deletion: a checkpoint that it has not run from is there for the next one. */
 export async function giveBack(marker: Marker | undefined): Promise<void> {
-  if (marker?.claim && marker.restored) await returnClaim(marker.claim);
+  if (marker?.claim) await returnClaim(marker.claim);
 }
 
 /** The bundle that a create or run names. */

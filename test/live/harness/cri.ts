@@ -1,4 +1,4 @@
-// What the kubelet says to containerd, as far as the tests go: pods in the node's network, so that no CNI is needed.
+// What the kubelet says to containerd, as far as the tests go: pods in the node's network, or with a host name and an address of their own.
 
 import { mkdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -6,10 +6,15 @@ import { type Live, liveRuntimes } from "./live.ts";
 import type { Message } from "./proto.ts";
 import { until } from "./until.ts";
 
+const POD = 0;
+/** What the kubelet asks for, where a pod doesn't share its processes. */
+const CONTAINER = 1;
 const NODE = 2;
 const states = ["CREATED", "RUNNING", "EXITED"] as const;
 
 export interface PodOptions {
+  /** gives the pod a network of its own, without which its name is the node's */
+  hostname?: string;
   annotations?: Record<string, string>;
 }
 
@@ -18,6 +23,10 @@ export interface CriContainerOptions {
   mounts?: { containerPath: string; hostPath: string }[];
   /** instead of the test image: a checkpoint's archive */
   image?: string;
+}
+
+function namespacesOf(hostname: string | undefined): Message {
+  return hostname ? { network: POD, pid: CONTAINER } : { network: NODE };
 }
 
 /** A pod, as `crictl runp` makes one. */
@@ -40,10 +49,11 @@ export class Pod {
     const config = {
       metadata: { name, uid: `${live.namespace}-${name}`, namespace: "default" },
       logDirectory: logs,
+      hostname: options.hostname ?? "",
       annotations: options.annotations ?? {},
       linux: {
         cgroupParent: `/${live.namespace}`, // where the harness looks for what is left
-        securityContext: { namespaceOptions: { network: NODE } },
+        securityContext: { namespaceOptions: namespacesOf(options.hostname) },
       },
     };
     const { podSandboxId } = await live.client.unary<{ podSandboxId: string }>(
@@ -73,7 +83,7 @@ export class Pod {
           ],
           annotations: options.annotations ?? {},
           logPath: `${name}.log`,
-          linux: { securityContext: { namespaceOptions: { network: NODE } } },
+          linux: { securityContext: { namespaceOptions: namespacesOf(String(this.#config.hostname)) } },
         },
         sandboxConfig: this.#config,
       },

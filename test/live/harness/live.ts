@@ -216,7 +216,37 @@ export class Live {
     );
   }
 
+  /** For pods that aren't in the node's network: an address each on their lo, and nothing else. */
+  #writeCni(): void {
+    const [configuration, programs] = [join(this.dir, "cni"), join(this.dir, "cni-bin")];
+    for (const directory of [configuration, programs]) mkdirSync(directory, { mode: 0o755 });
+    const conflist = { cniVersion: "0.3.1", name: "pods", plugins: [{ type: "address" }] };
+    writeFileSync(join(configuration, "10-pods.conflist"), JSON.stringify(conflist));
+    const cniVersion = "0.3.1";
+    const says = (answer: object) =>
+      `printf '%s\\n' '${JSON.stringify({ cniVersion, ...answer })}' | sed "s|ADDRESS|$address|; s|NETNS|$CNI_NETNS|"`;
+    const script = [
+      "#!/bin/sh",
+      "cat >/dev/null", // its configuration
+      `case "$CNI_COMMAND \${0##*/}" in`,
+      `VERSION*) ${says({ supportedVersions: [cniVersion] })} ;;`,
+      `"ADD address")`,
+      `  echo >>${this.dir}/cni-pods`,
+      `  address=192.0.2.$(wc -l <${this.dir}/cni-pods)`,
+      `  nsenter --net="$CNI_NETNS" sh -c "ip link set lo up && ip address add $address/32 dev lo" >&2 || exit 1`,
+      `  ${says({
+        interfaces: [{ name: "eth0", sandbox: "NETNS" }],
+        ips: [{ version: "4", interface: 0, address: "ADDRESS/32" }],
+      })} ;;`,
+      `ADD*) ${says({ interfaces: [], ips: [] })} ;;`,
+      "esac",
+    ];
+    for (const name of ["address", "loopback"])
+      writeFileSync(join(programs, name), `${script.join("\n")}\n`, { mode: 0o755 });
+  }
+
   #criConfig(): string[] {
+    this.#writeCni();
     const cri = `plugins."io.containerd.grpc.v1.cri"`;
     const byPath = this.options.cri === "path";
     return [
@@ -227,7 +257,8 @@ export class Live {
       `  stream_server_port = "0"`,
       "  netns_mounts_under_state_dir = true",
       `  [${cri}.cni]`,
-      `    conf_dir = "${this.dir}/cni"`, // empty: pods are in the node's network
+      `    conf_dir = "${this.dir}/cni"`,
+      `    bin_dir = "${this.dir}/cni-bin"`,
       `  [${cri}.containerd]`,
       `    default_runtime_name = "${liveRuntimes.cri}"`,
       `  [${cri}.containerd.runtimes.${liveRuntimes.cri}]`,
