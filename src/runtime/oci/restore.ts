@@ -28,6 +28,8 @@ import { containerState } from "./state.ts";
 export interface RestoreExtra {
   /** more lines for CRIU's configuration file */
   readonly criuConfig?: readonly string[];
+  /** the files that the container had changed are put back; else the caller has seen to that */
+  readonly rootfs?: boolean;
   /** called with the directory of CRIU's images before they are used */
   readonly beforeEngine?: (imagePath: string) => Promise<void>;
 }
@@ -37,7 +39,7 @@ export interface RestoreExtra {
  * caller's stdio, so that the restored init is a descendant of conmon or the shim; with the options that the images were taken with. In
  * the foreground it lasts as long as the container does, and ends with its status.
  *
- * The caller has made the rest ready: the network namespace, and the files of the root file system.
+ * The caller has made the rest ready: the network namespace, and (but for a restore by annotation) the files of the root file system.
  */
 export async function restore(
   call: OciCall,
@@ -48,6 +50,7 @@ export async function restore(
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
   const [features, spec] = [await engineVersion(call.engine), await readSpec(bundle)];
+  const rootfs = resolve(bundle, spec.root?.path ?? "rootfs");
   const scratch = scratchOf(call);
   const workPath = options.value("work-path");
   const mode = options.value("manage-cgroups-mode");
@@ -64,9 +67,8 @@ export async function restore(
   const target: RestoreTarget = {
     what: `container ${id}`,
     directory: scratch,
-    container: restoredContainer(spec, bundle, features, {
-      rootfs: resolve(bundle, spec.root?.path ?? "rootfs"),
-    }),
+    container: restoredContainer(spec, bundle, features, { rootfs }),
+    ...(extra.rootfs && { rootfs }),
     log: wrapper.log,
     policy: (manifest) => {
       const policy = restorePolicy(options, spec, manifest);

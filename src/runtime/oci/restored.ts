@@ -151,6 +151,7 @@ async function restoreAsCreated(
   }
   let stopped: readonly number[] = [];
   const answer = await restore(restoring, wrapper, {
+    rootfs: true, // the caller knows of no restore
     ...(standsStill && { criuConfig: ["leave-stopped"] }),
     beforeEngine: async (imagePath) => {
       if (standsStill) stopped = await stoppedTasks(imagePath);
