@@ -5,8 +5,10 @@ import { join } from "node:path";
 import { promisify } from "node:util";
 import { type EngineName, GO_SHIM, Live, OURS } from "../test/live/harness/live.ts";
 import { compiled, IMAGE } from "../test/live/harness/programs.ts";
+import { forgetKernelCacheLater } from "../test/live/harness/system.ts";
 
 const run = promisify(execFile);
+process.once("exit", forgetKernelCacheLater());
 
 export type Side = "ours" | "theirs";
 
@@ -36,6 +38,10 @@ export interface Subject {
   /** rounds of which nothing is kept (2) */
   warmUps?: number;
   measure(bench: Bench, side: Side): Promise<Samples>;
+  /** what this machine lacks for it, or undefined */
+  missing?(): string | undefined;
+  /** after the last round, also of one that failed */
+  end?(): Promise<void>;
 }
 
 export interface TimedOptions {
@@ -63,7 +69,8 @@ export class Bench {
   static async start(engine: EngineName): Promise<Bench> {
     const programs = await compiled("bench", join(import.meta.dirname, "programs"));
     // At its usual level: at `debug`, both shims would be measured at writing logs.
-    const live = await Live.start({ containerd: "1.7", engine, runtime: OURS, logLevel: "info" });
+    const env = { CEDANA_CRIU_CACHE: "on" }; // as in service; the Go shim's CRIU has it, too
+    const live = await Live.start({ containerd: "1.7", engine, runtime: OURS, logLevel: "info", env });
     return new Bench(live, engine, programs);
   }
 

@@ -15,10 +15,12 @@ import { repository } from "../test/live/harness/programs.ts";
 import { Bench, type Side, type Subject } from "./bench.ts";
 import { machineFacts } from "./machine.ts";
 import { type Result, resultOf, table } from "./report.ts";
-import { checkpoint } from "./subjects/checkpoint.ts";
+import { checkpoint, largeCheckpoint } from "./subjects/checkpoint.ts";
 import { launcher } from "./subjects/launcher.ts";
+import { lazy } from "./subjects/lazy.ts";
 import { lifecycle, parallel } from "./subjects/lifecycle.ts";
 import { memory } from "./subjects/memory.ts";
+import { passThrough, podmanRuns } from "./subjects/oci-runtime.ts";
 import { firstCall, gap } from "./subjects/recovery.ts";
 import { archiving, standstill } from "./subjects/standstill.ts";
 import { stdout } from "./subjects/stdout.ts";
@@ -29,11 +31,15 @@ const subjects: Subject[] = [
   parallel,
   stdout,
   checkpoint,
+  largeCheckpoint,
   standstill,
   archiving,
+  lazy,
   firstCall,
   memory,
   gap,
+  passThrough,
+  podmanRuns,
 ];
 
 const { values: options } = parseArgs({
@@ -59,6 +65,11 @@ const failures: string[] = [];
 const loads: number[] = [];
 let machine: ReturnType<typeof machineFacts> | undefined;
 for (const subject of chosen) {
+  const missing = subject.missing?.();
+  if (missing !== undefined) {
+    console.log(`SKIPPED ${subject.rows.map(({ name }) => name).join("; ")}: ${missing}`);
+    continue;
+  }
   // A containerd of its own for each: none measures what another has left warm, or broken.
   const bench = await Bench.start(engine);
   try {
@@ -68,6 +79,7 @@ for (const subject of chosen) {
     failures.push(`${subject.rows[0]!.name}: ${(error as Error).message}`); // the others' figures are worth having all the same
   } finally {
     loads.push(loadavg()[0]!);
+    await subject.end?.();
     await bench.live.stop();
   }
 }

@@ -8,6 +8,7 @@
 //            src/gpu/helper           -> dist/gpu-helper.js, the process that loads a GPU driver
 //   native   addon/keeper, addon/gpu  -> build/keeper/cedana-keeper, bin/containerd-shim-cedana-v2, bin/cedana-runtime
 //            addon/binding            -> build/binding/cedana.node
+//            addon/pages              -> build/pages/libcedana-pages.so
 //
 // Everything is put in place by rename: a daemon or a test that runs meanwhile sees the old file or the new one. Plain
 // JavaScript, because any Node from 20 on may run it; what it builds runs under the Node that the package pins.
@@ -41,6 +42,7 @@ async function main(args) {
     if (!only || only === "ts") await buildTypeScript();
     if (!only || only === "native") {
       buildBinding();
+      buildPages();
       buildGpu();
       buildKeeper();
     }
@@ -166,6 +168,31 @@ function buildBinding() {
   fs.renameSync(`${target}.new`, target);
   remember("binding", inputs, flags);
   say("build/binding/cedana.node");
+}
+
+/** With the system's own compiler: CRIU, into which it is loaded, has the system's C library. */
+function buildPages() {
+  const source = at("addon/pages/pages.c");
+  const target = at("build/pages/libcedana-pages.so");
+  const flags = [
+    ...[
+      "-std=c11",
+      "-Os",
+      "-Wall",
+      "-Wextra",
+      "-Wshadow",
+      "-Wstrict-prototypes",
+      "-Wmissing-prototypes",
+      "-Wvla",
+    ],
+    ...["-Werror", "-fPIC", "-shared", "-fvisibility=hidden", "-s"],
+  ];
+  if (!changed("pages", [source], [target], flags)) return;
+  fs.mkdirSync(path.dirname(target), { recursive: true });
+  run("cc", [...flags, source, "-o", `${target}.new`], "a C compiler: apt-get install gcc");
+  fs.renameSync(`${target}.new`, target);
+  remember("pages", [source], flags);
+  say("build/pages/libcedana-pages.so");
 }
 
 function make(directory, settings) {

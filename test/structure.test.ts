@@ -91,6 +91,32 @@ describe("the folders of src/", () => {
     expect(upward).toEqual([]);
   });
 
+  it("ask the registry, and import no plugin", () => {
+    const shared = /^plugins\/(?:features|health|load|matrix|plugin)\.ts$/;
+    const direct = sourceFiles().flatMap((file) =>
+      importsOf(file)
+        .filter((name) => name.startsWith("."))
+        .map((name) => path.relative(source, path.resolve(source, path.dirname(file), name)))
+        .filter(
+          (target) => target.startsWith("plugins/") && !file.startsWith("plugins/") && !shared.test(target),
+        )
+        .map((target) => `src/${file} imports ${target}`),
+    );
+    expect(direct).toEqual([]);
+    // A plugin is known to the loader and to nobody else; two plugins don't know each other.
+    const folderOf = (file: string) => /^plugins\/([^/]+)\//.exec(file)?.[1];
+    const crosswise = sourceFiles().flatMap((file) =>
+      importsOf(file)
+        .filter((name) => name.startsWith("."))
+        .map((name) => path.relative(source, path.resolve(source, path.dirname(file), name)))
+        .filter(
+          (target) => folderOf(target) && folderOf(file) !== folderOf(target) && file !== "plugins/load.ts",
+        )
+        .map((target) => `src/${file} imports ${target}`),
+    );
+    expect(crosswise).toEqual([]);
+  });
+
   it("load gRPC, stores and the command line's framework only when they are needed", () => {
     // cedanad answers its first call of a shim before any of these is loaded; `await import()` is how.
     const heavy = /^(?:@grpc\/|@oclif\/|tar-stream|execa)/;

@@ -118,30 +118,33 @@ function watchDaemon({ live }: Bench) {
   const memory = setInterval(() => {
     most = Math.max(most, rssMiB());
   }, 10);
-  const asked = (async () => {
-    const socket = connect(
-      join(live.runDir, entries(live.runDir).find((name) => /^cedanad.*\.sock$/.test(name))!),
-    );
-    const reader = new MessageReader();
-    while (!over) {
-      waitsMs.push(
-        await timeMs(async () => {
-          socket.write(encodeMessage(messageType.STATUS, {}));
-          await new Promise<void>((resolve, reject) => {
-            socket.once("error", reject);
-            const take = (chunk: Buffer) => {
-              if ([...reader.push(chunk)].length === 0) return;
-              socket.off("data", take);
-              resolve();
-            };
-            socket.on("data", take);
-          });
-        }),
-      );
-      await new Promise((resolve) => setTimeout(resolve, 5));
-    }
-    socket.destroy();
-  })();
+  const socket = connect(
+    join(live.runDir, entries(live.runDir).find((name) => /^cedanad.*\.sock$/.test(name))!),
+  );
+  const reader = new MessageReader();
+  let answered = () => {};
+  socket.on("data", (chunk: Buffer) => {
+    if ([...reader.push(chunk)].length > 0) answered();
+  });
+  const asked = new Promise<void>((resolve, reject) => {
+    socket.on("error", reject);
+    void (async () => {
+      while (!over) {
+        waitsMs.push(
+          await timeMs(async () => {
+            const answer = new Promise<void>((done) => {
+              answered = done;
+            });
+            socket.write(encodeMessage(messageType.STATUS, {}));
+            await answer;
+          }),
+        );
+        await new Promise((next) => setTimeout(next, 5));
+      }
+      socket.destroy();
+      resolve();
+    })();
+  });
   return {
     end: async () => {
       over = true;

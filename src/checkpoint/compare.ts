@@ -7,6 +7,9 @@ import { pathInRoot } from "../linux/root-path.ts";
 import { type CpuFacts, cpuFacts, instructionsMissing } from "./cpu.ts";
 import { isOlder } from "./dump.ts";
 import { type Finding, Found } from "./finding.ts";
+import { explainMissing, gpuMountSource } from "./gpu-mounts.ts";
+import type { GpuNode } from "./gpu-nodes.ts";
+import { compareAddresses, type NetworkOfRestore } from "./identity.ts";
 import type { DumpedFile, DumpedMount, ImageFacts } from "./image-facts.ts";
 import type { OpenCheckpoint } from "./open.ts";
 import { hasRootfsDiff } from "./rootfs-diff/index.ts";
@@ -31,6 +34,11 @@ export interface RestoredContainer {
   readonly cgroupMountPoints: readonly string[];
   readonly maskedPaths: readonly string[];
   readonly devices: readonly string[];
+  /** undefined: as it was */
+  readonly hostname: string | undefined;
+  readonly network: NetworkOfRestore;
+  /** those that are GPUs', as they are to be in the container */
+  readonly gpuNodes?: readonly GpuNode[];
   /** its root file system, where that is there already */
   readonly rootfs?: string | undefined;
 }
@@ -39,12 +47,16 @@ export interface RestoredContainer {
 export interface ExternalMount {
   readonly key: string;
   readonly source: string;
+  /** where its mount point has to be made in the root file system, if there is none */
+  readonly mountPoint?: string | undefined;
 }
 
 export interface Comparison {
   readonly findings: Finding[];
   /** for CRIU, besides what the engine says */
   readonly externalMounts: ExternalMount[];
+  /** established TCP connections can only come back closed */
+  readonly closesTcp: boolean;
 }
 
 /** What differs between the container that was dumped and the one that is to become it. */
@@ -70,12 +82,13 @@ export async function compareToContainer(
       "image",
       `it is of the image ${dumpedImage}, this container of ${container.image}: files that the program has open or mapped must be the same`,
     );
-  if (!facts) return { findings: found.list, externalMounts: [] };
+  if (!facts) return { findings: found.list, externalMounts: [], closesTcp: false };
   const externalMounts = await compareMounts(facts.mounts, container, found);
   // What a rootfs diff brings isn't there yet.
   if (container.rootfs !== undefined && !(await hasRootfsDiff(path)))
     await compareFiles(facts, container, found);
-  return { findings: found.list, externalMounts };
+  const closesTcp = await compareAddresses(facts.sockets, container.network, found);
+  return { findings: found.list, externalMounts, closesTcp };
 }
 
 // ---- mounts ----------------------------------------------------------------------------------------------------------
@@ -91,8 +104,22 @@ async function compareMounts(
   found: Found,
 ): Promise<ExternalMount[]> {
   const external: ExternalMount[] = [];
-  for (const { externalKey: key, root } of mounts) {
+  const rootMount = mounts.find(({ mountPoint }) => mountPoint === "/")?.id;
+  for (const { externalKey: key, root, mountPoint, parentId } of mounts) {
     if (key === undefined) continue;
+    const gpuSource = container.binds.has(key) ? undefined : gpuMountSource(mountPoint, key, root);
+    if (gpuSource !== undefined) {
+      const source = container.binds.get(mountPoint) ?? gpuSource;
+      if (!(await stat(source).catch(() => undefined)))
+        found.list.push({
+          kind: "node",
+          fault: "mount",
+          severity: "error",
+          message: explainMissing(mountPoint, source),
+        });
+      external.push({ key, source, ...(parentId === rootMount && { mountPoint }) });
+      continue;
+    }
     const source = container.binds.get(key);
     if (source !== undefined) {
       if (!(await stat(source).catch(() => undefined)))

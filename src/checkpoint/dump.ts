@@ -1,9 +1,10 @@
 import { renameSync, writeFileSync } from "node:fs";
-import { copyFile, mkdir, readFile, rm, stat } from "node:fs/promises";
+import { copyFile, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
-import { waitForCriu } from "../criu/leftovers.ts";
+import { keepKernelCache } from "../criu/kernel-cache.ts";
+import { unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
 import {
@@ -26,7 +27,15 @@ import { cpuFacts } from "./cpu.ts";
 import { type DeviceDump, deviceSlot } from "./device-slot.ts";
 import { type Follower, followFiles } from "./digest.ts";
 import { dumpFeatures, type PluginDump } from "./features.ts";
-import { freezeMarker, readFreezeNote, thawNoted, thawWherever, writeFreezeNote } from "./freeze-marker.ts";
+import {
+  freezeMarker,
+  hookNote,
+  readFreezeNote,
+  thawNoted,
+  thawWherever,
+  writeFreezeNote,
+} from "./freeze-marker.ts";
+import { findGpuMounts } from "./gpu-mounts.ts";
 import { type CheckpointManifest, type GpuFacts, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
@@ -89,6 +98,8 @@ export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunni
   readonly withoutPlugins: boolean;
   readonly workPath: string;
   readonly networkLock: NetworkLock;
+  /** mounts that the engine doesn't know to come from outside, and what CRIU is to call them */
+  readonly externalMounts: readonly { readonly key: string; readonly source: string }[];
 }
 
 /** What is dumped, as its owner has it: the shim a task, the OCI runtime a container. */
@@ -111,14 +122,33 @@ export interface DumpTarget {
   /** what the manifest says of it */
   readonly facts: Pick<
     CheckpointManifest,
-    "containerId" | "namespace" | "terminal" | "engine" | "specDigest" | "namespaces" | "plugins"
+    | "containerId"
+    | "namespace"
+    | "hostname"
+    | "pod"
+    | "generation"
+    | "terminal"
+    | "engine"
+    | "specDigest"
+    | "namespaces"
+    | "plugins"
   >;
   /** The image that it was made of, as far as that can be found out. */
   image?(): Promise<CheckpointManifest["image"]>;
   /** Does something that other calls for the container wait for; default: nobody else calls. */
   inTurn?<T>(work: () => Promise<T>): Promise<T>;
   readonly log: Pick<Logger, "info" | "warn" | "error">;
+  /**
+   * What the container wants to do itself before it is dumped, in it, while it runs; undefined: nothing.
+   * @throws when the administrator doesn't allow it; what is returned, when the dump is not to be
+   */
+  preDumpHook?(): Promise<(() => Promise<void>) | undefined>;
   cgroup(): Promise<Cgroup>;
+  /**
+   * Waits until all memory of a container that was restored lazily is there; default: it is.
+   * @throws WrongState when it will never be
+   */
+  wholeMemory?(signal: AbortSignal): Promise<void>;
   /** The engine's `checkpoint`. @throws WrongState, RuntimeFailed */
   engineCheckpoint(options: EngineDump): Promise<void>;
 }
@@ -151,11 +181,13 @@ type DumpStep = Step<DumpContext>;
 /** The dump, in order. Each step undoes its own work when a later one fails. */
 export const dumpSteps = [
   validateDumpRequest,
+  waitForMemory, // of a container that was restored lazily; CRIU would leave out what isn't there yet, and say nothing
   openStaging, // what is made is beside its place, and put there on the way back, whole
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
   adaptersOfPlugins, // those of all plugins stand here
   checkOptions, // before anything is frozen
+  preDumpHook, // of the container's own; it may be there to remove what the preflight would find
   findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
   findLayers,
@@ -214,6 +246,7 @@ export async function dump(
   };
   await pluginsLoaded();
   await runChain("dump", dumpSteps.flatMap(withAdapters), context);
+  keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
@@ -286,6 +319,11 @@ async function validateDumpRequest(context: DumpContext, next: () => Promise<voi
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
   if (parentPath && !(await stat(join(absoluteParent(request), "inventory.img")).catch(() => undefined)))
     throw new NotFound(`parent ${parentPath} of the checkpoint of ${target.what} holds no images`);
+  await next();
+}
+
+async function waitForMemory({ target, signal }: DumpContext, next: () => Promise<void>): Promise<void> {
+  await target.wholeMemory?.(signal);
   await next();
 }
 
@@ -483,6 +521,42 @@ export function isOlder(version: string, than: string): boolean {
   return false;
 }
 
+// ---- the container's hook --------------------------------------------------------------------------------------------
+
+/**
+ * A container that its owner has paused (as containerd's client and CRI-O do before they ask for a checkpoint) runs as long as its hook
+ * does, and stands still again before anything else is done.
+ */
+async function preDumpHook(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request } = context;
+  const hook = target.hasEnded ? undefined : await target.preDumpHook?.();
+  if (!hook) {
+    await next();
+    return;
+  }
+  const note = hookNote(target.directory);
+  const done = `${request.key}\ndone\n`;
+  // Done before a crash: the container may be frozen by now, or CRIU at work on it.
+  const isDone = request.repeated && (await readFile(note, "utf8").catch(() => "")) === done; // the crash came before it
+  const run = async () => {
+    const cgroup = target.paused ? await target.cgroup() : undefined;
+    await writeFile(note, `${request.key}\n`, { mode: 0o600 });
+    try {
+      await cgroup?.thaw();
+      await hook();
+    } finally {
+      if (!target.hasEnded) await cgroup?.freeze();
+    }
+    await writeFile(note, done, { mode: 0o600 });
+  };
+  try {
+    if (!isDone) await (target.inTurn ? target.inTurn(run) : run()); // nobody pauses or resumes it meanwhile
+    await next();
+  } finally {
+    await rm(note, { force: true });
+  }
+}
+
 // ---- preflight -------------------------------------------------------------------------------------------------------
 
 async function preflightDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
@@ -490,11 +564,12 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
   // A repetition has been looked at, and may be in the middle of CRIU's work.
   if (!target.hasEnded && !request.repeated) {
     const { engine, terminal } = target.facts;
+    const gpuMounts = await findGpuMounts(target.initPid, target.mountPoints);
     const report = await findBlockers(
       {
         pids: await (await target.cgroup()).pids(),
         rootPid: target.initPid,
-        spec: { mountPoints: target.mountPoints, terminal },
+        spec: { mountPoints: [...target.mountPoints, ...gpuMounts.map((one) => one.mountPoint)], terminal },
         destination: context.staging.path,
         policy: request.policy,
         engine: engine.name === "runc" || engine.name === "crun" ? engine.name : undefined,
@@ -685,6 +760,8 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     return;
   }
   if (context.cgroup && !target.paused && !target.hasEnded) noteFreeze(context, context.cgroup, true);
+  const gpuMounts = target.hasEnded ? [] : await findGpuMounts(target.initPid, target.mountPoints);
+  const externalMounts = gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key }));
   try {
     await target.engineCheckpoint({
       imagePath,
@@ -693,6 +770,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
       leaveRunning,
       policy,
       networkLock,
+      externalMounts,
       withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
     });
   } catch (error) {
@@ -703,7 +781,12 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
         { workPath },
         "CRIU goes on by itself after its engine has ended: not waited for any longer",
       );
-    if (!(await saysDumped(workPath)))
+    const last = await lastWord(workPath);
+    if (last === undefined && networkLock !== "skip" && target.ownNetwork && !target.hasEnded)
+      await unlockNetwork(target.initPid).catch((cause) =>
+        target.log.warn({ err: cause }, "unlock the network of a container whose dump was cut off"),
+      );
+    if (last !== "finished")
       throw await criuFailure(`dump of ${target.what}`, error as Error, workPath, "dump.log");
     target.log.warn({ err: error }, "the engine has ended before it could say that CRIU's dump is whole");
   }
@@ -715,10 +798,12 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
 /** How long a CRIU without an engine may go on: it holds the processes, and has all of their memory to write. */
 const CRIU_ALONE_MS = 10 * 60_000;
 
-/** CRIU's last word, in its log alone where nobody was left to hear it. */
-async function saysDumped(workPath: string): Promise<boolean> {
-  const log = await explainCriuLog(join(workPath, "dump.log")).catch(() => undefined); // CRIU was not even started
-  return log?.lastLines.some((line) => /Dumping finished successfully/.test(line)) ?? false;
+/** CRIU's last word, in its log alone where nobody was left to hear it; undefined: it was killed, or not even started. */
+async function lastWord(workPath: string): Promise<"finished" | "failed" | undefined> {
+  const log = await explainCriuLog(join(workPath, "dump.log")).catch(() => undefined); // it was not even started
+  const says = (word: RegExp) => log?.lastLines.some((line) => word.test(line));
+  if (says(/Dumping finished successfully/)) return "finished";
+  return says(/FAILED/) ? "failed" : undefined;
 }
 
 /** The engine's words, then what CRIU's log says was the reason. */
@@ -731,6 +816,14 @@ export async function criuFailure(
   if (failure instanceof CriuFailed) return failure; // its owner has looked there
   const summary = await explainCriuLog(join(workPath, logName)).catch(() => undefined); // no log: CRIU was not even started
   if (!summary || summary.errors.length === 0) return failure;
+  const isCutOff = !summary.lastLines.some((line) => /FAILED|finished successfully/.test(line));
+  if (isCutOff && summary.cause === undefined)
+    return new CriuFailed(
+      `${what} failed in the engine's step (${failure.message}): CRIU was killed: its log is cut off`,
+      {
+        cause: failure,
+      },
+    );
   const lines = [...new Set([summary.firstError, ...summary.errors.slice(-5)])].join("; ");
   const advice = summary.cause ? `. ${summary.cause.advice}` : "";
   return new CriuFailed(`${what} failed in the engine's step (${failure.message}): CRIU: ${lines}${advice}`, {

@@ -33,6 +33,7 @@ export type Fault =
   | "image"
   | "mount"
   | "file"
+  | "address"
   /** between it and the node */
   | "plugin"
   | "cpu"

@@ -9,6 +9,14 @@ export function freezeMarker(directory: string): string {
   return join(directory, "cedana-frozen");
 }
 
+/**
+ * On disk from before a container's hook until the end of the dump: whoever comes after a crash pauses a container again that its owner
+ * had paused, and that ran for its hook.
+ */
+export function hookNote(directory: string): string {
+  return join(directory, "cedana-hook-ran");
+}
+
 /** What is in it. */
 export interface FreezeNote {
   /** of the request */

@@ -1,5 +1,6 @@
 import { join } from "node:path";
 import { ImageFault, type Message, readImage } from "../criu/image/index.ts";
+import { showAddress } from "../linux/addresses.ts";
 
 /** A mount of the container, as CRIU's images have it. */
 export interface DumpedMount {
@@ -24,10 +25,27 @@ export interface DumpedFile {
   mode: number | undefined;
 }
 
+/** A socket of IP that is bound. */
+export interface DumpedSocket {
+  isTcp: boolean;
+  /** of TCP, as the kernel numbers them */
+  state: number;
+  /** its own, as `localAddresses` has them; undefined: any */
+  address: string | undefined;
+  port: number;
+  /** it needs no address that exists */
+  freeBind: boolean;
+}
+
 /** What CRIU's images ask of the surroundings of a restore. */
 export interface ImageFacts {
   mounts: DumpedMount[];
   files: DumpedFile[];
+  sockets: DumpedSocket[];
+  /** of the container's own namespace; undefined: it has none */
+  hostname: string | undefined;
+  /** name of the image that has it */
+  hostnameImage: string | undefined;
 }
 
 /**
@@ -39,11 +57,13 @@ export async function readImageFacts(imagePath: string): Promise<ImageFacts | un
     const image = (name: string) => readImage(join(imagePath, `${name}.img`));
     const [root] = await image("pstree");
     const [ids] = await image(`ids-${Number(root?.pid)}`);
-    const [mounts, files, remaps] = await Promise.all([
+    const hostnameImage = `utsns-${Number(ids?.uts_ns_id)}`;
+    const [mounts, files, remaps, [uts]] = await Promise.all([
       // Without a mount namespace of its own, a process tree has none.
       image(`mountpoints-${Number(ids?.mnt_ns_id)}`).catch(absent),
       image("files").catch(absent),
       image("remap-fpath").catch(absent),
+      image(hostnameImage).catch(absent),
     ]);
     const deleted = new Set(remaps.map(({ orig_id }) => Number(orig_id)));
     return {
@@ -52,6 +72,12 @@ export async function readImageFacts(imagePath: string): Promise<ImageFacts | un
         .map(({ reg }) => reg as Message | undefined)
         .filter((reg) => reg !== undefined && !deleted.has(Number(reg.id)))
         .map((reg) => fileOf(reg!)),
+      sockets: files
+        .map(({ isk }) => isk as Message | undefined)
+        .filter((isk) => isk !== undefined)
+        .map(socketOf),
+      hostname: uts && textOf(uts.nodename),
+      hostnameImage: uts && `${hostnameImage}.img`,
     };
   } catch (error) {
     if (error instanceof ImageFault || (error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
@@ -82,6 +108,38 @@ function fileOf(file: Message): DumpedFile {
     mode: file.mode === undefined ? undefined : Number(file.mode),
   };
 }
+
+const AF_INET = 2;
+const IPPROTO_TCP = 6;
+
+function socketOf(socket: Message): DumpedSocket {
+  const words = ((socket.src_addr ?? []) as number[]).map((word) => {
+    const bytes = Buffer.alloc(4);
+    bytes.writeUInt32LE(Number(word) >>> 0); // as they are in memory
+    return bytes;
+  });
+  return {
+    isTcp: Number(socket.proto) === IPPROTO_TCP,
+    state: Number(socket.state),
+    address: addressOf(Number(socket.family), Buffer.concat(words)),
+    port: Number(socket.src_port),
+    freeBind: Boolean((socket.ip_opts as Message | undefined)?.freebind),
+  };
+}
+
+/** As the kernel's tables name it; undefined for the one that stands for all. */
+function addressOf(family: number, bytes: Buffer): string | undefined {
+  const isMapped = bytes.length === 16 && bytes.subarray(0, 12).equals(MAPPED);
+  if (bytes.every((byte) => byte === 0)) return undefined;
+  if (family === AF_INET || isMapped) {
+    const last = [...bytes.subarray(isMapped ? 12 : 0)];
+    return last.every((byte) => byte === 0) ? undefined : showAddress(Buffer.from(last));
+  }
+  return showAddress(bytes);
+}
+
+/** Of addresses of version 4 on a socket of version 6. */
+const MAPPED = Buffer.from("00000000000000000000ffff", "hex");
 
 /** A name that isn't UTF-8 is none that we compare. */
 function textOf(value: Message[string] | undefined): string {

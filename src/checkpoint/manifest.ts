@@ -14,6 +14,16 @@ const VERSION = 1;
 /** A manifest lists some hundred files. More than this is not one, and would only fill our memory. */
 const MAX_MANIFEST_BYTES = 16 * 1024 * 1024;
 
+/** Who a container is, for itself and for people. */
+export interface ContainerIdentity {
+  readonly containerId: string;
+  /** containerd's; "" outside of it */
+  readonly namespace: string;
+  readonly hostname?: string;
+  /** Kubernetes' names of its pod, and of the container in it */
+  readonly pod?: { readonly namespace: string; readonly name: string; readonly container?: string };
+}
+
 /** Described, and checked when read, by manifest.schema.json. */
 export interface CheckpointManifest {
   version: 1;
@@ -21,6 +31,11 @@ export interface CheckpointManifest {
   createdAt: string;
   containerId: string;
   namespace: string;
+  hostname?: string;
+  /** Kubernetes' names */
+  pod?: NonNullable<ContainerIdentity["pod"]>;
+  /** how many restores it had behind it; absent: none */
+  generation?: number;
   /** the container had a terminal */
   terminal: boolean;
   /** release */

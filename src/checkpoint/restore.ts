@@ -1,6 +1,7 @@
 import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
+import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/index.ts";
 import { pluginsLoaded } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
@@ -19,8 +20,11 @@ import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
-import { readImageFacts } from "./image-facts.ts";
-import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
+import { makeMountPoint } from "./gpu-mounts.ts";
+import { adaptedImages, adaptHostname } from "./identity.ts";
+import { type ImageFacts, readImageFacts } from "./image-facts.ts";
+import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
+import { type CheckpointManifest, type ContainerIdentity, compareSizes, verifyFiles } from "./manifest.ts";
 import {
   findArchive,
   findFaultsOfFiles,
@@ -30,6 +34,7 @@ import {
   openDirectoryOf,
 } from "./open.ts";
 import type { CriuPolicy } from "./policy.ts";
+import { writeRestoredFile } from "./restored-file.ts";
 import { applyRootfsDiff, hasRootfsDiff } from "./rootfs-diff/index.ts";
 import { UnpackedCheckpoint } from "./unpack.ts";
 
@@ -78,6 +83,8 @@ export interface EngineRestore {
   readonly imagePath: string;
   readonly workPath: string;
   readonly policy: CriuPolicy;
+  /** memory is left to the page daemon that listens in the work path */
+  readonly lazy: boolean;
   /** CRIU's own plugins keep away: what they would do is done by others */
   readonly withoutPlugins: boolean;
   /** besides those that the engine tells CRIU of */
@@ -98,6 +105,18 @@ export interface RestoreCandidate {
 
 /** What is restored, as its owner has it: the shim a task, the OCI runtime a container. */
 export interface RestoreTarget extends RestoreCandidate {
+  /** who it is now */
+  readonly identity: ContainerIdentity;
+  /** who chose the checkpoint */
+  readonly why: "caller" | "annotation";
+  /** on the host, once the engine has restored it */
+  readonly initPid: number;
+  /** the restored processes have ended already, as short work does */
+  readonly hasEnded: boolean;
+  /** What the container wants to do itself before it counts as restored. @param env  what it is told. @throws when it is not to be */
+  readonly postRestoreHook?: ((env: readonly string[]) => Promise<void>) | undefined;
+  /** Remembers for the next dump how many restores there have been. */
+  setGeneration(generation: number): Promise<void>;
   /** root of the file system that the container will have, when a checkpoint's rootfs diff goes there; else its owner has seen to that */
   readonly rootfs?: string | undefined;
   /** Before the rootfs diff is applied: what can't be undone then is refused. */
@@ -119,11 +138,13 @@ export interface RestoreTarget extends RestoreCandidate {
   /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
   endCriu(workPath: string): Promise<void>;
   /** Then: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
-  undoEngineRestore(): Promise<void>;
+  undoEngineRestore(options: Pick<EngineRestore, "lazy">): Promise<void>;
   /** where the engine shows CRIU the root file system */
   readonly criuRoots: readonly string[];
   /** Unmounts what CRIU or the engine, killed, has left mounted. */
   unmount(mountPoint: string): Promise<void>;
+  /** The container wants to start before its memory is there; undefined: it doesn't, or its owner can't. */
+  readonly lazy?: LazyTarget | undefined;
 }
 
 interface CheckContext extends ChainContext {
@@ -133,6 +154,8 @@ interface CheckContext extends ChainContext {
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
   externalMounts: readonly ExternalMount[];
+  /** undefined: the images are broken, or a cedanad before us has read them */
+  facts: ImageFacts | undefined;
   /** what is wrong, and what differs: all of it, judged by `refuseDifferences` */
   readonly findings: Finding[];
 }
@@ -141,7 +164,13 @@ export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
   workPath: string;
+  /** the images as CRIU is to see them: those of the checkpoint, or links to them */
+  engineImages: string | undefined;
   devices: DeviceRestore | undefined;
+  /** from `startPageDaemon` on, where there is one */
+  lazy: LazyRestore | undefined;
+  /** set when a lazy restore has failed and an eager one may not */
+  whyNotLazy: string | undefined;
 }
 
 type RestoreStep = Step<RestoreContext>;
@@ -159,6 +188,7 @@ export const restoreChecks = [
 /** The restore, in order. Each step undoes its own work when a later one fails. */
 export const restoreSteps = [
   ...restoreChecks,
+  adaptImages, // for another host name
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
   restoreAdaptersOfPlugins, // those of all plugins stand here
@@ -166,11 +196,14 @@ export const restoreSteps = [
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
-  // Lazy pages: a step here starts the page daemon on the opened checkpoint and the work path, and sees to it on the way back.
+  prepareMountPoints,
+  startPageDaemon, // where the container wants it, and it can be had; from here on somebody fills memory
   lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
+  makeDeviceNodes, // the new container's, which the driver opens by their names
   restoreDevices, // before anybody is told that the container runs
-  // Hooks in the container: a step after that, the last one.
+  tellContainer, // restore.json, for the hook to read
+  postRestoreHook, // of the container's own, last: it may use all that it has
 ] as const satisfies readonly RestoreStep[];
 
 interface ChainOptions {
@@ -189,19 +222,34 @@ export async function restore(
   options: ChainOptions = {},
 ): Promise<Record<string, number>> {
   const attempt = await earlierRestore(target.directory, request);
-  const context: RestoreContext = {
+  const begin = (): RestoreContext => ({
     ...checkContext(target, request, options),
     ...attempt,
     target,
     request,
     workPath: "",
+    engineImages: attempt?.engineImages,
     devices: undefined,
-  };
+    lazy: undefined,
+    whyNotLazy: undefined,
+  });
   await pluginsLoaded();
-  const steps: readonly RestoreStep[] = attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps;
-  await runChain("restore", steps.flatMap(withRestoreAdapters), context);
+  const run = async (steps: readonly RestoreStep[], context: RestoreContext) => {
+    await runChain("restore", steps.flatMap(withRestoreAdapters), context);
+  };
+  let context = begin();
+  try {
+    await run(attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
+  } catch (error) {
+    const { whyNotLazy } = context;
+    if (whyNotLazy === undefined) throw error;
+    target.log.warn({ err: error }, "the lazy restore failed; once more, eagerly");
+    context = { ...begin(), whyNotLazy };
+    await run(restoreSteps, context);
+  }
+  keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
   const times = timesByStep(context.times);
-  target.log.info({ checkpoint: request.path, times }, "restored");
+  target.log.info({ checkpoint: request.path, lazy: context.lazy !== undefined, times }, "restored");
   return times;
 }
 
@@ -218,12 +266,13 @@ export async function checkRestore(
 }
 
 /**
- * Removes what a restore keeps for a repetition, when there can be none any more: it is on record as done, or its owner goes.
+ * Removes what a restore keeps for a repetition, when there can be none any more: it is on record as done, or its owner goes. After a lazy
+ * restore only when the page daemon has ended: it reads what was unpacked.
  * @param unpackRoot  as in the request
  */
 export async function discardRestore(directory: string, unpackRoot: string | undefined): Promise<void> {
-  // Lazy pages: what is unpacked is read until the page daemon ends.
   if (unpackRoot !== undefined) await new UnpackedCheckpoint(unpackRoot, directory).remove();
+  await rm(adaptedImages(directory), { recursive: true, force: true });
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
   await rm(appliedMark(directory), { force: true });
@@ -236,6 +285,7 @@ function checkContext(target: RestoreCandidate, request: RestoreLook, options: C
     checkpoint: { path: request.path, imagePath: "", manifest: undefined, manifestPath: undefined },
     policy: target.policy(undefined),
     externalMounts: [],
+    facts: undefined,
     findings: [],
     times: [],
     signal: options.signal ?? new AbortController().signal,
@@ -300,6 +350,9 @@ async function compareWithContainer(context: CheckContext, next: () => Promise<v
   const compared = await compareToContainer(checkpoint, facts, target.container);
   findings.push(...compared.findings);
   context.externalMounts = compared.externalMounts;
+  context.facts = facts;
+  if (compared.closesTcp && ["keep", "skip-in-flight"].includes(context.policy.tcp ?? ""))
+    context.policy = { ...context.policy, tcp: "close" };
   await next();
 }
 
@@ -319,6 +372,20 @@ async function refuseDifferences(context: CheckContext, next: () => Promise<void
   for (const { kind, message } of findings)
     target.log.warn({ checkpoint: request.path, kind }, `restore all the same: ${message}`);
   await next();
+}
+
+// ---- images ----------------------------------------------------------------------------------------------------------
+
+async function adaptImages(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, facts, target } = context;
+  const { container, directory } = target;
+  try {
+    if (facts && (await adaptHostname(checkpoint.imagePath, facts, container.hostname, directory)))
+      context.engineImages = adaptedImages(directory);
+    await next();
+  } finally {
+    await rm(adaptedImages(directory), { recursive: true, force: true });
+  }
 }
 
 // ---- plugins ---------------------------------------------------------------------------------------------------------
@@ -367,6 +434,7 @@ interface RestoreAttempt {
   checkpoint: OpenCheckpoint;
   policy: CriuPolicy;
   externalMounts: readonly ExternalMount[];
+  engineImages: string | undefined;
 }
 
 function restoreAttemptFile(directory: string): string {
@@ -381,14 +449,14 @@ async function earlierRestore(
   const text = await readFile(restoreAttemptFile(directory), "utf8").catch(() => undefined); // the crash came before it
   const attempt = text === undefined ? undefined : (JSON.parse(text) as RestoreAttempt);
   if (attempt?.key !== key) return undefined;
-  const { checkpoint, policy, externalMounts } = attempt;
-  return { checkpoint, policy, externalMounts };
+  const { checkpoint, policy, externalMounts, engineImages } = attempt;
+  return { checkpoint, policy, externalMounts, engineImages };
 }
 
 async function recordRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, externalMounts, policy, request, target } = context;
+  const { checkpoint, engineImages, externalMounts, policy, request, target } = context;
   const file = restoreAttemptFile(target.directory);
-  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts };
+  const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts, engineImages };
   await writeFile(`${file}.new`, JSON.stringify(attempt), { mode: 0o600 });
   await rename(`${file}.new`, file);
   try {
@@ -401,7 +469,7 @@ async function recordRestore(context: RestoreContext, next: () => Promise<void>)
 
 // ---- work path -------------------------------------------------------------------------------------------------------
 
-function defaultWorkPath(directory: string): string {
+export function defaultWorkPath(directory: string): string {
   return join(directory, "criu-restore");
 }
 
@@ -449,6 +517,16 @@ async function prepareDevices(context: RestoreContext, next: () => Promise<void>
     context.devices = await slot.prepareRestore(target, facts);
   }
   await using _ = { [Symbol.asyncDispose]: async () => await context.devices?.close() };
+  await next();
+}
+
+async function makeDeviceNodes({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const nodes = target.container.gpuNodes ?? [];
+  // In the foreground the container has come and gone.
+  if (nodes.length > 0 && !target.inForeground) {
+    const { makeGpuNodes } = await import("./gpu-nodes.ts");
+    makeGpuNodes(await (await target.cgroup()).pids(), nodes, target.log);
+  }
   await next();
 }
 
@@ -500,18 +578,68 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
   }
 }
 
+/** CRIU mounts on what is there. In a fresh root file system it isn't, where somebody past the engine had made it in the old one. */
+async function prepareMountPoints(
+  { externalMounts, target }: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  const { rootfs } = target.container;
+  for (const { mountPoint, source } of externalMounts)
+    if (rootfs !== undefined && mountPoint !== undefined) await makeMountPoint(rootfs, mountPoint, source);
+  await next();
+}
+
+// ---- lazy pages ------------------------------------------------------------------------------------------------------
+
+/** Where a page daemon's guard and log are, below the owner's directory; whoever owns the daemon removes it. */
+export function pageDaemonDirectory(directory: string): string {
+  return join(directory, "lazy-pages");
+}
+
+async function startPageDaemon(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, request, target, workPath } = context;
+  if (!target.lazy) return await next();
+  const { beginLazyRestore } = await import("./lazy/begin.ts");
+  const begun =
+    context.whyNotLazy ??
+    (context.devices && "it has GPU state, whose restore needs all of its memory") ??
+    (await beginLazyRestore(target.lazy, {
+      directory: pageDaemonDirectory(target.directory),
+      imagePath: checkpoint.imagePath,
+      checkpointPath: checkpoint.path,
+      workPath,
+      repeated: request.repeated,
+    }));
+  if (typeof begun === "string") {
+    context.whyNotLazy = undefined; // an eager restore's failure is final
+    target.log.warn({ reason: begun }, "restored eagerly, though cedana.io/lazy asks for a lazy restore");
+    target.lazy.refused(begun);
+    return await next();
+  }
+  context.lazy = begun;
+  try {
+    await next();
+  } catch (error) {
+    await begun.stop();
+    context.whyNotLazy = begun.toBlame(error);
+    throw error;
+  }
+}
+
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
 async function criuRestore(context: RestoreContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, devices, externalMounts, policy, request, target, workPath } = context;
+  const { checkpoint, devices, engineImages, externalMounts, lazy, policy, request, target, workPath } =
+    context;
   try {
     await target
       .engineRestore({
-        imagePath: checkpoint.imagePath,
+        imagePath: engineImages ?? checkpoint.imagePath,
         workPath,
         policy,
         externalMounts,
         withoutPlugins: devices?.withoutCriuPlugins ?? false,
+        lazy: lazy !== undefined,
       })
       .catch(async (error: Error) => {
         const what = `restore of ${target.what} from ${request.path}`;
@@ -519,9 +647,62 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
       });
     await next();
   } catch (error) {
+    lazy?.restoreHasFailed();
     await target.endCriu(workPath);
     await unmountLeft(target.criuRoots, target);
-    await target.undoEngineRestore();
+    await target.undoEngineRestore({ lazy: lazy !== undefined });
     throw error;
   }
+}
+
+// ---- the container's own ---------------------------------------------------------------------------------------------
+
+function generationOf({ checkpoint }: RestoreContext): number {
+  return (checkpoint.manifest?.generation ?? 0) + 1;
+}
+
+/** A container that has no place for the file is restored all the same: who needs it can find out in its hook's environment. */
+async function tellContainer(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, target } = context;
+  const { manifest } = checkpoint;
+  const generation = generationOf(context);
+  await target.setGeneration(generation);
+  try {
+    if (!target.hasEnded)
+      await writeRestoredFile(target.initPid, {
+        version: 1,
+        generation,
+        why: target.why,
+        ...(manifest && { dumpedAt: manifest.createdAt }),
+        restoredAt: new Date().toISOString(),
+        ...(manifest && { old: identityIn(manifest) }),
+        new: target.identity,
+      });
+  } catch (error) {
+    if (!target.hasEnded)
+      target.log.warn({ err: error }, "write /run/cedana/restore.json into the container");
+  }
+  await next();
+}
+
+function identityIn({ containerId, namespace, hostname, pod }: CheckpointManifest): ContainerIdentity {
+  return {
+    containerId,
+    namespace,
+    ...(hostname !== undefined && { hostname }),
+    ...(pod && { pod }),
+  };
+}
+
+/** What has ended has nothing more to do: short work that was restored near its end is no failure of its hook. */
+async function postRestoreHook(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { target } = context;
+  if (target.postRestoreHook && !target.hasEnded)
+    await target
+      .postRestoreHook([`CEDANA_GENERATION=${generationOf(context)}`, `CEDANA_WHY=${target.why}`])
+      .catch((error) => {
+        if (!target.hasEnded) throw error;
+        target.log.info({ err: error }, "the container has ended before its post-restore hook");
+      });
+  await next();
 }

@@ -1,9 +1,11 @@
 import { constants, type Stats } from "node:fs";
 import { lstat, mkdir, open, readdir, rename, rm } from "node:fs/promises";
 import { join } from "node:path";
-import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
+import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed, WrongState } from "../errors/index.ts";
 import { MANIFEST_NAME } from "./manifest.ts";
 import { resumeSuffixes } from "./resume.ts";
+import { sweep } from "./staging.ts";
+import { CheckpointUse } from "./use.ts";
 
 /*
  * The node's own checkpoints, by name. A name belongs to an owner: nobody gets at another owner's by any spelling of a name.
@@ -34,6 +36,8 @@ export interface StoredCheckpoint {
 const NAME = /^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$/;
 const GENERATION = /^\d{8}T\d{9}Z(-\d{1,4})?$/;
 const STAGING = "tmp";
+/** In the staging directory: what is being removed, and is no checkpoint any more. */
+const REMOVED_PREFIX = "removed-";
 const NO_POD_NAMESPACE = "-";
 
 /** 20261125T191500123Z */
@@ -130,25 +134,61 @@ export class CheckpointStore {
   }
 
   /**
-   * Removes the oldest checkpoints of a name until `keep` are left; the newest whole one always is.
+   * Removes the oldest checkpoints of a name until `keep` are left; the newest whole one always is, and so is what is in use.
    * @returns what was removed
    */
   async prune(owner: StoreOwner, name: string, keep: number): Promise<StoredCheckpoint[]> {
     const all = await this.generations(owner, name);
     const surplus = all.slice(0, Math.max(0, all.length - Math.max(1, keep)));
-    for (const checkpoint of surplus) await this.remove(checkpoint);
-    return surplus;
+    const removed: StoredCheckpoint[] = [];
+    for (const checkpoint of surplus) if (await this.#remove(checkpoint)) removed.push(checkpoint);
+    return removed;
   }
 
-  /** Removes a checkpoint: at once for everybody who looks, then its files. */
+  /**
+   * Removes a checkpoint: at once for everybody who looks, then its files.
+   * @throws WrongState when it is in use: a container is to be restored from it, or is still being filled from it
+   */
   async remove(checkpoint: StoredCheckpoint): Promise<void> {
+    if (await this.#remove(checkpoint)) return;
+    throw new WrongState(
+      `checkpoint ${checkpoint.name}@${checkpoint.generation} is in use: a container is to be restored from it, or its memory is still being filled from it`,
+    );
+  }
+
+  async #remove(checkpoint: StoredCheckpoint): Promise<boolean> {
+    using unused = CheckpointUse.remove(checkpoint.path);
+    if (!unused) return false;
     const staging = join(checkpoint.path, "..", STAGING);
     await mkdir(staging, { recursive: true, mode: 0o700 });
     await this.#check(staging);
-    const aside = join(staging, `removed-${checkpoint.generation}-${process.pid}`);
+    const aside = join(staging, `${REMOVED_PREFIX}${checkpoint.generation}-${process.pid}`);
     await rename(checkpoint.path, aside);
     for (const suffix of resumeSuffixes) await rm(`${checkpoint.path}${suffix}`, { force: true });
     await rm(aside, { recursive: true });
+    return true;
+  }
+
+  /**
+   * Removes what crashes have left: dumps that nobody goes on with, and what was being removed. What somebody works on stays.
+   * @returns how many directories were removed
+   */
+  async sweep(): Promise<number> {
+    let count = 0;
+    for (const owner of await this.owners()) {
+      const directory = await this.#existing(ownerParts(owner));
+      for (const name of directory === undefined ? [] : await names(directory)) {
+        const path = await this.#existing([...ownerParts(owner), name]);
+        if (path === undefined) continue;
+        count += (await sweep(path)).length;
+        const removed = await readdir(join(path, STAGING)).catch((): string[] => []); // ENOENT: there never was one
+        for (const one of removed.filter((entry) => entry.startsWith(REMOVED_PREFIX))) {
+          await rm(join(path, STAGING, one), { recursive: true, force: true });
+          count++;
+        }
+      }
+    }
+    return count;
   }
 
   /** Path of a directory below the root, or undefined when it isn't there. Every step of the way is checked. */

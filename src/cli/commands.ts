@@ -3,8 +3,10 @@ import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./arc
 import { Check } from "./check.ts";
 import { CheckpointInspect, CheckpointList, CheckpointVerify } from "./checkpoint.ts";
 import { CedanaCommand } from "./command.ts";
+import { FreezeContainerd, QueryContainerd, UnfreezeContainerd } from "./container.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 import { DumpContainerd } from "./dump.ts";
+import { GpuReport, GpuTrace } from "./gpu.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
 import { Features, PluginList } from "./plugin.ts";
 import { Preflight } from "./preflight.ts";
@@ -30,6 +32,8 @@ class Status extends CedanaCommand {
       this.log(`keeper ${pod.keeper}  namespace ${pod.namespace}  protocol ${pod.protocol}`);
       for (const task of pod.tasks) {
         this.log(`  ${task.id}  ${task.state}  pid ${task.pid}  ${task.engine}`);
+        if (task.lazy)
+          this.log(`    memory ${task.lazy.state}${task.lazy.reason ? `: ${task.lazy.reason}` : ""}`);
         for (const exec of task.execs) this.log(`    exec ${exec.execId}  ${exec.state}  pid ${exec.pid}`);
       }
     }
@@ -61,12 +65,17 @@ export const commands = {
   "archive:extract": ArchiveExtract,
   "archive:show": ArchiveShow,
   "archive:verify": ArchiveVerify,
+  "gpu:report": GpuReport,
+  "gpu:trace": GpuTrace,
   check: Check,
   "checkpoint:list": CheckpointList,
   "checkpoint:inspect": CheckpointInspect,
   "checkpoint:verify": CheckpointVerify,
   "checkpoint:decode": ImageDecode,
   "checkpoint:encode": ImageEncode,
+  "freeze:containerd": FreezeContainerd,
+  "unfreeze:containerd": UnfreezeContainerd,
+  "query:containerd": QueryContainerd,
   "plugin:features": Features,
   features: Features,
   "plugin:list": PluginList,

@@ -13,6 +13,7 @@ import {
 import { dirname, join } from "node:path";
 import { parse as parseToml } from "smol-toml";
 import { InvalidRequest, SyscallFailed } from "../errors/index.ts";
+import type { Target } from "./targets.ts";
 
 /*
  * `cedana setup`: makes containerd, CRI-O, Podman or Docker know our runtime, and takes it back to the byte.
@@ -22,9 +23,6 @@ import { InvalidRequest, SyscallFailed } from "../errors/index.ts";
  * marks. Docker has one JSON file. What a file was before is kept in the state directory: an undo that finds the file as we
  * left it puts that back, and one that finds it changed takes out only what is ours.
  */
-
-export const targets = ["containerd", "crio", "podman", "docker"] as const;
-export type Target = (typeof targets)[number];
 
 export interface Place {
   /** in front of every path, for images and chroots; "" for the machine itself */

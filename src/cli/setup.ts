@@ -2,15 +2,7 @@ import { join } from "node:path";
 import { Flags } from "@oclif/core";
 import { InvalidRequest } from "../errors/index.ts";
 import { CedanaCommand } from "./command.ts";
-import {
-  apply,
-  planRegistration,
-  planUndo,
-  restartAdvice,
-  type Target,
-  targets,
-  unifiedDiff,
-} from "./registration.ts";
+import { type Target, targets } from "./targets.ts";
 
 /** `cedana setup`: see registration.ts. */
 export class Setup extends CedanaCommand {
@@ -36,6 +28,9 @@ export class Setup extends CedanaCommand {
 
   async run(): Promise<void> {
     const { flags } = await this.parse(Setup);
+    const { apply, planRegistration, planUndo, restartAdvice, unifiedDiff } = await import(
+      "./registration.ts"
+    );
     const target = flags.target as Target;
     const repository = join(import.meta.dirname, "..");
     const place = {

@@ -1,4 +1,6 @@
+import { execFile } from "node:child_process";
 import { readdir, readFile, readlink } from "node:fs/promises";
+import { promisify } from "node:util";
 import { childrenOf, processStat } from "../linux/proc.ts";
 
 // What is left of a CRIU whose caller was killed, or that was killed itself: it goes on alone, or its half-made processes wait for it.
@@ -51,6 +53,26 @@ export async function killCriu(workPath: string, ancestor?: number): Promise<num
   }
 }
 
+const run = promisify(execFile);
+
+/** What CRIU's unlocking does: with iptables-restore, and where that is not the lock, with nft. */
+const unlocking = String.raw`
+for restore in iptables-restore ip6tables-restore; do
+  printf '*filter\n-D INPUT -j CRIU\n-D OUTPUT -j CRIU\n-F CRIU\n-X CRIU\nCOMMIT\n' | $restore --wait --noflush
+done
+nft list tables inet | sed -nE 's/^table inet (CRIU-[0-9]+)$/\1/p' | while read -r table; do nft delete table inet "$table"; done
+exit 0
+`;
+
+/**
+ * Lets packets into a network namespace again, where CRIU was killed while it kept them away.
+ * @param pid  a process in it
+ * @throws when it can't be entered. What wasn't locked is no error
+ */
+export async function unlockNetwork(pid: number): Promise<void> {
+  await run("nsenter", ["--target", String(pid), "--net", "sh", "-c", unlocking], { timeout: 30_000 });
+}
+
 const WATCH_MS = 500;
 
 /**
@@ -84,6 +106,7 @@ export async function watchForDeadCriu(
 
 /** @returns false when the time is up because of the signal */
 async function sleepUnless(signal: AbortSignal): Promise<boolean> {
+  if (signal.aborted) return false;
   await new Promise<void>((resolve) => {
     const timer = setTimeout(resolve, WATCH_MS);
     signal.addEventListener("abort", () => {

@@ -55,7 +55,13 @@ takeLock(`${socketPath}.lock`);
 fillDeviceSlot(gpuSlot);
 setPluginLoader(async () => await (await import("../plugins/load.ts")).loadPlugins(log, BUILD));
 
-const runtime = new RuntimeServer({ log, endBelowConmon: () => end("conmon waits for its children") });
+/** of the management API */
+const calls = { active: 0 };
+const runtime = new RuntimeServer({
+  log,
+  endBelowConmon: () => end("conmon waits for its children"),
+  isBusy: () => calls.active > 0,
+});
 await runtime.revive(runDirectory);
 
 const shim = new ShimServer({
@@ -76,7 +82,7 @@ server.on("error", (error) => {
 });
 // Before the shims' socket is served: whoever has had an answer there finds this one, too.
 const apiPath = join(runDirectory, apiSocketName());
-listenForApi(apiPath, { log, shim, runDirectory });
+listenForApi(apiPath, { log, shim, runDirectory, calls });
 const passed = process.env.LISTEN_FDS === "1";
 if (!passed) rmSync(socketPath, { force: true });
 server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
@@ -91,6 +97,13 @@ if (existsSync(unpackDirectory()))
   void import("../checkpoint/unpack.ts")
     .then(({ sweepUnpacked }) => sweepUnpacked(unpackDirectory()))
     .catch((error) => log.warn({ err: error }, "sweep unpacked checkpoints"));
+
+// By then every keeper has come back, and whoever goes on with a dump that was cut off has a lock on it.
+const SWEEP_STORE_AFTER_MS = 60_000;
+setTimeout(
+  () => void import("./sweep-store.ts").then(({ sweepStore }) => sweepStore(log)),
+  SWEEP_STORE_AFTER_MS,
+).unref();
 
 for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => end(signal));
 

@@ -34,13 +34,18 @@ export class RuntimeServer {
   readonly #escalator: Escalator;
   readonly #endings: Endings;
   readonly #endBelowConmon: () => void;
+  readonly #isBusy: () => boolean;
   #active = 0;
   #check: NodeJS.Timeout | undefined;
 
-  /** @param options.endBelowConmon  ends this cedanad */
-  constructor(options: { log: Logger; endBelowConmon: () => void }) {
+  /**
+   * @param options.endBelowConmon  ends this cedanad
+   * @param options.isBusy          whether something else than our calls is under way in it
+   */
+  constructor(options: { log: Logger; endBelowConmon: () => void; isBusy: () => boolean }) {
     this.#log = options.log;
     this.#endBelowConmon = options.endBelowConmon;
+    this.#isBusy = options.isBusy;
     this.#escalator = new Escalator(options.log, () => this.#checkSoon());
     this.#endings = new Endings(options.log, this.#escalator, () => this.#checkSoon());
   }
@@ -49,7 +54,9 @@ export class RuntimeServer {
     clearTimeout(this.#check);
     this.#check = setTimeout(() => {
       const pending = this.#active + this.#escalator.pending + this.#endings.pending;
-      if (pending === 0 && parentIsConmon()) this.#endBelowConmon();
+      if (pending > 0 || !parentIsConmon()) return; // what ends asks again
+      if (this.#isBusy()) this.#checkSoon();
+      else this.#endBelowConmon();
     }, SETTLE_MS);
   }
 

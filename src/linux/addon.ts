@@ -67,22 +67,27 @@ function load(): Addon {
   }
 }
 
+/** Path of the compiled addon: `CEDANA_ADDON` where set, else as `findNative` finds it. @throws Unavailable when there is none */
+export function findAddon(): string {
+  return findNative("cedana.node", "build/binding", "CEDANA_ADDON");
+}
+
 /**
- * Path of the compiled addon: `CEDANA_ADDON` where set, else `cedana.node` or `build/binding/cedana.node` in the directory
- * of this file or one above it. That fits the source tree (src/linux), a build (dist) and an installation, where the addon
- * lies beside the bundled program.
+ * Path of something of ours that is compiled: what the environment variable says where it is set, else the file, or the file in the
+ * build directory, in the directory of this file or one above it. That fits the source tree (src/linux), a build (dist) and an
+ * installation, where such files lie beside the bundled program.
  * @throws Unavailable when there is none
  */
-export function findAddon(): string {
-  const told = process.env.CEDANA_ADDON;
+export function findNative(name: string, built: string, variable: string): string {
+  const told = process.env[variable];
   if (told) return told;
   for (let directory = import.meta.dirname; ; directory = dirname(directory)) {
-    for (const path of [join(directory, "cedana.node"), join(directory, "build/binding/cedana.node")])
+    for (const path of [join(directory, name), join(directory, built, name)])
       if (existsSync(path)) return path;
     if (directory === dirname(directory)) break;
   }
   throw new Unavailable(
-    `the native addon cedana.node is neither beside ${import.meta.dirname} nor above it; run \`npm run build\` or set CEDANA_ADDON`,
+    `the native part ${name} is neither beside ${import.meta.dirname} nor above it; run \`npm run build\` or set ${variable}`,
   );
 }
 
@@ -219,6 +224,14 @@ export function openBeneath(directory: number, path: PathLike, flags: number, mo
     mode,
     RESOLVE.BENEATH | RESOLVE.NO_SYMLINKS | RESOLVE.NO_MAGICLINKS,
   );
+}
+
+/**
+ * Opens a path as somebody would whose root is that directory: its symbolic links, absolute ones and `..` lead about in it, and never
+ * out of it. Links of /proc are not followed.
+ */
+export function openInRoot(root: number, path: PathLike, flags: number, mode = 0): number {
+  return addon().openat2(root, path, flags, mode, RESOLVE.IN_ROOT | RESOLVE.NO_MAGICLINKS);
 }
 
 /** One packet, and the descriptors that came with it, which are the receiver's to close. */

@@ -109,9 +109,14 @@ export interface SocketTable {
 }
 
 function request(bytes: number, fill: (body: Buffer) => void): Buffer {
+  return dumpRequest(SOCK_DIAG_BY_FAMILY, bytes, fill);
+}
+
+/** A message that asks netlink for all of a type. */
+export function dumpRequest(type: number, bytes: number, fill: (body: Buffer) => void): Buffer {
   const message = Buffer.alloc(headerBytes + bytes);
   message.writeUInt32LE(message.length, 0);
-  message.writeUInt16LE(SOCK_DIAG_BY_FAMILY, 4);
+  message.writeUInt16LE(type, 4);
   message.writeUInt16LE(NLM_F_REQUEST_DUMP, 6);
   fill(message.subarray(headerBytes));
   return message;
@@ -162,7 +167,7 @@ export function* messagesOf(answer: Buffer): Generator<Buffer> {
   }
 }
 
-function attributesOf(bytes: Buffer): Map<number, Buffer> {
+export function attributesOf(bytes: Buffer): Map<number, Buffer> {
   const attributes = new Map<number, Buffer>();
   for (let at = 0; at + 4 <= bytes.length; ) {
     const length = bytes.readUInt16LE(at);

@@ -15,6 +15,7 @@ const builtIn: Readonly<Record<string, () => Promise<{ plugin: Plugin }>>> = {
   crio: () => import("./crio/index.ts"),
   podman: () => import("./podman/index.ts"),
   docker: () => import("./docker/index.ts"),
+  gpu: () => import("./gpu/index.ts"),
 };
 
 const states: PluginState[] = [];
@@ -29,11 +30,19 @@ export function pluginStates(): readonly PluginState[] {
  * that can't be loaded has exported nothing, and the others don't notice.
  */
 export async function loadPlugins(log: Logger, build: string): Promise<void> {
-  for (const [name, load] of Object.entries(builtIn)) {
-    const { plugin } = await load();
-    provide(plugin);
-    notePlugin(name, build);
-    states.push({ name, origin: "built-in", version: build });
+  // Side by side: the first dump waits for it.
+  const loading = await Promise.allSettled(Object.values(builtIn).map((load) => load()));
+  for (const [at, name] of Object.keys(builtIn).entries()) {
+    const loaded = loading[at]!;
+    try {
+      if (loaded.status === "rejected") throw loaded.reason; // its file has gone: an upgrade under way
+      provide(loaded.value.plugin);
+      notePlugin(name, build);
+      states.push({ name, origin: "built-in", version: build });
+    } catch (error) {
+      states.push({ name, origin: "built-in", version: build, fault: messageOf(error) });
+      log.error({ err: error, plugin: name }, "a plugin can't be loaded: cedanad goes on without it");
+    }
   }
   const { named, directory } = await configured(log);
   if (named.length === 0) return;

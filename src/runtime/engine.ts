@@ -101,6 +101,8 @@ export interface CheckpointOptions extends CriuOptions {
 export interface RestoreOptions extends CriuOptions {
   /** Connections come back closed. By flag where the engine has one, else `criuConfigFile` must say `tcp-close`. */
   readonly tcpClose?: boolean | undefined;
+  /** A page daemon that listens in `workPath` fills the memory. By flag where the engine has one, else `criuConfigFile` must say it. */
+  readonly lazyPages?: boolean | undefined;
   readonly lsmProfile?: string | undefined;
   readonly lsmMountContext?: string | undefined;
 }
@@ -251,6 +253,7 @@ export class Engine {
   restore(options: RestoreCommand): EngineCommand {
     const arguments_ = this.#criuOptions("restore", options, [
       ["tcp-close", options.tcpClose && this.#flagOrConfig("restore", "tcp-close", options)],
+      ["lazy-pages", options.lazyPages && this.#flagOrConfig("restore", "lazy-pages", options)],
       ["lsm-profile", options.lsmProfile],
       ["lsm-mount-context", options.lsmMountContext],
       ["bundle", absolute("bundle", options.bundle)],
@@ -343,6 +346,7 @@ export function criuConfig(options: {
   readonly tcpClose?: boolean | undefined;
   readonly skipInFlight?: boolean | undefined;
   readonly leaveStopped?: boolean | undefined;
+  readonly lazyPages?: boolean | undefined;
   readonly networkLock?: "skip" | "nftables" | undefined;
   /** where CRIU looks for plugins; a directory without any keeps those of the machine away */
   readonly pluginDirectory?: string | undefined;
@@ -355,6 +359,7 @@ export function criuConfig(options: {
     options.tcpClose && "tcp-close",
     options.skipInFlight && "skip-in-flight",
     options.leaveStopped && "leave-stopped",
+    options.lazyPages && "lazy-pages",
     options.networkLock && `network-lock ${options.networkLock}`,
     options.pluginDirectory !== undefined &&
       `libdir "${absolute("plugin directory", options.pluginDirectory)}"`,

@@ -1,6 +1,6 @@
 import { constants } from "node:os";
 import { InvalidRequest } from "../errors/index.ts";
-import { annotationsOf, containerNameOf, isSandboxContainer, type OciProcess, type OciSpec } from "./spec.ts";
+import { type OciProcess, type OciSpec, ownAnnotation, type Setting } from "./spec.ts";
 
 /*
  * What a container makes of SIGTERM: one policy for the shim's Kill and for `cedana-runtime kill`.
@@ -87,8 +87,8 @@ export function durationMs(text: string): number | undefined {
  * @throws InvalidRequest naming the annotation and what is wrong with it
  */
 export function killPolicy(spec: OciSpec): KillPolicy | undefined {
-  const policy = policyFrom((key) => annotation(spec, `kill-${key}`));
-  const checkpointOn = checkpointSignals(annotation(spec, "checkpoint-on"));
+  const policy = policyFrom((key) => ownAnnotation(spec, `kill-${key}`));
+  const checkpointOn = checkpointSignals(ownAnnotation(spec, "checkpoint-on"));
   if (!policy && !checkpointOn) return undefined;
   return { ...(policy ?? { signal: SIGTERM, escalation: [] }), checkpointOn };
 }
@@ -107,7 +107,7 @@ function checkpointSignals(setting: Setting | undefined): number[] | undefined {
 /** … of a process exec'd in it. @throws InvalidRequest */
 export function execKillPolicy(spec: OciSpec, process: OciProcess): KillPolicy | undefined {
   return policyFrom(
-    (key) => variable(process, `CEDANA_KILL_${key.toUpperCase()}`) ?? annotation(spec, `exec-kill-${key}`),
+    (key) => variable(process, `CEDANA_KILL_${key.toUpperCase()}`) ?? ownAnnotation(spec, `exec-kill-${key}`),
   );
 }
 
@@ -117,21 +117,6 @@ export function planKill(policy: KillPolicy | undefined, signal: number): KillPl
   return policy !== undefined && signal === SIGTERM
     ? { signal: policy.signal, escalation: policy.escalation, checkpoint }
     : { signal, escalation: [], checkpoint };
-}
-
-/** The setting and where it was found. */
-interface Setting {
-  readonly name: string;
-  readonly value: string;
-}
-
-function annotation(spec: OciSpec, key: string): Setting | undefined {
-  if (isSandboxContainer(spec)) return undefined;
-  const annotations = annotationsOf(spec);
-  const container = containerNameOf(spec);
-  const names = [...(container ? [`cedana.io/${key}.${container}`] : []), `cedana.io/${key}`];
-  const name = names.find((candidate) => annotations[candidate] !== undefined);
-  return name === undefined ? undefined : { name: `annotation ${name}`, value: annotations[name]! };
 }
 
 function variable(process: OciProcess, name: string): Setting | undefined {

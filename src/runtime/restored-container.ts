@@ -1,5 +1,6 @@
 import { posix, resolve } from "node:path";
 import type { RestoredContainer } from "../checkpoint/compare.ts";
+import { type GpuNode, isGpuNode } from "../checkpoint/gpu-nodes.ts";
 import type { EngineFeatures } from "./engine.ts";
 import { annotationsOf, isBind, type OciMount, type OciSpec } from "./spec.ts";
 
@@ -33,8 +34,35 @@ export function restoredContainer(
     cgroupMountPoints: mounts.filter(({ type }) => type?.startsWith("cgroup")).map(destinationOf),
     maskedPaths: spec.linux?.maskedPaths ?? [],
     devices: (spec.linux?.devices ?? []).map(({ path }) => path),
+    hostname: hostnameOf(spec),
+    network: networkOf(spec, engine.name),
+    gpuNodes: gpuNodesOf(spec),
     rootfs: options.rootfs,
   };
+}
+
+/** A container of a pod joins the pod's namespace, but CRIU gives it one of its own: CRI says the pod's name in the environment. */
+function hostnameOf(spec: OciSpec): string | undefined {
+  if (spec.hostname) return spec.hostname;
+  const uts = spec.linux?.namespaces?.find(({ type }) => type === "uts");
+  if (!uts?.path) return undefined;
+  const name = spec.process?.env?.findLast((entry) => entry.startsWith("HOSTNAME="));
+  return name?.slice("HOSTNAME=".length) || undefined;
+}
+
+function networkOf(spec: OciSpec, engine: string): RestoredContainer["network"] {
+  const network = spec.linux?.namespaces?.find(({ type }) => type === "network");
+  if (!network) return "host";
+  if (network.path) return { path: network.path };
+  return engine === "crun" ? "dumped" : "empty";
+}
+
+function gpuNodesOf(spec: OciSpec): GpuNode[] {
+  return (spec.linux?.devices ?? []).flatMap(({ path, type, major, minor, fileMode, uid, gid }) =>
+    type === "c" && major !== undefined && minor !== undefined && isGpuNode(posix.resolve("/", path))
+      ? [{ path: posix.resolve("/", path), major, minor, mode: fileMode, uid, gid }]
+      : [],
+  );
 }
 
 function destinationOf({ destination }: OciMount): string {

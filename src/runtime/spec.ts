@@ -1,5 +1,6 @@
 import { closeSync, constants, fstatSync, openSync, readFileSync } from "node:fs";
 import { posix } from "node:path";
+import type { ContainerIdentity } from "../checkpoint/manifest.ts";
 import type { TcpPolicy } from "../checkpoint/policy.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 
@@ -23,6 +24,9 @@ export interface OciDevice {
   readonly type: string;
   readonly major?: number;
   readonly minor?: number;
+  readonly fileMode?: number;
+  readonly uid?: number;
+  readonly gid?: number;
 }
 
 export interface OciHook {
@@ -144,12 +148,11 @@ function isArrayOfObjects(value: unknown): boolean {
 }
 
 /**
- * The text of a config.json with one more hook, the first of its stage; everything else means what it meant. Numbers beyond
- * what JavaScript counts exactly (limits of 2^64 - 1) stay as they are written.
+ * The text of a config.json with one more hook, the first of its stage; everything else means what it meant.
  * @throws InvalidRequest when it isn't a spec
  */
 export function withHook(text: string, stage: string, hook: OciHook, path = "config.json"): string {
-  return withEdits(text, path, (spec) => {
+  return editSpec(text, path, (spec) => {
     spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
   });
 }
@@ -159,7 +162,7 @@ export function withHook(text: string, stage: string, hook: OciHook, path = "con
  * @throws InvalidRequest when it isn't a spec
  */
 export function movedFrom(bundle: string, text: string): string {
-  return withEdits(text, posix.join(bundle, "config.json"), (spec) => {
+  return editSpec(text, posix.join(bundle, "config.json"), (spec) => {
     spec.root = { ...spec.root, path: posix.resolve(bundle, spec.root?.path ?? "rootfs") };
     if (spec.mounts)
       spec.mounts = spec.mounts.map((mount) =>
@@ -172,13 +175,38 @@ export function isBind({ type, options }: OciMount): boolean {
   return type === "bind" || (options ?? []).some((option) => option === "bind" || option === "rbind");
 }
 
-function withEdits(text: string, path: string, edit: (spec: Writable<OciSpec>) => void): string {
+/**
+ * A process to be executed in the container as its first one was: user, directory, capabilities, limits and all else that the text of
+ * config.json says of that, but without a terminal.
+ * @param env  added to the container's own
+ * @returns JSON for the engine's `exec --process`
+ * @throws InvalidRequest when it isn't a spec
+ */
+export function processLike(
+  text: string,
+  { args, env }: { args: readonly string[]; env: readonly string[] },
+  path = "config.json",
+): string {
+  const { terminal: _, consoleSize: __, ...own } = parseExactly(text, path).process ?? {};
+  return JSON.stringify({ ...own, terminal: false, args, env: [...(own.env ?? []), ...env] });
+}
+
+/**
+ * The text of a config.json with a change in it; everything else means what it meant.
+ * @throws InvalidRequest when it isn't a spec
+ */
+export function editSpec(text: string, path: string, edit: (spec: Writable<OciSpec>) => void): string {
+  const spec = parseExactly(text, path);
+  edit(spec);
+  return JSON.stringify(spec);
+}
+
+/** Numbers beyond what JavaScript counts exactly (limits of 2^64 - 1) stay as they are written. */
+function parseExactly(text: string, path: string): Writable<OciSpec> {
   parseSpec(text, path);
   const exactly = (_key: string, value: unknown, { source }: { source?: string }) =>
     typeof value === "number" && !Number.isSafeInteger(value) ? rawJson(source!) : value;
-  const spec = (JSON.parse as (text: string, reviver: typeof exactly) => Writable<OciSpec>)(text, exactly);
-  edit(spec);
-  return JSON.stringify(spec);
+  return (JSON.parse as (text: string, reviver: typeof exactly) => Writable<OciSpec>)(text, exactly);
 }
 
 type Writable<T> = { -readonly [K in keyof T]: T[K] };
@@ -193,6 +221,11 @@ export function hasNetworkNamespace(spec: OciSpec): boolean {
 export function ownsNetworkNamespace(spec: OciSpec): boolean {
   const namespace = spec.linux?.namespaces?.find(({ type }) => type === "network");
   return namespace !== undefined && !namespace.path;
+}
+
+/** Whether the container's processes are in a user namespace that isn't the host's. */
+export function hasUserNamespace(spec: OciSpec): boolean {
+  return spec.linux?.namespaces?.some(({ type }) => type === "user") ?? false;
 }
 
 /**
@@ -290,6 +323,26 @@ function crioSandbox(spec: OciSpec): { name: string; namespace: string } | undef
   return name !== undefined && namespace !== undefined ? { name, namespace } : undefined;
 }
 
+/** Who the container is, as far as its configuration knows. @param namespace  containerd's, "" outside of it */
+export function identityOf(spec: OciSpec, containerId: string, namespace: string): ContainerIdentity {
+  const annotations = annotationsOf(spec);
+  const pod = podNameOf(spec) ?? (annotations["io.kubernetes.pod.name"] || undefined);
+  const podNamespace = podNamespaceOf(spec) ?? (annotations["io.kubernetes.pod.namespace"] || undefined);
+  const container = containerNameOf(spec);
+  // A container that joins its pod's UTS namespace has no hostname of its own; Kubernetes' runtimes tell it the pod's.
+  const hostname =
+    spec.hostname || spec.process?.env?.findLast((one) => one.startsWith("HOSTNAME="))?.slice(9) || undefined;
+  return {
+    containerId,
+    namespace,
+    ...(hostname !== undefined && { hostname }),
+    ...(pod !== undefined &&
+      podNamespace !== undefined && {
+        pod: { namespace: podNamespace, name: pod, ...(container && { container }) },
+      }),
+  };
+}
+
 /** Whether it is a pod's sandbox ("pause") container. CRI-O names the type like this too, with its own prefix. */
 export function isSandboxContainer(spec: OciSpec): boolean {
   const annotations = annotationsOf(spec);
@@ -309,12 +362,33 @@ export function containerNameOf(spec: OciSpec): string | undefined {
   );
 }
 
+/** Something that a container says, and where: "annotation cedana.io/…". */
+export interface Setting {
+  readonly name: string;
+  readonly value: string;
+}
+
+/**
+ * What `cedana.io/KEY` says of this container. Kubernetes annotates pods: `cedana.io/KEY.CONTAINER` is for one container of the pod and
+ * goes before. The sandbox container ignores both.
+ */
+export function ownAnnotation(spec: OciSpec, key: string): Setting | undefined {
+  if (isSandboxContainer(spec)) return undefined;
+  const annotations = annotationsOf(spec);
+  const container = containerNameOf(spec);
+  const names = [...(container ? [`cedana.io/${key}.${container}`] : []), `cedana.io/${key}`];
+  const name = names.find((candidate) => annotations[candidate] !== undefined);
+  return name === undefined ? undefined : { name: `annotation ${name}`, value: annotations[name]! };
+}
+
 /** How a container wants to be checkpointed, as far as it says so. */
 export interface CedanaAnnotations {
   readonly tcp?: TcpPolicy;
   readonly fileLocks?: boolean;
   readonly extUnix?: boolean;
   readonly shellJob?: boolean;
+  /** restored, it starts at once, and its memory is filled behind it */
+  readonly lazy?: boolean;
   /** what to restore instead of starting afresh: a name in the store, NAME@GENERATION, or a path */
   readonly restoreFrom?: string;
   /** which GPU of the checkpoint becomes which here: OLD=NEW,… of UUIDs or indexes */
@@ -338,6 +412,10 @@ export interface CedanaAnnotations {
   /** patterns of paths that are left out of that */
   readonly rootfsExclude?: readonly string[];
   readonly rootfsMaxBytes?: number;
+  /** how GPU state is taken: by the driver alone (also when absent), or with the interception library in front of it */
+  readonly gpu?: "driver" | "intercept";
+  /** that library writes traces */
+  readonly gpuTracing?: boolean;
 }
 
 // Key after `cedana.io/`, field, and what each allowed value means.
@@ -347,6 +425,7 @@ const policies = [
   ["file-locks", "fileLocks", flag],
   ["ext-unix", "extUnix", flag],
   ["shell-job", "shellJob", flag],
+  ["lazy", "lazy", flag],
   ["restore-from", "restoreFrom", "text"],
   ["gpu-map", "gpuMap", "text"],
   ["on-restore-failure", "onRestoreFailure", { fail: "fail", fresh: "fresh" }],
@@ -362,6 +441,8 @@ const policies = [
   ["checkpoint-name", "checkpointName", "text"],
   ["rootfs-diff", "rootfsDiff", flag],
   ["rootfs-exclude", "rootfsExclude", { parse: parseList, words: "patterns, with commas between them" }],
+  ["gpu", "gpu", { driver: "driver", intercept: "intercept" }],
+  ["gpu-tracing", "gpuTracing", flag],
   ["rootfs-max-bytes", "rootfsMaxBytes", { parse: parseBytes, words: 'a size such as "512Mi"' }],
 ] as const satisfies readonly (readonly [
   string,

@@ -3,11 +3,13 @@ import { join, resolve } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
 import { foreignHierarchies } from "../linux/cgroup.ts";
 import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
+import { hookOf } from "../runtime/hooks.ts";
 import { pluginsOf, specFacts } from "../runtime/manifest-facts.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";
-import { hasNetworkNamespace, type OciSpec } from "../runtime/spec.ts";
+import { hasNetworkNamespace, identityOf, type OciSpec } from "../runtime/spec.ts";
 import { criuConfigFile, dumpPolicy, policyOptions } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
+import { runHook } from "./hooks.ts";
 import type { Tag } from "./keeper.ts";
 import type { Task, Work } from "./task.ts";
 
@@ -25,6 +27,7 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
   const spec = await task.spec();
   const engine = await withFeatures(task);
   const target = dumpTarget(task, spec, engine, {
+    tag: work.tag,
     directory: task.bundle,
     engineCheckpoint: (engineDump) => engineCheckpoint(task, work.tag("checkpoint"), engine, engineDump),
   });
@@ -45,13 +48,17 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
   );
 }
 
-/** A task as the chain of the dump sees it. */
+/**
+ * A task as the chain of the dump sees it.
+ * @param own.tag  of operations: where a repetition after a crash derives the same again, nothing happens twice
+ */
 export function dumpTarget(
   task: Task,
   spec: OciSpec,
   engine: Engine,
-  own: Pick<DumpTarget, "directory" | "engineCheckpoint" | "inTurn">,
+  own: Pick<DumpTarget, "directory" | "engineCheckpoint" | "inTurn"> & { tag?: (step: string) => Tag },
 ): DumpTarget {
+  const { tag = (step: string) => task.pod.keeper.ownTag(step), ...rest } = own;
   return {
     what: `task ${task.id}`,
     initPid: task.init.pid,
@@ -65,17 +72,22 @@ export function dumpTarget(
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
     rootfs: resolve(task.bundle, spec.root?.path ?? "rootfs"),
     facts: {
-      containerId: task.id,
-      namespace: task.namespace,
+      ...identityOf(spec, task.id, task.namespace),
+      ...(task.generation > 0 && { generation: task.generation }),
       terminal: task.init.stdio.terminal,
       engine: { name: engine.name, version: engine.features.version, path: engine.binary },
       ...specFacts(spec),
       plugins: pluginsOf("containerd", engine.name),
     },
     image: async () => await (await import("./image.ts")).imageOf(task, spec),
+    wholeMemory: (signal) => task.memory.whole(signal),
     log: task.log,
+    preDumpHook: async () => {
+      const hook = await hookOf(spec, "pre-dump");
+      return hook && (() => runHook(task, tag, hook, []));
+    },
     cgroup: () => task.cgroup(),
-    ...own,
+    ...rest,
   };
 }
 
@@ -85,13 +97,23 @@ export async function engineCheckpoint(
   engine: Engine,
   options: EngineDump,
 ): Promise<void> {
-  const { imagePath, workPath, parentPath, leaveRunning, policy, networkLock, withoutPlugins } = options;
+  const {
+    imagePath,
+    workPath,
+    parentPath,
+    leaveRunning,
+    policy,
+    networkLock,
+    externalMounts,
+    withoutPlugins,
+  } = options;
   const logFile = join(task.bundle, "checkpoint.log.json");
   const outputPath = join(task.bundle, "checkpoint.out");
   const configFile = await criuConfigFile(task.bundle, "dump", {
     tcpClose: policy.tcp === "close",
     skipInFlight: policy.tcp === "skip-in-flight",
     networkLock: networkLock === "default" ? undefined : networkLock,
+    externalMounts,
     pluginDirectory: withoutPlugins ? workPath : undefined,
     cgroupRoots: await foreignHierarchies(task.init.pid),
   });

@@ -4,6 +4,7 @@ import type { Claim } from "../checkpoint/resume.ts";
 import { BrokenImage, SyscallFailed } from "../errors/index.ts";
 import type { EscalationStep } from "../runtime/kill-policy.ts";
 import type { PendingEscalation } from "./escalation.ts";
+import type { LazyRecord } from "./lazy-memory.ts";
 
 /**
  * A task's state as the next cedanad will find it: one small JSON file in the bundle, replaced at each transition.
@@ -30,6 +31,9 @@ export interface TaskRecord {
   /** directory of the images to restore from at start */
   restoreFrom?: string;
   onRestoreFailure?: "fail" | "fresh";
+  restoreAsked?: "caller" | "annotation";
+  /** how many restores the container has behind it */
+  generation?: number;
   /** of the checkpoint to restore from */
   claim?: Claim;
   /** what is mounted at the rootfs, where it may have to be mounted again */
@@ -42,6 +46,8 @@ export interface TaskRecord {
   oomKills: number;
   exit?: ExitRecord;
   execs: ExecRecord[];
+  /** of a container that was, or was to be, restored lazily */
+  lazy?: LazyRecord;
   /** signals that are still to be sent after a kill */
   escalations?: PendingEscalation[];
   /** Answers given to calls with effects, so that a repeated call gets the same one; the newest last. */

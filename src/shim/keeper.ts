@@ -30,6 +30,8 @@ export interface SpawnOptions {
   outputPath?: string | undefined;
   schedCore?: boolean | undefined;
   timeoutMs?: number | undefined;
+  /** told its pid when it runs; not of one that a cedanad before us has started */
+  onSpawned?: ((pid: number) => void) | undefined;
 }
 
 /** How a spawned tool ended. `exitStatus` is 128 + signal when a signal ended it. */
@@ -65,6 +67,7 @@ export interface AdoptedExit {
 
 interface PendingOperation {
   what: string;
+  onSpawned?: ((pid: number) => void) | undefined;
   resolve: (result: Message) => void;
   reject: (error: Error) => void;
 }
@@ -109,7 +112,7 @@ export class Keeper {
   async run(tag: Tag, options: SpawnOptions): Promise<ToolExit> {
     const program = options.argv[0] ?? "";
     const sealed = this.#sealedCopyOf(program);
-    const result = await this.#operate(messageType.SPAWN, tag, program, {
+    const values = {
       argv: options.argv,
       env: options.env,
       cwd: options.cwd,
@@ -120,7 +123,8 @@ export class Keeper {
       timeoutMs: options.timeoutMs,
       sealedFd: sealed?.fd,
       sealedOf: sealed?.of,
-    });
+    };
+    const result = await this.#operate(messageType.SPAWN, tag, program, values, options.onSpawned);
     return { pid: result.int("pid"), exitStatus: exitStatusOf(result.int("waitStatus")) };
   }
 
@@ -226,6 +230,12 @@ export class Keeper {
     this.#send(messageType.WELCOME, { version: this.version, pid: process.pid, build });
   }
 
+  /** Takes a SPAWNED to whoever waits for it. */
+  spawned(message: Message): void {
+    const key = tagKey(message.int("request"), message.string("step"));
+    this.#pending.get(key)?.onSpawned?.(message.int("pid"));
+  }
+
   /** Takes a RESULT to whoever waits for it. */
   settle(result: Message): void {
     const key = tagKey(result.int("request"), result.string("step"));
@@ -255,13 +265,19 @@ export class Keeper {
     this.#pending.clear();
   }
 
-  #operate(type: number, tag: Tag, what: string, values: FieldValues): Promise<Message> {
+  #operate(
+    type: number,
+    tag: Tag,
+    what: string,
+    values: FieldValues,
+    onSpawned?: (pid: number) => void,
+  ): Promise<Message> {
     return new Promise((resolve, reject) => {
       if (this.#closed) {
         reject(new Unavailable(`${what}: the pod's keeper (pid ${this.pid}) is gone`));
         return;
       }
-      this.#pending.set(tagKey(tag.request, tag.step), { what, resolve, reject });
+      this.#pending.set(tagKey(tag.request, tag.step), { what, onSpawned, resolve, reject });
       this.#send(type, { request: tag.request, step: tag.step, ...values });
     });
   }

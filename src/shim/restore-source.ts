@@ -2,6 +2,7 @@ import { isAbsolute } from "node:path";
 import type { CheckpointManifest } from "../checkpoint/manifest.ts";
 import { checkRestore } from "../checkpoint/restore.ts";
 import { type Claim, returnClaim } from "../checkpoint/resume.ts";
+import { hasCriuFeature } from "../criu/probe.ts";
 import { InvalidRequest } from "../errors/index.ts";
 import { annotatedCheckpoint, maySetAside } from "../runtime/annotated-checkpoint.ts";
 import { engineVersion } from "../runtime/engine.ts";
@@ -17,6 +18,8 @@ export interface RestoreSource {
   /** directory of the checkpoint, absolute */
   readonly path: string;
   readonly onFailure: "fail" | "fresh";
+  /** who chose it */
+  readonly why: "caller" | "annotation";
   /** nobody else continues from it */
   readonly claim?: Claim | undefined;
 }
@@ -49,6 +52,8 @@ export async function chooseRestoreSource(
     if (found === undefined) return undefined;
     const { path } = found;
     claim = found.claim;
+    // Asked now, so that the start needn't wait for the answer; whoever wants it gets the error, too.
+    if (cedanaAnnotations(spec).lazy) hasCriuFeature("uffd-noncoop").catch(() => undefined);
     const candidate = {
       what: `task ${container.id}`,
       directory: container.bundle,
@@ -59,7 +64,7 @@ export async function chooseRestoreSource(
       policy: (manifest: CheckpointManifest | undefined) => restorePolicy(manifest, spec),
     };
     await checkRestore(candidate, { path, ...(await restoreSettings()) }, { onBoundary: reachBoundary });
-    return { path, onFailure, claim };
+    return { path, onFailure, claim, why: asked === undefined ? "annotation" : "caller" };
   } catch (error) {
     if (claim) await returnClaim(claim);
     if (onFailure === "fail" || !maySetAside(error)) throw error;

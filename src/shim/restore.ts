@@ -9,13 +9,17 @@ import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
 import { descendsFrom, kill, killCriu, watchForDeadCriu } from "../criu/leftovers.ts";
 import { Unsupported } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
-import { programOf } from "../linux/proc.ts";
+import { isAlive, programOf } from "../linux/proc.ts";
+import { readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
+import { hookOf } from "../runtime/hooks.ts";
 import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
 import {
   cedanaAnnotations,
   cgroupPathV2,
+  hasUserNamespace,
+  identityOf,
   type OciSpec,
   ownsNetworkNamespace,
   withHook,
@@ -23,6 +27,7 @@ import {
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
+import { runHook } from "./hooks.ts";
 import type { RestoreSource } from "./restore-source.ts";
 import type { Task, Work } from "./task.ts";
 
@@ -48,6 +53,7 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
   const engine = await withFeatures(task);
   const config = new BundleConfig(task.bundle);
   const keeperPid = task.pod.keeper.pid;
+  const hook = await hookOf(spec, "post-restore");
   const rootfs = resolve(task.bundle, spec.root?.path ?? "rootfs");
   const target: RestoreTarget = {
     what: `task ${task.id}`,
@@ -61,6 +67,18 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
       if (source.onFailure === "fresh") await noteFreshUpper(task.bundle, rootfs);
     },
     log: task.log,
+    identity: identityOf(spec, task.id, task.namespace),
+    why: task.restoreAsked,
+    get initPid() {
+      return task.init.pid;
+    },
+    get hasEnded() {
+      return task.init.exit !== undefined || task.init.heldExit !== undefined || !isAlive(task.init.pid);
+    },
+    postRestoreHook: hook && ((env) => runHook(task, work.tag, hook, env)),
+    setGeneration: async (generation) => {
+      task.generation = generation; // on record with the start
+    },
     policy: (manifest) => restorePolicy(manifest, spec),
     prepareNetwork: async () => {
       if (engine.name === "runc" && ownsNetworkNamespace(spec)) await config.addLoopbackHook(keeperPid);
@@ -77,9 +95,14 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
     cgroup: () => task.cgroup(),
     engineRestore: (options) => engineRestore(task, work, engine, spec, options),
     endCriu: (workPath) => task.undo("end what is left of CRIU", endCriu(task, spec, workPath)),
-    undoEngineRestore: () => task.undoEngineRestore(work),
+    undoEngineRestore: ({ lazy }) => task.undoEngineRestore(work, lazy),
     criuRoots: [join(task.bundle, "criu-root"), join(engine.root, task.id, "criu-root")], // crun's, runc's
     unmount: (mountPoint) => task.pod.keeper.unmount(task.pod.keeper.ownTag("unmount-criu"), mountPoint),
+    lazy: (await wantsLazy(spec))
+      ? task.memory.target(hasUserNamespace(spec), (spawn) =>
+          task.pod.keeper.run(work.tag("lazy-pages"), spawn),
+        )
+      : undefined,
   };
   await restoreContainer(
     target,
@@ -92,6 +115,13 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
     },
     { onBoundary: reachBoundary },
   );
+}
+
+/** As the container's annotation has it. What the administrator forbids is refused here, where it is asked for. */
+async function wantsLazy(spec: OciSpec): Promise<boolean> {
+  if (!cedanaAnnotations(spec).lazy) return false;
+  const { annotations } = await readConfiguration();
+  return cedanaAnnotations(spec, { denied: annotations.deny.filter((key) => key === "lazy") }).lazy === true;
 }
 
 // ---- what is left of an engine or a CRIU that was killed -------------------------------------------------------------
@@ -196,11 +226,12 @@ async function engineRestore(
   work: Work,
   engine: Engine,
   spec: OciSpec,
-  { imagePath, workPath, policy, externalMounts, withoutPlugins }: EngineRestore,
+  { imagePath, workPath, policy, externalMounts, lazy, withoutPlugins }: EngineRestore,
 ): Promise<void> {
   const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
+    lazyPages: lazy,
     pluginDirectory: withoutPlugins ? workPath : undefined,
     externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
@@ -222,6 +253,7 @@ async function engineRestore(
       workPath,
       ...policyOptions(policy),
       tcpClose: policy.tcp === "close",
+      lazyPages: lazy,
       ...configFile,
     });
   } finally {

@@ -78,6 +78,7 @@ async function tick(task: Task): Promise<void> {
     const plan = await planOf(task);
     if (plan && plan.wait <= plan.everyMs * JITTER && task.init.state === "running") await take(task);
   } catch (error) {
+    if (hasGone(task)) return; // in the middle of it
     failed = true;
     task.log.error(
       { err: error },

@@ -124,6 +124,9 @@ export class ShimServer {
       case messageType.RESULT:
         pod.keeper.settle(message);
         return;
+      case messageType.SPAWNED:
+        pod.keeper.spawned(message);
+        return;
       case messageType.REQUEST:
         pod.requested(message);
         return;
@@ -148,7 +151,7 @@ export class ShimServer {
       case messageType.EVENT_REFUSED:
         pod.eventRefused(message.string("id"), message.string("eventKey"), message.string("message"));
         return;
-      default: // SPAWNED, and what newer keepers may say
+      default: // what newer keepers may say
         return;
     }
   }
@@ -237,6 +240,9 @@ export class ShimServer {
           pid: task.init.pid,
           engine: task.engine.binary,
           bundle: task.bundle,
+          ...(task.memory.record && {
+            lazy: { state: task.memory.record.state, reason: task.memory.record.reason },
+          }),
           execs: [...task.execs.values()].map(({ execId, state, pid }) => ({ execId, state, pid })),
         })),
       })),
@@ -260,6 +266,8 @@ export interface DaemonStatus {
       pid: number;
       engine: string;
       bundle: string;
+      /** of a container that was, or was to be, restored lazily */
+      lazy?: { state: string; reason?: string | undefined };
       execs: { execId: string; state: string; pid: number }[];
     }[];
   }[];

@@ -2,7 +2,7 @@ import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
-import { freezeMarker, thawNoted } from "../checkpoint/freeze-marker.ts";
+import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -44,6 +44,7 @@ import {
   writeTaskRecord,
 } from "./journal.ts";
 import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
+import { LazyMemory } from "./lazy-memory.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
 import type { RestoreSource } from "./restore-source.ts";
@@ -58,6 +59,8 @@ const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
 const OOM_COUNTER_ATTEMPTS = 10;
 const OOM_COUNTER_INTERVAL_MS = 20;
+/** How long a restore whose page daemon has ended may go on: it fails within milliseconds where it can. */
+const ABANDONED_RESTORE_MS = 3_000;
 
 /** In the bundle while a checkpoint is taken that containerd hasn't asked for. */
 export const TRIGGERED_DIRECTORY = "cedana-dump";
@@ -113,6 +116,9 @@ export class Task {
   readonly engine: Engine;
   readonly options: RuntimeOptions;
   readonly execs = new Map<string, Process>();
+  /** how many restores the container has behind it */
+  generation = 0;
+  readonly memory: LazyMemory;
   readonly #pod: Pod;
   readonly #log: TaskLogger;
   readonly #execSpecs = new Map<string, { serial: number; spec: string }>();
@@ -121,6 +127,8 @@ export class Task {
   #cgroup: Cgroup | undefined;
   #rootfsMounted = false;
   #restoreSource: RestoreSource | undefined;
+  /** the lock on its checkpoint, until it is restored */
+  #use: Disposable | undefined;
   /** a failed restore is given up: its files are (reset), or are to be, as before it */
   #afresh: "begun" | "reset" | undefined;
   /** what was mounted at the rootfs, where it may have to be mounted again */
@@ -154,6 +162,13 @@ export class Task {
       namespace: pod.namespace,
     });
     this.#log = taskLogger(pod.log, bundle, id);
+    this.memory = new LazyMemory({
+      signal: (pid, signal) => pod.keeper.signal(pod.keeper.ownTag("lazy-pages"), pid, signal),
+      log: this.#log,
+      changed: () => this.record(),
+      filled: () => this.discardRestore(),
+      kill: () => this.#killWithoutMemory(),
+    });
     this.#escalations = new Escalations({
       send: async (execId, signal) =>
         await this.#signal(pod.keeper.ownTag("escalate"), this.process(execId), signal),
@@ -178,6 +193,11 @@ export class Task {
     return this.#restoreSource?.path;
   }
 
+  /** Who chose what it is restored from. */
+  get restoreAsked(): RestoreSource["why"] {
+    return this.#restoreSource?.why ?? "caller";
+  }
+
   /**
    * Containerd's Create: rootfs, stdio, and the engine's `create`, or everything but that when it will be restored.
    * @param answer  what the call will be answered, for the record: without one on disk there is no task
@@ -191,6 +211,7 @@ export class Task {
     const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
     killPolicy(spec); // a signal that doesn't exist is refused now, not when it is needed
     execKillPolicy(spec, {});
+    if (hasOurAnnotations(spec)) await (await import("../runtime/hooks.ts")).checkHooks(spec);
     const restore = await restoreSourceOf(pod, request, options, spec);
     const state = restore ? "createdFromCheckpoint" : "created";
     const init = new Process("", request.id, request.stdio, state);
@@ -203,6 +224,7 @@ export class Task {
     init.starting = true; // an exit waits until the create event is out
     pod.creating.add(task);
     try {
+      await task.#useCheckpoint();
       const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace, options);
       await task.#mountRootfs(work, request.rootfs);
       await pod.keeper.ioOpen(work.tag("io"), stdio);
@@ -245,9 +267,11 @@ export class Task {
         : {
             path: record.restoreFrom,
             onFailure: record.onRestoreFailure ?? "fail",
+            why: record.restoreAsked ?? "caller",
             claim: record.claim,
           },
     );
+    task.generation = record.generation ?? 0;
     init.pid = record.pid;
     if (record.exit) init.markExited({ status: record.exit.status, atNs: BigInt(record.exit.atNs) });
     task.#rootfsMounted = record.rootfsMounted;
@@ -270,11 +294,13 @@ export class Task {
       task.#execSpecs.set(exec.execId, { serial: exec.serial, spec: exec.spec });
     }
     task.#escalations.revive(record.escalations ?? []);
+    if (record.lazy) void task.memory.revive(record.lazy, record.state !== "createdFromCheckpoint");
     return task;
   }
 
   /** What a record doesn't hold is found again. */
   async revived(): Promise<void> {
+    await this.undo("lock the checkpoint that a task is to be restored from", this.#useCheckpoint());
     if (this.init.pid === 0 || this.init.exit) return;
     try {
       this.#spec = await readSpec(this.bundle);
@@ -352,12 +378,14 @@ export class Task {
       ...(this.#restoreSource && {
         restoreFrom: this.#restoreSource.path,
         onRestoreFailure: this.#restoreSource.onFailure,
+        restoreAsked: this.#restoreSource.why,
         ...(this.#restoreSource.claim && { claim: this.#restoreSource.claim }),
       }),
       ...(this.#ending && { ending: this.#ending }),
       ...(this.#rootfs.length > 0 && { rootfs: this.#rootfs }),
       ...(this.#afresh && { afresh: this.#afresh }),
       ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
+      ...(this.generation > 0 && { generation: this.generation }),
       oomKills: this.#oomKills,
       ...exitRecord(this.init.exit),
       execs: [...this.execs.values()].map((process): ExecRecord => {
@@ -372,6 +400,7 @@ export class Task {
           ...exitRecord(process.exit),
         };
       }),
+      ...(this.memory.record && { lazy: this.memory.record }),
       ...(this.#escalations.pending && { escalations: this.#escalations.records() }),
       answers: this.#answers,
     });
@@ -417,7 +446,8 @@ export class Task {
   async #restore(work: Work): Promise<void> {
     const source = this.#restoreSource!;
     const { restore } = await import("./restore.ts");
-    await using _held = await this.#holdOutputs(work, source.onFailure === "fresh");
+    const mayBeginAnew = source.onFailure === "fresh" || cedanaAnnotations(await this.spec()).lazy === true;
+    await using _held = await this.#holdOutputs(work, mayBeginAnew);
     if (this.#afresh) {
       await this.#startAfresh(work); // as a cedanad before us had begun to
       return;
@@ -440,6 +470,7 @@ export class Task {
         { err: error },
         "restore failed; as cedana.io/on-restore-failure says, it starts afresh",
       );
+      this.generation = 0;
       this.#afresh = "begun"; // on record: a repetition must not restore into a container that runs
       this.#writeRecord();
       await this.#giveClaimBack();
@@ -466,25 +497,58 @@ export class Task {
       detach: true,
       noPivot: this.options.noPivotRoot,
     });
-    const exit = await this.#pod.keeper.run(work.tag("restore"), { argv, io: this.init.io, consoleSocket });
+    const step = options.lazyPages ? "restore-lazily" : "restore"; // the one may follow on the other
+    const exit = await this.#pod.keeper.run(work.tag(step), { argv, io: this.init.io, consoleSocket });
     if (exit.exitStatus !== 0) throw await engineFailure("restore", this.id, exit.exitStatus, logFile);
     this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);
   }
 
   /** Nothing of a container whose restore has failed may stay, its init included, where it was there already. */
-  async undoEngineRestore(work: Work): Promise<void> {
+  async undoEngineRestore(work: Work, lazy: boolean): Promise<void> {
     const { init } = this;
-    await this.undo("delete what a failed restore left", this.#engineDelete(work.tag("undo-restore"), true));
+    const tag = work.tag(lazy ? "undo-restore-lazily" : "undo-restore");
+    await this.undo("delete what a failed restore left", this.#engineDelete(tag, true));
+    if (lazy) await this.#reopenStdio(work, "lazily"); // an eager one may follow
     if (init.pid === 0) return;
     if (init.heldExit) this.#pod.keeper.acknowledge(init.heldExit.sequence); // told to nobody
     init.heldExit = undefined;
     init.pid = 0;
   }
 
+  /** The page daemon has ended too early: nothing may go on with what it has left out. */
+  async #killWithoutMemory(): Promise<void> {
+    const { init } = this;
+    const { keeper } = this.#pod;
+    const lost = () => this.memory.record?.state === "lost"; // not so when an eager restore follows on the lazy one
+    // A restore under way fails by itself, unless a process of it waits for memory already: then its engine does so for ever.
+    const limit = performance.now() + ABANDONED_RESTORE_MS;
+    while (lost() && init.pid === 0 && !init.exit && performance.now() < limit) await delay(20);
+    if (!lost() || init.exit || init.heldExit) return;
+    if (init.pid === 0) {
+      const [{ killCriu }, { defaultWorkPath }] = await Promise.all([
+        import("../criu/leftovers.ts"),
+        import("../checkpoint/restore.ts"),
+      ]);
+      await killCriu(this.options.criuWorkPath || defaultWorkPath(this.bundle), keeper.pid);
+    } else
+      await this.#signal(keeper.ownTag("kill-without-memory"), init, SIGKILL).catch((error) => {
+        if (!(error instanceof NotFound)) throw error; // it has just ended
+      });
+  }
+
+  async #useCheckpoint(): Promise<void> {
+    if (this.init.state !== "createdFromCheckpoint") return;
+    const { CheckpointUse } = await import("../checkpoint/use.ts");
+    this.#use = CheckpointUse.use(this.#restoreSource!.path);
+  }
+
   /** The start is on record, or the task goes: a restore won't be repeated. */
   async discardRestore(): Promise<void> {
     if (!this.#restoreSource) return;
+    this.#use?.[Symbol.dispose]();
+    this.memory.started();
+    if (this.memory.record?.state === "filling") return; // from there again, when it has been filled
     const { discardRestore } = await import("../checkpoint/restore.ts");
     await this.undo("remove what a restore has left", discardRestore(this.bundle, unpackDirectory()));
   }
@@ -497,14 +561,14 @@ export class Task {
     await this.undo("give back the claim on a checkpoint", returnClaim(claim));
   }
 
-  /** Waits for something that undoes; a failure of it is logged. */
+  /** Waits for something that may fail without anybody's call failing: it is logged then. */
   async undo(what: string, action: Promise<unknown>): Promise<void> {
     await action.catch((cause) => this.#log.warn({ err: cause }, what));
   }
 
   /**
    * Holds the FIFOs of stdout and stderr open: a failed restore closes its ends of them, which their readers would take for the end of
-   * a container that is yet to start afresh. A log program is not held: it ends, and another is started.
+   * a container that is yet to start afresh, or to be restored eagerly. A log program is not held: it ends, and another is started.
    */
   async #holdOutputs(work: Work, wanted: boolean): Promise<AsyncDisposable> {
     const { keeper } = this.#pod;
@@ -521,7 +585,14 @@ export class Task {
     };
   }
 
-  /** After a failed restore has been undone. Its stdio was given away with it, and is opened again. */
+  /** A failed restore's stdio was given away with it. */
+  async #reopenStdio(work: Work, after: string): Promise<void> {
+    await this.#pod.keeper.ioFree(work.tag(`io-free-${after}`), this.init.io);
+    const stdio = planStdio(this.init.io, this.init.stdio, this.id, this.namespace, this.options);
+    await this.#pod.keeper.ioOpen(work.tag(`io-${after}`), stdio);
+  }
+
+  /** After a failed restore has been undone. */
   async #startAfresh(work: Work): Promise<void> {
     try {
       if (this.#afresh === "begun") {
@@ -529,9 +600,7 @@ export class Task {
         this.#afresh = "reset";
         this.#writeRecord();
       }
-      await this.#pod.keeper.ioFree(work.tag("io-free-restore"), this.init.io);
-      const stdio = planStdio(this.init.io, this.init.stdio, this.id, this.namespace, this.options);
-      await this.#pod.keeper.ioOpen(work.tag("io-afresh"), stdio);
+      await this.#reopenStdio(work, "afresh");
       await this.#createContainer(work);
       const command = this.engine.start({ id: this.id, logFile: this.#logFile("start") });
       await this.#runEngine(work.tag("start-afresh"), "start", command);
@@ -566,7 +635,7 @@ export class Task {
     try {
       const stdio = planStdio(process.io, process.stdio, this.id, this.namespace, this.options);
       try {
-        writeFileSync(file("json"), spec, { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
+        writeFileSync(file("json"), await this.#execProcess(spec), { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
         // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
         const opened = this.#pod.keeper.ioOpen(work.tag("io"), stdio);
         opened.catch(() => {}); // looked at below, if we get there
@@ -598,6 +667,12 @@ export class Task {
     }
     this.publish(`exec-started:${work.request}`, events.execStarted(this.id, process.execId, process.pid));
     return process.pid;
+  }
+
+  async #execProcess(process: string): Promise<string> {
+    if (!this.#spec || !hasOurAnnotations(this.#spec)) return process;
+    const { withInterception } = await import("../runtime/gpu-injection.ts");
+    return withInterception(process, this.#spec);
   }
 
   /** Registers an exec'd process; it runs at its Start. */
@@ -661,6 +736,8 @@ export class Task {
     const status = this.#statusOf(process);
     process.markExited({ status, atNs });
     this.#escalations.end(process.execId);
+    if (process.isInit)
+      void this.undo("end the page daemon of a container that has ended", this.memory.end());
     this.#publishExitEvent(process, sequence);
     if (this.record()) this.#pod.keeper.acknowledge(sequence); // else the keeper keeps it for the next cedanad
   }
@@ -825,14 +902,15 @@ export class Task {
     });
   }
 
-  async pause(work: Work): Promise<void> {
+  /** @param work  its request tells this pause from another of the task's */
+  async pause(work: { readonly request: number | string }): Promise<void> {
     this.init.check("pause");
     await (await this.cgroup()).freeze();
     this.init.move("pause");
     this.publish(`paused:${work.request}`, events.taskPaused(this.id));
   }
 
-  async resume(work: Work): Promise<void> {
+  async resume(work: { readonly request: number | string }): Promise<void> {
     this.init.check("resume");
     await (await this.cgroup()).thaw();
     this.init.move("resume");
@@ -889,6 +967,7 @@ export class Task {
 
   /** A cedanad before us may have ended in the middle of a dump whose caller has gone: the container must not stay frozen. */
   async thawLeftover(): Promise<void> {
+    await this.#pauseLeftover();
     this.#recoverDevices();
     const marker = freezeMarker(this.bundle);
     if (!existsSync(marker)) return;
@@ -902,6 +981,18 @@ export class Task {
       this.#log.warn("thawed: it had been frozen for a dump that a crash cut off");
     } catch (error) {
       this.#log.error({ err: error }, "thaw a container that a dump cut off by a crash had frozen");
+    }
+  }
+
+  /** … or in the hook of a paused one, which ran for it: what its owner has paused must not go on. */
+  async #pauseLeftover(): Promise<void> {
+    const note = hookNote(this.bundle);
+    if (!existsSync(note)) return;
+    try {
+      if (this.init.state === "paused" && !this.init.exit) await (await this.cgroup()).freeze();
+      await rm(note, { force: true });
+    } catch (error) {
+      this.#log.error({ err: error }, "pause a container again that ran for its hook when cedanad ended");
     }
   }
 
@@ -963,6 +1054,7 @@ export class Task {
     // The engine's part and the output of a process that has ended have nothing to do with each other.
     const drained = neverRan ? undefined : this.#drain(work, init);
     await Promise.all([this.#engineDelete(work.tag("delete"), neverRan), drained]);
+    await this.memory.end();
     if (neverRan && init.pid !== 0 && !init.exit) await Promise.race([init.waitForExit(), delay(2_000)]);
     await Promise.all([
       ...[...this.execs.values()].map((exec) => keeper.ioFree(work.tag(`io-free:${exec.io}`), exec.io)),
@@ -1010,6 +1102,7 @@ export class Task {
       await this.#engineDelete(keeper.ownTag("destroy"), true).catch((error) =>
         this.#log.warn({ err: error }, "delete the container of an abandoned task"),
       );
+      await this.undo("end the page daemon of an abandoned task", this.memory.end());
       for (const process of this.processes()) await keeper.ioFree(keeper.ownTag("io-free"), process.io);
       await this.removeCgroup();
       await this.discardRestore();
@@ -1062,6 +1155,11 @@ export class Task {
   }
 
   async #createContainer(work: Work): Promise<void> {
+    const spec = await this.spec();
+    if (hasOurAnnotations(spec)) {
+      const { injectGpu } = await import("../runtime/gpu-injection.ts");
+      this.#spec = (await injectGpu(this.bundle, spec, this)) ?? spec;
+    }
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     const command = this.engine.create({
@@ -1105,6 +1203,7 @@ export class Task {
         if (!(error instanceof Unavailable)) this.#log.error({ err: error }, `undo a failed create: ${what}`);
       });
     };
+    this.#use?.[Symbol.dispose]();
     await this.#giveClaimBack();
     await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
     await undo("remove the cgroup", this.removeCgroup());

@@ -51,6 +51,8 @@ function container(changes: Partial<RestoredContainer> = {}): RestoredContainer 
     cgroupMountPoints: [],
     maskedPaths: [],
     devices: [],
+    hostname: undefined,
+    network: "dumped",
     ...changes,
   };
 }
@@ -60,7 +62,8 @@ function mount(mountPoint: string, externalKey?: string, root = "/"): DumpedMoun
 }
 
 function facts(changes: Partial<ImageFacts> = {}): ImageFacts {
-  return { mounts: [mount("/")], files: [], ...changes };
+  const nothing = { files: [], sockets: [], hostname: undefined, hostnameImage: undefined };
+  return { mounts: [mount("/")], ...nothing, ...changes };
 }
 
 async function differences(images: ImageFacts, changes: Partial<RestoredContainer> = {}) {
@@ -133,6 +136,33 @@ describe("a checkpoint and a container", () => {
     // What a rootfs diff brings isn't there yet.
     fs.writeFileSync(path.join(directory, "rootfs-diff.tar"), "");
     expect((await differences(images, { rootfs })).said).toEqual([]);
+  });
+
+  it("differ in addresses: connections come back closed, what is bound to one that is gone can't", async () => {
+    const socket = (address: string | undefined, state: number, freeBind = false) =>
+      ({ isTcp: true, state, address, port: 80, freeBind }) as const;
+    const loopback = [socket("127.0.0.1", 1), socket("127.0.0.1", 10), socket(undefined, 10)];
+    const compared = async (sockets: ImageFacts["sockets"], network: RestoredContainer["network"]) => {
+      const { closesTcp, findings } = await compareToContainer(
+        checkpoint(),
+        facts({ sockets }),
+        container({ network }),
+      );
+      return { closesTcp, said: findings.map(({ severity, message }) => `${severity}: ${message}`) };
+    };
+    for (const network of ["host", "empty", "dumped", { path: "/proc/self/ns/net" }] as const)
+      expect(await compared(loopback, network)).toEqual({ closesTcp: false, said: [] });
+    const foreign = [...loopback, socket("192.0.2.1", 1), socket("192.0.2.1", 8)];
+    expect(await compared(foreign, "dumped")).toEqual({ closesTcp: false, said: [] });
+    expect(await compared(foreign, "empty")).toEqual({
+      closesTcp: true,
+      said: [expect.stringMatching(/^warning: its TCP connections from 192\.0\.2\.1 come back closed/)],
+    });
+    const listening = [socket("192.0.2.1", 10), socket("192.0.2.1", 1), socket("192.0.2.2", 10, true)];
+    expect((await compared(listening, "host")).said).toEqual([
+      expect.stringMatching(/^error: it has a socket at 192\.0\.2\.1 port 80, which is no address/),
+      expect.stringMatching(/^warning: /),
+    ]);
   });
 
   it("differ in the terminal and the image", async () => {

@@ -296,6 +296,9 @@ describe("the schema in the repository", () => {
   const whole: Whole<CheckpointManifest> = {
     ...written,
     version: 1,
+    hostname: "web-0",
+    pod: { namespace: "default", name: "web-0", container: "web" },
+    generation: 1,
     criuVersion: "4.2.1",
     cedanaVersion: "0.1.0",
     image: { name: "docker.io/library/busybox:latest", digest: `sha256:${"0".repeat(64)}` },

@@ -1,8 +1,11 @@
+import { randomUUID } from "node:crypto";
 import { chmodSync, existsSync, mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { Staging } from "../../src/checkpoint/staging.ts";
 import { CheckpointStore, generationAt } from "../../src/checkpoint/store.ts";
+import { CheckpointUse } from "../../src/checkpoint/use.ts";
 import { InvalidRequest, NotFound, PermissionDenied } from "../../src/errors/index.ts";
 
 let directory: string;
@@ -93,6 +96,21 @@ describe("a store of checkpoints", () => {
     await expect(store.find(bob, "web")).rejects.toThrow(/can be written by others \(mode 777\)/);
   });
 
+  it("keeps what is in use: a removal says so, a pruning leaves it for the next one", async () => {
+    const paths: string[] = [];
+    for (let n = 1; n <= 3; n++) paths.push(await make(alice, "web", at(n)));
+    {
+      using _first = CheckpointUse.use(paths[0]!);
+      using _second = CheckpointUse.use(paths[0]!);
+      const [oldest] = await store.generations(alice, "web");
+      await expect(store.remove(oldest!)).rejects.toThrow(/is in use/);
+      expect((await store.prune(alice, "web", 1)).map(({ path }) => path)).toEqual([paths[1]]);
+      expect(paths.map((path) => existsSync(path))).toEqual([true, false, true]);
+    }
+    expect((await store.prune(alice, "web", 1)).map(({ path }) => path)).toEqual([paths[0]]);
+    expect(() => CheckpointUse.use(paths[0]!)).toThrow(NotFound);
+  });
+
   it("prunes the oldest, and never the last", async () => {
     const paths = [];
     for (let n = 1; n <= 4; n++) paths.push(await make(alice, "web", at(n)));
@@ -101,5 +119,21 @@ describe("a store of checkpoints", () => {
     expect(paths.map((path) => existsSync(path))).toEqual([false, false, true, true]);
     await store.prune(alice, "web", 0);
     expect(await store.generations(alice, "web")).toHaveLength(1);
+  });
+
+  it("is swept of what crashes have left, and of nothing that somebody works on", async () => {
+    const whole = await make(alice, "web", at(1));
+    const left = join(whole, "../tmp", randomUUID());
+    const removed = join(whole, "../tmp/removed-20260101T000000000Z-1");
+    for (const directory of [left, removed]) mkdirSync(directory, { recursive: true, mode: 0o700 });
+    await using living = await Staging.beside(join(whole, ".."), generationAt(at(2)));
+    mkdirSync(left, { recursive: true, mode: 0o700 }); // the new one has swept it
+    expect(await store.sweep()).toBe(2);
+    expect([whole, living.path, left, removed].map((path) => existsSync(path))).toEqual([
+      true,
+      true,
+      false,
+      false,
+    ]);
   });
 });

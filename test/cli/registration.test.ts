@@ -13,15 +13,8 @@ import { tmpdir } from "node:os";
 import { dirname, join, resolve } from "node:path";
 import { parse } from "smol-toml";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import {
-  apply,
-  type Place,
-  planRegistration,
-  planUndo,
-  type Target,
-  targets,
-  unifiedDiff,
-} from "../../src/cli/registration.ts";
+import { apply, type Place, planRegistration, planUndo, unifiedDiff } from "../../src/cli/registration.ts";
+import { type Target, targets } from "../../src/cli/targets.ts";
 
 let place: Place;
 beforeEach(() => {

@@ -2,6 +2,7 @@
 
 import { execFileSync } from "node:child_process";
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { extractArchive, verifyArchive, verifyDirectory } from "../../src/checkpoint/archive/index.ts";
@@ -17,7 +18,6 @@ import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
 
 const COUNTER = ["counter", "20", "7"];
-const CONFIGURATION = "/run/cedana-dump-test.json";
 
 interface Dumped {
   name: string;
@@ -160,16 +160,18 @@ for (const combination of enginesForCheckpoints) {
 
 describe("with runc", () => {
   let live: Live;
+  const directory = mkdtempSync(join(tmpdir(), "dump-")); // root's, and nobody else's, as a configuration must be
+  const configuration = join(directory, "config.json");
   beforeAll(async () => {
-    writeFileSync(CONFIGURATION, JSON.stringify({ checkpoints: { shortestInterval: "300ms" } }), {
+    writeFileSync(configuration, JSON.stringify({ checkpoints: { shortestInterval: "300ms" } }), {
       mode: 0o600,
     });
-    live = await Live.start({ containerd: "1.7", engine: "runc", env: { CEDANA_CONFIG: CONFIGURATION } });
+    live = await Live.start({ containerd: "1.7", engine: "runc", env: { CEDANA_CONFIG: configuration } });
   });
   afterEach(() => live.expectNoLeftovers());
   afterAll(async () => {
     await live?.stop();
-    rmSync(CONFIGURATION, { force: true });
+    rmSync(directory, { recursive: true });
   });
 
   it("leaves a paused container paused", async () => {

@@ -1,11 +1,33 @@
 // CRIU or the engine is killed in the middle of a dump or a restore: the container runs on, or the task can be deleted; nothing is left.
 
-import { mkdtempSync, readdirSync } from "node:fs";
+import { execFileSync } from "node:child_process";
+import { mkdtempSync, readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { DeadlyCriu, dumpMoments, restoreMoments } from "./harness/deadly-criu.ts";
 import { Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
+import { entries } from "./harness/system.ts";
+import { until } from "./harness/until.ts";
+
+const ROUNDS = process.env.CEDANA_SOAK ? 40 : 3;
+
+/** CRIUs at work for a bundle. */
+function criuIn(bundle: string): number[] {
+  return entries("/proc")
+    .filter((name) => /^\d+$/.test(name))
+    .map(Number)
+    .filter((pid) => {
+      try {
+        const isHere = readlinkSync(`/proc/${pid}/cwd`).startsWith(bundle);
+        return isHere && readFileSync(`/proc/${pid}/comm`, "utf8").startsWith("criu");
+      } catch {
+        return false; // it has ended
+      }
+    });
+}
+
+const nonEmpty = <T>(list: T[]) => (list.length > 0 ? list : undefined);
 
 const outcomeOf = (call: Promise<unknown>) =>
   call.then(
@@ -63,10 +85,54 @@ for (const combination of enginesForCheckpoints) {
       await task.destroy();
     });
 
+    it("leaves the memory right when CRIU is killed while it reads it", async () => {
+      await using task = await live.run(["memory", "64"]);
+      const sum = (await task.stdout.lineMatching(/^ready (\S+)/))[1];
+      for (let round = 0; round < ROUNDS; round++) {
+        const image = mkdtempSync(join(live.dir, "image-"));
+        const dump = outcomeOf(task.checkpoint({ imagePath: image }));
+        const pids = await until(() => nonEmpty(criuIn(task.bundle)), { what: () => "CRIU", everyMs: 1 });
+        await new Promise((resolve) => setTimeout(resolve, (round / ROUNDS) * 80));
+        let killed = 0;
+        for (const pid of pids) {
+          try {
+            process.kill(pid, "SIGKILL");
+            killed++;
+          } catch {
+            // ESRCH: it was quicker
+          }
+        }
+        const outcome = await dump;
+        if (outcome === "done" || killed === 0) continue; // it had the last word
+        expect(await task.status()).toBe("RUNNING");
+        task.stdout.skip();
+        expect((await task.stdout.lineMatching(/^\d+ (\S+)/))[1]).toBe(sum);
+        expect(readdirSync(image)).toEqual([]);
+      }
+    });
+
+    it("lets packets in again when CRIU is killed while it keeps them away", async () => {
+      await using task = await live.run(["sh", "-c", "nc -l -p 7000 & counter"]);
+      await task.nextNumber();
+      await until(async () => (await task.execToEnd(["netstat", "-ltn"])).stdout.includes(":7000"), {
+        what: () => "the listener",
+      });
+      deadly.killNextAt("post-dump", "criu");
+      expect(await outcomeOf(task.checkpoint())).not.toBe("done");
+      expect(deadly.killed()).toBe("criu");
+      const rules = "iptables-save; ip6tables-save; nft list ruleset";
+      const enter = ["--target", String(task.pid), "--net", "sh", "-c", `{ ${rules}; } 2>&1`];
+      expect(execFileSync("nsenter", enter, { encoding: "utf8" })).not.toContain("CRIU");
+      task.stdout.skip();
+      await task.nextNumber();
+    });
+
     it("leaves a task that can be deleted, and the images, when one is killed in a restore", async () => {
       const before = readdirSync(good).sort();
+      // What is CRIU's is the same with both engines.
+      const moments = combination.engine === "runc" ? restoreMoments : restoreMoments.slice(1, 4);
       for (const victim of ["criu", "engine"] as const)
-        for (const moment of restoreMoments) {
+        for (const moment of moments) {
           const what = `${victim} at ${moment}`;
           const task = await live.create(["counter"], { criuImagePath: good });
           deadly.killNextAt(moment, victim);

@@ -16,6 +16,7 @@ import {
   parseSpec,
   podNameOf,
   podNamespaceOf,
+  processLike,
   readSpec,
   sharesPidNamespace,
   withHook,
@@ -132,6 +133,25 @@ describe("a hook added to a spec", () => {
       createRuntime: [hook],
     });
     expect(() => withHook("[]", "createRuntime", hook)).toThrow(InvalidRequest);
+  });
+});
+
+describe("a process like the container's first", () => {
+  it("has its user, directory, limits and environment, but no terminal", () => {
+    const text = `{"process":{"terminal":true,"consoleSize":{"width":80,"height":25},"user":{"uid":1000,"gid":5},"cwd":"/app",
+      "args":["server"],"env":["A=1"],"noNewPrivileges":true,"rlimits":[{"type":"RLIMIT_AS","hard":18446744073709551615,"soft":1}]}}`;
+    const made = processLike(text, { args: ["sh", "-c", "x"], env: ["B=2"] });
+    expect(made).toContain('"hard":18446744073709551615');
+    expect(JSON.parse(made)).toMatchObject({
+      terminal: false,
+      user: { uid: 1000, gid: 5 },
+      cwd: "/app",
+      args: ["sh", "-c", "x"],
+      env: ["A=1", "B=2"],
+      noNewPrivileges: true,
+    });
+    expect(made).not.toContain("consoleSize");
+    expect(() => processLike("[]", { args: ["x"], env: [] })).toThrow(InvalidRequest);
   });
 });
 

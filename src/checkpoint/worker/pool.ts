@@ -21,12 +21,26 @@ interface Thread {
   idleTimer?: NodeJS.Timeout;
 }
 
+/**
+ * Jobs for which a container stands still, or a caller of containerd's waits, have threads of their own: an archive takes its time, and as
+ * many as there are cores may be in work.
+ */
+const urgentJobs: ReadonlySet<JobName> = new Set([
+  "packRootfsDiff",
+  "prepareRootfsDiff",
+  "followFiles",
+] as const);
+
+class Lane {
+  running = 0;
+  readonly waiting: (() => void)[] = [];
+}
+
 const idle: Thread[] = [];
-const waiting: (() => void)[] = [];
-let running = 0;
+const lanes = { urgent: new Lane(), usual: new Lane() };
 
 /**
- * Does a job in a worker thread; at most `MAX_WORKERS` run at once, the others wait for their turn.
+ * Does a job in a worker thread; at most `MAX_WORKERS` run at once, and as many urgent ones, the others wait for their turn.
  * @param signal  gives up: the job stops at its next look, undoes what it does, and this rejects with Cancelled
  * @throws what the job throws
  */
@@ -36,8 +50,9 @@ export async function runJob<N extends JobName>(
   signal?: AbortSignal,
 ): Promise<JobOutput<N>> {
   if (signal?.aborted) throw new Cancelled(`${name} was cancelled`, { cause: signal.reason });
-  if (running >= MAX_WORKERS) await new Promise<void>((go) => waiting.push(go));
-  else running++;
+  const lane = urgentJobs.has(name) ? lanes.urgent : lanes.usual;
+  if (lane.running >= MAX_WORKERS) await new Promise<void>((go) => lane.waiting.push(go));
+  else lane.running++;
   try {
     return (await runIn(
       takeThread(),
@@ -45,9 +60,9 @@ export async function runJob<N extends JobName>(
       signal,
     )) as JobOutput<N>;
   } finally {
-    const next = waiting.shift();
+    const next = lane.waiting.shift();
     if (next) next();
-    else running--;
+    else lane.running--;
   }
 }
 

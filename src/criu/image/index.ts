@@ -5,7 +5,7 @@ export { encodeImage } from "./encode.ts";
 export type { FaultKind, ImageFinding } from "./findings.ts";
 export { formatOfFile, rawKindOf } from "./format.ts";
 export { stringify } from "./json.ts";
-export type { Message, Value } from "./message.ts";
+export { encodeMessage, type Message, type Value } from "./message.ts";
 export { ImageFault, ImageReader, readImage, readOne } from "./read.ts";
 export { type ImageReport, verifyImages } from "./verify.ts";
 export { verifyImagesInWorker } from "./verify-in-worker.ts";

@@ -52,12 +52,16 @@ export async function listCheckpoints(
     signal.throwIfAborted();
     const found =
       request.name === "" ? await store.list(owner) : await store.generations(owner, request.name);
-    for (const checkpoint of found) checkpoints.push(await describe(owner, checkpoint));
+    for (const checkpoint of found) checkpoints.push(await describeCheckpoint(owner, checkpoint));
   }
   return { checkpoints };
 }
 
-async function describe(owner: StoreOwner, checkpoint: StoredCheckpoint): Promise<CheckpointInit> {
+/** One that can't be read is described by its fault. */
+export async function describeCheckpoint(
+  owner: StoreOwner,
+  checkpoint: StoredCheckpoint,
+): Promise<CheckpointInit> {
   const line = { ...checkpoint, ...owner };
   try {
     const manifest = await readManifest(checkpoint.path);

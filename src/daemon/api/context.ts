@@ -6,6 +6,8 @@ export interface ApiContext {
   readonly log: Logger;
   readonly shim: ShimServer;
   readonly runDirectory: string;
+  /** how many calls are under way */
+  readonly calls: { active: number };
 }
 
 /** One call of a client's. */

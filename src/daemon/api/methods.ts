@@ -23,6 +23,12 @@ export const methods: ApiMethods = {
   InspectCheckpoint: async (request) => await (await import("./checkpoints.ts")).inspectCheckpoint(request),
   RestoreContainer: async (request, call, send) =>
     await (await import("./restore.ts")).restoreContainer(request, call, send),
+  FreezeContainer: async (request, call) =>
+    await (await import("./containers.ts")).freezeContainer(request, call),
+  UnfreezeContainer: async (request, call) =>
+    await (await import("./containers.ts")).unfreezeContainer(request, call),
+  QueryContainers: async (request, call) =>
+    await (await import("./containers.ts")).queryContainers(request, call),
   ListPlugins: async () => await (await import("./plugins.ts")).listPlugins(),
   Check: async (request, call, send) => await (await import("./plugins.ts")).check(request, call, send),
   VerifyCheckpoint: async (request, call, send) =>

@@ -72,21 +72,17 @@ type AnyMethod = (
 ) => Promise<unknown>;
 
 function unaryHandler(grpc: Grpc, name: string, context: ApiContext) {
+  const nothingToSend = () => Promise.reject(new TypeError(`${name} has one response`));
   return (call: ServerUnaryCall<unknown, unknown>, done: sendUnaryData<unknown>) => {
-    const method = methods[name as keyof Methods] as AnyMethod;
-    const nothingToSend = () => Promise.reject(new TypeError(`${name} has one response`));
-    void Promise.resolve()
-      .then(() => method(call.request, apiCall(name, call, context), nothingToSend))
-      .then(
-        (response) => done(null, response),
-        (error) => done(statusObject(grpc, name, error, context)),
-      );
+    run(name, call, apiCall(name, call, context), nothingToSend).then(
+      (response) => done(null, response),
+      (error) => done(statusObject(grpc, name, error, context)),
+    );
   };
 }
 
 function streamHandler(grpc: Grpc, name: string, context: ApiContext) {
   return (stream: ServerWritableStream<unknown, unknown>) => {
-    const method = methods[name as keyof Methods] as AnyMethod;
     const call = apiCall(name, stream, context);
     const send = async (message: unknown) => {
       call.signal.throwIfAborted();
@@ -96,18 +92,31 @@ function streamHandler(grpc: Grpc, name: string, context: ApiContext) {
     stream.on("error", (error) =>
       context.log.debug({ err: error, method: name }, "a stream of the API failed"),
     );
-    void Promise.resolve()
-      .then(() => method(stream.request, call, send))
-      .then(
-        () => stream.end(),
-        // An event, not `destroy`: grpc-js makes the call's status of it.
-        (error) =>
-          stream.emit(
-            "error",
-            Object.assign(new Error(messageOf(error)), statusObject(grpc, name, error, context)),
-          ),
-      );
+    run(name, stream, call, send).then(
+      () => stream.end(),
+      // An event, not `destroy`: grpc-js makes the call's status of it.
+      (error) =>
+        stream.emit(
+          "error",
+          Object.assign(new Error(messageOf(error)), statusObject(grpc, name, error, context)),
+        ),
+    );
   };
+}
+
+async function run(
+  name: string,
+  { request }: { request: unknown },
+  call: ApiCall,
+  send: (message: unknown) => Promise<void>,
+): Promise<unknown> {
+  const method = methods[name as keyof Methods] as AnyMethod;
+  call.calls.active++;
+  try {
+    return await method(request, call, send);
+  } finally {
+    call.calls.active--;
+  }
 }
 
 function drained(stream: ServerWritableStream<unknown, unknown>, signal: AbortSignal): Promise<void> {

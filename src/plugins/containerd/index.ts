@@ -1,3 +1,4 @@
+import { interceptionFeatures } from "../gpu-interception.ts";
 import type { Plugin } from "../plugin.ts";
 import { containerdChecks } from "./health.ts";
 
@@ -9,7 +10,9 @@ export const plugin: Plugin = {
   features: {
     dumpCommand: "dump:containerd",
     restoreCommand: "restore:containerd",
-    queryCommand: "status",
+    queryCommand: "query:containerd",
+    freezeCommand: "freeze:containerd",
+    unfreezeCommand: "unfreeze:containerd",
     helperCommand: "setup",
     dumpHandler: async () => (await import("../../shim/checkpoint.ts")).dump,
     restoreHandler: async () => (await import("../../shim/restore.ts")).restore,
@@ -20,6 +23,7 @@ export const plugin: Plugin = {
     killSignal: async () => (await import("../../runtime/kill-policy.ts")).killPolicy,
     cleanup: async () => (await taskService()).Delete!,
     reaper: async () => (await import("../../shim/pod.ts")).Pod.prototype.exited,
+    ...interceptionFeatures,
     healthChecks: containerdChecks,
   },
 };

@@ -11,11 +11,14 @@ import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } 
 import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
 import { criuLines, type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
+import { hookOf } from "../hooks.ts";
 import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
-import { cgroupName, hasNetworkNamespace, type OciSpec, readSpec } from "../spec.ts";
+import { cgroupName, hasNetworkNamespace, identityOf, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu-options.ts";
 import { noteFrozen } from "./frozen.ts";
+import { generationOf } from "./generation.ts";
+import { runHook } from "./hooks.ts";
 import { isUnstarted, readMarker } from "./marker.ts";
 import { containerState, namespaceOf } from "./state.ts";
 
@@ -81,6 +84,7 @@ export async function checkpoint(
       return { status: 0 };
     }
     const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id));
+    const generation = await generationOf(call, pid);
     const target: DumpTarget = {
       what: `container ${call.id}`,
       initPid: pid,
@@ -93,8 +97,8 @@ export async function checkpoint(
       mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
       rootfs: resolve(state.bundle, spec.root?.path ?? "rootfs"),
       facts: {
-        containerId: call.id,
-        namespace: namespaceOf(call.root),
+        ...identityOf(spec, call.id, namespaceOf(call.root)),
+        ...(generation > 0 && { generation }),
         terminal: spec.process?.terminal ?? false,
         engine: { name: features.name, version: features.version, path: call.engine },
         ...specFacts(spec),
@@ -102,6 +106,11 @@ export async function checkpoint(
       },
       image: async () => annotatedImage(spec),
       log: wrapper.log,
+      preDumpHook: async () => {
+        const hook = await hookOf(spec, "pre-dump");
+        const container = { initPid: pid, bundle: state.bundle, spec };
+        return hook && (() => runHook({ call, wrapper }, container, hook, [], scratch));
+      },
       cgroup: async () => cgroup,
       engineCheckpoint: async (engineDump) => {
         await runEngine(dump, wrapper, engineDump);
@@ -141,6 +150,7 @@ async function runEngine(
     workPath,
     parentPath,
     networkLock = "default",
+    externalMounts = [],
     withoutPlugins = false,
   }: Pick<EngineDump, "imagePath" | "parentPath"> & Partial<EngineDump>,
 ): Promise<void> {
@@ -153,7 +163,7 @@ async function runEngine(
   ]);
   if (networkLock !== "default" && !options.has("network-lock"))
     criuConfig.push(`network-lock ${networkLock}`);
-  criuConfig.push(...criuLines({ cgroupRoots: await foreignHierarchies(pid) }));
+  criuConfig.push(...criuLines({ externalMounts, cgroupRoots: await foreignHierarchies(pid) }));
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
   if (withoutPlugins) criuConfig.push(`libdir "${work}"`);
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);

@@ -1,5 +1,7 @@
 import { constants } from "node:os";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
+import { injectedConfig } from "../gpu-injection.ts";
+import { checkHooks } from "../hooks.ts";
 import { execKillPolicy, killPolicy, planKill, signalNumber } from "../kill-policy.ts";
 import { readSpec } from "../spec.ts";
 import { asGiven, type Conversation, type OciAnswer, type OciCall } from "./call.ts";
@@ -25,6 +27,7 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
   const kill = killPolicy(spec);
   execKillPolicy(spec, {});
   await allowedAnnotations(spec); // what is forbidden or senseless is refused now
+  await checkHooks(spec);
   const { id, root, engine, globalArgv } = call;
   const known = readMarker(call.marker);
   const marker = { version: 1, id, root, engine, globalArgv, kill, bundle } as const;
@@ -39,6 +42,7 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
       status = restored.status;
       return restored;
     }
+    await using _config = await injectedConfig(bundle, spec, { namespace: "", id });
     status = await wrapper.run(asGiven(call)); // says itself that the id is taken
     return { status };
   } finally {

@@ -1,18 +1,20 @@
 import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
-import { killCriu } from "../../criu/leftovers.ts";
+import { killCriu, kill as killProcess, watchForDeadCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
-import { NotFound } from "../../errors/index.ts";
+import { NotFound, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
-import { programOf } from "../../linux/proc.ts";
+import { isAlive, programOf, startTime } from "../../linux/proc.ts";
 import { criuLines, engineVersion } from "../engine.ts";
+import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
 import {
   cedanaAnnotations,
   cgroupName,
+  identityOf,
   movedFrom,
   ownsNetworkNamespace,
   readSpec,
@@ -21,17 +23,21 @@ import {
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
+import { noteGeneration } from "./generation.ts";
+import { runHook } from "./hooks.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
 import { restoreCgroup } from "./restore-cgroup.ts";
-import { containerState } from "./state.ts";
+import { containerState, namespaceOf } from "./state.ts";
 
 export interface RestoreExtra {
   /** more lines for CRIU's configuration file */
   readonly criuConfig?: readonly string[];
-  /** the files that the container had changed are put back; else the caller has seen to that */
-  readonly rootfs?: boolean;
   /** called with the directory of CRIU's images before they are used */
   readonly beforeEngine?: (imagePath: string) => Promise<void>;
+  /** its annotations chose the checkpoint: the caller knows of no restore, and hasn't put back the files that the container had changed */
+  readonly byAnnotation?: boolean;
+  /** its processes don't run yet, so neither does its hook */
+  readonly standsStill?: boolean;
 }
 
 /*
@@ -59,7 +65,13 @@ export async function restore(
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
   const detached = options.has("detach");
+  const hook = extra.standsStill ? undefined : await hookOf(spec, "post-restore");
+  if (hook && !detached)
+    throw new Unsupported(
+      `${hook.from} at a restore in the foreground, which lasts as long as the container: restore it with --detach`,
+    );
   let status = 0;
+  let init = { pid: 0, started: undefined as number | undefined };
   let engineBundle = bundle;
   const marker = (): Marker =>
     readMarker(call.marker) ?? { version: 1, id, root, engine, globalArgv, kill, bundle };
@@ -68,8 +80,21 @@ export async function restore(
     what: `container ${id}`,
     directory: scratch,
     container: restoredContainer(spec, bundle, features, { rootfs }),
-    ...(extra.rootfs && { rootfs }),
+    ...(extra.byAnnotation && { rootfs }),
     log: wrapper.log,
+    identity: identityOf(spec, id, namespaceOf(root)),
+    why: extra.byAnnotation ? "annotation" : "caller",
+    get initPid() {
+      return init.pid;
+    },
+    get hasEnded() {
+      return init.pid === 0 || !isAlive(init.pid, init.started);
+    },
+    postRestoreHook:
+      hook && ((env) => runHook({ call, wrapper }, { initPid: init.pid, bundle, spec }, hook, env, scratch)),
+    setGeneration: async (generation) => {
+      if (init.pid > 0) await noteGeneration(call, init.pid, generation);
+    },
     policy: (manifest) => {
       const policy = restorePolicy(options, spec, manifest);
       return {
@@ -123,8 +148,29 @@ export async function restore(
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
-      status = await wrapper.run([...command, ...argv, id], { env });
-      if (status === 0) return;
+      const done = new AbortController();
+      if (!detached) done.abort(); // an engine in the foreground lives as long as the container, and is not watched
+      const watched = watchForDeadCriu(
+        call.pid,
+        work,
+        async (pids) => {
+          wrapper.log.error({ pids }, "CRIU has died: ending what it has made");
+          for (const pid of pids) killProcess(pid);
+          await killCriu(work, call.pid);
+        },
+        done.signal,
+      );
+      try {
+        status = await wrapper.run([...command, ...argv, id], { env });
+      } finally {
+        done.abort();
+        await watched.catch((cause) => wrapper.log.warn({ err: cause }, "watch CRIU"));
+      }
+      if (status === 0) {
+        const pid = detached ? ((await containerState(call))?.pid ?? 0) : 0; // in the foreground it is over
+        init = { pid, started: startTime(pid) };
+        return;
+      }
       // In the foreground a status may be the container's: CRIU's log of this attempt says whether it was ever restored.
       const log = join(work, "restore.log");
       const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
@@ -145,7 +191,9 @@ export async function restore(
     endCriu: async (work) => {
       if (workPath === undefined) await killCriu(work);
     },
-    criuRoots: [join(bundle, "criu-root"), join(root, id, "criu-root")],
+    get criuRoots() {
+      return [join(engineBundle, "criu-root"), join(bundle, "criu-root"), join(root, id, "criu-root")];
+    },
     undoEngineRestore: async () => {
       if (status !== 0) return;
       const outputPath = join(scratch, "output");
@@ -156,6 +204,10 @@ export async function restore(
     },
   };
 
+  if (cedanaAnnotations(spec).lazy)
+    wrapper.log.warn(
+      "restored eagerly, though cedana.io/lazy asks for a lazy restore: cedana-runtime has nobody to look after a page daemon",
+    );
   await mkdir(scratch, { recursive: true, mode: 0o700 });
   let failed = true;
   try {

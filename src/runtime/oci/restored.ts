@@ -1,5 +1,5 @@
 import { execFile } from "node:child_process";
-import { readdir } from "node:fs/promises";
+import { readdir, rm } from "node:fs/promises";
 import { constants } from "node:os";
 import { join, resolve } from "node:path";
 import { promisify } from "node:util";
@@ -9,8 +9,12 @@ import { InvalidRequest, NotFound, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive, pidsInNamespaces, processStat, startTime } from "../../linux/proc.ts";
 import { type AnnotatedCheckpoint, annotatedCheckpoint, maySetAside } from "../annotated-checkpoint.ts";
+import { hookOf } from "../hooks.ts";
 import { cedanaAnnotations, cgroupName, type OciSpec, readSpec } from "../spec.ts";
 import { asGiven, type Conversation, type OciAnswer, type OciCall, withoutLog } from "./call.ts";
+import { scratchOf } from "./checkpoint.ts";
+import { generationOf } from "./generation.ts";
+import { runHook } from "./hooks.ts";
 import { isUnstarted, type Marker, readMarker, writeMarker } from "./marker.ts";
 import { restore } from "./restore.ts";
 import { containerState, namespaceOf } from "./state.ts";
@@ -151,7 +155,8 @@ async function restoreAsCreated(
   }
   let stopped: readonly number[] = [];
   const answer = await restore(restoring, wrapper, {
-    rootfs: true, // the caller knows of no restore
+    byAnnotation: true,
+    standsStill,
     ...(standsStill && { criuConfig: ["leave-stopped"] }),
     beforeEngine: async (imagePath) => {
       if (standsStill) stopped = await stoppedTasks(imagePath);
@@ -212,7 +217,39 @@ export async function start(call: OciCall, wrapper: Conversation): Promise<OciAn
     continueProcess(pid);
   }
   writeMarker(call.marker, started);
+  await postRestore(
+    call,
+    wrapper,
+    { initPid: restored.pid, bundle: marker.bundle!, spec },
+    restored.startTime,
+  );
   return { status: 0 };
+}
+
+/** Its processes run now, so its hook can; a failure of it ends them, and is the start's. */
+async function postRestore(
+  call: OciCall,
+  wrapper: Conversation,
+  container: { initPid: number; bundle: string; spec: OciSpec },
+  started: number,
+): Promise<void> {
+  const hook = await hookOf(container.spec, "post-restore");
+  if (!hook) return;
+  const scratch = scratchOf(call);
+  try {
+    const generation = await generationOf(call, container.initPid);
+    const env = [`CEDANA_GENERATION=${generation}`, "CEDANA_WHY=annotation"];
+    await runHook({ call, wrapper }, container, hook, env, scratch);
+  } catch (error) {
+    if (!isAlive(container.initPid, started)) return; // what has ended has nothing more to do
+    // Not deleted: that is for its caller, who has been told that it is there.
+    await wrapper.run([call.engine, ...call.globalArgv, "kill", call.id, "KILL"], {
+      outputPath: "/dev/null",
+    });
+    throw error;
+  } finally {
+    await rm(scratch, { recursive: true, force: true });
+  }
 }
 
 function continueProcess(pid: number): void {

@@ -2,6 +2,7 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { followFiles, hashFiles } from "../../../src/checkpoint/digest.ts";
 import { receiveError, sendError } from "../../../src/checkpoint/worker/messages.ts";
 import { MAX_WORKERS, runJob } from "../../../src/checkpoint/worker/pool.ts";
 import { BrokenImage, Cancelled, SyscallFailed } from "../../../src/errors/index.ts";
@@ -75,5 +76,38 @@ describe("an error that crosses threads", () => {
       message: "other",
     });
     expect(receiveError(sendError("text")).message).toBe("text");
+  });
+
+  it("has a thread for what a container stands still for, whatever else is in work", async () => {
+    const stop = new AbortController();
+    const busy = Promise.allSettled(
+      Array.from({ length: MAX_WORKERS * 2 }, () => hash("endless", stop.signal)),
+    );
+    await runJob("prepareRootfsDiff", undefined);
+    stop.abort();
+    await busy;
+  });
+});
+
+describe("files that grow", () => {
+  it("are hashed as they are in the end, and are their owner's alone", async () => {
+    fs.rmSync(path.join(directory, "endless"));
+    const pages = path.join(directory, "pages-1.img");
+    const follower = followFiles(directory);
+    for (let round = 0; round < 20; round++) {
+      fs.appendFileSync(pages, Buffer.alloc(300_000, round), { mode: 0o644 });
+      await new Promise((resolve) => setTimeout(resolve, 3));
+    }
+    fs.mkdirSync(path.join(directory, "sub"));
+    fs.writeFileSync(path.join(directory, "sub/pages-2.img"), "below");
+    const files = await follower.finish();
+    expect(files.map((file) => file.path)).toEqual(["pages-1.img", "small", "sub/pages-2.img"]);
+    expect(files).toEqual(await hashFiles(directory, files));
+    for (const file of files) expect(fs.statSync(path.join(directory, file.path)).mode & 0o777).toBe(0o600);
+  });
+
+  it("are let go when nobody asks for the end", async () => {
+    followFiles(directory).abandon();
+    expect(await hash("small")).toHaveLength(1);
   });
 });

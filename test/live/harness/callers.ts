@@ -16,7 +16,7 @@ import { basename, join } from "node:path";
 import { cleanUp } from "./cleanup.ts";
 import type { EngineName } from "./live.ts";
 import { imageTar, repository } from "./programs.ts";
-import { cgroupsOf, isAlive, processesOf } from "./system.ts";
+import { cgroupsOf, forgetKernelCacheLater, isAlive, processesOf } from "./system.ts";
 import { until } from "./until.ts";
 
 const callers = "/var/cache/cedana/callers";
@@ -54,6 +54,8 @@ export class CallerPlace {
   readonly runDir = join(this.dir, "run");
   readonly config = join(this.dir, "runtime.json");
   readonly env: Record<string, string>;
+  // Podman and conmon pass on nothing that would keep a cedanad from it.
+  readonly #forgetKernelCache = forgetKernelCacheLater();
   #daemonEnv: Record<string, string> = {};
   #holder: ChildProcess | undefined;
   #reaper: ChildProcess | undefined;
@@ -71,6 +73,7 @@ export class CallerPlace {
       CEDANA_RUN_DIR: this.runDir,
       CEDANA_STATE_DIR: join(this.dir, "var"),
       CEDANA_CONFIG: join(this.dir, "config.json"),
+      CEDANA_CRIU_CACHE: "off",
     };
   }
 
@@ -192,7 +195,8 @@ export class CallerPlace {
   /** cedana-runtime with our configuration, for Podman: its clean-up after a container passes neither environment nor runtime flags on. */
   #configuredWrapper(): string {
     const path = join(this.dir, "wrapper");
-    const exports = Object.entries(this.#daemonEnv).map(([name, value]) => `export ${name}='${value}'\n`);
+    const environment = { CEDANA_STATE_DIR: this.env.CEDANA_STATE_DIR!, ...this.#daemonEnv };
+    const exports = Object.entries(environment).map(([name, value]) => `export ${name}='${value}'\n`);
     writeFileSync(
       path,
       `#!/bin/sh\n${exports.join("")}exec ${wrapper} --cedana-config ${this.config} "$@"\n`,
@@ -243,6 +247,7 @@ export class CallerPlace {
   async stop(): Promise<void> {
     const holder = this.#holder;
     await cleanUp(this);
+    this.#forgetKernelCache();
     if (holder && holder.exitCode === null) holder.kill("SIGKILL");
     if (holder?.pid)
       await until(() => !isAlive(holder.pid!), { what: () => "the end of the mount namespace" });

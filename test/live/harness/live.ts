@@ -259,6 +259,7 @@ export class Live {
       TMPDIR: join(this.dir, "tmp"),
       CEDANA_RUN_DIR: this.runDir,
       CEDANA_STATE_DIR: join(this.dir, "var"),
+      CEDANA_CRIU_CACHE: "off", // it would be the machine's
       ...this.options.env,
       ...extra,
     };

@@ -2,10 +2,12 @@
 
 import {
   existsSync,
+  lstatSync,
   readdirSync,
   readFileSync,
   readlinkSync,
   rmdirSync,
+  rmSync,
   statSync,
   writeFileSync,
 } from "node:fs";
@@ -204,4 +206,19 @@ export function cpuOf(pid: number): { own: number; withChildren: number } {
     .map(Number);
   const ticks = (...at: number[]) => at.reduce((sum, index) => sum + (fields[index] ?? 0), 0) * 10;
   return { own: ticks(11, 12), withChildren: ticks(11, 12, 13, 14) };
+}
+
+/**
+ * CRIU's kernel answers are the machine's, not a test's: what is there at the end, and wasn't at the beginning, goes. Nobody depends on it.
+ * @returns removes it
+ */
+export function forgetKernelCacheLater(): () => void {
+  const link = "/run/criu.kdat";
+  const isThere = () => lstatSync(link, { throwIfNoEntry: false })?.isSymbolicLink() ?? false;
+  if (isThere()) return () => {};
+  return () => {
+    if (!isThere()) return;
+    rmSync(readlinkSync(link), { force: true });
+    rmSync(link, { force: true });
+  };
 }

@@ -1,0 +1,159 @@
+// cedana-runtime beside the engine itself: what passing through costs, `podman run --rm`, checkpoint and restore by Podman. Neither is a
+// shim's affair, so nothing of it runs below the bench's containerd; the column of the Go shim is the engine's here.
+
+import { spawnSync } from "node:child_process";
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
+import {
+  CallerPlace,
+  missingCallers,
+  Podman,
+  type Side as Program,
+} from "../../test/live/harness/callers.ts";
+import type { EngineName } from "../../test/live/harness/live.ts";
+import { IMAGE, programs } from "../../test/live/harness/programs.ts";
+import { isAlive } from "../../test/live/harness/system.ts";
+import { until } from "../../test/live/harness/until.ts";
+import { type Samples, type Side, type Subject, timeMs } from "../bench.ts";
+
+const binaries: Record<EngineName, string> = { runc: "/usr/sbin/runc", crun: "/usr/bin/crun" };
+const programOf = (side: Side): Program => (side === "ours" ? "wrapper" : "engine");
+
+// ---- passing through ---------------------------------------------------------------------------------------------------
+
+const VERSION = "cedana-runtime passes --version through: more than the engine";
+const STATE = "cedana-runtime passes state through: more than the engine";
+const PEAK = "cedana-runtime passes through: peak memory, more than the engine";
+/** Pairs in one round: a difference of a millisecond is found by many. */
+const PAIRS = 5;
+
+let place: CallerPlace | undefined;
+
+export const passThrough: Subject = {
+  rows: [
+    { name: VERSION, unit: "ms", aim: { of: "ours", atMost: 1.5 } },
+    { name: STATE, unit: "ms", aim: { of: "ours", atMost: 1.5 } },
+    { name: PEAK, unit: "kB", aim: { of: "ours", atMost: 2048 } },
+  ],
+  oursOnly: true,
+  missing: missingCallers,
+  async measure(bench) {
+    const binary = binaries[bench.engine];
+    if (!place) {
+      place = await CallerPlace.start(bench.engine);
+      writeFileSync(place.config, JSON.stringify({ engine: binary, runDirectory: place.runDir }));
+    }
+    const { dir } = place;
+    const argv = (side: Program, ...args: string[]) => [
+      ...(side === "engine" ? [binary] : place!.runtime("wrapper")),
+      "--root",
+      join(dir, "root"),
+      ...args,
+    ];
+    const run = (side: Program, ...args: string[]) => {
+      const [file, ...rest] = argv(side, ...args);
+      return timeMs(async () => spawnSync(file!, rest, { stdio: "ignore" }));
+    };
+    const differences = async (measure: (side: Program) => Promise<number>) => {
+      const found: number[] = [];
+      for (let pair = 0; pair < PAIRS; pair++) {
+        // Who comes second has it warmer.
+        const order: Program[] = pair % 2 === 0 ? ["engine", "wrapper"] : ["wrapper", "engine"];
+        const took = { engine: 0, wrapper: 0 };
+        for (const side of order) took[side] = await measure(side);
+        found.push(took.wrapper - took.engine);
+      }
+      return found;
+    };
+    return {
+      [VERSION]: await differences((side) => run(side, "--version")),
+      [STATE]: await differences((side) => run(side, "state", "nobody")), // looks for a marker, too
+      [PEAK]: await differences(async (side) => peakKb(argv(side, "--version"))),
+    };
+  },
+  async end() {
+    await place?.stop();
+    place = undefined;
+  },
+};
+
+/** Peak of a program's memory, of which Node doesn't tell. */
+function peakKb(argv: string[]): number {
+  const script =
+    "import os,sys\nnull=os.open('/dev/null',os.O_RDWR)\npid=os.posix_spawn(sys.argv[1],sys.argv[1:],os.environ,file_actions=[(os.POSIX_SPAWN_DUP2,null,1)])\nprint(os.wait4(pid,0)[2].ru_maxrss)";
+  const { stdout, stderr } = spawnSync("python3", ["-c", script, ...argv], { encoding: "utf8" });
+  const peak = Number(stdout);
+  if (!(peak > 0)) throw new Error(`measure the memory of ${argv.join(" ")}: ${stderr}`);
+  return peak;
+}
+
+// ---- Podman ------------------------------------------------------------------------------------------------------------
+
+const RUN = "podman run --rm true";
+const CHECKPOINT = "podman container checkpoint, 16 MiB";
+const RESTORE = "podman container restore, 16 MiB";
+const FIRST = "podman container checkpoint with no cedanad: more than a warm one";
+
+let podman: Podman | undefined;
+
+async function on(side: Program, ...args: string[]): Promise<string> {
+  const outcome = await podman!.on(side, ...args);
+  if (outcome.status !== 0) throw new Error(`podman ${args.join(" ")}: ${outcome.stderr}`);
+  return outcome.stdout;
+}
+
+/** A container named after its side, whose memory is filled. */
+async function begin(side: Program): Promise<void> {
+  const volume = `${await programs()}:/programs:ro`;
+  await on(side, "run", "--detach", "--name", side, "--volume", volume, IMAGE, "/programs/memory", "16");
+  await until(async () => /ready/.test(await on(side, "logs", side)), { everyMs: 20 });
+}
+
+const remove = (side: Program) => on(side, "rm", "--force", "--time", "0", side);
+
+export const podmanRuns: Subject = {
+  rows: [
+    { name: RUN, unit: "ms", aim: { of: "ratio", atMost: 1.03 } },
+    {
+      name: CHECKPOINT,
+      unit: "ms",
+      aim: { runc: { of: "ratio", atMost: 0.85 }, crun: { of: "ratio", atMost: 1 } },
+    },
+    { name: RESTORE, unit: "ms", aim: { of: "ratio", atMost: 1 } },
+    { name: FIRST, unit: "ms", aim: { of: "ours", atMost: 250 } },
+  ],
+  warmUps: 1,
+  missing: missingCallers,
+  async measure(bench, side) {
+    podman ??= await Podman.start(bench.engine);
+    const program = programOf(side);
+    const samples: Samples = { [RUN]: await timeMs(() => on(program, "run", "--rm", IMAGE, "true")) };
+    // crun's own restore fails on a host with cgroups of both versions.
+    if (side === "theirs" && bench.engine === "crun") return samples;
+    await begin(program);
+    samples[CHECKPOINT] = await timeMs(() => on(program, "container", "checkpoint", program));
+    samples[RESTORE] = await timeMs(() => on(program, "container", "restore", program));
+    if (side === "ours") {
+      const leaveRunning = () =>
+        timeMs(() => on(program, "container", "checkpoint", "--leave-running", program));
+      await leaveRunning();
+      const warmMs = await leaveRunning();
+      await endCedanad();
+      samples[FIRST] = (await leaveRunning()) - warmMs;
+    }
+    await remove(program);
+    return samples;
+  },
+  async end() {
+    await podman?.stop();
+    podman = undefined;
+  },
+};
+
+async function endCedanad(): Promise<void> {
+  const last = podman!.place.cedanadLog().trim().split("\n").at(-1) ?? "";
+  const pid = Number(/"pid":(\d+)/.exec(last)?.[1] ?? 0);
+  if (pid === 0 || !isAlive(pid)) return;
+  process.kill(pid, "SIGKILL");
+  await until(() => !isAlive(pid));
+}

@@ -1,0 +1,3 @@
+/** Whose configuration `cedana setup` can change. */
+export const targets = ["containerd", "crio", "podman", "docker"] as const;
+export type Target = (typeof targets)[number];

@@ -1,0 +1,97 @@
+import { randomUUID } from "node:crypto";
+import { CheckpointStore } from "../../checkpoint/store.ts";
+import { WrongState } from "../../errors/index.ts";
+import { childrenOf, pidsInNamespaces, processStat } from "../../linux/proc.ts";
+import type {
+  FreezeContainerRequest,
+  FreezeContainerResponseInit,
+  QueriedContainerInit,
+  QueriedProcessInit,
+  QueryContainersRequest,
+  QueryContainersResponseInit,
+} from "../../proto/generated/cedana_api.ts";
+import { readConfiguration } from "../../runtime/configuration.ts";
+import { podNamespaceOf } from "../../runtime/spec.ts";
+import type { Task } from "../../shim/task.ts";
+import { checkpointNameOf } from "../../shim/triggered.ts";
+import { describeCheckpoint } from "./checkpoints.ts";
+import type { ApiCall } from "./context.ts";
+import { findTask } from "./dump.ts";
+
+export async function freezeContainer(
+  { id, namespace }: FreezeContainerRequest,
+  { shim }: ApiCall,
+): Promise<FreezeContainerResponseInit> {
+  const task = findTask(shim, id, namespace);
+  return await task.init.inTurn(async () => {
+    await task.pause({ request: `api-${randomUUID()}` });
+    task.record();
+    return { namespace: task.namespace, state: task.init.state };
+  });
+}
+
+export async function unfreezeContainer(
+  { id, namespace }: FreezeContainerRequest,
+  { shim }: ApiCall,
+): Promise<FreezeContainerResponseInit> {
+  const task = findTask(shim, id, namespace);
+  return await task.init.inTurn(async () => {
+    if (task.init.state === "running") {
+      // By somebody else, or by a cedanad that was killed before it could write down what it did.
+      const cgroup = await task.cgroup();
+      if (!(await cgroup.isFrozen())) throw new WrongState(`container ${id} is not frozen`);
+      await cgroup.thaw();
+    } else {
+      await task.resume({ request: `api-${randomUUID()}` });
+      task.record();
+    }
+    return { namespace: task.namespace, state: task.init.state };
+  });
+}
+
+export async function queryContainers(
+  { ids, namespace }: QueryContainersRequest,
+  { shim, signal }: ApiCall,
+): Promise<QueryContainersResponseInit> {
+  const tasks = [...shim.pods]
+    .filter((pod) => namespace === "" || pod.namespace === namespace)
+    .flatMap((pod) => [...pod.tasks.values()])
+    .filter(({ id }) => ids.length === 0 || ids.includes(id));
+  const containers: QueriedContainerInit[] = [];
+  for (const task of tasks) {
+    signal.throwIfAborted();
+    containers.push(await query(task));
+  }
+  return { containers, missing: ids.filter((id) => !tasks.some((task) => task.id === id)) };
+}
+
+async function query(task: Task): Promise<QueriedContainerInit> {
+  const { state, pid } = task.init;
+  return {
+    namespace: task.namespace,
+    id: task.id,
+    state,
+    pid,
+    engine: task.engine.binary,
+    bundle: task.bundle,
+    processes: pid === 0 ? [] : [...processesBelow(pid)],
+    checkpoints: await checkpointsOf(task),
+  };
+}
+
+/** By parentage: what was exec'd in the container is the keeper's child, and not below init. */
+function* processesBelow(pid: number): Generator<QueriedProcessInit> {
+  const stat = processStat(pid);
+  if (!stat) return; // it has ended meanwhile
+  const pidInContainer = pidsInNamespaces(pid).at(-1) ?? 0;
+  yield { pid, parentPid: stat.parentPid, pidInContainer, command: stat.comm, state: stat.state };
+  for (const child of childrenOf(pid)) yield* processesBelow(child);
+}
+
+async function checkpointsOf(task: Task) {
+  const spec = await task.spec();
+  const store = new CheckpointStore((await readConfiguration()).checkpoints.directory);
+  const owner = { namespace: task.namespace, podNamespace: podNamespaceOf(spec) };
+  const found = await store.generations(owner, checkpointNameOf(task, spec));
+  return await Promise.all(found.map((checkpoint) => describeCheckpoint(owner, checkpoint)));
+}
