@@ -63,10 +63,11 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
 
     /** A checkpoint of a counter, by its name in the store. @returns the last number at least */
     async function checkpointInto(name: string): Promise<number> {
-      await start("first", {
-        "checkpoint-on": "TERM",
-        "checkpoint-name": name,
-      });
+      await start("first", { "checkpoint-on": "TERM", "checkpoint-name": name }, [
+        "sh",
+        "-c",
+        "echo kept >/file; exec /programs/counter 20",
+      ]);
       const before = (await numbers("first", 3)).at(-1)!;
       await ok("stop", "--time", "20", "first");
       expect(await ok("wait", "first")).toBe("143");
@@ -121,7 +122,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       expect(await ok("logs", "c")).toBe("");
       await ok("start", "c");
       expect((await numbers("c", 2))[0]).toBeGreaterThan(last);
-      await ok("exec", "c", "true");
+      expect(await ok("exec", "c", "cat", "/file")).toBe("kept"); // what it had changed comes along
       await ok("stop", "--time", "0", "c");
       // The same container again, and another one beside it: a checkpoint by name is there for everybody.
       await ok("start", "c");

@@ -34,7 +34,7 @@ export interface RestoreExtra {
   readonly criuConfig?: readonly string[];
   /** called with the directory of CRIU's images before they are used */
   readonly beforeEngine?: (imagePath: string) => Promise<void>;
-  /** its annotations chose the checkpoint */
+  /** its annotations chose the checkpoint: the caller knows of no restore, and hasn't put back the files that the container had changed */
   readonly byAnnotation?: boolean;
   /** its processes don't run yet, so neither does its hook */
   readonly standsStill?: boolean;
@@ -45,7 +45,7 @@ export interface RestoreExtra {
  * caller's stdio, so that the restored init is a descendant of conmon or the shim; with the options that the images were taken with. In
  * the foreground it lasts as long as the container does, and ends with its status.
  *
- * The caller has made the rest ready: the network namespace, and the files of the root file system.
+ * The caller has made the rest ready: the network namespace, and (but for a restore by annotation) the files of the root file system.
  */
 export async function restore(
   call: OciCall,
@@ -56,6 +56,7 @@ export async function restore(
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
   const [features, spec] = [await engineVersion(call.engine), await readSpec(bundle)];
+  const rootfs = resolve(bundle, spec.root?.path ?? "rootfs");
   const scratch = scratchOf(call);
   const workPath = options.value("work-path");
   const mode = options.value("manage-cgroups-mode");
@@ -78,9 +79,8 @@ export async function restore(
   const target: RestoreTarget = {
     what: `container ${id}`,
     directory: scratch,
-    container: restoredContainer(spec, bundle, features, {
-      rootfs: resolve(bundle, spec.root?.path ?? "rootfs"),
-    }),
+    container: restoredContainer(spec, bundle, features, { rootfs }),
+    ...(extra.byAnnotation && { rootfs }),
     log: wrapper.log,
     identity: identityOf(spec, id, namespaceOf(root)),
     why: extra.byAnnotation ? "annotation" : "caller",
