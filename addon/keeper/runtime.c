@@ -140,8 +140,8 @@ void runtime_execute(const char *path, char **argv, char **env) {
 /* ---- what is ours ---- */
 
 /* Annotations that act at create or run, KEY or KEY.CONTAINER after `cedana.io/`. What others mean is decided at a checkpoint. */
-static const char *const acting[] = {"kill-signal", "kill-grace", "kill-escalation", "checkpoint-on", "auto-resume", "restore-from",
-                                     "hook"};
+static const char *const acting[] = {"kill-signal", "kill-grace",   "kill-escalation", "checkpoint-on", "auto-resume",
+                                     "restore-from", "hook",         "gpu",             "gpu-tracing"};
 
 static bool acts(const char *key) {
   if (!starts_with(key, "cedana.io/")) return false;

@@ -7,6 +7,8 @@ import { pathInRoot } from "../linux/root-path.ts";
 import { type CpuFacts, cpuFacts, instructionsMissing } from "./cpu.ts";
 import { isOlder } from "./dump.ts";
 import { type Finding, Found } from "./finding.ts";
+import { explainMissing, gpuMountSource } from "./gpu-mounts.ts";
+import type { GpuNode } from "./gpu-nodes.ts";
 import { compareAddresses, type NetworkOfRestore } from "./identity.ts";
 import type { DumpedFile, DumpedMount, ImageFacts } from "./image-facts.ts";
 import type { OpenCheckpoint } from "./open.ts";
@@ -35,6 +37,8 @@ export interface RestoredContainer {
   /** undefined: as it was */
   readonly hostname: string | undefined;
   readonly network: NetworkOfRestore;
+  /** those that are GPUs', as they are to be in the container */
+  readonly gpuNodes?: readonly GpuNode[];
   /** its root file system, where that is there already */
   readonly rootfs?: string | undefined;
 }
@@ -43,6 +47,8 @@ export interface RestoredContainer {
 export interface ExternalMount {
   readonly key: string;
   readonly source: string;
+  /** where its mount point has to be made in the root file system, if there is none */
+  readonly mountPoint?: string | undefined;
 }
 
 export interface Comparison {
@@ -108,8 +114,22 @@ async function compareMounts(
   found: Found,
 ): Promise<ExternalMount[]> {
   const external: ExternalMount[] = [];
-  for (const { externalKey: key, root } of mounts) {
+  const rootMount = mounts.find(({ mountPoint }) => mountPoint === "/")?.id;
+  for (const { externalKey: key, root, mountPoint, parentId } of mounts) {
     if (key === undefined) continue;
+    const gpuSource = container.binds.has(key) ? undefined : gpuMountSource(mountPoint, key, root);
+    if (gpuSource !== undefined) {
+      const source = container.binds.get(mountPoint) ?? gpuSource;
+      if (!(await stat(source).catch(() => undefined)))
+        found.list.push({
+          kind: "node",
+          fault: "mount",
+          severity: "error",
+          message: explainMissing(mountPoint, source),
+        });
+      external.push({ key, source, ...(parentId === rootMount && { mountPoint }) });
+      continue;
+    }
     const source = container.binds.get(key);
     if (source !== undefined) {
       if (!(await stat(source).catch(() => undefined)))

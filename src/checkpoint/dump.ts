@@ -35,6 +35,7 @@ import {
   thawWherever,
   writeFreezeNote,
 } from "./freeze-marker.ts";
+import { findGpuMounts } from "./gpu-mounts.ts";
 import { type CheckpointManifest, type GpuFacts, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
@@ -98,6 +99,8 @@ export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunni
   readonly withoutPlugins: boolean;
   readonly workPath: string;
   readonly networkLock: NetworkLock;
+  /** mounts that the engine doesn't know to come from outside, and what CRIU is to call them */
+  readonly externalMounts: readonly { readonly key: string; readonly source: string }[];
 }
 
 /** What is dumped, as its owner has it: the shim a task, the OCI runtime a container. */
@@ -563,11 +566,12 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
   // A repetition has been looked at, and may be in the middle of CRIU's work.
   if (!target.hasEnded && !request.repeated) {
     const { engine, terminal } = target.facts;
+    const gpuMounts = await findGpuMounts(target.initPid, target.mountPoints);
     const report = await findBlockers(
       {
         pids: await (await target.cgroup()).pids(),
         rootPid: target.initPid,
-        spec: { mountPoints: target.mountPoints, terminal },
+        spec: { mountPoints: [...target.mountPoints, ...gpuMounts.map((one) => one.mountPoint)], terminal },
         destination: context.staging.path,
         policy: request.policy,
         engine: engine.name === "runc" || engine.name === "crun" ? engine.name : undefined,
@@ -758,6 +762,8 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
     return;
   }
   if (context.cgroup && !target.paused && !target.hasEnded) noteFreeze(context, context.cgroup, true);
+  const gpuMounts = target.hasEnded ? [] : await findGpuMounts(target.initPid, target.mountPoints);
+  const externalMounts = gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key }));
   try {
     await target.engineCheckpoint({
       imagePath,
@@ -766,6 +772,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
       leaveRunning,
       policy,
       networkLock,
+      externalMounts,
       withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
     });
   } catch (error) {

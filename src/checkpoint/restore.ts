@@ -21,6 +21,7 @@ import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { criuFailure, keepLog } from "./dump.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { type Finding, refusalOfRestore } from "./finding.ts";
+import { makeMountPoint } from "./gpu-mounts.ts";
 import { adaptedImages, adaptHostname } from "./identity.ts";
 import { type ImageFacts, readImageFacts } from "./image-facts.ts";
 import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
@@ -196,9 +197,11 @@ export const restoreSteps = [
   prepareRootfs,
   prepareNetwork,
   prepareCgroup,
+  prepareMountPoints,
   startPageDaemon, // where the container wants it, and it can be had; from here on somebody fills memory
   lateRestoreAdaptersOfPlugins,
   criuRestore, // the container runs from here on; when what follows fails, it is ended
+  makeDeviceNodes, // the new container's, which the driver opens by their names
   restoreDevices, // before anybody is told that the container runs
   tellContainer, // restore.json, for the hook to read
   postRestoreHook, // of the container's own, last: it may use all that it has
@@ -518,6 +521,16 @@ async function prepareDevices(context: RestoreContext, next: () => Promise<void>
   await next();
 }
 
+async function makeDeviceNodes({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const nodes = target.container.gpuNodes ?? [];
+  // In the foreground the container has come and gone.
+  if (nodes.length > 0 && !target.inForeground) {
+    const { makeGpuNodes } = await import("./gpu-nodes.ts");
+    makeGpuNodes(await (await target.cgroup()).pids(), nodes, target.log);
+  }
+  await next();
+}
+
 async function restoreDevices(context: RestoreContext, next: () => Promise<void>): Promise<void> {
   await context.devices?.restore();
   await next();
@@ -567,6 +580,17 @@ async function prepareCgroup({ target, policy }: RestoreContext, next: () => Pro
     await target.removeCgroup();
     throw error;
   }
+}
+
+/** CRIU mounts on what is there. In a fresh root file system it isn't, where somebody past the engine had made it in the old one. */
+async function prepareMountPoints(
+  { externalMounts, target }: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  const { rootfs } = target.container;
+  for (const { mountPoint, source } of externalMounts)
+    if (rootfs !== undefined && mountPoint !== undefined) await makeMountPoint(rootfs, mountPoint, source);
+  await next();
 }
 
 // ---- lazy pages ------------------------------------------------------------------------------------------------------

@@ -116,9 +116,31 @@ function manifestLines(manifest: Manifest): [string, string][] {
     ["kernel", manifest.kernel],
     ["plugins", manifest.plugins?.map(({ name, version }) => `${name} ${version}`.trim()).join(", ")],
     ["options", used.join(", ")],
+    ...gpuLines(manifest),
     ["files", `${files.length}, ${mib(bytes)}`],
   ];
   return lines.filter((line): line is [string, string] => Boolean(line[1]));
+}
+
+/** What it says of GPUs: by what means, the driver, each device that was used, each process. */
+function gpuLines({ gpu }: Manifest): [string, string][] {
+  if (!gpu) return [];
+  const used = new Set(gpu.processes.flatMap(({ devices = [] }) => devices));
+  const driver = gpu.driver === undefined ? "" : `, driver ${gpu.driver}`;
+  return [
+    ["GPU state", `of ${gpu.processes.length} processes, by ${gpu.means}${driver}`],
+    ...gpu.devices
+      .filter(({ uuid }) => used.size === 0 || used.has(uuid))
+      .map(({ uuid, name, memoryBytes }): [string, string] => [
+        "GPU",
+        `${name}, ${mib(memoryBytes)}, ${uuid}`,
+      ]),
+    ...gpu.processes.map(({ pidInContainer, comm, memoryBytes, times }): [string, string] => {
+      const bytes = memoryBytes === undefined ? "" : `, ${mib(memoryBytes)} of GPU memory`;
+      const parts = Object.entries(times).map(([name, ms]) => `${name.replace("Ms", "")} ${ms} ms`);
+      return ["on GPU", `${pidInContainer} ${comm}${bytes}: ${parts.join(", ")}`];
+    }),
+  ];
 }
 
 function treeLines(processes: readonly Process[], parent = 0, indent = ""): string[] {

@@ -6,6 +6,7 @@ import { CedanaCommand } from "./command.ts";
 import { FreezeContainerd, QueryContainerd, UnfreezeContainerd } from "./container.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 import { DumpContainerd } from "./dump.ts";
+import { GpuReport, GpuTrace } from "./gpu.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
 import { Features, PluginList } from "./plugin.ts";
 import { Preflight } from "./preflight.ts";
@@ -64,6 +65,8 @@ export const commands = {
   "archive:extract": ArchiveExtract,
   "archive:show": ArchiveShow,
   "archive:verify": ArchiveVerify,
+  "gpu:report": GpuReport,
+  "gpu:trace": GpuTrace,
   check: Check,
   "checkpoint:list": CheckpointList,
   "checkpoint:inspect": CheckpointInspect,

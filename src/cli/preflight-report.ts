@@ -3,6 +3,8 @@ import { promisify } from "node:util";
 import { type CriuFacts, type PreflightInput, preflight } from "../checkpoint/preflight/preflight.ts";
 import { type PreflightDocument, toDocument, toText } from "../checkpoint/preflight/report.ts";
 import { CriuFailed, InvalidRequest, NotFound } from "../errors/index.ts";
+import { mayHaveGpu } from "../gpu/present.ts";
+import { findGpuProcesses } from "../gpu/processes.ts";
 import { childrenOf, isAlive } from "../linux/proc.ts";
 import { preflightInput } from "../runtime/preflight.ts";
 import { daemonStatus } from "./daemon.ts";
@@ -25,7 +27,9 @@ export async function runPreflight(
     throw new InvalidRequest("name a container, or a process by --pid");
   const { name, input } =
     request.pid === undefined ? await ofContainer(request) : await ofProcess(request, request.pid);
-  const report = await preflight(input);
+  // What the GPU driver's processes hold is given back before CRIU looks.
+  const gpuDevices = mayHaveGpu() ? findGpuProcesses(input.pids).flatMap(({ devices }) => devices) : [];
+  const report = await preflight({ ...input, pluginDevices: gpuDevices });
   return { text: toText(name, report), document: toDocument(report) };
 }
 

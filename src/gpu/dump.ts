@@ -1,21 +1,13 @@
-import { readFileSync } from "node:fs";
-import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceDump, DeviceOwner } from "../checkpoint/device-slot.ts";
 import type { GpuFacts } from "../checkpoint/manifest.ts";
-import {
-  CedanaError,
-  messageOf,
-  ResourceExhausted,
-  TimedOut,
-  Unsupported,
-  WrongState,
-} from "../errors/index.ts";
-import type { Cgroup } from "../linux/cgroup.ts";
+import { CedanaError, messageOf, ResourceExhausted, Unsupported, WrongState } from "../errors/index.ts";
 import type { NvmlAnswer } from "../linux/cuda.ts";
-import { isAlive } from "../linux/proc.ts";
 import { type BackTimes, giveBack, hundredths, reach } from "./back.ts";
 import type { ProcessStateName } from "./codes.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
+import { holdThreads, releaseThreads, waitUntilHeld } from "./hold.ts";
+import { availableMemory } from "./host-memory.ts";
+import { holdAtBoundary, refuseUncheckpointable } from "./interception.ts";
 import { type JournalEntry, readJournal, removeJournal, writeJournal } from "./journal.ts";
 import { chooseMeans, type GpuDevice, HelperKeeper, type Means } from "./means.ts";
 import { askNvml, devicesOf } from "./nvml.ts";
@@ -38,9 +30,6 @@ import { recoverInBackground } from "./recover.ts";
  * repetition.
  */
 
-/** For the threads that are held to come to their stop, once they may run. */
-const STOP_MS = 5_000;
-
 export async function findForDump(owner: DeviceOwner): Promise<DeviceDump | undefined> {
   const found = findGpuProcesses(await (await owner.cgroup()).pids());
   const journal = readJournal(owner);
@@ -48,7 +37,7 @@ export async function findForDump(owner: DeviceOwner): Promise<DeviceDump | unde
     if (journal) removeJournal(owner);
     return undefined;
   }
-  if (!journal) for (const process of found) refuseMps(process, owner.what);
+  if (!journal) for (const process of found) await refuseMps(process, owner.what);
   const limits = deadlines();
   const helpers = new HelperKeeper();
   try {
@@ -127,16 +116,18 @@ class GpuDump implements DeviceDump {
     await this.#whileRunning(async () => {
       this.#clients = await this.#confirm();
       if (this.#clients.length === 0) return;
+      await refuseUncheckpointable(this.#clients, this.#owner.what);
       writeJournal(this.#owner, (await this.#owner.cgroup()).toJSON(), this.#clients);
       this.#touched = true;
       await this.#lockAll();
     });
   }
 
-  /** Who of those found is a client, and in what state. */
+  /** Who is a client of the driver, and in what state. */
   async #confirm(): Promise<Client[]> {
+    const found = findGpuProcesses(await (await this.#owner.cgroup()).pids()); // some may have come since the first look
     const clients = await Promise.all(
-      this.#found.map(async (process) => {
+      found.map(async (process) => {
         const restoreThread = await this.#means.restoreThread(process.pid);
         if (restoreThread === undefined) return undefined; // it has the library, but has not begun to use it
         const before = this.#before(process, await this.#means.state(process.pid));
@@ -161,6 +152,7 @@ class GpuDump implements DeviceDump {
   /** All at once: those that wait for each other's GPU work come to an end only together. */
   async #lockAll(): Promise<void> {
     const until = performance.now() + this.#limits.lock;
+    await using _held = await holdAtBoundary(this.#clients, this.#limits.lock);
     await this.#each("lockMs", async ({ pid }) => {
       if ((await this.#means.state(pid)) !== "running") return; // before us, or by a cedanad before us
       const leftMs = Math.max(1, Math.round(until - performance.now()));
@@ -173,41 +165,39 @@ class GpuDump implements DeviceDump {
     const states = await Promise.all(this.#clients.map(({ pid }) => this.#means.state(pid)));
     if (states.every((state) => state === "checkpointed")) return; // CRIU may be at work on them
     const cgroup = await this.#owner.cgroup();
+    this.#refuseNewcomers(await cgroup.pids());
+    let failure: unknown;
     try {
-      await this.#holdOthers(cgroup);
+      const free = new Map(this.#clients.map(({ pid, restoreThread }) => [pid, restoreThread]));
+      const all = (await cgroup.pids()).map((pid) => ({ pid, restoreThread: free.get(pid) }));
+      await holdThreads(this.#helpers, this.#limits, all);
       await cgroup.thaw();
-      await this.#waitForStops();
+      await waitUntilHeld(this.#helpers, this.#limits, this.#owner.what);
       await this.#each("checkpointMs", async ({ pid }) => {
         if ((await this.#means.state(pid)) === "checkpointed") return;
         await reach(this.#means, pid, "checkpointed", this.#means.checkpoint(pid));
       });
-    } finally {
-      // In this order nobody runs in between. A helper that was ended has let go of them already.
+    } catch (error) {
+      failure = error;
+    }
+    // In this order nobody runs in between. A helper that was ended has let go of them already.
+    try {
       await cgroup.freeze();
-      await this.#helpers.helper().call("releaseThreads", {}, this.#limits.ask);
+      await releaseThreads(this.#helpers, this.#limits);
+    } catch (error) {
+      failure ??= error;
     }
+    if (failure) throw failure;
   }
 
-  async #holdOthers(cgroup: Cgroup): Promise<void> {
-    const threads = new Map(this.#clients.map(({ pid, restoreThread }) => [pid, restoreThread]));
-    for (const pid of await cgroup.pids())
-      if (isAlive(pid))
-        await this.#helpers
-          .helper()
-          .call("holdThreads", { pid, except: threads.get(pid) ?? 0 }, this.#limits.ask);
-  }
-
-  async #waitForStops(): Promise<void> {
-    const until = performance.now() + STOP_MS;
-    for (;;) {
-      const { stopped } = await this.#helpers.helper().call("heldStopped", {}, this.#limits.ask);
-      if (stopped) return;
-      if (performance.now() > until)
-        throw new TimedOut(
-          `threads of ${this.#owner.what} did not stop in ${STOP_MS} ms for its GPU checkpoint`,
-        );
-      await sleep(1);
-    }
+  /** A process that has begun to use a GPU since we asked is not locked, and now it is frozen: nobody can ask it any more. */
+  #refuseNewcomers(pids: readonly number[]): void {
+    const known = new Set(this.#clients.map(({ pid }) => pid));
+    const newcomer = findGpuProcesses(pids).find(({ pid, devices }) => devices.length > 0 && !known.has(pid));
+    if (newcomer)
+      throw new WrongState(
+        `process ${newcomer.pid} (${newcomer.comm}) of ${this.#owner.what} has begun to use a GPU in the middle of the checkpoint: try again`,
+      );
   }
 
   /** Does something to every client at once. @throws all that failed, in one error of the first one's class */
@@ -351,8 +341,7 @@ function refuseMig(found: readonly GpuProcess[], nvml: NvmlAnswer, what: string)
 /** GPU memory goes to host memory for the time of the dump. */
 function refuseShortMemory(found: readonly GpuProcess[], nvml: NvmlAnswer, what: string): void {
   const needed = found.reduce((sum, { pid }) => sum + (useOf(pid, nvml)?.bytes ?? 0), 0);
-  const free =
-    Number(/^MemAvailable:\s+(\d+) kB/m.exec(readFileSync("/proc/meminfo", "utf8"))?.[1] ?? 0) * 1024;
+  const free = availableMemory();
   if (needed > free)
     throw new ResourceExhausted(
       `${what} uses ${mib(needed)} MiB of GPU memory, which must fit into host memory for a checkpoint: ${mib(free)} MiB are available`,

@@ -1,7 +1,9 @@
 import { existsSync, readdirSync, readFileSync, readlinkSync, statSync } from "node:fs";
-import { isAbsolute, join } from "node:path";
+import { isAbsolute } from "node:path";
 import { Unsupported } from "../errors/index.ts";
 import { pidsInNamespaces, processStat, startTime } from "../linux/proc.ts";
+import { pathInRoot } from "../linux/root-path.ts";
+import { PRELOADED } from "../runtime/gpu-injection.ts";
 
 /** A process that may be a client of the driver. */
 export interface GpuProcess {
@@ -38,7 +40,11 @@ export function describeProcess(pid: number): Omit<GpuProcess, "devices"> | unde
 
 function mapsDriver(pid: number): boolean {
   const text = readIfThere(`/proc/${pid}/maps`);
-  return text.includes("/libcuda.so") && text.split("\n").some((line) => driverFile.test(line));
+  // The interception library has the driver's name, and is in every process of a container that asks for it.
+  return (
+    text.includes("/libcuda.so") &&
+    text.split("\n").some((line) => driverFile.test(line) && !line.includes(` ${PRELOADED}`))
+  );
 }
 
 function openDevices(pid: number): string[] {
@@ -64,7 +70,7 @@ const minor = (device: number) => (device & 0xff) | ((device >> 12) & 0xfff00);
  * Refuses what the driver is known not to checkpoint, while the container runs. Managed memory, and memory shared by IPC, can only be found by
  * the driver's own refusal.
  */
-export function refuseMps({ pid, comm }: GpuProcess, what: string): void {
+export async function refuseMps({ pid, comm }: GpuProcess, what: string): Promise<void> {
   const name = `process ${pid} (${comm}) of ${what}`;
   if (comm === "nvidia-cuda-mps")
     // cut to 15 bytes: -control and -server
@@ -72,7 +78,7 @@ export function refuseMps({ pid, comm }: GpuProcess, what: string): void {
   const environment = readIfThere(`/proc/${pid}/environ`).split("\0");
   const given = environment.find((entry) => entry.startsWith("CUDA_MPS_PIPE_DIRECTORY="))?.slice(24);
   const directory = given && isAbsolute(given) ? given : "/tmp/nvidia-mps";
-  if (existsSync(join(`/proc/${pid}/root`, directory, "control")))
+  if (existsSync(await pathInRoot(`/proc/${pid}/root`, `${directory}/control`)))
     throw new Unsupported(
       `${name} uses its GPU through MPS (${directory}/control): GPU state behind MPS can't be checkpointed; run it without MPS`,
     );

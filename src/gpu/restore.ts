@@ -1,9 +1,11 @@
 import type { DeviceRestore, RestoreWithDevice } from "../checkpoint/device-slot.ts";
 import type { GpuFacts } from "../checkpoint/manifest.ts";
 import { CedanaError, messageOf, Unsupported } from "../errors/index.ts";
+import { processStat } from "../linux/proc.ts";
 import { hundredths, reach } from "./back.ts";
-import { deadlines } from "./deadlines.ts";
+import { type Deadlines, deadlines } from "./deadlines.ts";
 import { mapDevices } from "./device-map.ts";
+import { holdThreads, releaseThreads, waitUntilHeld } from "./hold.ts";
 import { chooseMeans, criuPlugin, HelperKeeper, type Means } from "./means.ts";
 import { askNvml, devicesOf } from "./nvml.ts";
 import { describeProcess } from "./processes.ts";
@@ -38,7 +40,7 @@ export async function prepareRestore(target: RestoreWithDevice, facts: GpuFacts)
     const pairs = here.length > 0 ? mapDevices(facts.devices, here, { map: target.deviceMap, used }) : [];
     return {
       withoutCriuPlugins: true,
-      restore: () => restoreAll(target, facts, means, pairs, names),
+      restore: () => restoreAll(target, facts, { means, helpers, limits, pairs, names }),
       close: () => helpers[Symbol.asyncDispose](),
     };
   } catch (error) {
@@ -47,16 +49,23 @@ export async function prepareRestore(target: RestoreWithDevice, facts: GpuFacts)
   }
 }
 
-async function restoreAll(
-  target: RestoreWithDevice,
-  facts: GpuFacts,
-  means: Means,
-  pairs: readonly [string, string][],
-  names: Map<number, string>,
-): Promise<void> {
+interface Tools {
+  readonly means: Means;
+  readonly helpers: HelperKeeper;
+  readonly limits: Deadlines;
+  readonly pairs: readonly [string, string][];
+  /** of processes, for messages */
+  readonly names: Map<number, string>;
+}
+
+async function restoreAll(target: RestoreWithDevice, facts: GpuFacts, tools: Tools): Promise<void> {
+  const { means, pairs, names } = tools;
   const found = await (await target.cgroup()).pids();
   const processes = facts.processes.map((saved) => {
-    const pid = found.find((one) => describeProcess(one)?.pidInContainer === saved.pidInContainer);
+    const numbered = found.filter((one) => describeProcess(one)?.pidInContainer === saved.pidInContainer);
+    // In pid namespaces of its own a container has more than one process with a number.
+    const pid =
+      numbered.length === 1 ? numbered[0] : numbered.find((one) => describeProcess(one)?.comm === saved.comm);
     if (pid === undefined)
       throw new CedanaError(
         `process ${saved.pidInContainer} (${saved.comm}) of ${target.what}, which had a GPU, is not there after the restore`,
@@ -80,6 +89,7 @@ async function restoreAll(
       throw new CedanaError([...new Set(errors.map(messageOf))].join("; "), { cause: errors[0] });
     if (errors[0]) throw errors[0];
   };
+  await using _ = await freeRestoreThreads(target, processes, tools);
   // By their states, so that a repetition after a crash does what is left to do.
   await each("restoreMs", async ({ pid, before }) => {
     if (before === "checkpointed" || (await means.state(pid)) !== "checkpointed") return false;
@@ -95,4 +105,29 @@ async function restoreAll(
     { what: target.what, means: means.name, remapped: pairs.length > 0, times },
     "GPU state restored",
   );
+}
+
+/**
+ * Where a container is restored at its create, CRIU leaves its processes stopped (SIGSTOP) until its start. The driver needs its thread to
+ * run: all others are held, the process is continued for the moment, and stopped again at the end.
+ */
+async function freeRestoreThreads(
+  { what }: RestoreWithDevice,
+  processes: readonly { readonly pid: number }[],
+  { means, helpers, limits }: Tools,
+): Promise<AsyncDisposable> {
+  const stopped = processes.filter(({ pid }) => processStat(pid)?.state === "T");
+  if (stopped.length === 0) return { [Symbol.asyncDispose]: async () => {} };
+  const withThreads = await Promise.all(
+    stopped.map(async ({ pid }) => ({ pid, restoreThread: await means.restoreThread(pid) })),
+  );
+  await holdThreads(helpers, limits, withThreads);
+  for (const { pid } of stopped) process.kill(pid, "SIGCONT");
+  await waitUntilHeld(helpers, limits, what);
+  return {
+    [Symbol.asyncDispose]: async () => {
+      for (const { pid } of stopped) process.kill(pid, "SIGSTOP");
+      await releaseThreads(helpers, limits);
+    },
+  };
 }

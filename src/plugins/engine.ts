@@ -1,6 +1,7 @@
 import { Unavailable } from "../errors/index.ts";
 import type { EngineName } from "../runtime/engine.ts";
 import type { FeatureValues } from "./features.ts";
+import { interceptionFeatures } from "./gpu-interception.ts";
 import type { HealthRow } from "./health.ts";
 
 /** What both engines do for us. */
@@ -12,6 +13,7 @@ export function engineFeatures(name: EngineName): FeatureValues {
     runHandler: async () => (await engine()).create,
     killSignal: async () => (await import("../runtime/kill-policy.ts")).killPolicy,
     cleanup: async () => (await engine()).delete,
+    ...interceptionFeatures,
     healthChecks: [{ name: `engine ${name}`, run: () => checkEngine(name) }],
   };
 }

@@ -15,6 +15,7 @@ const builtIn: Readonly<Record<string, () => Promise<{ plugin: Plugin }>>> = {
   crio: () => import("./crio/index.ts"),
   podman: () => import("./podman/index.ts"),
   docker: () => import("./docker/index.ts"),
+  gpu: () => import("./gpu/index.ts"),
 };
 
 const states: PluginState[] = [];

@@ -2,6 +2,7 @@ import { constants } from "node:fs";
 import { access, readFile } from "node:fs/promises";
 import { delimiter, join } from "node:path";
 import type { FeatureValues } from "./features.ts";
+import { interceptionFeatures } from "./gpu-interception.ts";
 import type { HealthRow } from "./health.ts";
 
 /** What cedana-runtime does for an engine above it that runs OCI runtimes. */
@@ -14,6 +15,7 @@ export function callerFeatures(caller: Caller): FeatureValues {
     runHandler: async () => (await life()).create,
     killSignal: async () => (await life()).kill,
     cleanup: async () => (await life()).remove,
+    ...interceptionFeatures,
     healthChecks: [{ name: caller.title, run: () => checkCaller(caller) }],
   };
 }

@@ -13,6 +13,7 @@ import { parseBytes, parseDuration } from "./spec.ts";
  *     "annotations": { "deny": ["lazy"], "hooks": false },
  *     "restoreFromPaths": ["/srv/checkpoints"],
  *     "checkpoints": { "directory": "/var/lib/cedana/checkpoints", "keepLast": 3, "shortestInterval": "10s", "compression": "zstd" },
+ *     "gpu": { "tracing": true, "traceMaxBytes": "64Mi" },
  *     "restore": { "verifyDigests": true, "keyFile": "/etc/cedana/key" },
  *     "plugins": { "load": ["cedana-plugin-audit"], "directory": "/var/lib/cedana/plugins" }
  *   }
@@ -47,6 +48,12 @@ export interface Configuration {
     readonly rootfsExclude: readonly string[];
     /** what no rootfs diff may exceed, whatever the container says */
     readonly rootfsMaxBytes: number;
+  };
+  readonly gpu: {
+    /** `cedana.io/gpu-tracing` lets containers write into a directory of this node */
+    readonly tracing: boolean;
+    /** of one process's traces; a program that means ill can write more */
+    readonly traceMaxBytes: number;
   };
   readonly restore: {
     /** hash every file of a checkpoint before it is restored, and not only look at sizes: reads all of it once more */
@@ -85,6 +92,7 @@ function defaults(): Configuration {
       rootfsExclude: [],
       rootfsMaxBytes: 4 * 1024 ** 3,
     },
+    gpu: { tracing: false, traceMaxBytes: 64 * 1024 ** 2 },
     restore: { verifyDigests: false, ignoreCpu: false },
   };
 }
@@ -154,6 +162,7 @@ export function parseConfiguration(text: string, path: string): Configuration {
     "annotations",
     "restoreFromPaths",
     "checkpoints",
+    "gpu",
     "restore",
     "plugins",
   ]);
@@ -198,6 +207,12 @@ export function parseConfiguration(text: string, path: string): Configuration {
   const size = asText(checkpoints.rootfsMaxBytes, "checkpoints.rootfsMaxBytes");
   const rootfsMaxBytes = size === undefined ? otherwise.checkpoints.rootfsMaxBytes : parseBytes(size);
   if (rootfsMaxBytes === undefined) return wrong('checkpoints.rootfsMaxBytes is not a size such as "512Mi"');
+  const gpu = object(top.gpu, "gpu", ["tracing", "traceMaxBytes"]);
+  const { tracing = otherwise.gpu.tracing } = gpu;
+  if (typeof tracing !== "boolean") return wrong("gpu.tracing is neither true nor false");
+  const traceSize = asText(gpu.traceMaxBytes, "gpu.traceMaxBytes");
+  const traceMaxBytes = traceSize === undefined ? otherwise.gpu.traceMaxBytes : parseBytes(traceSize);
+  if (traceMaxBytes === undefined) return wrong('gpu.traceMaxBytes is not a size such as "64Mi"');
   return {
     annotations: { deny: strings(annotations.deny, "annotations.deny") ?? otherwise.annotations.deny, hooks },
     restoreFromPaths: (strings(top.restoreFromPaths, "restoreFromPaths") ?? []).map((one) =>
@@ -219,6 +234,7 @@ export function parseConfiguration(text: string, path: string): Configuration {
       rootfsExclude: strings(checkpoints.rootfsExclude, "checkpoints.rootfsExclude") ?? [],
       rootfsMaxBytes,
     },
+    gpu: { tracing, traceMaxBytes },
     restore: {
       verifyDigests,
       ignoreCpu,

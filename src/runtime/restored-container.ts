@@ -1,5 +1,6 @@
 import { posix, resolve } from "node:path";
 import type { RestoredContainer } from "../checkpoint/compare.ts";
+import { type GpuNode, isGpuNode } from "../checkpoint/gpu-nodes.ts";
 import type { EngineFeatures } from "./engine.ts";
 import { annotationsOf, isBind, type OciMount, type OciSpec } from "./spec.ts";
 
@@ -35,6 +36,7 @@ export function restoredContainer(
     devices: (spec.linux?.devices ?? []).map(({ path }) => path),
     hostname: hostnameOf(spec),
     network: networkOf(spec, engine.name),
+    gpuNodes: gpuNodesOf(spec),
     rootfs: options.rootfs,
   };
 }
@@ -53,6 +55,14 @@ function networkOf(spec: OciSpec, engine: string): RestoredContainer["network"] 
   if (!network) return "host";
   if (network.path) return { path: network.path };
   return engine === "crun" ? "dumped" : "empty";
+}
+
+function gpuNodesOf(spec: OciSpec): GpuNode[] {
+  return (spec.linux?.devices ?? []).flatMap(({ path, type, major, minor, fileMode, uid, gid }) =>
+    type === "c" && major !== undefined && minor !== undefined && isGpuNode(posix.resolve("/", path))
+      ? [{ path: posix.resolve("/", path), major, minor, mode: fileMode, uid, gid }]
+      : [],
+  );
 }
 
 function destinationOf({ destination }: OciMount): string {

@@ -24,6 +24,9 @@ export interface OciDevice {
   readonly type: string;
   readonly major?: number;
   readonly minor?: number;
+  readonly fileMode?: number;
+  readonly uid?: number;
+  readonly gid?: number;
 }
 
 export interface OciHook {
@@ -145,12 +148,11 @@ function isArrayOfObjects(value: unknown): boolean {
 }
 
 /**
- * The text of a config.json with one more hook, the first of its stage; everything else means what it meant. Numbers beyond
- * what JavaScript counts exactly (limits of 2^64 - 1) stay as they are written.
+ * The text of a config.json with one more hook, the first of its stage; everything else means what it meant.
  * @throws InvalidRequest when it isn't a spec
  */
 export function withHook(text: string, stage: string, hook: OciHook, path = "config.json"): string {
-  return withEdits(text, path, (spec) => {
+  return editSpec(text, path, (spec) => {
     spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
   });
 }
@@ -160,7 +162,7 @@ export function withHook(text: string, stage: string, hook: OciHook, path = "con
  * @throws InvalidRequest when it isn't a spec
  */
 export function movedFrom(bundle: string, text: string): string {
-  return withEdits(text, posix.join(bundle, "config.json"), (spec) => {
+  return editSpec(text, posix.join(bundle, "config.json"), (spec) => {
     spec.root = { ...spec.root, path: posix.resolve(bundle, spec.root?.path ?? "rootfs") };
     if (spec.mounts)
       spec.mounts = spec.mounts.map((mount) =>
@@ -189,13 +191,17 @@ export function processLike(
   return JSON.stringify({ ...own, terminal: false, args, env: [...(own.env ?? []), ...env] });
 }
 
-function withEdits(text: string, path: string, edit: (spec: Writable<OciSpec>) => void): string {
+/**
+ * The text of a config.json with a change in it; everything else means what it meant.
+ * @throws InvalidRequest when it isn't a spec
+ */
+export function editSpec(text: string, path: string, edit: (spec: Writable<OciSpec>) => void): string {
   const spec = parseExactly(text, path);
   edit(spec);
   return JSON.stringify(spec);
 }
 
-/** Numbers beyond what JavaScript counts exactly stay as they are written. */
+/** Numbers beyond what JavaScript counts exactly (limits of 2^64 - 1) stay as they are written. */
 function parseExactly(text: string, path: string): Writable<OciSpec> {
   parseSpec(text, path);
   const exactly = (_key: string, value: unknown, { source }: { source?: string }) =>
@@ -406,6 +412,10 @@ export interface CedanaAnnotations {
   /** patterns of paths that are left out of that */
   readonly rootfsExclude?: readonly string[];
   readonly rootfsMaxBytes?: number;
+  /** how GPU state is taken: by the driver alone (also when absent), or with the interception library in front of it */
+  readonly gpu?: "driver" | "intercept";
+  /** that library writes traces */
+  readonly gpuTracing?: boolean;
 }
 
 // Key after `cedana.io/`, field, and what each allowed value means.
@@ -431,6 +441,8 @@ const policies = [
   ["checkpoint-name", "checkpointName", "text"],
   ["rootfs-diff", "rootfsDiff", flag],
   ["rootfs-exclude", "rootfsExclude", { parse: parseList, words: "patterns, with commas between them" }],
+  ["gpu", "gpu", { driver: "driver", intercept: "intercept" }],
+  ["gpu-tracing", "gpuTracing", flag],
   ["rootfs-max-bytes", "rootfsMaxBytes", { parse: parseBytes, words: 'a size such as "512Mi"' }],
 ] as const satisfies readonly (readonly [
   string,

@@ -97,13 +97,23 @@ export async function engineCheckpoint(
   engine: Engine,
   options: EngineDump,
 ): Promise<void> {
-  const { imagePath, workPath, parentPath, leaveRunning, policy, networkLock, withoutPlugins } = options;
+  const {
+    imagePath,
+    workPath,
+    parentPath,
+    leaveRunning,
+    policy,
+    networkLock,
+    externalMounts,
+    withoutPlugins,
+  } = options;
   const logFile = join(task.bundle, "checkpoint.log.json");
   const outputPath = join(task.bundle, "checkpoint.out");
   const configFile = await criuConfigFile(task.bundle, "dump", {
     tcpClose: policy.tcp === "close",
     skipInFlight: policy.tcp === "skip-in-flight",
     networkLock: networkLock === "default" ? undefined : networkLock,
+    externalMounts,
     pluginDirectory: withoutPlugins ? workPath : undefined,
     cgroupRoots: await foreignHierarchies(task.init.pid),
   });

@@ -116,9 +116,9 @@ export class Task {
   readonly engine: Engine;
   readonly options: RuntimeOptions;
   readonly execs = new Map<string, Process>();
-  readonly memory: LazyMemory;
   /** how many restores the container has behind it */
   generation = 0;
+  readonly memory: LazyMemory;
   readonly #pod: Pod;
   readonly #log: TaskLogger;
   readonly #execSpecs = new Map<string, { serial: number; spec: string }>();
@@ -635,7 +635,7 @@ export class Task {
     try {
       const stdio = planStdio(process.io, process.stdio, this.id, this.namespace, this.options);
       try {
-        writeFileSync(file("json"), spec, { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
+        writeFileSync(file("json"), await this.#execProcess(spec), { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
         // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
         const opened = this.#pod.keeper.ioOpen(work.tag("io"), stdio);
         opened.catch(() => {}); // looked at below, if we get there
@@ -667,6 +667,12 @@ export class Task {
     }
     this.publish(`exec-started:${work.request}`, events.execStarted(this.id, process.execId, process.pid));
     return process.pid;
+  }
+
+  async #execProcess(process: string): Promise<string> {
+    if (!this.#spec || !hasOurAnnotations(this.#spec)) return process;
+    const { withInterception } = await import("../runtime/gpu-injection.ts");
+    return withInterception(process, this.#spec);
   }
 
   /** Registers an exec'd process; it runs at its Start. */
@@ -1149,6 +1155,11 @@ export class Task {
   }
 
   async #createContainer(work: Work): Promise<void> {
+    const spec = await this.spec();
+    if (hasOurAnnotations(spec)) {
+      const { injectGpu } = await import("../runtime/gpu-injection.ts");
+      this.#spec = (await injectGpu(this.bundle, spec, this)) ?? spec;
+    }
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     const command = this.engine.create({

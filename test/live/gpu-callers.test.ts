@@ -1,6 +1,6 @@
 // Containers with GPUs (the stand-in driver of test/gpu/libcuda) outside of containerd's API: ctr, cedana-runtime on a bundle, and Podman.
 
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { countsOn, gpuOptions, runClient } from "../gpu/container.ts";
@@ -111,6 +111,27 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
       const read = () => (existsSync(output) ? readFileSync(output, "utf8") : "");
       await until(() => numbersIn(read()).length > 3, { what: () => `the first numbers: ${read()}` });
       const images = join(place.dir, "images");
+      // A crash of cedanad in the middle of a call that nobody repeats: the next one gives back what was taken.
+      gpus.faults("checkpoint=slow:700");
+      const seen = gpus.watchCalls();
+      const cut = place.run(
+        runtime("checkpoint", "--leave-running", "--image-path", join(place.dir, "cut"), "c"),
+        {
+          env,
+        },
+      );
+      await until(() => seen().includes("checkpoint client"), {
+        everyMs: 2,
+        what: () => "the driver's call",
+      });
+      const pidFile = readdirSync(place.runDir).find((name) => /^cedanad.*\.pid$/.test(name))!;
+      process.kill(Number(readFileSync(join(place.runDir, pidFile), "utf8")), "SIGKILL");
+      expect((await cut).status).not.toBe(0);
+      gpus.faults();
+      const whole = runtime("checkpoint", "--leave-running", "--image-path", join(place.dir, "whole"), "c");
+      await place.ok(whole, { env });
+      const afterCrash = numbersIn(read()).at(-1)!;
+      await until(() => numbersIn(read()).at(-1)! > afterCrash + 2, { what: () => "to go on after a crash" });
       await place.ok(runtime("checkpoint", "--image-path", images, "c"), { env });
       const last = numbersIn(read()).at(-1)!;
       gpus.wipe();
@@ -146,8 +167,8 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
         return stdout;
       };
       const linker = `${join(directory, "rt", basename(LINKER))}:${LINKER}:ro`;
-      await ok(
-        ...["run", "--detach", "--name", "c", "--security-opt", "seccomp=unconfined"],
+      const inContainer = [
+        ...["--security-opt", "seccomp=unconfined"],
         ...["--device", "/dev/fuse:/dev/nvidia0", "--device", "/dev/fuse:/dev/nvidia1"],
         ...[
           "--volume",
@@ -159,7 +180,8 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
         ],
         ...["--env", `LD_LIBRARY_PATH=${directory}/rt`, "--env", `CEDANA_TEST_GPU_DIR=${gpus.path}`],
         ...[IMAGE, `${directory}/client-procaddress`, "--devices", "2"],
-      );
+      ];
+      await ok("run", "--detach", "--name", "c", ...inContainer);
       const counted = async (beyond: number) =>
         await until(
           async () => {
@@ -179,6 +201,28 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
       await ok("container", "restore", "c");
       expectCounted(await counted(last + 3), last);
       expect(gpus.allocations(UUIDS[1])).toBe(3);
+      await ok("rm", "--force", "--time", "0", "c");
+      // By annotation, at the engine's create: it stands still until its start.
+      gpus.wipe();
+      const named = (key: string) => ["--annotation", `cedana.io/${key}=gpus`];
+      await ok(
+        ...["run", "--detach", "--name", "c", "--annotation", "cedana.io/checkpoint-on=TERM"],
+        ...[...named("checkpoint-name"), ...inContainer],
+      );
+      await counted(8);
+      const beforeTerm = numbersIn(await ok("logs", "c")).at(-1)!;
+      await ok("stop", "--time", "30", "c");
+      await ok("rm", "c");
+      gpus.wipe();
+      await ok("create", "--name", "c", ...named("restore-from"), ...inContainer);
+      await ok("init", "c"); // the engine's create, without its start
+      expect(gpus.allocations(UUIDS[1])).toBe(3);
+      await new Promise((resolve) => setTimeout(resolve, 100));
+      expect(numbersIn(await ok("logs", "c"))).toEqual([]);
+      await ok("start", "c");
+      const text = await counted(beforeTerm + 5);
+      expectCounted(text, beforeTerm);
+      expect(numbersIn(text)[0]).toBeGreaterThan(8);
     } finally {
       await podman.stop();
     }

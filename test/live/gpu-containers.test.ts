@@ -59,6 +59,12 @@ for (const combination of enginesForCheckpoints) {
             { comm: "client2", times: { checkpointMs: expect.any(Number), restoreMs: expect.any(Number) } },
           ],
         });
+        expect(await live.cedana("preflight", before.id)).toContain("can be checkpointed");
+        const shown = await live.cedana("checkpoint", "inspect", kept);
+        expect(shown).toMatch(/GPU state +of 2 processes, by driver, driver 999\.stand-in/);
+        expect(shown).toMatch(
+          /on GPU +\d+ client2, .*: lock [\d.]+ ms, checkpoint [\d.]+ ms, restore [\d.]+ ms, unlock [\d.]+ ms/,
+        );
         image = await before.checkpoint({ exit: true });
         await before.exited;
       } finally {

@@ -35,7 +35,7 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
       ...combination,
       env: {
         ...driverEnvironment(directory, gpus),
-        CEDANA_GPU_DEADLINES: "lock=1500,checkpoint=1500,restore=1500,unlock=1500,ask=5000",
+        CEDANA_GPU_DEADLINES: "lock=1000,checkpoint=1000,restore=1000,unlock=1000,ask=5000",
         CEDANA_DAEMON: daemon.program,
       },
     });
@@ -83,38 +83,40 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
     ["checkpoint@client2=error:46", /GPU is not available/],
     ["nvml=off mig=on lock@client=error:401", /another state/],
   ];
-  it.each(failing)("%s: the dump fails by name, and both processes run on", async (fault, message) => {
+  it("fails by name, and both processes run on, when one of the driver's calls does", async () => {
     await using task = await runClient(live, directory, gpus, both);
     await countsOn(task, "client2");
     const image = mkdtempSync(join(live.dir, "image-"));
-    gpus.faults(...fault.split(" "));
-    await expect(task.checkpoint({ imagePath: image })).rejects.toThrow(message);
-    expect(readdirSync(image)).toEqual([]);
-    await bothRun(task, fault);
-  });
-
-  it.each([
-    ["lock@client2=hang", /lock on process \d+ did not return in \d+ ms/],
-    ["checkpoint@client=hang", /checkpoint on process \d+ did not return in 1500 ms/],
-    ["restore@client2=error:46", /did not get their GPU back.*restore .*\(client2\).*46/],
-    ["restore@client=hang", /did not get their GPU back.*restore on process/],
-    ["unlock@client2=error:999", /did not get their GPU back.*unlock/],
-    ["unlock@client=hang", /did not get their GPU back.*unlock on process/],
-  ] as [string, RegExp][])(
-    "%s: the dump fails, and both run on as soon as the driver lets them",
-    async (fault, message) => {
-      await using task = await runClient(live, directory, gpus, both);
-      await countsOn(task, "client2");
-      const image = mkdtempSync(join(live.dir, "image-"));
-      gpus.faults(fault);
-      await expect(task.checkpoint({ imagePath: image })).rejects.toThrow(message);
-      expect(readdirSync(image)).toEqual([]);
+    for (const [fault, message] of failing) {
+      gpus.faults(...fault.split(" "));
+      await expect(task.checkpoint({ imagePath: image }), fault).rejects.toThrow(message);
+      expect(readdirSync(image), fault).toEqual([]);
       gpus.faults();
       await bothRun(task, fault);
-      await task.checkpoint();
+    }
+  });
+
+  it("fails when a call doesn't return or nothing can be given back, and both run on as soon as the driver lets them", async () => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    const image = mkdtempSync(join(live.dir, "image-"));
+    for (const [fault, message] of [
+      ["lock@client2=hang", /lock on process \d+ did not return in \d+ ms/],
+      ["checkpoint@client=hang", /checkpoint on process \d+ did not return in 1000 ms/],
+      ["restore@client2=error:46", /did not get their GPU back.*restore .*\(client2\).*46/],
+      ["restore@client=hang", /did not get their GPU back.*restore on process/],
+      ["unlock@client2=error:999", /did not get their GPU back.*unlock/],
+      ["unlock@client=hang", /did not get their GPU back.*unlock on process/],
+    ] as [string, RegExp][]) {
+      gpus.faults(fault);
+      await expect(task.checkpoint({ imagePath: image }), fault).rejects.toThrow(message);
+      expect(readdirSync(image), fault).toEqual([]);
+      gpus.faults();
       await bothRun(task, fault);
-    },
-  );
+    }
+    await task.checkpoint();
+    await bothRun(task, "all of them");
+  }, 120_000);
 
   it("refuses what the driver can't checkpoint, by its name, while it runs", async () => {
     await using task = await runClient(live, directory, gpus, both);
@@ -135,6 +137,29 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
     expect(made.status).toBe(0);
     await expect(task.checkpoint()).rejects.toThrow(/through MPS \(\/tmp\/nvidia-mps\/control\)/);
     expect(calls()).toEqual([]);
+  });
+
+  it("fails when a process begins to use a GPU in the middle of it, and all run on", async () => {
+    await using task = await runClient(live, directory, gpus, both);
+    await countsOn(task, "client2");
+    gpus.faults("lock@client2=slow:900");
+    const seen = gpus.watchCalls();
+    const failed = task.checkpoint().then(
+      () => undefined,
+      (error: Error) => error,
+    );
+    await until(() => seen().includes("lock client2"), { everyMs: 2, what: () => `the call: ${seen()}` });
+    await using late = await task.exec([`${directory}/client-dlsym`, "--name", "late"], {
+      env: [`LD_LIBRARY_PATH=${directory}/rt`, `CEDANA_TEST_GPU_DIR=${gpus.path}`],
+    });
+    await late.stdout.lineMatching(/^late \d+/);
+    expect(String(await failed)).toMatch(
+      /process \d+ \(late\) of task .* has begun to use a GPU in the middle/,
+    );
+    gpus.faults();
+    late.stdout.skip();
+    await late.stdout.lineMatching(/^late \d+/);
+    await bothRun(task, "a newcomer");
   });
 
   it("says that a process is lost when the driver says so, and the other one runs on", async () => {
@@ -227,9 +252,15 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
   it("finishes the checkpoint when cedanad ends between the steps", async () => {
     await using task = await runClient(live, directory, gpus, both);
     await countsOn(task, "client2");
-    const steps = ["findDevices", "lockDevices", "freeze", "checkpointDevices", "criuDump"];
-    for (const boundary of steps.flatMap((step) => [`${step}.before`, `${step}.after`])) {
-      if (boundary === "criuDump.after") continue; // nothing follows it
+    const boundaries = [
+      "lockDevices.before",
+      "freeze.before", // locked
+      "checkpointDevices.before",
+      "takeRootfs.before", // checkpointed
+      "checkpointDevices.after", // dumped
+      "lockDevices.after", // given back
+    ];
+    for (const boundary of boundaries) {
       const image = mkdtempSync(join(live.dir, "image-"));
       daemon.crashNextAt(`dump.${boundary}`);
       await live.killCedanad();
@@ -246,20 +277,19 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
   it("gives the GPUs back when nobody repeats the dump that a crash of cedanad has cut off", async () => {
     await using task = await runClient(live, directory, gpus, both);
     await countsOn(task, "client2");
-    gpus.faults("checkpoint@client2=slow:1400");
+    gpus.faults("checkpoint@client2=slow:700");
     const seen = gpus.watchCalls();
     const failed = task.checkpoint().then(
       () => undefined,
       (error: Error) => error,
     );
     // Twice in the middle of it: the third delivery is refused.
-    for (let crash = 1; crash <= 2; crash++) {
-      await until(() => seen().filter((line) => line === "checkpoint client2").length >= crash, {
-        everyMs: 2,
-        what: () => `call ${crash}: ${seen()}`,
-      });
-      await live.killCedanad();
-    }
+    await until(() => seen().includes("checkpoint client2"), {
+      everyMs: 2,
+      what: () => `the call: ${seen()}`,
+    });
+    daemon.crashNextAt("dump.checkpointDevices.before");
+    await live.killCedanad();
     expect(String(await failed)).toMatch(/INTERNAL/);
     gpus.faults();
     await bothRun(task, "nobody repeats");
@@ -314,7 +344,23 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
       await task[Symbol.asyncDispose]();
       gpus.wipe();
     }
-  });
+    for (const call of ["restore", "unlock"]) {
+      gpus.faults(`${call}@client2=slow:700`);
+      const seen = gpus.watchCalls();
+      await using task = await live.create(
+        [`${directory}/client-dlsym`],
+        gpuOptions(directory, gpus, { criuImagePath: image }),
+      );
+      const started = task.start();
+      await until(() => seen().includes(`${call} client2`), { everyMs: 2, what: () => `${call}: ${seen()}` });
+      await live.killCedanad();
+      await started;
+      await countsOn(task, "client");
+      await countsOn(task, "client2");
+      await task[Symbol.asyncDispose]();
+      gpus.wipe();
+    }
+  }, 120_000);
 });
 
 function commandOf(pid: number): string {

@@ -26,6 +26,7 @@ describe("the administrator's configuration", () => {
         rootfsExclude: [],
         rootfsMaxBytes: 4 * 2 ** 30,
       },
+      gpu: { tracing: false, traceMaxBytes: 64 * 2 ** 20 },
       restore: { verifyDigests: false, ignoreCpu: false },
     });
   });
@@ -56,6 +57,8 @@ describe("the administrator's configuration", () => {
     ["an unknown compression", `{ "checkpoints": { "compression": "xz" } }`, /none, gzip, lz4, zstd/],
     ["a key for nothing", `{ "checkpoints": { "keyFile": "/k" } }`, /encrypts archives/],
     ["no size", `{ "checkpoints": { "rootfsMaxBytes": "much" } }`, /not a size/],
+    ["a text for the switch of tracing", `{ "gpu": { "tracing": "yes" } }`, /gpu.tracing is neither/],
+    ["no size of traces", `{ "gpu": { "traceMaxBytes": 5 } }`, /gpu.traceMaxBytes is not a string/],
     ["a text for a switch", `{ "restore": { "ignoreCpu": "yes" } }`, /ignoreCpu is neither/],
     ["a key that is nowhere", `{ "restore": { "keyFile": "key" } }`, /"key" is not an absolute path/],
     ["nothing to keep", `{ "checkpoints": { "keepLast": 0 } }`, /from 1 to 1000/],

@@ -1,3 +1,4 @@
+import { interceptionFeatures } from "../gpu-interception.ts";
 import type { Plugin } from "../plugin.ts";
 import { containerdChecks } from "./health.ts";
 
@@ -22,6 +23,7 @@ export const plugin: Plugin = {
     killSignal: async () => (await import("../../runtime/kill-policy.ts")).killPolicy,
     cleanup: async () => (await taskService()).Delete!,
     reaper: async () => (await import("../../shim/pod.ts")).Pod.prototype.exited,
+    ...interceptionFeatures,
     healthChecks: containerdChecks,
   },
 };

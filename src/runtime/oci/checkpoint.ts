@@ -149,6 +149,7 @@ async function runEngine(
     workPath,
     parentPath,
     networkLock = "default",
+    externalMounts = [],
     withoutPlugins = false,
   }: Pick<EngineDump, "imagePath" | "parentPath"> & Partial<EngineDump>,
 ): Promise<void> {
@@ -161,7 +162,7 @@ async function runEngine(
   ]);
   if (networkLock !== "default" && !options.has("network-lock"))
     criuConfig.push(`network-lock ${networkLock}`);
-  criuConfig.push(...criuLines({ cgroupRoots: await foreignHierarchies(pid) }));
+  criuConfig.push(...criuLines({ externalMounts, cgroupRoots: await foreignHierarchies(pid) }));
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
   if (withoutPlugins) criuConfig.push(`libdir "${work}"`);
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);

@@ -1,5 +1,6 @@
 import { constants } from "node:os";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
+import { injectedConfig } from "../gpu-injection.ts";
 import { checkHooks } from "../hooks.ts";
 import { execKillPolicy, killPolicy, planKill, signalNumber } from "../kill-policy.ts";
 import { readSpec } from "../spec.ts";
@@ -41,6 +42,7 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
       status = restored.status;
       return restored;
     }
+    await using _config = await injectedConfig(bundle, spec, { namespace: "", id });
     status = await wrapper.run(asGiven(call)); // says itself that the id is taken
     return { status };
   } finally {

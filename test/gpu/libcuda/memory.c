@@ -282,7 +282,7 @@ API(cuIpcGetMemHandle, (CUipcMemHandle * handle, CUdeviceptr address), (handle, 
   CUresult result = CUDA_ERROR_INVALID_VALUE;
   pthread_mutex_lock(&mutex);
   struct allocation *a = find(address);
-  if (a && handle) {
+  if (a) {
     a->shared = true;
     snprintf(handle->reserved, sizeof handle->reserved, "%s", strrchr(a->file, '/'));
     result = CUDA_SUCCESS;
@@ -457,7 +457,7 @@ API(cuMemCreate, (CUmemGenericAllocationHandle * handle, size_t size, const CUme
 }
 static struct allocation *by_handle(CUmemGenericAllocationHandle handle) {
   for (struct allocation *a = allocations; a; a = a->next)
-    if (a->kind == KIND_PHYSICAL && a->handle == handle) return a;
+    if (a->kind == KIND_PHYSICAL && handle && a->handle == handle) return a;
   return NULL;
 }
 API(cuMemMap, (CUdeviceptr address, size_t size, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags),
@@ -485,6 +485,7 @@ API(cuMemUnmap, (CUdeviceptr address, size_t size), (address, size)) {
   if (a && a->kind == KIND_PHYSICAL && a->address == address && a->size == size) {
     mmap((void *)address, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
     a->address = 0;
+    if (!a->handle) forget(a);
     result = CUDA_SUCCESS;
   }
   pthread_mutex_unlock(&mutex);
@@ -494,11 +495,10 @@ API(cuMemRelease, (CUmemGenericAllocationHandle handle), (handle)) {
   CUresult result = CUDA_ERROR_INVALID_VALUE;
   pthread_mutex_lock(&mutex);
   struct allocation *a = by_handle(handle);
-  if (a && !a->address) {
-    forget(a);
+  if (a) {
+    if (a->address) a->handle = 0; /* what is mapped lives until it is unmapped */
+    else forget(a);
     result = CUDA_SUCCESS;
-  } else if (a) {
-    result = CUDA_ERROR_ILLEGAL_STATE; /* the real one waits for the unmapping; here it comes first */
   }
   pthread_mutex_unlock(&mutex);
   return result;

@@ -195,7 +195,8 @@ export class CallerPlace {
   /** cedana-runtime with our configuration, for Podman: its clean-up after a container passes neither environment nor runtime flags on. */
   #configuredWrapper(): string {
     const path = join(this.dir, "wrapper");
-    const exports = Object.entries(this.#daemonEnv).map(([name, value]) => `export ${name}='${value}'\n`);
+    const environment = { CEDANA_STATE_DIR: this.env.CEDANA_STATE_DIR!, ...this.#daemonEnv };
+    const exports = Object.entries(environment).map(([name, value]) => `export ${name}='${value}'\n`);
     writeFileSync(
       path,
       `#!/bin/sh\n${exports.join("")}exec ${wrapper} --cedana-config ${this.config} "$@"\n`,
