@@ -112,7 +112,12 @@ for (const combination of enginesForCheckpoints) {
       ["an empty directory", () => mkdtempSync(join(live.dir, "empty-")), "DATA_LOSS", /no inventory.img/],
       ["a path that is missing", () => join(live.dir, "nowhere"), "NOT_FOUND", /nowhere does not exist/],
       ["a path that is relative", () => "images", "INVALID_ARGUMENT", /not an absolute path/],
-      ["a file", () => join(good, "inventory.img"), "INVALID_ARGUMENT", /not a directory/],
+      [
+        "a file that is no archive",
+        () => join(good, "inventory.img"),
+        "DATA_LOSS",
+        /archive .*inventory\.img/,
+      ],
     ])("refuses to restore from %s", async (_what, path, status, message) => {
       const failed = live.create(["counter"], { criuImagePath: path() });
       await expect(failed).rejects.toMatchObject({ details: expect.stringMatching(message) });
