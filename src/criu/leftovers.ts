@@ -1,6 +1,7 @@
 import { execFile } from "node:child_process";
 import { readdir, readFile, readlink } from "node:fs/promises";
 import { promisify } from "node:util";
+import type { Logger } from "pino";
 import { childrenOf, processStat } from "../linux/proc.ts";
 
 // What is left of a CRIU whose caller was killed, or that was killed itself: it goes on alone, or its half-made processes wait for it.
@@ -85,18 +86,33 @@ export async function unlockNetwork(pid: number): Promise<void> {
 
 const WATCH_MS = 500;
 
+export interface CriuWatch {
+  /** of the engine, which is told by the work path in its command line */
+  readonly parent: number;
+  /** CRIU's work directory */
+  readonly workPath: string;
+  /** ends what CRIU has left; called with the engine's other children */
+  readonly onDeath: (pids: number[]) => Promise<void>;
+  readonly log: Pick<Logger, "warn" | "error">;
+}
+
 /**
- * Notices a CRIU that has died under its engine. What it has made of the container so far holds the connection that the engine listens
- * on, so that the engine would wait for ever.
- * @param parent    of the engine, which is told by the work path in its command line
- * @param workPath  CRIU's work directory
- * @param onDeath   ends what CRIU has left; called with its processes that are known by their descent
- * @param signal    ends the watch
+ * Runs an engine, and notices a CRIU that has died under it. What CRIU has begun (a container's processes at a restore, a look at the
+ * kernel before either) holds the connection that the engine listens on, so that the engine would wait for ever.
  */
-export async function watchForDeadCriu(
-  parent: number,
-  workPath: string,
-  onDeath: (pids: number[]) => Promise<void>,
+export async function whileWatchingCriu<T>(watch: CriuWatch, work: () => Promise<T>): Promise<T> {
+  const done = new AbortController();
+  const watched = watchForDeadCriu(watch, done.signal);
+  try {
+    return await work();
+  } finally {
+    done.abort();
+    await watched.catch((cause) => watch.log.warn({ err: cause }, "watch CRIU"));
+  }
+}
+
+async function watchForDeadCriu(
+  { parent, workPath, onDeath, log }: CriuWatch,
   signal: AbortSignal,
 ): Promise<void> {
   const isDead = (pid: number) => {
@@ -109,8 +125,10 @@ export async function watchForDeadCriu(
     const bereft = engines.filter((pid) => childrenOf(pid).some(isDead));
     // One that has just ended is about to be waited for.
     rounds = bereft.length > 0 ? rounds + 1 : 0;
-    if (rounds >= 2 && !signal.aborted)
-      await onDeath(bereft.flatMap(childrenOf).filter((pid) => !isDead(pid)));
+    if (rounds < 2 || signal.aborted) continue;
+    const pids = bereft.flatMap(childrenOf).filter((pid) => !isDead(pid));
+    log.error({ pids, workPath }, "CRIU has died: ending what it has left");
+    await onDeath(pids);
   }
 }
 

@@ -1,6 +1,7 @@
 import { rm } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
+import { killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
 import { foreignHierarchies } from "../linux/cgroup.ts";
 import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
@@ -128,7 +129,11 @@ export async function engineCheckpoint(
       ...policyOptions(policy),
       ...configFile,
     });
-    const exit = await task.pod.keeper.run(tag, { argv: command.argv, outputPath });
+    const onDeath = async () => void (await killCriu(workPath)); // its own processes alone: the container's are to live
+    const exit = await whileWatchingCriu(
+      { parent: task.pod.keeper.pid, workPath, onDeath, log: task.log },
+      async () => await task.pod.keeper.run(tag, { argv: command.argv, outputPath }),
+    );
     if (exit.exitStatus !== 0)
       throw await engineFailure("checkpoint", task.id, exit.exitStatus, logFile, outputPath);
   } finally {

@@ -6,7 +6,7 @@ import {
   restore as restoreContainer,
 } from "../checkpoint/restore.ts";
 import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
-import { descendsFrom, kill, killCriu, watchForDeadCriu } from "../criu/leftovers.ts";
+import { descendsFrom, kill, killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
 import { Unsupported } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
 import { isAlive, programOf } from "../linux/proc.ts";
@@ -236,29 +236,24 @@ async function engineRestore(
     externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
-  const done = new AbortController();
-  const watched = watchForDeadCriu(
-    task.pod.keeper.pid,
-    workPath,
-    async (pids) => {
-      task.log.error({ pids }, "CRIU has died: ending what it has made");
-      for (const pid of pids) kill(pid);
-      await endCriu(task, spec, workPath);
-    },
-    done.signal,
-  );
+  const onDeath = async (pids: number[]) => {
+    for (const pid of pids) kill(pid);
+    await endCriu(task, spec, workPath);
+  };
   try {
-    await task.engineRestore(work, engine, {
-      imagePath,
-      workPath,
-      ...policyOptions(policy),
-      tcpClose: policy.tcp === "close",
-      lazyPages: lazy,
-      ...configFile,
-    });
+    await whileWatchingCriu(
+      { parent: task.pod.keeper.pid, workPath, onDeath, log: task.log },
+      async () =>
+        await task.engineRestore(work, engine, {
+          imagePath,
+          workPath,
+          ...policyOptions(policy),
+          tcpClose: policy.tcp === "close",
+          lazyPages: lazy,
+          ...configFile,
+        }),
+    );
   } finally {
-    done.abort();
-    await task.undo("watch CRIU", watched);
     if (configFile.criuConfigFile) await rm(configFile.criuConfigFile, { force: true });
   }
 }

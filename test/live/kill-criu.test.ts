@@ -92,6 +92,17 @@ for (const combination of enginesForCheckpoints) {
       await task.destroy();
     });
 
+    it("leaves the container running when CRIU is killed and a helper of it holds the engine's connection", async () => {
+      await using task = await live.run(["counter"]);
+      await task.nextNumber();
+      deadly.killNextAt("start", "criu");
+      expect(await outcomeOf(task.checkpoint())).not.toBe("done");
+      expect(deadly.killed()).toBe("criu");
+      expect(await task.status()).toBe("RUNNING");
+      task.stdout.skip();
+      await task.nextNumber();
+    });
+
     it("leaves the memory right, or no process, when CRIU is killed while it reads it", async () => {
       await using task = await live.run(["memory", "64"]);
       const sum = (await task.stdout.lineMatching(/^ready (\S+)/))[1];

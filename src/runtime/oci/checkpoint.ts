@@ -6,6 +6,7 @@ import {
   dump as dumpContainer,
   type EngineDump,
 } from "../../checkpoint/dump.ts";
+import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
 import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
@@ -176,7 +177,13 @@ async function runEngine(
     `--work-path=${work}`,
     ...(parentPath ? [`--parent-path=${parentPath}`] : []),
   ];
-  const status = await wrapper.run([...command, ...argv, call.id], { env, outputPath });
+  // Its own processes alone: the container's are to live. A directory of the caller's may have another CRIU at work in it.
+  const onDeath = async () =>
+    void (await killCriu(work, work.startsWith(`${scratch}/`) ? undefined : call.pid));
+  const status = await whileWatchingCriu(
+    { parent: call.pid, workPath: work, onDeath, log: wrapper.log },
+    async () => await wrapper.run([...command, ...argv, call.id], { env, outputPath }),
+  );
   if (status === 0) return;
   const words = lastErrorIn(await readFile(outputPath, "utf8").catch(() => "")); // ENOENT: it was killed before it could write
   const what = `checkpoint of container ${call.id}`;

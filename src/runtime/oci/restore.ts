@@ -1,7 +1,7 @@
 import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
-import { killCriu, kill as killProcess, watchForDeadCriu } from "../../criu/leftovers.ts";
+import { killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
 import { NotFound, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
@@ -148,24 +148,15 @@ export async function restore(
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
-      const done = new AbortController();
-      if (!detached) done.abort(); // an engine in the foreground lives as long as the container, and is not watched
-      const watched = watchForDeadCriu(
-        call.pid,
-        work,
-        async (pids) => {
-          wrapper.log.error({ pids }, "CRIU has died: ending what it has made");
-          for (const pid of pids) killProcess(pid);
-          await killCriu(work, call.pid);
-        },
-        done.signal,
-      );
-      try {
-        status = await wrapper.run([...command, ...argv, id], { env });
-      } finally {
-        done.abort();
-        await watched.catch((cause) => wrapper.log.warn({ err: cause }, "watch CRIU"));
-      }
+      const run = async () => await wrapper.run([...command, ...argv, id], { env });
+      const onDeath = async (pids: number[]) => {
+        for (const pid of pids) killProcess(pid);
+        await killCriu(work, call.pid);
+      };
+      // An engine in the foreground lives as long as the container, and is not watched.
+      status = detached
+        ? await whileWatchingCriu({ parent: call.pid, workPath: work, onDeath, log: wrapper.log }, run)
+        : await run();
       if (status === 0) {
         const pid = detached ? ((await containerState(call))?.pid ?? 0) : 0; // in the foreground it is over
         init = { pid, started: startTime(pid) };

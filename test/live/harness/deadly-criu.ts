@@ -30,6 +30,15 @@ export class DeadlyCriu {
     // What the engine's caller has for CRIU stays, and the script comes to it.
     const criu = [
       "#!/bin/sh",
+      // A helper of its own, which has its descriptors, outlives it, as one does that CRIU starts to ask the kernel something.
+      `if [ "$(cat ${this.#plan} 2>/dev/null)" = "start criu" ]; then`,
+      `  work=$(tr '\\0' '\\n' </proc/$PPID/cmdline | sed -n '/^--work-path$/{n;p}')`,
+      `  mkfifo ${directory}/never`,
+      `  (cd "$work" && read -r _ <${directory}/never) &`,
+      `  rm ${this.#plan}`,
+      `  echo criu >${this.#done}`,
+      "  kill -9 $$",
+      "fi",
       `if [ -e ${this.#plan} ]; then`,
       `  conf=$(mktemp ${directory}/conf-XXXXXX)`,
       `  [ -z "$CRIU_CONFIG_FILE" ] || cat "$CRIU_CONFIG_FILE" >"$conf"`,
@@ -53,7 +62,8 @@ export class DeadlyCriu {
     writeFileSync(join(directory, "act"), `${act.join("\n")}\n`, { mode: 0o755 });
   }
 
-  killNextAt(moment: Moment, victim: Victim): void {
+  /** CRIU alone can be killed at its `start`; then a helper of it lives on. */
+  killNextAt(moment: Moment | "start", victim: Victim): void {
     rmSync(this.#done, { force: true });
     writeFileSync(this.#plan, `${moment} ${victim}\n`);
   }
