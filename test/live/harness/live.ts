@@ -568,10 +568,11 @@ export class Live {
   shims(): ProcessInfo[] {
     return this.processes().filter((info) => info.kind === "shim" && info.state !== "Z");
   }
-  /** A keeper forks to start an engine or a cedanad: until its execve, the child looks like a second keeper. */
+  /** A keeper forks to start an engine or a cedanad: until its execve the child looks like a second keeper, so it is looked at again. */
   shimOf(id: string): ProcessInfo {
-    const all = this.shims().filter((info) => info.argv[info.argv.indexOf("-id") + 1] === id);
-    const found = all.filter((info) => !all.some((other) => other.pid === info.ppid));
+    let found: ProcessInfo[] = [];
+    for (let looks = 0; looks < 20 && found.length !== 1; looks++)
+      found = this.shims().filter((info) => info.argv[info.argv.indexOf("-id") + 1] === id);
     if (found.length !== 1)
       throw new Error(
         `${found.length} shims of ${id}; there are: ${this.shims().map((info) => info.argv.join(" "))}`,
