@@ -487,7 +487,7 @@ export class Task {
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     const logFile = this.#logFile("restore");
-    const { argv } = engine.restore({
+    const { argv, env } = engine.restore({
       ...options,
       id: this.id,
       bundle: this.bundle,
@@ -498,7 +498,7 @@ export class Task {
       noPivot: this.options.noPivotRoot,
     });
     const step = options.lazyPages ? "restore-lazily" : "restore"; // the one may follow on the other
-    const exit = await this.#pod.keeper.run(work.tag(step), { argv, io: this.init.io, consoleSocket });
+    const exit = await this.#pod.keeper.run(work.tag(step), { argv, env, io: this.init.io, consoleSocket });
     if (exit.exitStatus !== 0) throw await engineFailure("restore", this.id, exit.exitStatus, logFile);
     this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);
