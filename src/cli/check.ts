@@ -13,7 +13,7 @@ export class Check extends CedanaCommand {
     "Under a row that isn't well stands what to do. Exit code 0: all is well, or there are warnings; 2: a row fails.";
   static override examples = ["cedana check", "cedana check --full --json"];
   static override flags = {
-    full: Flags.boolean({ description: "also what takes seconds" }),
+    full: Flags.boolean({ description: "also what takes seconds or touches devices: GPUs" }),
     plugin: Flags.string({
       helpValue: "NAME",
       description: "only the checks of this plugin; may be repeated",
