@@ -6,6 +6,7 @@ import { restoreSucceeded } from "../../criu/log.ts";
 import { NotFound, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive, programOf, startTime } from "../../linux/proc.ts";
+import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { criuLines, engineVersion } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
@@ -56,6 +57,7 @@ export async function restore(
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
   const [features, spec] = [await engineVersion(call.engine), await readSpec(bundle)];
+  await allowedAnnotations(spec);
   const rootfs = resolve(bundle, spec.root?.path ?? "rootfs");
   const scratch = scratchOf(call);
   const workPath = options.value("work-path");
