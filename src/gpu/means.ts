@@ -2,6 +2,7 @@ import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
 import { delimiter, join } from "node:path";
 import { promisify } from "node:util";
+import { installedPlugins } from "../criu/plugins.ts";
 import { InvalidRequest, messageOf, TimedOut, Unavailable, Unsupported } from "../errors/index.ts";
 import { code, failureOf, type ProcessStateName, stateName } from "./codes.ts";
 import type { Deadlines } from "./deadlines.ts";
@@ -304,13 +305,10 @@ export function parseUuid(text: string): string | undefined {
   return /^[0-9a-f]{32}$/.test(digits) ? digits : undefined;
 }
 
-/** Where CRIU's plugins are. Source: criu's Makefile, PLUGINDIR. */
-const criuPlugins = ["/usr/lib/criu", "/usr/local/lib/criu", "/usr/lib64/criu"];
-
 /** CRIU's own plugin for CUDA, which runs cuda-checkpoint by itself; undefined when CRIU has none. */
 export function criuPlugin(): string | undefined {
-  const directories = process.env.CRIU_LIBS_DIR ? [process.env.CRIU_LIBS_DIR] : criuPlugins;
-  return directories.map((one) => join(one, "cuda_plugin.so")).find((path) => existsSync(path));
+  const directory = installedPlugins().get("cuda_plugin");
+  return directory && join(directory, "cuda_plugin.so");
 }
 
 /**
@@ -332,7 +330,11 @@ export async function chooseMeans(
     "cuda-checkpoint": () => ProgramMeans.open(limits, describe),
     "criu-plugin": async () => {
       if (criuPlugin() !== undefined && programPath() !== undefined) return "criu-plugin" as const;
-      throw new Unavailable("CRIU has no CUDA plugin with a cuda-checkpoint to run");
+      throw new Unavailable(
+        criuPlugin() === undefined
+          ? "CRIU has no CUDA plugin (cuda_plugin.so; Debian's package comes without)"
+          : "CRIU's CUDA plugin has no program cuda-checkpoint to run",
+      );
     },
   } satisfies Record<MeansName, () => Promise<Means | "criu-plugin">>;
   const chosen = process.env.CEDANA_GPU_MEANS;

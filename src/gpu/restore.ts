@@ -21,6 +21,10 @@ export async function prepareRestore(target: RestoreWithDevice, facts: GpuFacts)
       throw new Unsupported(
         `the checkpoint's GPU state was taken by CRIU's CUDA plugin, which this machine's CRIU doesn't have: install it, or take the checkpoint with a driver of r570 or newer`,
       );
+    if (target.deviceMap)
+      throw new Unsupported(
+        `the checkpoint's GPU state was taken by CRIU's CUDA plugin, which gives processes the GPUs that they had and can't give them other GPUs: restore it without cedana.io/gpu-map`,
+      );
     return { withoutCriuPlugins: false, restore: async () => {}, close: async () => {} };
   }
   const limits = deadlines();

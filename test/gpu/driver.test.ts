@@ -191,11 +191,11 @@ describe("the driver's calls, by the helper, on the stand-in driver", () => {
     });
     await using helpers = new HelperKeeper();
     await expect(chooseMeans(helpers, limits, who)).rejects.toThrow(
-      "the GPU state can't be checkpointed: CRIU has no CUDA plugin",
+      /^the GPU state can't be checkpointed: CRIU has no CUDA plugin/,
     );
     using place = new Gpus();
     writeFileSync(join(place.path, "cuda_plugin.so"), "");
-    using _plugin = withEnvironment({ CRIU_LIBS_DIR: place.path });
+    using _plugin = withEnvironment({ CEDANA_CRIU_PLUGINS: place.path });
     expect(await chooseMeans(helpers, limits, who)).toBe("criu-plugin");
     using _program = withEnvironment({ CEDANA_GPU_MEANS: "cuda-checkpoint" });
     expect(await chooseMeans(helpers, limits, who)).toBeInstanceOf(ProgramMeans);
