@@ -10,6 +10,7 @@ import {
 import { gateBelow } from "../../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
+import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
 import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
@@ -167,7 +168,7 @@ async function criuConfigLines(
     ...criuLines({
       externalMounts,
       cgroupRoots: await foreignHierarchies(pid),
-      pluginDirectory: withoutPlugins ? workPath : undefined,
+      pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
     }),
   ];
 }
