@@ -27,8 +27,8 @@ import { IMAGES_DIRECTORY } from "./archive/layout.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { cpuFacts } from "./cpu.ts";
 import { type DeviceDump, deviceSlot } from "./device-slot.ts";
-import { type Follower, followFiles } from "./digest.ts";
 import { dumpFeatures, type PluginDump } from "./features.ts";
+import { digestTree, type Follower, followFiles } from "./follow.ts";
 import {
   freezeMarker,
   hookNote,
@@ -764,7 +764,8 @@ async function digestAlongside(context: DumpContext, next: () => Promise<void>):
     await next();
     return;
   }
-  const follower = followFiles(imagesIn(context), context.signal);
+  const { staging, signal } = context;
+  const follower = followFiles(staging.path, { images: imagesIn(context), signal });
   try {
     await next();
     context.follower = follower;
@@ -959,7 +960,7 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
   }
   const { target, request, startedAt, staging } = context;
   const [cpu, image] = await facts;
-  const files = await (context.follower ?? followFiles(staging.path, context.signal)).finish();
+  const files = await (context.follower?.finish() ?? digestTree(staging.path, { signal: context.signal }));
   await writeManifest(
     staging.path,
     {

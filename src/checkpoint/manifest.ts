@@ -4,6 +4,7 @@ import { join, relative } from "node:path";
 import { BrokenImage, Unsupported } from "../errors/index.ts";
 import type { CpuFacts } from "./cpu.ts";
 import { hashFiles, listTree } from "./digest.ts";
+import { algorithmOf } from "./file-hash.ts";
 import schema from "./manifest.schema.json" with { type: "json" };
 import { findFault, type Schema } from "./schema.ts";
 
@@ -78,8 +79,8 @@ export interface CheckpointManifest {
   /** SHA-256 of the container's config.json as parsed, hexadecimal */
   specDigest: string;
   /**
-   * every regular file below the image path, sorted; the manifest itself is not among them. The digest is `sha256:` and hexadecimal;
-   * it may be absent, which makes `verifyFiles` look at sizes alone.
+   * every regular file below the image path, sorted; the manifest itself is not among them. The digest is `xxh128:`
+   * (older ones: `sha256:`) and hexadecimal digits; it may be absent, which makes `verifyFiles` look at sizes alone.
    */
   files: { path: string; size: number; digest?: string }[];
   /** milliseconds by step, which are the adapters' names where a chain of them took the checkpoint */
@@ -246,9 +247,14 @@ export async function verifyFiles(
   signal?: AbortSignal,
 ): Promise<FileFault[]> {
   const found = await listTree(directory, signal);
-  const sizes = new Map(manifest.files.map(({ path, size, digest }) => [path, digest ? size : -1]));
-  // What has another size needs no digest to be wrong.
-  const toHash = found.filter(({ path, type, size }) => type === "file" && sizes.get(path) === size);
+  const named = new Map(manifest.files.map((file) => [file.path, file]));
+  const toHash = found.flatMap(({ path, type, size }) => {
+    const { size: expected, digest } = named.get(path) ?? {};
+    // What has another size needs no digest to be wrong.
+    return digest && type === "file" && size === expected
+      ? [{ path, size, algorithm: algorithmOf(digest) }]
+      : [];
+  });
   const digests = new Map(
     (await hashFiles(directory, toHash, signal)).map(({ path, digest }) => [path, digest]),
   );
