@@ -17,6 +17,7 @@
 
 #define PAGE 4096
 #define WHY_MAX 1024
+#define HELPER_FD 3 /* a helper's, for its result; below are the standard ones */
 
 /* musl has no kernel headers. Layout and numbers: linux/loop.h. */
 #define LOOP_CTL_GET_FREE 0x4C82
@@ -284,9 +285,12 @@ void mount_operate(const struct message *m) {
       char why[WHY_MAX];
     } told = {0};
     char *why = NULL;
+    /* Nothing else of ours: the output of a container, say, whose reader would wait for its end as long as we take. */
+    if (dup2(ends[1], HELPER_FD) < 0) _exit(1);
+    close_from(HELPER_FD + 1);
     told.result = operation(m, &why);
     snprintf(told.why, sizeof told.why, "%s", why ? why : "");
-    _exit(write(ends[1], &told, sizeof told) == sizeof told ? 0 : 1);
+    _exit(write(HELPER_FD, &told, sizeof told) == sizeof told ? 0 : 1);
   }
   if (pid > 0) {
     close(ends[1]);

@@ -62,7 +62,6 @@ __attribute__((no_sanitize("address", "undefined"))) static int child_main(void 
     if (dup2(fds[i], i) < 0) goto failed;
   /* Linux before 5.9 has no such call: then they are held, as by any program. */
   if (spawn->close_others) syscall(SYS_close_range, (unsigned)spawn->fd_count, ~0U, 0);
-  if (spawn->nofile) setrlimit(RLIMIT_NOFILE, spawn->nofile);
   if (spawn->pid_text) decimal(spawn->pid_text, (unsigned)getpid());
   umask(022);
   /* What the keeper ignores would stay ignored in every container: CRIU's cgroup helper even waits for SIGTERM. */

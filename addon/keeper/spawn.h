@@ -7,8 +7,6 @@
  */
 #pragma once
 
-#include <sys/resource.h>
-
 #include "util.h"
 
 #define SPAWN_FDS 6
@@ -26,7 +24,6 @@ struct spawn {
   bool close_others; /* inherits nothing but fds: what our caller left open for somebody else isn't held open */
   bool sibling;                 /* a child of our parent (CLONE_PARENT), so that we aren't its reaper */
   bool sched_core;              /* a core-scheduling cookie of its own, where the kernel has them */
-  const struct rlimit *nofile;  /* RLIMIT_NOFILE to go back to, or NULL */
   const char *oom_score_adj;    /* or NULL; best effort */
   char *const *join;            /* cgroup.procs files, best effort; or NULL */
   char *pid_text;               /* filled with the child's pid in decimal before it runs (21 bytes), or NULL */

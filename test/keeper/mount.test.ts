@@ -156,6 +156,23 @@ describe.skipIf(!isRoot)("mounts", () => {
     },
   );
 
+  it("that take long hold nothing of the keeper's open", async () => {
+    await using p = await pod();
+    await p.client();
+    await p.link.operate(type.IO_OPEN, { io: "x", stdoutKind: 1, stdout: p.mkfifo("out") });
+    // Whoever opens a FIFO for reading waits for a writer.
+    const source = p.mkfifo("image");
+    const mount = { mountType: "ext4", source, target: p.path("target"), loop: 1, mountFlags: MS_RDONLY };
+    p.link.send(type.MOUNT, { request: 0, step: "slow", ...mount });
+    const children = () => fs.readFileSync(`/proc/${p.pid}/task/${p.pid}/children`, "utf8").trim();
+    const helper = await until(() => children() || undefined, { what: () => "the helper" });
+    await until(() => fs.readdirSync(`/proc/${helper}/fd`).join(" ") === "0 1 2 3", {
+      what: () => `the helper's descriptors: ${fs.readdirSync(`/proc/${helper}/fd`)}`,
+    });
+    fs.closeSync(fs.openSync(source, "w"));
+    expect((await p.link.result(0, "slow")).string("message")).toMatch(/attach .*\/image to a loop device/);
+  });
+
   it("bind a directory", async () => {
     await using p = await pod();
     fs.mkdirSync(p.path("from"));
