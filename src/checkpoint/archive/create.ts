@@ -18,7 +18,7 @@ import { listFilesHere, openDirectory } from "../digest.ts";
 import { algorithmOf, FileHash } from "../file-hash.ts";
 import { MANIFEST_NAME } from "../manifest.ts";
 import { ROOTFS_DIFF_NAME } from "../rootfs-diff/names.ts";
-import { WHITEOUT, writeAll } from "../rootfs-diff/pack.ts";
+import { WHITEOUT, writeAll } from "../rootfs-diff/layer.ts";
 import { findExtents } from "../tar/extents.ts";
 import { encodeHeader, endOfTar, padding, rawName, type TarEntry, tarEntry } from "../tar/format.ts";
 import { splitPath } from "../tar/path.ts";

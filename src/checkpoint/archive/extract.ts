@@ -14,7 +14,7 @@ import { openBeneath } from "../../linux/addon.ts";
 import { openDirectory } from "../digest.ts";
 import { algorithmOf, type DigestAlgorithm, FileHash } from "../file-hash.ts";
 import { MANIFEST_NAME, parseManifest } from "../manifest.ts";
-import { entryPath, writeAll } from "../rootfs-diff/pack.ts";
+import { entryPath, writeAll } from "../rootfs-diff/layer.ts";
 import { pathBytes, type RawName, rawName, showName } from "../tar/format.ts";
 import { confinedPath, splitPath } from "../tar/path.ts";
 import { ByteSource, readTar, type TarMember } from "../tar/reader.ts";
