@@ -352,6 +352,10 @@ allow_services() {
   if [ -e $policy.before-cedana ]; then mv $policy.before-cedana $policy; fi
 }
 
+# with_fixes SUITE: for apt's -t. The name alone would mean the archive only, and prefer its packages to the newer ones of its
+# security fixes.
+with_fixes() { echo "/^$1(-security|-updates)?\$/"; }
+
 # install [-t SUITE] PACKAGE[=VERSION]...; fails, changing nothing, if that would remove something that matters.
 install() {
   if ! apt apt-get install -s -q --no-install-recommends "$@" >"$work/plan" 2>&1; then
@@ -395,7 +399,7 @@ install_base() {
   # Where libc is already Debian 13's, libc6-dev of Debian 12 doesn't fit any more.
   [ "$codename" = bookworm ] || plan_failed "$@"
   use_suite trixie 100
-  install -t trixie "$@" || plan_failed "$@"
+  install -t "$(with_fixes trixie)" "$@" || plan_failed "$@"
 }
 
 install_engines() {
@@ -405,7 +409,7 @@ install_engines() {
   had_containerd=no
   if have containerd; then had_containerd=yes; fi
   # Without this, an engine of Debian 12 that is installed but too old is left as it is.
-  install -t trixie "$@" || plan_failed "$@"
+  install -t "$(with_fixes trixie)" "$@" || plan_failed "$@"
   # Debian enables its service for the next start of the machine. We need the program only.
   if [ $had_containerd = no ] && have containerd && have systemctl && systemctl --quiet is-enabled containerd 2>/dev/null; then
     systemctl --quiet disable containerd 2>/dev/null && did "left containerd's service disabled; systemctl enable --now containerd starts it"
@@ -433,7 +437,7 @@ install_criu() {
   done
   info "installing CRIU from $1"
   # shellcheck disable=SC2086 # a list of words
-  install -t trixie $criu_set && return 0
+  install -t "$(with_fixes trixie)" $criu_set && return 0
   [ "$1" != trixie ] || return 1
   # It needs more from that suite than those few.
   install -t "$1" criu libcriu2
