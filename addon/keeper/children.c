@@ -137,24 +137,12 @@ void children_ack(int64_t sequence) {
     }
 }
 
-/* Our environment and what is added, without what systemd told us alone. */
-static char **environment(char **added) {
-  unsigned count = 0, more = 0;
-  while (environ[count]) count++;
-  while (added && added[more]) more++;
-  char **env = allocate((count + more + 1) * sizeof *env);
-  unsigned n = 0;
-  for (unsigned i = 0; i < count; i++) {
-    if (starts_with(environ[i], "NOTIFY_SOCKET=")) continue;
-    bool replaced = false;
-    for (unsigned j = 0; j < more; j++) {
-      size_t name = strcspn(added[j], "=") + 1;
-      replaced |= strncmp(added[j], environ[i], name) == 0;
-    }
-    if (!replaced) env[n++] = environ[i];
-  }
-  for (unsigned j = 0; j < more; j++) env[n++] = added[j];
-  return env;
+/* What systemd told us alone. */
+static bool is_ours_alone(const char *entry) { return starts_with(entry, "NOTIFY_SOCKET="); }
+
+static char **environment(char **added, char *path) {
+  autofree char **own = filter_environment(environ, is_ours_alone);
+  return environment_with(own, added, path);
 }
 
 static void tool_ended(struct child *child, int status) {
@@ -220,7 +208,8 @@ void children_spawn(const struct message *m) {
       io_child_fds(io, fds);
     }
   }
-  autofree char **env = environment(added);
+  autofree char *path = path_beginning_with(message_string(m, FIELD_PATH_FIRST), environ);
+  autofree char **env = environment(added, path);
   autofree char *program = find_program(argv[0], getenv("PATH"));
   struct spawn s = {.path = program, .argv = argv, .env = env, .cwd = message_string(m, FIELD_CWD), .fd_count = 3,
                     .sched_core = message_int(m, FIELD_SCHED_CORE)};
@@ -253,7 +242,7 @@ void children_spawn(const struct message *m) {
 }
 
 pid_t children_start_logger(char **argv, char **added, int out, int err, int ready) {
-  autofree char **env = environment(added);
+  autofree char **env = environment(added, NULL);
   autofree char *program = find_program(argv[0], getenv("PATH"));
   autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);
   struct spawn s = {.path = program, .argv = argv, .env = env, .fds = {null, null, null, out, err, ready}, .fd_count = 6};

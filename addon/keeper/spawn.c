@@ -13,6 +13,7 @@
 #define PR_SCHED_CORE 62
 #endif
 #define SCHED_CORE_CREATE 1
+#define USUAL_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 /* Only pages that the child touches are ever there. One child at a time uses it: CLONE_VFORK. */
 static char child_stack[64 * 1024] __attribute__((aligned(64)));
@@ -100,7 +101,7 @@ static bool executable(const char *path) {
 
 char *find_program(const char *name, const char *path) {
   if (strchr(name, '/')) return copy_string(name);
-  if (!path || !*path) path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+  if (!path || !*path) path = USUAL_PATH;
   while (*path) {
     size_t length = strcspn(path, ":");
     char *candidate = format("%.*s%s%s", (int)length, path, length ? "/" : "./", name);
@@ -138,4 +139,27 @@ const char *environment_get(char *const *env, const char *name) {
   for (; env && *env; env++)
     if (strncmp(*env, name, length) == 0 && (*env)[length] == '=') return *env + length + 1;
   return NULL;
+}
+
+static bool is_named_as(const char *entry, const char *other) { return !strncmp(entry, other, strcspn(other, "=") + 1); }
+
+char **environment_with(char *const *base, char *const *added, char *one) {
+  size_t count = 0, more = 0, kept = 0;
+  while (base[count]) count++;
+  while (added && added[more]) more++;
+  char **all = allocate((count + more + 2) * sizeof *all);
+  for (size_t i = 0; i < count; i++) {
+    bool replaced = one && is_named_as(base[i], one);
+    for (size_t k = 0; k < more; k++) replaced |= is_named_as(base[i], added[k]);
+    if (!replaced) all[kept++] = base[i];
+  }
+  for (size_t k = 0; k < more; k++) all[kept++] = added[k];
+  if (one) all[kept++] = one;
+  return all;
+}
+
+char *path_beginning_with(const char *directory, char *const *env) {
+  if (!directory) return NULL;
+  const char *path = environment_get(env, "PATH");
+  return format("PATH=%s:%s", directory, path && *path ? path : USUAL_PATH);
 }

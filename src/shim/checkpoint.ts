@@ -2,7 +2,9 @@ import { rm } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
 import { killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
+import { criuTools } from "../criu/tools.ts";
 import { foreignHierarchies } from "../linux/cgroup.ts";
+import { programOf } from "../linux/proc.ts";
 import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
 import { pluginsOf, specFacts } from "../runtime/manifest-facts.ts";
@@ -129,10 +131,11 @@ export async function engineCheckpoint(
       ...policyOptions(policy),
       ...configFile,
     });
+    const pathFirst = await criuTools(await programOf(task.pod.keeper.pid));
     const onDeath = async () => void (await killCriu(workPath)); // its own processes alone: the container's are to live
     const exit = await whileWatchingCriu(
       { parent: task.pod.keeper.pid, workPath, onDeath, log: task.log },
-      async () => await task.pod.keeper.run(tag, { argv: command.argv, outputPath }),
+      async () => await task.pod.keeper.run(tag, { argv: command.argv, outputPath, pathFirst }),
     );
     if (exit.exitStatus !== 0)
       throw await engineFailure("checkpoint", task.id, exit.exitStatus, logFile, outputPath);

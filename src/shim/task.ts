@@ -3,6 +3,7 @@ import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.ts";
+import { criuTools } from "../criu/tools.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -15,7 +16,7 @@ import {
 } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
-import { isAlive } from "../linux/proc.ts";
+import { isAlive, programOf } from "../linux/proc.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
 import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
@@ -498,7 +499,9 @@ export class Task {
       noPivot: this.options.noPivotRoot,
     });
     const step = options.lazyPages ? "restore-lazily" : "restore"; // the one may follow on the other
-    const exit = await this.#pod.keeper.run(work.tag(step), { argv, io: this.init.io, consoleSocket });
+    const { keeper } = this.#pod;
+    const pathFirst = await criuTools(await programOf(keeper.pid));
+    const exit = await keeper.run(work.tag(step), { argv, pathFirst, io: this.init.io, consoleSocket });
     if (exit.exitStatus !== 0) throw await engineFailure("restore", this.id, exit.exitStatus, logFile);
     this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);

@@ -24,6 +24,8 @@ export interface OciCall {
 export interface RunOptions {
   /** added to the wrapper's environment */
   readonly env?: Readonly<Record<string, string>> | undefined;
+  /** a directory that comes first in its PATH */
+  readonly pathFirst?: string | undefined;
   /** stdout and stderr go there, stdin is /dev/null; else all three are the caller's */
   readonly outputPath?: string | undefined;
 }
@@ -33,6 +35,8 @@ export interface Conversation {
   readonly log: Logger;
   /** aborted when the wrapper has gone */
   readonly signal: AbortSignal;
+  /** Path of our native program, which the wrapper is. */
+  program(): Promise<string>;
   /**
    * Runs a program as the wrapper's child, and waits for its end.
    * @returns exit status, 128 + signal for one that was killed

@@ -8,6 +8,7 @@ import {
 } from "../../checkpoint/dump.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
+import { criuTools } from "../../criu/tools.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
 import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
@@ -168,6 +169,7 @@ async function runEngine(
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
   if (withoutPlugins) criuConfig.push(`libdir "${work}"`);
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
+  const pathFirst = await criuTools(await wrapper.program());
   const outputPath = join(scratch, "output");
   const command = [
     call.engine,
@@ -182,7 +184,7 @@ async function runEngine(
     void (await killCriu(work, work.startsWith(`${scratch}/`) ? undefined : call.pid));
   const status = await whileWatchingCriu(
     { parent: call.pid, workPath: work, onDeath, log: wrapper.log },
-    async () => await wrapper.run([...command, ...argv, call.id], { env, outputPath }),
+    async () => await wrapper.run([...command, ...argv, call.id], { env, pathFirst, outputPath }),
   );
   if (status === 0) return;
   const words = lastErrorIn(await readFile(outputPath, "utf8").catch(() => "")); // ENOENT: it was killed before it could write

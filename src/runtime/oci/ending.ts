@@ -46,7 +46,7 @@ export async function end(ending: Ending): Promise<void> {
   const globalArgv = withoutLog(call.globalArgv);
   const argv = [`--image-path=${path}`, "--leave-running", "--", call.id];
   const dumping = { ...call, command: "checkpoint", globalArgv, argv, cwd: "/", pid: process.pid };
-  await checkpoint(dumping, new OwnConversation(log, signal), wanted);
+  await checkpoint(dumping, new OwnConversation(ending), wanted);
   try {
     if (wanted.resumable) await offerCheckpoint(path, { pid, startTime: started });
     signal.throwIfAborted();
@@ -130,19 +130,25 @@ async function endOf(child: ChildProcess): Promise<number> {
 class OwnConversation implements Conversation {
   readonly log: Logger;
   readonly signal: AbortSignal;
+  readonly #helper: string;
 
-  constructor(log: Logger, signal: AbortSignal) {
+  constructor({ helper, log, signal }: Pick<Ending, "helper" | "log" | "signal">) {
+    this.#helper = helper;
     this.log = log;
     this.signal = signal;
   }
 
-  async run(argv: readonly string[], { env, outputPath }: RunOptions = {}): Promise<number> {
+  async program(): Promise<string> {
+    return this.#helper;
+  }
+
+  async run(argv: readonly string[], { env, pathFirst, outputPath }: RunOptions = {}): Promise<number> {
     const output = openSync(outputPath ?? "/dev/null", "w", 0o600);
     try {
       const [file, ...rest] = argv;
       return await endOf(
         spawn(file!, rest, {
-          env: { PATH: process.env.PATH, ...env },
+          env: { PATH: pathFirst ? `${pathFirst}:${process.env.PATH}` : process.env.PATH, ...env },
           stdio: ["ignore", output, output],
           signal: this.signal,
           killSignal: "SIGKILL",
