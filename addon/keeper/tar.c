@@ -205,18 +205,21 @@ static void zip(struct buffer *out, const struct buffer *in) {
   append_le(out, (uint32_t)buffer_length(in), 4);
 }
 
-static void create(const char *path, char **argv) {
+/* @returns 0, 1: not one for us, or -errno */
+static int create(const char *path) {
   static const char end[2 * BLOCK];
   autofd root = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   struct stat st;
   struct buffer tar = {0}, all = {0};
-  if (root < 0 || fstat(root, &st) < 0 || !add(&tar, root, ".", ".", &st) || !add_below(&tar, root, ".", st.st_dev, 0)) become_real(argv);
-  buffer_append(&tar, end, sizeof end);
-  zip(&all, &tar);
-  int result = write_all(1, all.data + all.start, buffer_length(&all));
-  if (result == 0) exit(0);
-  fprintf(stderr, "cedana: write the archive of a tmpfs: %s\n", strerror(-result));
-  exit(2);
+  int result = 1;
+  if (root >= 0 && fstat(root, &st) == 0 && add(&tar, root, ".", ".", &st) && add_below(&tar, root, ".", st.st_dev, 0)) {
+    buffer_append(&tar, end, sizeof end);
+    zip(&all, &tar);
+    result = write_all(1, all.data + all.start, buffer_length(&all));
+  }
+  buffer_free(&tar);
+  buffer_free(&all);
+  return result;
 }
 
 /* ---- extract ---- */
@@ -320,22 +323,23 @@ static bool extract_all(int root, const uint8_t *data, size_t length) {
   return true;
 }
 
-static void extract(const char *path, char **argv) {
+/* @returns false: not one for us, or it failed; stdin stands where it stood */
+static bool extract(const char *path) {
   struct stat st;
   off_t begin = lseek(0, 0, SEEK_CUR);
-  if (geteuid() != 0 || begin < 0 || fstat(0, &st) < 0 || !S_ISREG(st.st_mode) || st.st_size - begin > (off_t)(2 * ARCHIVE_MAX)) become_real(argv);
-  size_t size = st.st_size > begin ? (size_t)(st.st_size - begin) : 0;
+  if (geteuid() != 0 || begin < 0 || fstat(0, &st) < 0 || !S_ISREG(st.st_mode) || st.st_size < begin ||
+      st.st_size - begin > (off_t)(2 * ARCHIVE_MAX))
+    return false;
+  size_t size = (size_t)(st.st_size - begin);
   autofree uint8_t *all = allocate(size);
   struct buffer tar = {0};
   autofd root = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  /* By position, so that the real one reads it from its beginning. */
-  bool done = root >= 0 && pread(0, all, size, begin) == (ssize_t)size && unzip(&tar, all, size);
-  umask(0);
-  if (!done || !extract_all(root, tar.data + tar.start, buffer_length(&tar))) {
-    umask(022);
-    become_real(argv);
-  }
-  exit(0);
+  mode_t before = umask(0);
+  bool done = root >= 0 && pread(0, all, size, begin) == (ssize_t)size && unzip(&tar, all, size) &&
+              extract_all(root, tar.data + tar.start, buffer_length(&tar));
+  umask(before);
+  buffer_free(&tar);
+  return done;
 }
 
 /* The arguments without the last ones, which are `count`. */
@@ -348,7 +352,10 @@ static bool has_arguments(char **argv, const char *const *wanted, size_t count) 
 }
 
 int tar_main(char **argv) {
-  if (has_arguments(argv, extracting, 1)) extract(argv[countof(extracting)], argv);
-  if (has_arguments(argv, creating, 2) && !strcmp(argv[countof(creating) + 1], ".")) create(argv[countof(creating)], argv);
-  become_real(argv);
+  int result = 1;
+  if (has_arguments(argv, extracting, 1)) result = !extract(argv[countof(extracting)]);
+  if (has_arguments(argv, creating, 2) && !strcmp(argv[countof(creating) + 1], ".")) result = create(argv[countof(creating)]);
+  if (result > 0) become_real(argv);
+  if (result < 0) fprintf(stderr, "cedana: write the archive of a tmpfs: %s\n", strerror(-result));
+  return result < 0 ? 2 : 0;
 }
