@@ -140,9 +140,9 @@ void children_ack(int64_t sequence) {
 /* What systemd told us alone. */
 static bool is_ours_alone(const char *entry) { return starts_with(entry, "NOTIFY_SOCKET="); }
 
-static char **environment(char **added, char *path) {
+static char **environment(char **added) {
   autofree char **own = filter_environment(environ, is_ours_alone);
-  return environment_with(own, added, path);
+  return environment_with(own, added);
 }
 
 static void tool_ended(struct child *child, int status) {
@@ -208,8 +208,7 @@ void children_spawn(const struct message *m) {
       io_child_fds(io, fds);
     }
   }
-  autofree char *path = path_beginning_with(message_string(m, FIELD_PATH_FIRST), environ);
-  autofree char **env = environment(added, path);
+  autofree char **env = environment(added);
   autofree char *program = find_program(argv[0], getenv("PATH"));
   struct spawn s = {.path = program, .argv = argv, .env = env, .cwd = message_string(m, FIELD_CWD), .fd_count = 3,
                     .sched_core = message_int(m, FIELD_SCHED_CORE)};
@@ -242,7 +241,7 @@ void children_spawn(const struct message *m) {
 }
 
 pid_t children_start_logger(char **argv, char **added, int out, int err, int ready) {
-  autofree char **env = environment(added, NULL);
+  autofree char **env = environment(added);
   autofree char *program = find_program(argv[0], getenv("PATH"));
   autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);
   struct spawn s = {.path = program, .argv = argv, .env = env, .fds = {null, null, null, out, err, ready}, .fd_count = 6};

@@ -91,7 +91,6 @@ enum field_key {
   FIELD_GLOBAL_ARGV = 100,
   FIELD_ROOT = 101,
   FIELD_MARKER = 102,
-  FIELD_PATH_FIRST = 103,
 };
 
 enum message_type {

@@ -112,8 +112,7 @@ static int64_t run(const struct message *m, char **caller, int64_t *pid_out) {
   autofree char **added = message_list(m, FIELD_ENV);
   const char *cwd = message_string(m, FIELD_CWD), *output = message_string(m, FIELD_OUTPUT_PATH);
   if (!argv || !argv[0]) return -EINVAL;
-  autofree char *path = path_beginning_with(message_string(m, FIELD_PATH_FIRST), caller);
-  autofree char **env = environment_with(caller, added, path);
+  autofree char **env = environment_with(caller, added);
   /* A signal between fork and exec must reach neither nobody nor our handler in the child. */
   sigset_t blocked, before;
   sigemptyset(&blocked);
@@ -153,7 +152,7 @@ static _Noreturn void become(const struct message *m, char **caller) {
   const char *cwd = message_string(m, FIELD_CWD);
   if (!argv) runtime_fail("cedanad's answer is not whole: it names no program");
   if (cwd && chdir(cwd) < 0) runtime_fail("change to %s: %s", cwd, strerror(errno));
-  runtime_execute(argv[0], argv, environment_with(caller, message_list(m, FIELD_ENV), NULL));
+  runtime_execute(argv[0], argv, environment_with(caller, message_list(m, FIELD_ENV)));
 }
 
 static _Noreturn void answer(const struct message *m) {

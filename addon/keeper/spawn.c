@@ -13,7 +13,6 @@
 #define PR_SCHED_CORE 62
 #endif
 #define SCHED_CORE_CREATE 1
-#define USUAL_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 /* Only pages that the child touches are ever there. One child at a time uses it: CLONE_VFORK. */
 static char child_stack[64 * 1024] __attribute__((aligned(64)));
@@ -101,7 +100,7 @@ static bool executable(const char *path) {
 
 char *find_program(const char *name, const char *path) {
   if (strchr(name, '/')) return copy_string(name);
-  if (!path || !*path) path = USUAL_PATH;
+  if (!path || !*path) path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
   while (*path) {
     size_t length = strcspn(path, ":");
     char *candidate = format("%.*s%s%s", (int)length, path, length ? "/" : "./", name);
@@ -141,25 +140,16 @@ const char *environment_get(char *const *env, const char *name) {
   return NULL;
 }
 
-static bool is_named_as(const char *entry, const char *other) { return !strncmp(entry, other, strcspn(other, "=") + 1); }
-
-char **environment_with(char *const *base, char *const *added, char *one) {
+char **environment_with(char *const *base, char *const *added) {
   size_t count = 0, more = 0, kept = 0;
   while (base[count]) count++;
   while (added && added[more]) more++;
-  char **all = allocate((count + more + 2) * sizeof *all);
+  char **all = allocate((count + more + 1) * sizeof *all);
   for (size_t i = 0; i < count; i++) {
-    bool replaced = one && is_named_as(base[i], one);
-    for (size_t k = 0; k < more; k++) replaced |= is_named_as(base[i], added[k]);
+    bool replaced = false;
+    for (size_t k = 0; k < more; k++) replaced |= !strncmp(base[i], added[k], strcspn(added[k], "=") + 1);
     if (!replaced) all[kept++] = base[i];
   }
   for (size_t k = 0; k < more; k++) all[kept++] = added[k];
-  if (one) all[kept++] = one;
   return all;
-}
-
-char *path_beginning_with(const char *directory, char *const *env) {
-  if (!directory) return NULL;
-  const char *path = environment_get(env, "PATH");
-  return format("PATH=%s:%s", directory, path && *path ? path : USUAL_PATH);
 }

@@ -3,6 +3,7 @@ import { copyFile, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
 import type { Logger } from "pino";
+import { Gate, type GateOptions, isPassed, removeGate } from "../criu/gate.ts";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
@@ -13,6 +14,7 @@ import {
   InvalidRequest,
   messageOf,
   NotFound,
+  RuntimeFailed,
   SyscallFailed,
   Unsupported,
   WrongState,
@@ -91,10 +93,19 @@ export type DumpPlace =
   /** A directory of our store: the checkpoint becomes a directory in it, with CRIU's images in `checkpoint/`. `temporary`: for now. */
   | { readonly directory: string; readonly generation: string; readonly temporary?: boolean };
 
-/** What CRIU is told by way of the engine. */
+/** What the engine is told. */
 export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunning" | "policy"> {
   /** directory of CRIU's images */
   readonly imagePath: string;
+  readonly workPath: string;
+  /** its CRIU waits at a gate; such an engine is another one than that without, also for a repetition */
+  readonly atGate: boolean;
+  /** for its environment; CRIU_CONFIG_FILE is always there */
+  readonly env: Readonly<Record<string, string>>;
+}
+
+/** What CRIU is told past the engine, by its configuration file: only the frozen container shows all of it. */
+export interface CriuSettings extends Pick<DumpRequest, "policy"> {
   /** CRIU's own plugins keep away: what they would do is done */
   readonly withoutPlugins: boolean;
   readonly workPath: string;
@@ -150,7 +161,11 @@ export interface DumpTarget {
    * @throws WrongState when it will never be
    */
   wholeMemory?(signal: AbortSignal): Promise<void>;
-  /** The engine's `checkpoint`. @throws WrongState, RuntimeFailed */
+  /** How the engine's CRIU can be stopped at a gate; undefined where the engine gets CRIU from elsewhere than PATH. */
+  gate?(): Promise<GateOptions | undefined>;
+  /** Lines of CRIU's configuration file. */
+  criuConfig(settings: CriuSettings): Promise<string>;
+  /** The engine's `checkpoint`, to its end. @throws WrongState, RuntimeFailed */
   engineCheckpoint(options: EngineDump): Promise<void>;
 }
 
@@ -170,6 +185,7 @@ interface DumpContext extends ChainContext {
   layers: Layers | undefined;
   cgroup: Cgroup | undefined;
   follower: Follower | undefined;
+  engine: StartedEngine | undefined;
   devices: DeviceDump | undefined;
   frozenMs: number;
   criuFrozenMs: number | undefined;
@@ -192,6 +208,8 @@ export const dumpSteps = [
   findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
   findLayers,
+  startEngine, // while the container runs: its CRIU waits at a gate until it stands still
+  meetCriu, // it is at the gate: all that is left to do now is the dump itself
   takeTurn, // from here on no other call changes the container's state
   lockDevices, // while the processes run; on the way back they get them again
   freeze, // nothing below may wait for the container: it stands still
@@ -237,6 +255,7 @@ export async function dump(
     layers: undefined,
     cgroup: undefined,
     follower: undefined,
+    engine: undefined,
     devices: undefined,
     frozenMs: 0,
     criuFrozenMs: undefined,
@@ -351,6 +370,8 @@ interface Attempt {
   rootfsDiff?: RootfsDiffFacts;
   /** the devices' state is in the processes' memory; null: it turned out that nobody has any */
   gpu?: GpuFacts | null;
+  /** directory of the gate of the engine that was started early */
+  gate?: string;
 }
 
 async function openStaging(context: DumpContext, next: () => Promise<void>): Promise<void> {
@@ -432,9 +453,10 @@ export async function abandonAttempt(
   const path = join(directory, ATTEMPT_NAME);
   const text = await readFile(path, "utf8").catch(() => undefined); // none was begun
   if (text === undefined) return undefined;
-  const { staging: record, phase, leaveRunning } = JSON.parse(text) as Attempt;
+  const { staging: record, phase, leaveRunning, gate } = JSON.parse(text) as Attempt;
   const staging = Staging.resume(record);
   if (staging) await endOfWriters(staging.path);
+  if (gate) removeGate(gate);
   const isLast = !leaveRunning && (phase !== "begun" || (await hasEnded()));
   const kept = staging && isLast && !staging.isEmpty ? staging.keep() : undefined;
   await staging?.[Symbol.asyncDispose]();
@@ -468,6 +490,8 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
   await mkdir(context.workPath, { recursive: true, mode: 0o700 }).catch((error) => {
     throw pathFailure(`make CRIU's work path ${context.workPath}`, error); // crun fails when it isn't there
   });
+  // In a directory of the caller's, of an earlier dump: its last word is not this one's.
+  if (!request.repeated) await rm(join(context.workPath, "dump.log"), { force: true });
   try {
     await next();
     if (request.digests === "afterwards") context.criuFrozenMs = await criuFrozenMs(context.workPath);
@@ -752,31 +776,107 @@ async function digestAlongside(context: DumpContext, next: () => Promise<void>):
 
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
-async function criuDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { target, request, workPath, parentPath, networkLock } = context;
+/** One that was started before the container was frozen. */
+interface StartedEngine {
+  /** here and open, or gone through by a cedanad before us */
+  readonly gate: Gate | undefined;
+  readonly end: Promise<void>;
+}
+
+/**
+ * Starts the engine early, where its CRIU can be stopped. A repetition after a crash looks what has become of the one that was: CRIU
+ * went through, and the engine goes on or has come to its end; or it was sent away with the end of its cedanad, and one without a
+ * gate follows.
+ */
+async function startEngine(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { request, attempt } = context;
+  try {
+    if (attempt.phase === "begun") {
+      if (request.repeated) await findEngine(context);
+      else await startAtGate(context);
+    }
+    await next();
+  } finally {
+    const { gate, end } = context.engine ?? {};
+    gate?.[Symbol.dispose]();
+    await end?.catch(() => {}); // told where CRIU is waited for, or sent away
+    if (attempt.gate) removeGate(attempt.gate);
+  }
+}
+
+async function startAtGate(context: DumpContext): Promise<void> {
+  const { target } = context;
+  const options = target.hasEnded ? undefined : await target.gate?.();
+  if (!options) return;
+  const gate = await Gate.make(target.directory, options);
+  noteAttempt(context, { gate: gate.directory });
+  const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env: gate.env });
+  end.catch(() => {}); // looked at where CRIU is waited for
+  context.engine = { gate, end };
+}
+
+/** After a crash. */
+async function findEngine(context: DumpContext): Promise<void> {
+  const { target, attempt } = context;
+  if (!attempt.gate) return;
+  const env = { CRIU_CONFIG_FILE: join(attempt.gate, "criu.conf") };
+  const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env });
+  end.catch(() => {}); // looked at below, or where CRIU is waited for
+  if (isPassed(attempt.gate)) context.engine = { gate: undefined, end };
+  else await end.catch(() => {}); // nobody lets it go any more
+}
+
+/** An engine that has no way to its CRIU through our gate fails, and is started once more when the container stands still. */
+async function meetCriu(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { engine, target } = context;
+  if (engine?.gate) {
+    try {
+      await Promise.race([engine.gate.arrived, engine.end]);
+    } catch (error) {
+      if (!(error instanceof RuntimeFailed)) throw error;
+      engine.gate[Symbol.dispose]();
+      context.engine = undefined;
+      target.log.warn(
+        { err: error },
+        "the engine did not come to CRIU through cedana's gate: started again without",
+      );
+    }
+  }
+  await next();
+}
+
+function engineDump(context: DumpContext): Omit<EngineDump, "atGate" | "env"> {
+  const { request, workPath, parentPath } = context;
   const { leaveRunning, policy } = request;
-  const imagePath = imagesIn(context);
+  return { imagePath: imagesIn(context), workPath, parentPath, leaveRunning, policy };
+}
+
+async function criuDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request, workPath, networkLock, engine } = context;
+  const { leaveRunning, policy } = request;
   if (context.attempt.phase !== "begun") {
     context.ended = !leaveRunning; // by a cedanad before us
     await next();
     return;
   }
   if (context.cgroup && !target.paused && !target.hasEnded) noteFreeze(context, context.cgroup, true);
-  const gpuMounts = target.hasEnded ? [] : await findGpuMounts(target.initPid, target.mountPoints);
-  const externalMounts = gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key }));
   try {
-    await target.engineCheckpoint({
-      imagePath,
-      workPath,
-      parentPath,
-      leaveRunning,
-      policy,
-      networkLock,
-      externalMounts,
-      withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
-    });
+    if (engine && !engine.gate) await engine.end;
+    else {
+      const gpuMounts = target.hasEnded ? [] : await findGpuMounts(target.initPid, target.mountPoints);
+      const config = await target.criuConfig({
+        workPath,
+        policy,
+        networkLock,
+        externalMounts: gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key })),
+        withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
+      });
+      engine?.gate?.open(config);
+      await (engine ? engine.end : runEngine(context, config));
+    }
   } catch (error) {
     if (error instanceof WrongState) throw error; // before CRIU was asked
+    if (engine?.gate && !engine.gate.isPassed) throw error; // killed in front of it
     // An engine that was killed leaves CRIU behind, which goes on: it may yet put the container to its end.
     if (!(await waitForCriu(workPath, CRIU_ALONE_MS)))
       target.log.error(
@@ -795,6 +895,20 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
   context.ended = !leaveRunning;
   noteAttempt(context, { phase: "dumped" });
   await next();
+}
+
+/** Without a gate. */
+async function runEngine(context: DumpContext, config: string): Promise<void> {
+  const { target } = context;
+  const configFile = join(target.directory, "criu-dump.conf");
+  await writeFile(configFile, config, { mode: 0o600 });
+  try {
+    const PATH = (await target.gate?.())?.path;
+    const env = { CRIU_CONFIG_FILE: configFile, ...(PATH !== undefined && { PATH }) };
+    await target.engineCheckpoint({ ...engineDump(context), atGate: false, env });
+  } finally {
+    await rm(configFile, { force: true });
+  }
 }
 
 /** How long a CRIU without an engine may go on: it holds the processes, and has all of their memory to write. */

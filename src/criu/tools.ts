@@ -10,25 +10,29 @@ import { join } from "node:path";
 let made: { program: string; directory: string } | undefined;
 
 /**
- * A directory for the front of PATH of an engine that is to run CRIU, in our run directory; made where it is missing.
+ * PATH for an engine that is to run CRIU: our programs come first, in a directory of our run directory, which is made where it is missing.
+ * `CEDANA_CRIU_TAR=off` leaves them out.
  * @param program  path of our native program, which is all of them by the names it is called by
- * @returns undefined where there is nothing to be put before the others, or with `CEDANA_CRIU_TAR=off`
+ * @param path     PATH of whoever starts the engine
  */
-export async function criuTools(program: string): Promise<string | undefined> {
+export async function criuPath(program: string, path: string): Promise<string> {
   // One that an upgrade has just removed has no path to be called by.
-  if (process.env.CEDANA_CRIU_TAR === "off" || program.startsWith("/proc/")) return undefined;
+  if (process.env.CEDANA_CRIU_TAR === "off" || program.startsWith("/proc/")) return path;
   const directory = join(process.env.CEDANA_RUN_DIR || "/run/cedana", "criu-tools");
-  if (made?.program === program && made.directory === directory) return directory;
-  const link = join(directory, "tar");
-  await mkdir(directory, { recursive: true, mode: 0o700 });
-  const found = await readlink(link).catch(() => undefined); // ENOENT: the first of this run directory
-  if (found !== program) {
-    // A cedanad of another mount namespace may do the same at the same time. A link that leads nowhere there is passed over by execvp(3).
-    const fresh = `${link}.${process.pid}`;
-    await rm(fresh, { force: true });
-    await symlink(program, fresh);
-    await rename(fresh, link);
+  if (made?.program !== program || made.directory !== directory) {
+    await link(program, directory, "tar");
+    made = { program, directory };
   }
-  made = { program, directory };
-  return directory;
+  return `${directory}:${path}`;
+}
+
+async function link(program: string, directory: string, name: string): Promise<void> {
+  const place = join(directory, name);
+  await mkdir(directory, { recursive: true, mode: 0o700 });
+  if ((await readlink(place).catch(() => undefined)) === program) return; // ENOENT: the first in this run directory
+  // A cedanad of another mount namespace may do the same at the same time. A link that leads nowhere there is passed over by execvp(3).
+  const fresh = `${place}.${process.pid}`;
+  await rm(fresh, { force: true });
+  await symlink(program, fresh);
+  await rename(fresh, place);
 }

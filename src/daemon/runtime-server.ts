@@ -149,8 +149,7 @@ class Wrapper implements Conversation, WrapperCall {
     if (this.signal.aborted) return Promise.reject(new Cancelled("cedana-runtime has gone"));
     return new Promise((resolve, reject) => {
       this.#running = { resolve, reject };
-      const { env, pathFirst, outputPath } = options;
-      this.#send(messageType.RUNTIME_RUN, { argv, env: pairs(env), pathFirst, outputPath });
+      this.#send(messageType.RUNTIME_RUN, { argv, env: pairs(options.env), outputPath: options.outputPath });
     });
   }
 

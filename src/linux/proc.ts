@@ -178,3 +178,11 @@ export async function programOf(pid: number): Promise<string> {
   const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
   return (await stat(installed).catch(() => undefined)) ? installed : exe;
 }
+
+/** The environment that a process was started with; empty when it has ended. */
+export function environmentOf(pid: number): Record<string, string> {
+  const entries = (readProc(`/proc/${pid}/environ`) ?? "").split("\0").filter((entry) => entry.includes("="));
+  return Object.fromEntries(
+    entries.map((entry) => [entry.slice(0, entry.indexOf("=")), entry.slice(entry.indexOf("=") + 1)]),
+  );
+}

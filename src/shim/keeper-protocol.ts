@@ -143,7 +143,6 @@ export const fieldKey = {
   globalArgv: 100,
   root: 101,
   marker: 102,
-  pathFirst: 103,
 } as const;
 export type FieldName = keyof typeof fieldKey;
 

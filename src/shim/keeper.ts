@@ -21,8 +21,6 @@ export interface Tag {
 export interface SpawnOptions {
   argv: readonly string[];
   env?: readonly string[] | undefined;
-  /** a directory that comes first in its PATH */
-  pathFirst?: string | undefined;
   cwd?: string | undefined;
   /** key of an open io object whose ends become fds 0, 1 and 2 */
   io?: string | undefined;
@@ -117,7 +115,6 @@ export class Keeper {
     const values = {
       argv: options.argv,
       env: options.env,
-      pathFirst: options.pathFirst,
       cwd: options.cwd,
       io: options.io,
       consoleSocket: options.consoleSocket,

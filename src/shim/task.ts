@@ -3,7 +3,7 @@ import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.ts";
-import { criuTools } from "../criu/tools.ts";
+import { gateBelow } from "../criu/gate.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -16,7 +16,7 @@ import {
 } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
-import { isAlive, programOf } from "../linux/proc.ts";
+import { isAlive } from "../linux/proc.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
 import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
@@ -488,7 +488,7 @@ export class Task {
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     const logFile = this.#logFile("restore");
-    const { argv } = engine.restore({
+    const { argv, env = [] } = engine.restore({
       ...options,
       id: this.id,
       bundle: this.bundle,
@@ -500,8 +500,8 @@ export class Task {
     });
     const step = options.lazyPages ? "restore-lazily" : "restore"; // the one may follow on the other
     const { keeper } = this.#pod;
-    const pathFirst = await criuTools(await programOf(keeper.pid));
-    const exit = await keeper.run(work.tag(step), { argv, pathFirst, io: this.init.io, consoleSocket });
+    env.push(`PATH=${(await gateBelow(keeper.pid)).path}`);
+    const exit = await keeper.run(work.tag(step), { argv, env, io: this.init.io, consoleSocket });
     if (exit.exitStatus !== 0) throw await engineFailure("restore", this.id, exit.exitStatus, logFile);
     this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);

@@ -24,8 +24,6 @@ export interface OciCall {
 export interface RunOptions {
   /** added to the wrapper's environment */
   readonly env?: Readonly<Record<string, string>> | undefined;
-  /** a directory that comes first in its PATH */
-  readonly pathFirst?: string | undefined;
   /** stdout and stderr go there, stdin is /dev/null; else all three are the caller's */
   readonly outputPath?: string | undefined;
 }

@@ -142,13 +142,13 @@ class OwnConversation implements Conversation {
     return this.#helper;
   }
 
-  async run(argv: readonly string[], { env, pathFirst, outputPath }: RunOptions = {}): Promise<number> {
+  async run(argv: readonly string[], { env, outputPath }: RunOptions = {}): Promise<number> {
     const output = openSync(outputPath ?? "/dev/null", "w", 0o600);
     try {
       const [file, ...rest] = argv;
       return await endOf(
         spawn(file!, rest, {
-          env: { PATH: pathFirst ? `${pathFirst}:${process.env.PATH}` : process.env.PATH, ...env },
+          env: { PATH: process.env.PATH, ...env },
           stdio: ["ignore", output, output],
           signal: this.signal,
           killSignal: "SIGKILL",

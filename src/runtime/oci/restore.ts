@@ -1,9 +1,9 @@
 import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
+import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
-import { criuTools } from "../../criu/tools.ts";
 import { NotFound, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
@@ -149,8 +149,8 @@ export async function restore(
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
-      const pathFirst = await criuTools(await wrapper.program());
-      const run = async () => await wrapper.run([...command, ...argv, id], { env, pathFirst });
+      const { path: PATH } = await criuBelow(call.pid, await wrapper.program());
+      const run = async () => await wrapper.run([...command, ...argv, id], { env: { PATH, ...env } });
       const onDeath = async (pids: number[]) => {
         for (const pid of pids) killProcess(pid);
         await killCriu(work, call.pid);
