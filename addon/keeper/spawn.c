@@ -138,3 +138,17 @@ const char *environment_get(char *const *env, const char *name) {
     if (strncmp(*env, name, length) == 0 && (*env)[length] == '=') return *env + length + 1;
   return NULL;
 }
+
+char **environment_with(char *const *base, char *const *added) {
+  size_t count = 0, more = 0, kept = 0;
+  while (base[count]) count++;
+  while (added && added[more]) more++;
+  char **all = allocate((count + more + 1) * sizeof *all);
+  for (size_t i = 0; i < count; i++) {
+    bool replaced = false;
+    for (size_t k = 0; k < more; k++) replaced |= !strncmp(base[i], added[k], strcspn(added[k], "=") + 1);
+    if (!replaced) all[kept++] = base[i];
+  }
+  for (size_t k = 0; k < more; k++) all[kept++] = added[k];
+  return all;
+}

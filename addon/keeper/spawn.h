@@ -38,6 +38,8 @@ char *find_program(const char *name, const char *path);
 bool is_sealed_copy(int fd, const char *path, const char *of);
 /* A new list of the environment's strings without those for which `skip` says so; the caller frees the list. */
 char **filter_environment(char *const *env, bool (*skip)(const char *entry));
+/* The variables of `base`, with those of `added` (or NULL) in the place of their namesakes; the caller frees the list. */
+char **environment_with(char *const *base, char *const *added);
 /* The value in a list of `K=V`, or NULL. */
 const char *environment_get(char *const *env, const char *name);
 /* prctl(PR_SCHED_CORE): 0 also where the kernel or the machine has no core scheduling. */

@@ -904,7 +904,8 @@ async function runEngine(context: DumpContext, config: string): Promise<void> {
   const configFile = join(target.directory, "criu-dump.conf");
   await writeFile(configFile, config, { mode: 0o600 });
   try {
-    const env = { CRIU_CONFIG_FILE: configFile };
+    const PATH = (await target.gate?.())?.path;
+    const env = { CRIU_CONFIG_FILE: configFile, ...(PATH !== undefined && { PATH }) };
     await target.engineCheckpoint({ ...engineDump(context), atGate: false, env });
   } finally {
     await rm(configFile, { force: true });

@@ -3,6 +3,7 @@ import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.ts";
+import { gateBelow } from "../criu/gate.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -487,7 +488,7 @@ export class Task {
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     const logFile = this.#logFile("restore");
-    const { argv, env } = engine.restore({
+    const { argv, env = [] } = engine.restore({
       ...options,
       id: this.id,
       bundle: this.bundle,
@@ -498,7 +499,9 @@ export class Task {
       noPivot: this.options.noPivotRoot,
     });
     const step = options.lazyPages ? "restore-lazily" : "restore"; // the one may follow on the other
-    const exit = await this.#pod.keeper.run(work.tag(step), { argv, env, io: this.init.io, consoleSocket });
+    const { keeper } = this.#pod;
+    env.push(`PATH=${(await gateBelow(keeper.pid)).path}`);
+    const exit = await keeper.run(work.tag(step), { argv, env, io: this.init.io, consoleSocket });
     if (exit.exitStatus !== 0) throw await engineFailure("restore", this.id, exit.exitStatus, logFile);
     this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);

@@ -7,7 +7,7 @@ import {
   dump as dumpContainer,
   type EngineDump,
 } from "../../checkpoint/dump.ts";
-import { gateBelow } from "../../criu/gate.ts";
+import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
@@ -120,7 +120,9 @@ export async function checkpoint(
       cgroup: async () => cgroup,
       // runc's --criu names one past PATH.
       gate: async () =>
-        call.globalArgv.some((argument) => /^--?criu(=|$)/.test(argument)) ? undefined : gateBelow(call.pid),
+        call.globalArgv.some((argument) => /^--?criu(=|$)/.test(argument))
+          ? undefined
+          : criuBelow(call.pid, await wrapper.program()),
       criuConfig: async (settings) =>
         (await criuConfigLines(dump, settings)).map((line) => `${line}\n`).join(""),
       engineCheckpoint: async (engineDump) => {

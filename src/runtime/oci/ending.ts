@@ -46,7 +46,7 @@ export async function end(ending: Ending): Promise<void> {
   const globalArgv = withoutLog(call.globalArgv);
   const argv = [`--image-path=${path}`, "--leave-running", "--", call.id];
   const dumping = { ...call, command: "checkpoint", globalArgv, argv, cwd: "/", pid: process.pid };
-  await checkpoint(dumping, new OwnConversation(log, signal), wanted);
+  await checkpoint(dumping, new OwnConversation(ending), wanted);
   try {
     if (wanted.resumable) await offerCheckpoint(path, { pid, startTime: started });
     signal.throwIfAborted();
@@ -130,10 +130,16 @@ async function endOf(child: ChildProcess): Promise<number> {
 class OwnConversation implements Conversation {
   readonly log: Logger;
   readonly signal: AbortSignal;
+  readonly #helper: string;
 
-  constructor(log: Logger, signal: AbortSignal) {
+  constructor({ helper, log, signal }: Pick<Ending, "helper" | "log" | "signal">) {
+    this.#helper = helper;
     this.log = log;
     this.signal = signal;
+  }
+
+  async program(): Promise<string> {
+    return this.#helper;
   }
 
   async run(argv: readonly string[], { env, outputPath }: RunOptions = {}): Promise<number> {

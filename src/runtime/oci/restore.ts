@@ -1,12 +1,13 @@
 import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
+import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { NotFound, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
-import { isAlive, programOf, startTime } from "../../linux/proc.ts";
+import { isAlive, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { criuLines, engineVersion } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
@@ -108,7 +109,7 @@ export async function restore(
     },
     prepareNetwork: async () => {
       if (features.name !== "runc" || !ownsNetworkNamespace(spec)) return;
-      engineBundle = await copyWithLoopback(call, bundle);
+      engineBundle = await copyWithLoopback(call, await wrapper.program(), bundle);
       writeMarker(call.marker, { ...marker(), bundle, copied: true });
     },
     putNetworkBack: async () => {}, // the copy goes with the container
@@ -151,7 +152,8 @@ export async function restore(
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
-      const run = async () => await wrapper.run([...command, ...argv, id], { env });
+      const { path: PATH } = await criuBelow(call.pid, await wrapper.program());
+      const run = async () => await wrapper.run([...command, ...argv, id], { env: { PATH, ...env } });
       const onDeath = async (pids: number[]) => {
         for (const pid of pids) killProcess(pid);
         await killCriu(work, call.pid);
@@ -232,10 +234,10 @@ export async function restore(
  * A bundle with a copy of the caller's configuration, which stays as it is. runc restores into an empty network namespace where lo is
  * down; a hook of the copy, which it runs between CRIU's making of the namespaces and of the sockets, sets it up.
  */
-async function copyWithLoopback(call: OciCall, bundle: string): Promise<string> {
+async function copyWithLoopback(call: OciCall, program: string, bundle: string): Promise<string> {
   const copy = bundleCopyOf(call.marker);
   const path = join(bundle, "config.json");
-  const hook = { path: await programOf(call.pid), args: ["cedana-loopback"], timeout: 10 };
+  const hook = { path: program, args: ["cedana-loopback"], timeout: 10 };
   const text = withHook(movedFrom(bundle, await readFile(path, "utf8")), "createRuntime", hook, path);
   await mkdir(copy, { recursive: true, mode: 0o700 });
   await writeFile(join(copy, "config.json"), text, { mode: 0o600 });
