@@ -12,6 +12,7 @@
  *   closed.conf  what the engine's environment names as CRIU_CONFIG_FILE: an option that CRIU doesn't know, so that no CRIU begins that
  *                an engine has started past us. We remove it when we let CRIU go: while it is there, nothing was begun
  *   criu.conf    what CRIU gets for CRIU_CONFIG_FILE from us; the last word on it is written before the gate is opened
+ *   seen         we make it: the engine's way to CRIU leads here
  *
  * Contract: we become the first other `criu` in PATH, with the same arguments, descriptors and environment, less what is said above.
  * Requests that only ask (version, features) go through at once. Exit 1, and a message on stderr, where CRIU is not to start:
@@ -129,6 +130,9 @@ int criu_main(int argc, char **argv) {
   autofree char *path = path_without(getenv("PATH") ? getenv("PATH") : "", directory);
   autofree char *real = find_program("criu", path);
   if (!real || is_ourselves(real)) return failed("there is no criu in PATH (%s)", path);
+  autofree char *seen = format("%s/seen", directory);
+  autofd mark = open(seen, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+  if (mark < 0) return failed("make %s: %s", seen, strerror(errno));
   int64_t engine = argc == 3 && !strcmp(argv[1], "swrk") ? parse_number(argv[2]) : -1;
   if (engine >= 0) {
     int work = is_work((int)engine);

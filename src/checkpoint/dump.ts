@@ -827,14 +827,14 @@ async function findEngine(context: DumpContext): Promise<void> {
   else await end.catch(() => {}); // nobody lets it go any more
 }
 
-/** An engine that has no way to its CRIU through our gate fails, and is started once more when the container stands still. */
+/** An engine that finds CRIU elsewhere than in PATH fails with what its environment says, and is started once more when the container stands still. */
 async function meetCriu(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { engine, target } = context;
   if (engine?.gate) {
     try {
       await Promise.race([engine.gate.arrived, engine.end]);
     } catch (error) {
-      if (!(error instanceof RuntimeFailed)) throw error;
+      if (engine.gate.isSeen || !(error instanceof RuntimeFailed)) throw error;
       engine.gate[Symbol.dispose]();
       context.engine = undefined;
       target.log.warn(

@@ -105,6 +105,11 @@ export class Gate implements Disposable {
     this.#criu?.end("g");
   }
 
+  /** The engine has asked for CRIU here, for whatever: it finds CRIU by the PATH that it was given. */
+  get isSeen(): boolean {
+    return existsSync(join(this.directory, "seen"));
+  }
+
   /** CRIU has gone through. */
   get isPassed(): boolean {
     return isPassed(this.directory);
