@@ -151,10 +151,10 @@ export class Staging implements AsyncDisposable {
       directory = realpathSync(directory); // the caller may name it by a link
       if (!made) {
         await sweep(directory);
-        const ours = await entriesOfOlder(directory);
+        const ours = await olderEntries(directory);
         expectRoom(
           directory,
-          entriesOf(directory).filter((name) => criuFile.test(name) && !ours.has(name)),
+          entriesOf(directory).filter((name) => criuFile.test(name) && !ours.includes(name)),
         );
       }
       using target = new Directory(directory);
@@ -202,13 +202,6 @@ export class Staging implements AsyncDisposable {
     return entriesOf(this.path).length === 0;
   }
 
-  /** Whether an older checkpoint gives way to this one. */
-  async replaces(): Promise<boolean> {
-    if (this.#kind === "beside") return exists(this.finalPath);
-    const ours = await entriesOfOlder(this.finalPath);
-    return entriesOf(this.finalPath).some((name) => ours.has(name));
-  }
-
   /**
    * An earlier checkpoint's path, relative to where this one will be, as it must be written while this one is made. Engines and
    * CRIU want it relative; `commit` sets the link that CRIU makes of it right.
@@ -226,9 +219,11 @@ export class Staging implements AsyncDisposable {
     if (this.#lock === undefined)
       throw new WrongState(`staging ${this.path} is committed or given up already`);
     moveParentLinks(this.path, this.finalPath);
-    const durable = options.durable !== false || (await this.replaces());
+    const outgoing = this.#kind === "inside" ? await olderEntries(this.finalPath) : [];
+    const replaces = outgoing.length > 0 || (this.#kind === "beside" && exists(this.finalPath));
+    const durable = options.durable !== false || replaces;
     if (durable) await syncTree(this.path, options.signal);
-    if (this.#kind === "inside") await putInside(this.finalPath, basename(this.#root), durable);
+    if (this.#kind === "inside") await putInside(this.finalPath, basename(this.#root), outgoing, durable);
     else await this.#putBeside(durable);
     this.#release();
   }
@@ -441,7 +436,12 @@ function expectRoom(directory: string, foreign: readonly string[]): void {
 }
 
 /** A crash of ours finds the plan in any case; `durable` makes one of the machine find it, too. */
-async function putInside(directory: string, stagingName: string, durable: boolean): Promise<void> {
+async function putInside(
+  directory: string,
+  stagingName: string,
+  outgoing: string[],
+  durable: boolean,
+): Promise<void> {
   const root = join(directory, stagingName);
   using target = new Directory(directory);
   using incomingFd = new Directory(join(root, "new"));
@@ -449,11 +449,11 @@ async function putInside(directory: string, stagingName: string, durable: boolea
   const incoming = readdirSync(join(root, "new")).sort();
   // The manifest makes it a checkpoint: it comes last.
   if (incoming.includes(MANIFEST_NAME)) incoming.push(...incoming.splice(incoming.indexOf(MANIFEST_NAME), 1));
-  const ours = await entriesOfOlder(directory);
-  const outgoing = entriesOf(directory).filter((name) => ours.has(name));
+  const staying = new Set(entriesOf(directory));
+  for (const name of outgoing) staying.delete(name);
   expectRoom(
     directory,
-    incoming.filter((name) => !outgoing.includes(name) && exists(target.path(name))),
+    incoming.filter((name) => staying.has(name)),
   );
   const plan: Plan = { incoming, outgoing };
   const sync = (fd: number) => durable && fsyncSync(fd);
@@ -513,14 +513,14 @@ function undoMoves(directory: string, root: string): void {
 const criuFile = /\.img$|^descriptors\.json$|^stats-dump$|^dump\.log$|^parent$/;
 
 /** The top entries that an older checkpoint in this directory consists of: by its manifest, or by their names where it has none. */
-async function entriesOfOlder(directory: string): Promise<Set<string>> {
+async function olderEntries(directory: string): Promise<string[]> {
   const manifest = await readManifest(directory).catch(() => undefined); // broken: then as if there were none
   const found = entriesOf(directory);
   const byName = found.includes("inventory.img") ? found.filter((name) => criuFile.test(name)) : [];
   const names = new Set(manifest?.files.map(({ path }) => path.split("/", 1)[0]!) ?? byName);
   names.add(MANIFEST_NAME);
   if (manifest) names.add("parent"); // CRIU's link to an earlier checkpoint is no file
-  return names;
+  return found.filter((name) => names.has(name));
 }
 
 /**
