@@ -1,4 +1,4 @@
-import { renameSync, writeFileSync } from "node:fs";
+import { mkdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { copyFile, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
@@ -389,10 +389,10 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
   try {
     noteAttempt(context);
     context.parentPath = request.parentPath && relative(imagesIn(context), absoluteParent(request));
-    await mkdir(imagesIn(context), { recursive: true, mode: 0o700 });
+    mkdirSync(imagesIn(context), { recursive: true, mode: 0o700 });
     await next();
     noteAttempt(context, { phase: "committing" });
-    await staging.commit({ synced: !(await mustSync(context)) });
+    await staging.commit({ durable: mustSync(context) });
   } catch (error) {
     if (!context.ended) throw error;
     // The processes are in the images alone now: these stay, whatever fails.
@@ -402,17 +402,17 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
     );
   } finally {
     await staging[Symbol.asyncDispose]();
-    await rm(attemptFile(target), { force: true });
+    rmSync(attemptFile(target), { force: true });
   }
 }
 
 /**
  * Whether the files are written to the disk before they are put in their place: always in our store, and in an image path where an
- * older checkpoint gives way. Otherwise a machine that fails loses nothing that was there, and the caller doesn't wait for the disk.
+ * older checkpoint gives way, which `commit` sees. Otherwise a machine that fails loses nothing that was there, and the caller doesn't
+ * wait for the disk.
  */
-async function mustSync({ request: { place }, staging }: DumpContext): Promise<boolean> {
-  if (place.temporary) return false;
-  return !("imagePath" in place) || (await staging.replaces());
+function mustSync({ request: { place } }: DumpContext): boolean {
+  return !place.temporary && !("imagePath" in place);
 }
 
 /** Where CRIU's images are made. */
@@ -499,7 +499,7 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
     await keepLog(join(context.workPath, "dump.log"), join(target.directory, "criu-dump.log"));
     throw error;
   } finally {
-    if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
+    if (!request.workPath) rmSync(context.workPath, { recursive: true, force: true }); // a handful of files
   }
 }
 
@@ -984,7 +984,7 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
         totalMs: Date.now() - startedAt,
       },
     },
-    { files, synced: await mustSync(context) },
+    { files, synced: false }, // by the commit, with all the rest
   );
 }
 
