@@ -58,7 +58,7 @@ export async function restore(
   const options = new Options(call.argv);
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
-  const [features, spec] = [await engineVersion(call.engine), await readSpec(bundle)];
+  const [features, spec] = await Promise.all([engineVersion(call.engine), readSpec(bundle)]);
   await allowedAnnotations(spec);
   const rootfs = resolve(bundle, spec.root?.path ?? "rootfs");
   const scratch = scratchOf(call);
@@ -92,7 +92,7 @@ export async function restore(
       return init.pid;
     },
     get hasEnded() {
-      return init.pid === 0 || !isAlive(init.pid, init.started);
+      return init.started === undefined || !isAlive(init.pid, init.started);
     },
     postRestoreHook:
       hook && ((env) => runHook({ call, wrapper }, { initPid: init.pid, bundle, spec }, hook, env, scratch)),
@@ -163,7 +163,7 @@ export async function restore(
         ? await whileWatchingCriu({ parent: call.pid, workPath: work, onDeath, log: wrapper.log }, run)
         : await run();
       if (status === 0) {
-        const pid = detached ? ((await containerState(call))?.pid ?? 0) : 0; // in the foreground it is over
+        const pid = detached ? await restoredPid(call, options) : 0; // in the foreground it is over
         init = { pid, started: startTime(pid) };
         return;
       }
@@ -242,4 +242,12 @@ async function copyWithLoopback(call: OciCall, program: string, bundle: string):
   await mkdir(copy, { recursive: true, mode: 0o700 });
   await writeFile(join(copy, "config.json"), text, { mode: 0o600 });
   return copy;
+}
+
+/** Of the init; 0 when it has ended. The engine has just written it where its caller wants it. */
+async function restoredPid(call: OciCall, options: Options): Promise<number> {
+  const file = options.value("pid-file");
+  const pid =
+    file === undefined ? 0 : Number(await readFile(resolve(call.cwd, file), "utf8").catch(() => "")); // a FIFO's reader has it
+  return pid > 0 ? pid : ((await containerState(call))?.pid ?? 0);
 }
