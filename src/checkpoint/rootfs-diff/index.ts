@@ -37,6 +37,15 @@ export async function overlayLayers(rootfs: string, pid: number | "self" = "self
   return { upper: withoutBackslashes(upper), lowers: await findAll(lowers, withoutBackslashes(upper)) };
 }
 
+/** What a root file system was made of, for as long as it isn't disposed of. */
+export interface RootfsBase extends AsyncDisposable {
+  /** directory */
+  readonly path: string;
+  readonly snapshotter: string;
+  /** when the root was the same, at the earliest, nanoseconds since 1970 */
+  readonly sameAtNs: bigint;
+}
+
 /**
  * A root file system that keeps its changes in no layer of their own, beside what it was made of.
  * @param base      directory that is as the root was
