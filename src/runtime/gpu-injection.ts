@@ -1,4 +1,4 @@
-import { createHash } from "node:crypto";
+import { createHash, randomUUID } from "node:crypto";
 import { existsSync } from "node:fs";
 import { chmod, link, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
@@ -211,7 +211,7 @@ async function libraryDirectory(): Promise<string> {
   const file = join(directory, LIBRARY_NAME);
   if ((await stat(file).catch(() => undefined))?.size === contents.length) return directory;
   await mkdir(directory, { recursive: true, mode: 0o755 });
-  const temporary = `${directory}.${process.pid}.new`; // beside it: nothing else is ever in the directory
+  const temporary = `${directory}.${randomUUID()}.new`; // beside it: nothing else is ever in the directory
   await writeFile(temporary, contents, { mode: 0o555 });
   await chmod(temporary, 0o555);
   await chmod(directory, 0o755);

@@ -43,6 +43,15 @@ export async function imageOf(task: Task, spec: OciSpec): Promise<CheckpointMani
   }
 }
 
+/** A peer may send anything; what isn't encoded as it should be is shown as it came. */
+function decodedMessage(text: string): string {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // URIError
+  }
+}
+
 /** `Get` of containerd's services. Two small calls: gRPC's library would take longer to load than they take. */
 class Containerd implements Disposable {
   readonly #session: ClientHttp2Session;
@@ -69,7 +78,7 @@ class Containerd implements Disposable {
       if (headers["grpc-status"] === undefined) return;
       status = {
         code: Number(headers["grpc-status"]),
-        message: decodeURIComponent(String(headers["grpc-message"] ?? "")),
+        message: decodedMessage(String(headers["grpc-message"] ?? "")),
       };
     };
     stream.on("response", note); // an error may come without a message before it

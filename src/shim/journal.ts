@@ -132,10 +132,6 @@ export function readTaskRecord(bundle: string): TaskRecord | undefined {
   throw new BrokenImage(`task record ${path} is not of version 1`);
 }
 
-export function removeTaskRecord(bundle: string): void {
-  rmSync(join(bundle, FILE_NAME), { force: true });
-}
-
 /**
  * What the launcher's `delete` needs when neither keeper nor cedanad are there: three lines, engine binary, its root
  * directory, container id.
