@@ -6,7 +6,6 @@ import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.t
 import {
   AlreadyExists,
   BrokenImage,
-  Cancelled,
   NotFound,
   RuntimeFailed,
   SyscallFailed,
@@ -15,7 +14,6 @@ import {
 } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
 import { mountCalls, planMount } from "../linux/mount-options.ts";
-import { isAlive } from "../linux/proc.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
 import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
@@ -33,10 +31,10 @@ import {
   sharesPidNamespace,
 } from "../runtime/spec.ts";
 import type { CheckpointRequest } from "./checkpoint.ts";
+import { Ending } from "./ending.ts";
 import { Escalations } from "./escalation.ts";
 import * as events from "./events.ts";
 import {
-  type EndingRecord,
   type ExecRecord,
   MAX_ANSWERS,
   type TaskRecord,
@@ -52,8 +50,6 @@ import { planStdio } from "./stdio.ts";
 import { type TaskLogger, taskLogger } from "./task-log.ts";
 
 const SIGKILL = 9;
-/** The kernel needs a moment to end what CRIU has killed, and the keeper to tell. */
-const END_AFTER_DUMP_MS = 5_000;
 /** How long Delete waits for output that a background child may hold open: as the Go shim, unless a test is in a hurry. */
 const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
@@ -135,10 +131,7 @@ export class Task {
   #rootfs: RootfsMount[] = [];
   #parentCheckpoint: string | undefined;
   #oomKills = 0;
-  /** since a signal upon which it is checkpointed instead; its exit is held until the checkpoint is in its place */
-  #ending: EndingRecord | undefined;
-  #endingIsOver = false;
-  readonly #endingGivenUp = new AbortController();
+  readonly #ending: Ending;
   readonly #escalations: Escalations;
 
   private constructor(
@@ -168,6 +161,21 @@ export class Task {
       changed: () => this.record(),
       filled: () => this.discardRestore(),
       kill: () => this.#killWithoutMemory(),
+    });
+    this.#ending = new Ending({
+      what: `task ${id}`,
+      log: this.#log,
+      init,
+      changed: () => this.record(),
+      checkpoint: async (signal) => {
+        const { checkpointAtEnd } = await import("./triggered.ts");
+        await checkpointAtEnd(this, signal);
+      },
+      send: async (signal, escalation) => {
+        await this.undo("send the signal", this.#signal(pod.keeper.ownTag("signal"), init, signal));
+        this.#escalations.begin("", escalation);
+      },
+      over: () => this.#releaseHeldExits(),
     });
     this.#escalations = new Escalations({
       send: async (execId, signal) =>
@@ -279,7 +287,7 @@ export class Task {
     task.#afresh = record.afresh;
     task.#parentCheckpoint = record.parentCheckpoint;
     task.#oomKills = record.oomKills;
-    task.#ending = record.ending;
+    task.#ending.revive(record.ending);
     task.#answers = record.answers;
     for (const exec of record.execs) {
       const process = new Process(
@@ -381,7 +389,7 @@ export class Task {
         restoreAsked: this.#restoreSource.why,
         ...(this.#restoreSource.claim && { claim: this.#restoreSource.claim }),
       }),
-      ...(this.#ending && { ending: this.#ending }),
+      ...(this.#ending.record && { ending: this.#ending.record }),
       ...(this.#rootfs.length > 0 && { rootfs: this.#rootfs }),
       ...(this.#afresh && { afresh: this.#afresh }),
       ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
@@ -720,7 +728,7 @@ export class Task {
     const execsLeft = [...this.execs.values()].some(
       (exec) => exec.state === "running" || (exec.starting && exec.pid !== 0),
     );
-    if (this.init.heldExit && !this.init.starting && !execsLeft && !this.#isBeingCheckpointed)
+    if (this.init.heldExit && !this.init.starting && !execsLeft && !this.#ending.isUnderWay)
       void this.#publishInitExit();
   }
 
@@ -733,7 +741,9 @@ export class Task {
 
   #publishExit(process: Process): void {
     const { atNs, sequence } = process.heldExit!;
-    const status = this.#statusOf(process);
+    const status = process.isInit
+      ? this.#ending.statusOf(process.heldExit!.status)
+      : process.heldExit!.status;
     process.markExited({ status, atNs });
     this.#escalations.end(process.execId);
     if (process.isInit)
@@ -792,8 +802,9 @@ export class Task {
     }
     if (process.exit && !work.repeated) throw this.#goneError(process);
     const { signal, escalation, checkpoint } = planKill(await this.#killPolicy(process), sent);
-    if (checkpoint && process.isInit && this.#beginEnding({ signal, escalation, status: 128 + sent })) return;
-    if (sent === SIGKILL && process.isInit) this.#giveUpEnding();
+    if (checkpoint && process.isInit && this.#ending.begin({ signal, escalation, status: 128 + sent }))
+      return;
+    if (sent === SIGKILL && process.isInit) this.#ending.giveUp();
     if (all && process.isInit) {
       const command = this.engine.kill({ id: this.id, signal, all: true, logFile: this.#logFile("kill") });
       await this.#runEngine(work.tag("kill-all"), "kill", command);
@@ -819,87 +830,11 @@ export class Task {
       throw error;
     }
     // A frozen process of cgroups version 1 doesn't even die.
-    const stands = this.init.state === "paused" || this.#isBeingCheckpointed;
+    const stands = this.init.state === "paused" || this.#ending.isUnderWay;
     if (signal === SIGKILL && stands && this.#cgroup?.version === 1) {
       await this.#cgroup.thaw();
       if (!this.init.exit && this.init.state === "paused") this.init.move("resume");
     }
-  }
-
-  // ---- a checkpoint instead of a signal --------------------------------------------------------------------------------
-
-  /*
-   * `cedana.io/checkpoint-on`. The kill is answered at once, as that of a signal is. The dump ends the container, so that nothing of it
-   * runs on; its exit is told when the checkpoint is in its place, with the signal's status, so that whoever starts the next container
-   * upon it finds the checkpoint. That it is being ended is on record: the next cedanad after a crash goes on. When it fails, the
-   * container gets the signal. A SIGKILL meanwhile ends container and dump.
-   */
-
-  get #isBeingCheckpointed(): boolean {
-    return this.#ending !== undefined && !this.#endingIsOver;
-  }
-
-  #statusOf(process: Process): number {
-    const { status } = process.heldExit!;
-    // CRIU ends what it has dumped by SIGKILL.
-    const dumped = process.isInit && this.#ending && !this.#ending.killed && status === 128 + SIGKILL;
-    return dumped ? this.#ending!.status : status;
-  }
-
-  /** @returns false when it can't be checkpointed now: then the signal is all there is */
-  #beginEnding(ending: Omit<EndingRecord, "killed">): boolean {
-    if (this.#ending) return true; // a second signal changes nothing
-    if (this.init.exit || (this.init.state !== "running" && this.init.state !== "paused")) return false;
-    this.#ending = { ...ending, killed: false };
-    this.record();
-    void this.#end(async () => {
-      const { checkpointAtEnd } = await import("./triggered.ts");
-      await checkpointAtEnd(this, this.#endingGivenUp.signal);
-    });
-    return true;
-  }
-
-  #giveUpEnding(): void {
-    if (!this.#isBeingCheckpointed) return;
-    this.#ending = { ...this.#ending!, killed: true };
-    this.#endingGivenUp.abort(new Cancelled(`task ${this.id} is killed`));
-    this.record();
-  }
-
-  async #end(checkpoint: () => Promise<void>): Promise<void> {
-    const { signal, escalation } = this.#ending!;
-    try {
-      await checkpoint();
-    } catch (error) {
-      const ended = this.init.exit !== undefined || this.init.heldExit !== undefined;
-      if (!ended) this.#ending = undefined;
-      this.#log.warn(
-        { err: error, signal },
-        ended ? "not checkpointed at its end" : "not checkpointed instead of a signal: it gets the signal",
-      );
-      if (!ended) {
-        this.record();
-        const { keeper } = this.#pod;
-        await this.undo("send the signal", this.#signal(keeper.ownTag("signal"), this.init, signal));
-        this.#escalations.begin("", escalation);
-      }
-    } finally {
-      this.#endingIsOver = true;
-      this.#releaseHeldExits();
-    }
-  }
-
-  /** @param resumed  when a checkpoint that was cut off by a crash has come to its end */
-  async #resumeEnding(resumed: Promise<void> | undefined): Promise<void> {
-    await this.#end(async () => {
-      await resumed;
-      const deadline = resumed ? Date.now() + END_AFTER_DUMP_MS : 0;
-      while (!this.init.exit && !this.init.heldExit) {
-        if (isAlive(this.init.pid) && Date.now() > deadline)
-          throw new Cancelled("cedanad ended before the checkpoint was whole");
-        await delay(10);
-      }
-    });
   }
 
   /** @param work  its request tells this pause from another of the task's */
@@ -1027,7 +962,7 @@ export class Task {
         .then(({ resumeCheckpoint }) => resumeCheckpoint(this, turn.resolve))
         .finally(turn.resolve);
     }
-    if (this.#ending && !this.init.exit) void this.#resumeEnding(resumed);
+    if (!this.init.exit) this.#ending.resume(resumed);
   }
 
   async resizePty(work: Work, process: Process, width: number, height: number): Promise<void> {
