@@ -81,8 +81,8 @@ export interface ExecRecord {
   stdin: string;
   stdout: string;
   stderr: string;
-  /** the process as JSON, as containerd sent it */
-  spec: string;
+  /** the process as JSON, as containerd sent it: of a cedanad that had no file for it yet */
+  spec?: string;
   exit?: ExitRecord;
 }
 

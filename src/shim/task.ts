@@ -1,5 +1,5 @@
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { rm, writeFile } from "node:fs/promises";
+import { readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.ts";
@@ -117,7 +117,8 @@ export class Task {
   readonly memory: LazyMemory;
   readonly #pod: Pod;
   readonly #log: TaskLogger;
-  readonly #execSpecs = new Map<string, { serial: number; spec: string }>();
+  /** of each exec: what tells its files from those of another of its name, and what of its OCI process signals depend on */
+  readonly #execFacts = new Map<string, { serial: number; process: OciProcess }>();
   #answers: TaskRecord["answers"] = [];
   #spec: OciSpec | undefined;
   #cgroup: Cgroup | undefined;
@@ -228,10 +229,10 @@ export class Task {
     if (options.warnings.length > 0) task.#log.warn({ warnings: options.warnings }, "runtime options");
     task.#parentCheckpoint = request.parentCheckpoint || undefined;
     if (restore?.onFailure === "fresh") task.#rootfs = request.rootfs;
-    writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
     init.starting = true; // an exit waits until the create event is out
     pod.creating.add(task);
     try {
+      writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
       await task.#useCheckpoint();
       const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace, options);
       await task.#mountRootfs(work, request.rootfs);
@@ -299,7 +300,7 @@ export class Task {
       process.pid = exec.pid;
       if (exec.exit) process.markExited({ status: exec.exit.status, atNs: BigInt(exec.exit.atNs) });
       task.execs.set(exec.execId, process);
-      task.#execSpecs.set(exec.execId, { serial: exec.serial, spec: exec.spec });
+      task.#execFacts.set(exec.execId, { serial: exec.serial, process: task.#revivedProcess(exec) });
     }
     task.#escalations.revive(record.escalations ?? []);
     if (record.lazy) void task.memory.revive(record.lazy, record.state !== "createdFromCheckpoint");
@@ -397,14 +398,12 @@ export class Task {
       oomKills: this.#oomKills,
       ...exitRecord(this.init.exit),
       execs: [...this.execs.values()].map((process): ExecRecord => {
-        const { serial, spec } = this.#execSpecs.get(process.execId)!;
         return {
           execId: process.execId,
-          serial,
+          serial: this.#execFacts.get(process.execId)!.serial,
           state: process.state,
           pid: process.pid,
           ...process.stdio,
-          spec,
           ...exitRecord(process.exit),
         };
       }),
@@ -636,14 +635,14 @@ export class Task {
   async startExec(work: Work, process: Process): Promise<number> {
     process.check("start");
     this.#checkExec(process.execId);
-    const { serial, spec } = this.#execSpecs.get(process.execId)!;
+    const { serial } = this.#execFacts.get(process.execId)!;
     const file = (suffix: string) => this.#execFile(serial, suffix);
     const consoleSocket = process.stdio.terminal ? this.#pod.consoleSocketPath(process.io) : undefined;
     process.starting = true;
     try {
       const stdio = planStdio(process.io, process.stdio, this.id, this.namespace, this.options);
       try {
-        writeFileSync(file("json"), await this.#execProcess(spec), { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
+        await this.#interceptExec(file("json"));
         // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
         const opened = this.#pod.keeper.ioOpen(work.tag("io"), stdio);
         opened.catch(() => {}); // looked at below, if we get there
@@ -677,10 +676,24 @@ export class Task {
     return process.pid;
   }
 
-  async #execProcess(process: string): Promise<string> {
-    if (!this.#spec || !hasOurAnnotations(this.#spec)) return process;
+  async #interceptExec(path: string): Promise<void> {
+    if (!this.#spec || !hasOurAnnotations(this.#spec)) return;
     const { withInterception } = await import("../runtime/gpu-injection.ts");
-    return withInterception(process, this.#spec);
+    const process = await readFile(path, "utf8");
+    const changed = withInterception(process, this.#spec);
+    if (changed !== process) await writeFile(path, changed, { mode: 0o600 });
+  }
+
+  /** Its OCI process lies in a file, which the record of a cedanad of before had in itself. */
+  #revivedProcess({ serial, spec }: ExecRecord): OciProcess {
+    const path = this.#execFile(serial, "json");
+    try {
+      if (spec !== undefined) writeFileSync(path, spec, { mode: 0o600 });
+      return processOf(readFileSync(path, "utf8"));
+    } catch (error) {
+      this.#log.warn({ err: error }, "read the process of an exec: its start will fail"); // deleted in the moment of a crash
+      return {};
+    }
   }
 
   /** Registers an exec'd process; it runs at its Start. */
@@ -688,10 +701,13 @@ export class Task {
     if (this.execs.has(request.execId))
       throw new AlreadyExists(`exec ${request.execId} of task ${this.id} already exists`);
     this.#checkExec(request.execId);
-    execKillPolicy({}, processOf(request.spec));
-    const process = new Process(request.execId, execIo(this.id, work.request), request.stdio, "created");
+    const facts = { serial: work.request, process: processOf(request.spec) };
+    execKillPolicy({}, facts.process);
+    // Not in the record, which is written again at each transition. Some KB on a tmpfs: less than a trip through the thread pool.
+    writeFileSync(this.#execFile(facts.serial, "json"), request.spec, { mode: 0o600 });
+    const process = new Process(request.execId, execIo(this.id, facts.serial), request.stdio, "created");
     this.execs.set(request.execId, process);
-    this.#execSpecs.set(request.execId, { serial: work.request, spec: request.spec });
+    this.#execFacts.set(request.execId, facts);
     this.publish(`exec-added:${work.request}`, events.execAdded(this.id, request.execId));
   }
 
@@ -815,7 +831,7 @@ export class Task {
   async #killPolicy(process: Process): Promise<KillPolicy | undefined> {
     const spec = await this.spec();
     if (process.isInit) return killPolicy(spec);
-    return execKillPolicy(spec, processOf(this.#execSpecs.get(process.execId)!.spec));
+    return execKillPolicy(spec, this.#execFacts.get(process.execId)!.process);
   }
 
   #goneError(process: Process): NotFound {
@@ -1018,11 +1034,11 @@ export class Task {
     process.move("delete");
     if (process.pid === 0) process.neverRan();
     this.execs.delete(process.execId);
-    const { serial } = this.#execSpecs.get(process.execId)!;
+    const { serial } = this.#execFacts.get(process.execId)!;
     this.#pod.afterResponse(work.request, () => {
       for (const suffix of ["json", "pid", "log"]) rmSync(this.#execFile(serial, suffix), { force: true });
     });
-    this.#execSpecs.delete(process.execId);
+    this.#execFacts.delete(process.execId);
     return { pid: process.pid, exit: process.exit };
   }
 
@@ -1208,10 +1224,11 @@ function execIo(id: string, serial: number): string {
   return `${id}/${serial}`;
 }
 
-/** An exec's OCI process. One that is none is the engine's to refuse, in its own words. */
+/** What signals depend on in an exec's OCI process. One that is none is the engine's to refuse, in its own words. */
 function processOf(spec: string): OciProcess {
   try {
-    return (JSON.parse(spec) as OciProcess | null) ?? {};
+    const { env } = (JSON.parse(spec) as OciProcess | null) ?? {};
+    return Array.isArray(env) ? { env: env.filter((entry) => String(entry).startsWith("CEDANA_KILL_")) } : {};
   } catch {
     return {};
   }
