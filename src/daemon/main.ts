@@ -21,6 +21,7 @@ import { ShimServer } from "../shim/shim-server.ts";
 import { apiSocketName, daemonSocketName } from "../shim/socket-name.ts";
 import { listenForApi } from "./api/listener.ts";
 import { leaveOwnCgroups } from "./own-cgroup.ts";
+import { keepLogShort } from "./own-log.ts";
 import { isAllowedPeer } from "./peer.ts";
 import { RuntimeServer } from "./runtime-server.ts";
 
@@ -91,6 +92,8 @@ server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
   writeFileSync(pidFile, `${process.pid}\n`, { mode: 0o600 });
   log.info({ socketPath, build: BUILD, node: process.version }, "cedanad serves");
 });
+
+keepLogShort(join(runDirectory, "cedanad.log"), log);
 
 // What a restore that a crash of the machine has cut off had unpacked.
 if (existsSync(unpackDirectory()))

@@ -8,6 +8,7 @@ import {
   exitStatusOf,
   type FieldValues,
   type Message,
+  type MessageType,
   messageType,
 } from "./keeper-protocol.ts";
 
@@ -266,7 +267,7 @@ export class Keeper {
   }
 
   #operate(
-    type: number,
+    type: MessageType,
     tag: Tag,
     what: string,
     values: FieldValues,
@@ -277,13 +278,14 @@ export class Keeper {
         reject(new Unavailable(`${what}: the pod's keeper (pid ${this.pid}) is gone`));
         return;
       }
+      const frame = encodeMessage(type, { request: tag.request, step: tag.step, ...values });
       this.#pending.set(tagKey(tag.request, tag.step), { what, onSpawned, resolve, reject });
-      this.#send(type, { request: tag.request, step: tag.step, ...values });
+      this.#socket.write(frame);
     });
   }
 
-  #send(type: number, values: FieldValues): void {
-    if (!this.#closed) this.#socket.write(encodeMessage(type as never, values));
+  #send(type: MessageType, values: FieldValues): void {
+    if (!this.#closed) this.#socket.write(encodeMessage(type, values));
   }
 }
 

@@ -167,7 +167,7 @@ const exit = { status: 0, atNs: "1" };
 
 describe("a call whose time is over", () => {
   it("and that starts a process all the same learns of its exit", async () => {
-    const exec = { execId: "e1", serial: 3, state: "created", pid: 0, spec: "{}" };
+    const exec = { execId: "e1", serial: 3, state: "created", pid: 0 };
     const stdio = { terminal: false, stdin: "", stdout: "", stderr: "" };
     const bundle = record("c1", { state: "running", execs: [{ ...exec, ...stdio }] });
     keeper.send(type.END);
@@ -193,6 +193,55 @@ describe("a call whose time is over", () => {
     expect(await keeper.response(9)).toBe(statusCode.DEADLINE_EXCEEDED);
     keeper.release(type.IO_FREE);
     expect((await keeper.takes(type.TASK_GONE)).string("id")).toBe("c1");
+  });
+});
+
+describe("an exec", () => {
+  const stdio = { terminal: false, stdin: "", stdout: "", stderr: "" };
+  const spec = JSON.stringify({
+    args: ["true"],
+    env: ["CEDANA_KILL_SIGNAL=INT", `BIG=${"x".repeat(100_000)}`],
+  });
+
+  it("makes the record of its task no longer by what it executes", async () => {
+    const bundle = record("c1", { state: "running" });
+    keeper.send(type.END);
+    const value = Buffer.from(spec);
+    const payload = api.ExecProcessRequest.encode({ id: "c1", execId: "e1", spec: { typeUrl: "p", value } });
+    keeper.call(9, "Exec", payload);
+    expect(await keeper.response(9)).toBe(statusCode.OK);
+    expect(fs.readFileSync(path.join(bundle, "exec-9.json"), "utf8")).toBe(spec);
+    expect(fs.statSync(path.join(bundle, "exec-9.json")).mode & 0o777).toBe(0o600);
+    expect(fs.statSync(path.join(bundle, "cedana-task.json")).size).toBeLessThan(2_000);
+  });
+
+  it.each(["file", "record"])(
+    "is signalled as its process says, which the next cedanad has from a %s",
+    async (where) => {
+      const exec = { execId: "e1", serial: 3, state: "running", pid: 4242, ...stdio };
+      const fromRecord = where === "record" && { spec };
+      const bundle = record("c1", { state: "running", execs: [{ ...exec, ...fromRecord }] });
+      if (where === "file") fs.writeFileSync(path.join(bundle, "exec-3.json"), spec);
+      keeper.send(type.END);
+      keeper.call(9, "Kill", api.KillRequest.encode({ id: "c1", execId: "e1", signal: 15 }));
+      expect(await keeper.response(9)).toBe(statusCode.OK);
+      expect((await keeper.takes(type.SIGNAL)).int("signal")).toBe(2);
+      expect(fs.readFileSync(path.join(bundle, "exec-3.json"), "utf8")).toBe(spec);
+    },
+  );
+});
+
+describe("a Create that fails at its first file", () => {
+  it("is undone whole", async () => {
+    const bundle = path.join(directory, "c1");
+    fs.mkdirSync(bundle);
+    fs.writeFileSync(path.join(bundle, "config.json"), "{}");
+    fs.symlinkSync("nowhere/there", path.join(bundle, "cedana-engine"));
+    keeper.send(type.END);
+    keeper.call(9, "Create", api.CreateTaskRequest.encode({ id: "c1", bundle }));
+    expect(await keeper.response(9)).toBe(statusCode.INTERNAL);
+    expect((await keeper.takes(type.TASK_GONE)).string("id")).toBe("c1");
+    expect(fs.readdirSync(bundle)).toEqual(["config.json"]);
   });
 });
 
