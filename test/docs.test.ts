@@ -197,6 +197,20 @@ describe("the help", () => {
   });
 });
 
+it("docs/troubleshooting.md has errors as they are", () => {
+  const text = sources.map(read).join("\n");
+  const [, table = ""] = read("docs/troubleshooting.md").split("| error, or a part of it |");
+  const rows = [...table.matchAll(/^\|([^|]*)\|/gm)]
+    .map((match) => match[1]!)
+    .filter((cell) => cell.includes("`"));
+  expect(rows.length).toBeGreaterThan(15);
+  const unknown = rows
+    .flatMap((cell) => [...cell.matchAll(/`([^`]+)`/g)].flatMap((match) => match[1]!.split("…")))
+    .map((part) => part.replaceAll(/^[\s:,]+|[\s:,]+$/g, ""))
+    .filter((part) => part.length > 11 && !text.includes(part));
+  expect(unknown).toEqual([]);
+});
+
 it("docs/api.md has every method and every error", () => {
   const documented = [...firstColumn("docs/api.md")];
   for (const method of Object.keys(Management.methods)) expect(documented).toContain(method);

@@ -39,7 +39,7 @@ import {
   writeEngineNote,
   writeTaskRecord,
 } from "./journal.ts";
-import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
+import { type AdoptedExit, ALL_PIPES, stdioKind, type Tag } from "./keeper.ts";
 import { LazyMemory } from "./lazy-memory.ts";
 import { mountAll } from "./mounts.ts";
 import type { Pod } from "./pod.ts";
@@ -233,7 +233,10 @@ export class Task {
     try {
       writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
       await task.#useCheckpoint();
-      const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace, options);
+      const stdio = {
+        ...planStdio(init.io, init.stdio, task.id, pod.namespace, options),
+        ...(restore && { flags: ALL_PIPES }),
+      };
       await task.#mountRootfs(work, request.rootfs);
       await pod.keeper.ioOpen(work.tag("io"), stdio);
       if (!restore) await task.#createContainer(work);
@@ -594,10 +597,11 @@ export class Task {
   }
 
   /** A failed restore's stdio was given away with it. */
-  async #reopenStdio(work: Work, after: string): Promise<void> {
+  async #reopenStdio(work: Work, after: "lazily" | "afresh"): Promise<void> {
     await this.#pod.keeper.ioFree(work.tag(`io-free-${after}`), this.init.io);
     const stdio = planStdio(this.init.io, this.init.stdio, this.id, this.namespace, this.options);
-    await this.#pod.keeper.ioOpen(work.tag(`io-${after}`), stdio);
+    const flags = after === "lazily" ? ALL_PIPES : 0;
+    await this.#pod.keeper.ioOpen(work.tag(`io-${after}`), { ...stdio, flags });
   }
 
   /** After a failed restore has been undone. */

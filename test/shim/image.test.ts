@@ -58,5 +58,5 @@ it("is what containerd says", async () => {
 it("is nothing where containerd fails, whatever it says", async () => {
   answers["containers.v1.Containers"] = { status: 13, message: "100% of %ff" };
   expect(await imageOf(task, {})).toBeUndefined();
-  expect(warnings).toEqual(["containers.v1.Containers: 100% of %ff"]);
+  expect(warnings).toEqual([`containerd (${path.join(directory, "containerd.sock")}): Get: 100% of %ff`]);
 });
