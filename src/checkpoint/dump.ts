@@ -203,13 +203,13 @@ export const dumpSteps = [
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
   adaptersOfPlugins, // those of all plugins stand here
-  checkOptions, // before anything is frozen
   preDumpHook, // of the container's own; it may be there to remove what the preflight would find
+  startEngine, // beside all that follows: its CRIU comes to a gate, which stays closed until the container stands still
+  checkOptions, // before anything is frozen
   findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
   findLayers,
-  startEngine, // while the container runs: its CRIU waits at a gate until it stands still
-  meetCriu, // it is at the gate: all that is left to do now is the dump itself
+  meetCriu, // nothing is left that could be done while the container runs
   takeTurn, // from here on no other call changes the container's state
   lockDevices, // while the processes run; on the way back they get them again
   freeze, // nothing below may wait for the container: it stands still
@@ -218,7 +218,7 @@ export const dumpSteps = [
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
   lateAdaptersOfPlugins, // their last word, on the frozen container
-  criuDump,
+  criuDump, // the gate is opened; the engine comes to its end
 ] as const satisfies readonly DumpStep[];
 
 export interface DumpOutcome {
