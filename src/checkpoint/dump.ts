@@ -8,6 +8,7 @@ import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
+import { learnVersionAnswer } from "../criu/version-answer.ts";
 import {
   BrokenImage,
   CriuFailed,
@@ -186,6 +187,8 @@ interface DumpContext extends ChainContext {
   cgroup: Cgroup | undefined;
   follower: Follower | undefined;
   engine: StartedEngine | undefined;
+  /** PATH of the engine */
+  enginePath: string | undefined;
   devices: DeviceDump | undefined;
   frozenMs: number;
   criuFrozenMs: number | undefined;
@@ -256,6 +259,7 @@ export async function dump(
     cgroup: undefined,
     follower: undefined,
     engine: undefined,
+    enginePath: undefined,
     devices: undefined,
     frozenMs: 0,
     criuFrozenMs: undefined,
@@ -267,6 +271,10 @@ export async function dump(
   await pluginsLoaded();
   await runChain("dump", dumpSteps.flatMap(withAdapters), context);
   keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
+  if (context.enginePath !== undefined)
+    learnVersionAnswer(context.enginePath, (error) =>
+      target.log.info({ err: error }, "CRIU's answer for its version is not kept"),
+    );
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
@@ -808,6 +816,7 @@ async function startAtGate(context: DumpContext): Promise<void> {
   const { target } = context;
   const options = target.hasEnded ? undefined : await target.gate?.();
   if (!options) return;
+  context.enginePath = options.path;
   const gate = await Gate.make(target.directory, options);
   noteAttempt(context, { gate: gate.directory });
   const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env: gate.env });

@@ -1,7 +1,8 @@
-import { closeSync, statSync } from "node:fs";
+import { closeSync } from "node:fs";
 import { basename } from "node:path";
 import type { Logger } from "pino";
 import { type SealedCopy, sealedCopy } from "../linux/addon.ts";
+import { fileIdentity } from "../linux/file-identity.ts";
 import { findBinary } from "./engine.ts";
 
 /** More is no engine: runc has 11 MiB, crun half a one. */
@@ -45,7 +46,7 @@ export class SealedEngines {
       return undefined;
     }
     const known = this.#known.get(binary);
-    if (known?.copy && identityOf(known.path) !== known.copy.of) {
+    if (known?.copy && fileIdentity(known.path) !== known.copy.of) {
       const { fd } = known.copy;
       known.copy = undefined;
       setTimeout(() => closeSync(fd), CLOSE_AFTER_MS).unref();
@@ -63,10 +64,4 @@ export class SealedEngines {
       this.#log.warn({ err: error, engine: binary }, "copy an engine into a sealed memfd");
     }
   }
-}
-
-/** As `SealedCopy.of`; undefined when the file is gone. */
-function identityOf(path: string): string | undefined {
-  const found = statSync(path, { bigint: true, throwIfNoEntry: false });
-  return found && [found.dev, found.ino, found.size, found.mtimeNs, found.ctimeNs].join(":");
 }
