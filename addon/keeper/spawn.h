@@ -34,6 +34,8 @@ struct spawn {
 pid_t spawn_program(struct spawn *spawn);
 /* A name with a slash as it is, else the first executable in `path` (NULL: a usual one); the caller frees. NULL: none. */
 char *find_program(const char *name, const char *path);
+/* "dev:ino:size:mtimeNs:ctimeNs" of a file; the caller frees. NULL: there is none. */
+char *file_identity(const char *path);
 /* Whether `path` is the file of "dev:ino:size:mtimeNs:ctimeNs", and `fd` can't be changed any more. */
 bool is_sealed_copy(int fd, const char *path, const char *of);
 /* A new list of the environment's strings without those for which `skip` says so; the caller frees the list. */

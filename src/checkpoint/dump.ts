@@ -8,6 +8,7 @@ import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
+import { learnVersionAnswer } from "../criu/version-answer.ts";
 import {
   BrokenImage,
   CriuFailed,
@@ -196,6 +197,8 @@ interface DumpContext extends ChainContext {
   cgroup: Cgroup | undefined;
   follower: Follower | undefined;
   engine: StartedEngine | undefined;
+  /** PATH of the engine */
+  enginePath: string | undefined;
   devices: DeviceDump | undefined;
   frozenMs: number;
   criuFrozenMs: number | undefined;
@@ -213,13 +216,13 @@ export const dumpSteps = [
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
   adaptersOfPlugins, // those of all plugins stand here
-  checkOptions, // before anything is frozen
   preDumpHook, // of the container's own; it may be there to remove what the preflight would find
+  startEngine, // beside all that follows: its CRIU comes to a gate, which stays closed until the container stands still
+  checkOptions, // before anything is frozen
   findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
   findChanges,
-  startEngine, // while the container runs: its CRIU waits at a gate until it stands still
-  meetCriu, // it is at the gate: all that is left to do now is the dump itself
+  meetCriu, // nothing is left that could be done while the container runs
   takeTurn, // from here on no other call changes the container's state
   lockDevices, // while the processes run; on the way back they get them again
   freeze, // nothing below may wait for the container: it stands still
@@ -228,7 +231,7 @@ export const dumpSteps = [
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
   lateAdaptersOfPlugins, // their last word, on the frozen container
-  criuDump,
+  criuDump, // the gate is opened; the engine comes to its end
 ] as const satisfies readonly DumpStep[];
 
 export interface DumpOutcome {
@@ -267,6 +270,7 @@ export async function dump(
     cgroup: undefined,
     follower: undefined,
     engine: undefined,
+    enginePath: undefined,
     devices: undefined,
     frozenMs: 0,
     criuFrozenMs: undefined,
@@ -278,6 +282,10 @@ export async function dump(
   await pluginsLoaded();
   await runChain("dump", dumpSteps.flatMap(withAdapters), context);
   keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
+  if (context.enginePath !== undefined)
+    learnVersionAnswer(context.enginePath, (error) =>
+      target.log.info({ err: error }, "CRIU's answer for its version is not kept"),
+    );
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
@@ -846,6 +854,7 @@ async function startAtGate(context: DumpContext): Promise<void> {
   const { target } = context;
   const options = target.hasEnded ? undefined : await target.gate?.();
   if (!options) return;
+  context.enginePath = options.path;
   const gate = await Gate.make(target.directory, options);
   noteAttempt(context, { gate: gate.directory });
   const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env: gate.env });

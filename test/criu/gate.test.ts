@@ -17,9 +17,11 @@ import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { Gate, isPassed, removeGate } from "../../src/criu/gate.ts";
+import { learnVersionAnswer, versionAnswer } from "../../src/criu/version-answer.ts";
 import { Seqpacket } from "../../src/linux/addon.ts";
 import { Request, RequestType } from "../../src/proto/generated/criu_rpc.ts";
 import { BUILD_TIMEOUT_MS, buildKeeper, keeperBinary } from "../keeper/harness.ts";
+import { until } from "../live/harness/until.ts";
 
 let work: string;
 let gate: Gate;
@@ -105,6 +107,32 @@ describe("the gate", () => {
     for (const args of [["--version"], ["check", "--all"], ["swrk"], ["swrk", "three"]])
       expect((await start(args)).stdout, args.join(" ")).toContain(criuSays(args.join(" ")).trim());
     expect(gate.isPassed).toBe(false);
+  });
+
+  it("answers for the version what this CRIU has answered, and asks another one", async () => {
+    const path = `${work}/bin:/usr/bin:/bin`;
+    const criu = join(work, "bin/criu");
+    const says = '#!/bin/sh\ndd bs=4096 count=1 <&3 >/dev/null 2>&1\nprintf "\\010\\012\\020\\001" >&3\n';
+    writeFileSync(criu, says);
+    const answer = Buffer.from([0x08, 0x0a, 0x10, 0x01]);
+    const failures: Error[] = [];
+    learnVersionAnswer(path, (error) => failures.push(error));
+    const learned = await until(() => versionAnswer(path), { what: () => "CRIU's answer" });
+    expect([learned.answer, failures]).toEqual([answer, []]);
+    gate[Symbol.dispose]();
+    gate = await Gate.make(work, { program: keeperBinary, path });
+    const answered = start(["swrk", "3"]);
+    ask(RequestType.VERSION);
+    expect(await answered).toEqual({ status: 0, stdout: "", stderr: "" });
+    expect(engine.receive()?.data).toEqual(answer);
+
+    writeFileSync(criu, `${says}exit 9\n`); // an upgrade
+    const asked = start(["swrk", "3"]);
+    ask(RequestType.VERSION);
+    expect((await asked).status).toBe(9);
+    learnVersionAnswer(path, (error) => failures.push(error));
+    await until(() => failures.length > 0, { what: () => "the failure" });
+    expect(failures[0]!.message).toMatch(/bin\/criu does not say its version: it ended with status 9/);
   });
 
   it.each([
