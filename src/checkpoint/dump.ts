@@ -2,6 +2,7 @@ import { mkdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { copyFile, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 import type { Logger } from "pino";
 import { Gate, type GateOptions, isPassed, removeGate } from "../criu/gate.ts";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
@@ -199,6 +200,7 @@ interface DumpContext extends ChainContext {
   engine: StartedEngine | undefined;
   /** PATH of the engine */
   enginePath: string | undefined;
+  facts: Promise<Facts> | undefined;
   devices: DeviceDump | undefined;
   frozenMs: number;
   criuFrozenMs: number | undefined;
@@ -231,6 +233,7 @@ export const dumpSteps = [
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
   lateAdaptersOfPlugins, // their last word, on the frozen container
+  askForFacts,
   criuDump, // the gate is opened; the engine comes to its end
 ] as const satisfies readonly DumpStep[];
 
@@ -271,6 +274,7 @@ export async function dump(
     follower: undefined,
     engine: undefined,
     enginePath: undefined,
+    facts: undefined,
     devices: undefined,
     frozenMs: 0,
     criuFrozenMs: undefined,
@@ -997,8 +1001,6 @@ export async function criuFailure(
 // ---- manifest --------------------------------------------------------------------------------------------------------
 
 async function recordDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const facts = Promise.all([cpuFacts(), context.target.image?.()]);
-  facts.catch(() => {}); // looked at below
   try {
     await next();
   } catch (error) {
@@ -1006,7 +1008,7 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     throw error;
   }
   const { target, request, startedAt, staging } = context;
-  const [cpu, image] = await facts;
+  const [cpu, image] = await context.facts!;
   const files = await (context.follower?.finish() ?? digestTree(staging.path, { signal: context.signal }));
   await writeManifest(
     staging.path,
@@ -1032,6 +1034,22 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     },
     { files, synced: false }, // by the commit, with all the rest
   );
+}
+
+type Facts = [cpu: Awaited<ReturnType<typeof cpuFacts>>, image: CheckpointManifest["image"]];
+
+async function factsOf(target: DumpTarget): Promise<Facts> {
+  return await Promise.all([cpuFacts(), target.image?.()]);
+}
+
+/** The engine is on its way then, and the event loop has nothing else to do until CRIU is done. */
+const FACTS_AFTER_MS = 10;
+
+/** What is asked of others for the manifest. Asking containerd takes some ms of the event loop, and here the container may stand still. */
+async function askForFacts(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  context.facts = sleep(FACTS_AFTER_MS).then(() => factsOf(context.target));
+  context.facts.catch(() => {}); // looked at by recordDump
+  await next();
 }
 
 /** As used: a restore uses them again. */

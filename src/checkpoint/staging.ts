@@ -514,8 +514,10 @@ const criuFile = /\.img$|^descriptors\.json$|^stats-dump$|^dump\.log$|^parent$/;
 
 /** The top entries that an older checkpoint in this directory consists of: by its manifest, or by their names where it has none. */
 async function olderEntries(directory: string): Promise<string[]> {
-  const manifest = await readManifest(directory).catch(() => undefined); // broken: then as if there were none
   const found = entriesOf(directory);
+  const manifest = found.includes(MANIFEST_NAME)
+    ? await readManifest(directory).catch(() => undefined) // broken: then as if there were none
+    : undefined;
   const byName = found.includes("inventory.img") ? found.filter((name) => criuFile.test(name)) : [];
   const names = new Set(manifest?.files.map(({ path }) => path.split("/", 1)[0]!) ?? byName);
   names.add(MANIFEST_NAME);
