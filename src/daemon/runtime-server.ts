@@ -64,8 +64,8 @@ export class RuntimeServer {
   /** What an earlier cedanad has left: containers frozen, signals to be sent. */
   async revive(runDirectory: string): Promise<void> {
     this.#escalator.revive(runDirectory);
-    await thawLeftovers(runDirectory, this.#log);
-    await this.#endings.revive(runDirectory);
+    const undone = await thawLeftovers(runDirectory, this.#log);
+    this.#endings.revive(runDirectory, undone);
     deviceSlot()?.recoverAll(join(runDirectory, "c", "oci-"), this.#log);
   }
 
