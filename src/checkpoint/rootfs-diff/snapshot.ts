@@ -21,19 +21,26 @@ export interface Snapshot {
   base: string;
   /** what is mounted in the root from elsewhere, relative to it: not the container's files */
   mounted: RawName[];
-  /**
-   * When the root was as `base`, at the earliest: of files with a younger change time (ctime, which no program sets), the contents are
-   * compared, too, where all else is the same.
-   */
+  /** When the root was as `base`, at the earliest. What has a younger change time (ctime, which no program sets) is looked at closely. */
   sameAtNs: bigint;
+}
+
+interface Directory {
+  path: RawName;
+  fd: number;
+  info: BigIntStats;
+  /** what it was; undefined: it is new, with everything in it */
+  base: { fd: number; info: BigIntStats } | undefined;
+  /** it has come here by no renaming, of itself or of a directory above it */
+  inPlace: boolean;
 }
 
 const BLOCK_BYTES = 1024 * 1024;
 
 /**
- * Finds what differs between a root file system and what it was made of. Owner, mode, times and attributes are compared for everything,
- * contents where they may differ with all of these being equal. Of an unchanged file nothing is read, which matters: the container stands
- * still meanwhile, and most of what it has is its image.
+ * Finds what differs between a root file system and what it was made of. The container stands still meanwhile, and most of what it has is
+ * its image: of a file that nobody has touched, owner, mode, size and time are compared and nothing else is read. Attributes and contents
+ * are compared of those whose change time says that somebody has, or which may have come to their place with a directory that was renamed.
  *
  * What is one file under several names here is one file afterwards, and what isn't, isn't: a name is unchanged only if on both sides it
  * goes with the same first one among the unchanged.
@@ -56,46 +63,40 @@ export class SnapshotWalk {
   }
 
   walk(): void {
-    withFd(openDirectory(this.#snapshot.root), (root) =>
-      withFd(openDirectory(this.#snapshot.base), (base) =>
-        this.#directory(
-          root,
-          base,
-          ".",
-          fstatSync(root, { bigint: true }),
-          fstatSync(base, { bigint: true }),
-        ),
-      ),
+    withFd(openDirectory(this.#snapshot.root), (fd) =>
+      withFd(openDirectory(this.#snapshot.base), (baseFd) => {
+        const [info, baseInfo] = [fstatSync(fd, { bigint: true }), fstatSync(baseFd, { bigint: true })];
+        this.#directory({ path: ".", fd, info, base: { fd: baseFd, info: baseInfo }, inPlace: true });
+      }),
     );
   }
 
-  /** @param base  what it was; undefined: it is new, with everything in it */
-  #directory(
-    fd: number,
-    base: number | undefined,
-    path: RawName,
-    info: BigIntStats,
-    baseInfo: BigIntStats | undefined,
-  ): void {
-    const xattrs = attributesOf(`/proc/self/fd/${fd}/.`);
+  #directory(directory: Directory): void {
+    const { path, fd, info, base } = directory;
+    const self = `/proc/self/fd/${fd}/.`;
+    const xattrs = attributesOf(self);
     let written = false;
     // Before the first thing in it that is made or removed, which would change its time.
     const write = () => {
       if (written) return;
       written = true;
-      this.#refuseLayer(`/proc/self/fd/${fd}/.`, path);
+      this.#refuseLayer(self, path);
       this.#writer.directory(path, info, xattrs);
     };
-    if (base === undefined || !same(info, baseInfo!, xattrs, attributesOf(`/proc/self/fd/${base}/.`)))
+    if (
+      !base ||
+      !same(info, base.info) ||
+      !sameAttributes(xattrs, attributesOf(`/proc/self/fd/${base.fd}/.`))
+    )
       write();
     const prefix = path === "." ? "" : `${path}/`;
     const names = namesIn(fd);
-    const baseNames = base === undefined ? [] : namesIn(base);
+    const baseNames = base ? namesIn(base.fd) : [];
     for (const name of [...new Set([...names, ...baseNames])].sort()) {
       this.#writer.context.checkCancelled();
       const child = prefix + name;
       if (this.#writer.isExcluded(child) || this.#mounted.has(child)) continue;
-      if (names.has(name)) this.#entry(fd, base, name, child, write);
+      if (names.has(name)) this.#entry(directory, name, child, write);
       else {
         write();
         this.#writer.deleted(prefix, name);
@@ -103,32 +104,22 @@ export class SnapshotWalk {
     }
   }
 
-  #entry(directory: number, base: number | undefined, name: RawName, path: RawName, write: () => void): void {
-    const info = lstatSync(entryPath(directory, name), { bigint: true });
+  #entry(directory: Directory, name: RawName, path: RawName, write: () => void): void {
+    const at = entryPath(directory.fd, name);
+    const info = lstatSync(at, { bigint: true });
     const baseInfo =
-      base === undefined
-        ? undefined
-        : lstatSync(entryPath(base, name), { bigint: true, throwIfNoEntry: false });
+      directory.base &&
+      lstatSync(entryPath(directory.base.fd, name), { bigint: true, throwIfNoEntry: false });
     if (info.isDirectory()) {
-      const wasDirectory = baseInfo?.isDirectory() ?? false;
-      if (!wasDirectory) {
-        refuseMark(name, path);
-        write();
-      }
-      withFd(openBelow(directory, name), (fd) => {
-        if (!wasDirectory) this.#directory(fd, undefined, path, info, undefined);
-        else withFd(openBelow(base!, name), (baseFd) => this.#directory(fd, baseFd, path, info, baseInfo));
-      });
+      this.#child(directory, name, path, info, baseInfo, write);
       return;
     }
-    const at = entryPath(directory, name);
-    const xattrs = attributesOf(at);
     const known = info.nlink > 1n ? this.#links.get(keyOf(info)) : undefined;
     const unchanged =
       baseInfo !== undefined &&
       !known?.written &&
       (known?.path ?? path) === (this.#baseLinks.get(keyOf(baseInfo)) ?? path) &&
-      this.#isSame(directory, base!, name, info, baseInfo, xattrs);
+      this.#isSame(directory, name, info, baseInfo);
     if (info.nlink > 1n && !known) this.#links.set(keyOf(info), { path, written: !unchanged });
     if (unchanged) {
       if (baseInfo.nlink > 1n && !known) this.#baseLinks.set(keyOf(baseInfo), path);
@@ -138,23 +129,43 @@ export class SnapshotWalk {
     this.#refuseLayer(at, path);
     write();
     if (known && !info.isSocket()) this.#writer.hardLink(path, info, known.path);
-    else this.#writer.other(directory, name, path, info, xattrs);
+    else this.#writer.other(directory.fd, name, path, info, attributesOf(at));
   }
 
-  #isSame(
-    directory: number,
-    base: number,
+  #child(
+    parent: Directory,
     name: RawName,
+    path: RawName,
     info: BigIntStats,
-    baseInfo: BigIntStats,
-    xattrs: ReadonlyMap<RawName, Buffer>,
-  ): boolean {
-    const [at, baseAt] = [entryPath(directory, name), entryPath(base, name)];
-    if (!same(info, baseInfo, xattrs, attributesOf(baseAt))) return false;
+    baseInfo: BigIntStats | undefined,
+    write: () => void,
+  ): void {
+    const { sameAtNs } = this.#snapshot;
+    // Renaming gives a directory, and the one that it is put in, a new change time, and those in it none.
+    const inPlace = parent.inPlace && (info.ctimeNs < sameAtNs || parent.info.ctimeNs < sameAtNs);
+    withFd(openBelow(parent.fd, name), (fd) => {
+      if (baseInfo?.isDirectory())
+        withFd(openBelow(parent.base!.fd, name), (baseFd) =>
+          this.#directory({ path, fd, info, base: { fd: baseFd, info: baseInfo }, inPlace }),
+        );
+      else {
+        refuseMark(name, path);
+        write();
+        this.#directory({ path, fd, info, base: undefined, inPlace });
+      }
+    });
+  }
+
+  #isSame(directory: Directory, name: RawName, info: BigIntStats, baseInfo: BigIntStats): boolean {
+    if (!same(info, baseInfo)) return false;
+    if (directory.inPlace && info.ctimeNs < this.#snapshot.sameAtNs) return true;
+    const base = directory.base!.fd;
+    const [at, baseAt] = [entryPath(directory.fd, name), entryPath(base, name)];
+    if (!sameAttributes(attributesOf(at), attributesOf(baseAt))) return false;
     if (info.isSymbolicLink())
       return readlinkSync(at, { encoding: "buffer" }).equals(readlinkSync(baseAt, { encoding: "buffer" }));
-    if (!info.isFile() || info.ctimeNs < this.#snapshot.sameAtNs) return true;
-    return withFd(openFile(directory, name), (fd) =>
+    if (!info.isFile()) return true;
+    return withFd(openFile(directory.fd, name), (fd) =>
       withFd(openFile(base, name), (baseFd) => this.#sameContents(fd, baseFd)),
     );
   }
@@ -178,18 +189,16 @@ export class SnapshotWalk {
   }
 }
 
-/** All but contents. Of a directory, what is in it is looked at by itself. */
-function same(
-  a: BigIntStats,
-  b: BigIntStats,
-  xattrs: ReadonlyMap<RawName, Buffer>,
-  baseXattrs: ReadonlyMap<RawName, Buffer>,
-): boolean {
+/** As far as stat(2) says it. The size of a directory says nothing. */
+function same(a: BigIntStats, b: BigIntStats): boolean {
   if (a.mode !== b.mode || a.uid !== b.uid || a.gid !== b.gid || a.mtimeNs !== b.mtimeNs) return false;
-  if (!a.isDirectory() && a.size !== b.size) return false;
-  if ((a.isCharacterDevice() || a.isBlockDevice()) && a.rdev !== b.rdev) return false;
-  if (xattrs.size !== baseXattrs.size) return false;
-  for (const [name, value] of xattrs) if (!baseXattrs.get(name)?.equals(value)) return false;
+  if (a.isCharacterDevice() || a.isBlockDevice()) return a.rdev === b.rdev;
+  return a.isDirectory() || a.size === b.size;
+}
+
+function sameAttributes(a: ReadonlyMap<RawName, Buffer>, b: ReadonlyMap<RawName, Buffer>): boolean {
+  if (a.size !== b.size) return false;
+  for (const [name, value] of a) if (!b.get(name)?.equals(value)) return false;
   return true;
 }
 
