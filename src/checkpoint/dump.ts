@@ -6,7 +6,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import type { Logger } from "pino";
 import { Gate, type GateOptions, isPassed, removeGate } from "../criu/gate.ts";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
-import { unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
+import { endOfWriters, unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
 import { learnVersionAnswer } from "../criu/version-answer.ts";
@@ -55,7 +55,6 @@ import {
   takeRootfsDiff,
 } from "./rootfs-diff/index.ts";
 import { Staging, type StagingRecord } from "./staging.ts";
-import { endOfWriters } from "./writers.ts";
 
 /*
  * A dump of a container: what is asked for, what is dumped, and the steps in their order.
@@ -746,7 +745,7 @@ async function findChanges(context: DumpContext, next: () => Promise<void>): Pro
   if (request.rootfs && !context.attempt.rootfsDiff && !target.hasEnded) {
     context.changes = await changesOf(context);
     await prepareRootfsDiff(signal);
-  } else if (request.rootfs && request.repeated)
+  } else if (request.rootfs && request.repeated && context.attempt.rootfsDiff?.source !== "overlay")
     await target.rootfsBase
       ?.forget()
       .catch((error) =>
