@@ -65,7 +65,7 @@ const calls = { active: 0 };
 const runtime = new RuntimeServer({
   log,
   endBelowConmon: () => end("conmon waits for its children"),
-  isBusy: () => calls.active > 0,
+  isBusy: () => calls.active > 0 || gpuSlot.isRecovering(),
 });
 await runtime.revive(runDirectory);
 

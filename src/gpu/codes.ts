@@ -49,7 +49,7 @@ const meanings: readonly (readonly [
     code.notSupported,
     "checkpoint",
     Unsupported,
-    "it has managed (UVM) memory or memory shared by IPC, which this driver does not checkpoint; the driver has marked the process as failed, and it can only be ended",
+    "it has managed (UVM) memory or memory shared by IPC, which this driver does not checkpoint; the driver has marked the process as failed, and it can only be ended. With the annotation cedana.io/gpu: intercept such memory is found before anything is touched",
   ],
   [code.outOfMemory, "checkpoint", ResourceExhausted, "there is not enough host memory for its GPU memory"],
   [code.outOfMemory, "restore", ResourceExhausted, "the GPU has not enough free memory"],

@@ -11,6 +11,7 @@ import { isAlive } from "../../src/linux/proc.ts";
 import { cached } from "../live/harness/programs.ts";
 import { until } from "../live/harness/until.ts";
 import { onRealGpu, standIn } from "./harness.ts";
+import { machineWithGpu } from "./machine.ts";
 
 /*
  * The interception library as it is built, in front of the stand-in driver, and in front of one that only says what it was called with.
@@ -193,7 +194,9 @@ describe("the library", () => {
 });
 
 /** The opt-in tier: the same clients, and the same library in front of the machine's own driver. */
-describe.runIf(onRealGpu)("on a real GPU, the library", () => {
+const noGpu = onRealGpu ? machineWithGpu() : "npm run test:gpu";
+const missing = typeof noGpu === "string" ? noGpu : undefined;
+describe.skipIf(missing)(`on a real GPU, the library${missing ? ` (${missing})` : ""}`, () => {
   it.each(["linked", "dlsym", "procaddress"])("reports, quiesces and traces a client (%s)", async (way) => {
     const client = start(`client-${way}`, ["--bytes", "8192"], { ...tracing(), LD_LIBRARY_PATH: "" });
     await event("the client counts", () => client.lines.length > 2);

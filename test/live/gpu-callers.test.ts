@@ -3,6 +3,7 @@
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { allPids } from "../../src/linux/proc.ts";
 import { countsOn, gpuOptions, runClient } from "../gpu/container.ts";
 import { driverEnvironment, Gpus, LINKER, standIn, UUIDS } from "../gpu/harness.ts";
 import { CallerPlace, missingCallers, Podman } from "./harness/callers.ts";
@@ -14,6 +15,14 @@ import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
 
 const numbersIn = (text: string) => (text.match(/(?<=\bclient )\d+/g) ?? []).map(Number);
+
+function commandOf(pid: number): string {
+  try {
+    return readFileSync(`/proc/${pid}/cmdline`, "utf8");
+  } catch {
+    return ""; // it has ended
+  }
+}
 
 /** One by one, without a gap. */
 function expectCounted(text: string, beyond: number): void {
@@ -175,7 +184,10 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
     directory = await standIn();
     gpus = new Gpus("/run");
   }, 60_000);
-  afterEach(() => gpus.wipe());
+  afterEach(() => {
+    gpus.faults();
+    gpus.wipe();
+  });
   afterAll(() => gpus?.[Symbol.dispose]());
 
   it("come back in a runc container by cedana-runtime", async () => {
@@ -222,6 +234,36 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
       process.kill(Number(readFileSync(join(place.runDir, pidFile), "utf8")), "SIGKILL");
       expect((await cut).status).not.toBe(0);
       gpus.faults();
+      // The wrapper is killed in the middle, and the driver can't give the GPU back at first.
+      const counted = numbersIn(read()).at(-1)!;
+      await until(() => numbersIn(read()).at(-1)! > counted + 2, { what: () => "to go on before" });
+      gpus.faults("checkpoint=slow:700", "restore=error:46");
+      const seenNow = gpus.watchCalls();
+      const killed = join(place.dir, "killed");
+      const ended = place
+        .run(runtime("checkpoint", "--leave-running", "--image-path", killed, "c"), { env })
+        .then(
+          ({ status }) => status,
+          () => "killed", // by a signal
+        );
+      await until(() => seenNow().includes("checkpoint client"), {
+        everyMs: 2,
+        what: () => "the driver's call for the wrapper",
+      });
+      const wrapper = allPids().find(
+        (pid) => commandOf(pid).includes(`cedana-runtime\0`) && commandOf(pid).includes(killed),
+      );
+      process.kill(wrapper!, "SIGKILL");
+      expect(await ended).not.toBe(0);
+      await until(() => seenNow().includes("restore client"), {
+        what: () => `to be given back: ${seenNow()}`,
+      });
+      const stopped = numbersIn(read()).at(-1)!;
+      gpus.faults();
+      await until(() => numbersIn(read()).at(-1)! > stopped + 2, {
+        timeoutMs: 20_000,
+        what: () => "to go on after the wrapper's end",
+      });
       const whole = runtime("checkpoint", "--leave-running", "--image-path", join(place.dir, "whole"), "c");
       await place.ok(whole, { env });
       const afterCrash = numbersIn(read()).at(-1)!;
