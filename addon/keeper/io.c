@@ -622,7 +622,7 @@ void io_drain(const struct message *m) {
 void io_free(const struct message *m) {
   struct tag tag = tag_of(m);
   struct io *io = io_find(message_string(m, FIELD_IO));
-  if (io && io->opening.step) result_send(io->opening, ECANCELED, "the io object was freed before its log program was ready");
+  if (io && io->opening.step) result_send(io->opening, ECANCELED, "the io object was freed before it was ready");
   if (!io || io_destroy(io, tag)) result_send(tag, 0, NULL);
 }
 

@@ -38,6 +38,7 @@ struct loop_config {
 #define UNMOUNTS_MAX 10000
 
 enum { FSCONFIG_FLAG = 0, FSCONFIG_STRING = 1, FSCONFIG_CREATE = 6 };
+#define MS_NOSYMFOLLOW_ 256
 #define FSMOUNT_CLOEXEC_ 1
 #define MOVE_MOUNT_F_EMPTY_PATH_ 4
 
@@ -54,6 +55,7 @@ static uint64_t attributes_of(unsigned long flags) {
   if (flags & MS_NOATIME) attributes |= 0x10;
   if (flags & MS_STRICTATIME) attributes |= 0x20;
   if (flags & MS_NODIRATIME) attributes |= 0x80;
+  if (flags & MS_NOSYMFOLLOW_) attributes |= 0x200000;
   return attributes;
 }
 

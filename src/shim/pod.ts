@@ -1,6 +1,7 @@
 import { createHash } from "node:crypto";
 import { join } from "node:path";
 import type { Logger } from "pino";
+import { BrokenImage } from "../errors/index.ts";
 import type { Dispatcher } from "../ttrpc/index.ts";
 import { type Event, forwardFrame } from "./events.ts";
 import { readTaskRecord } from "./journal.ts";
@@ -83,7 +84,10 @@ export class Pod {
 
   // ---- what the keeper says ------------------------------------------------------------------------------------------
 
-  /** TASK of a keeper that came back: read the record that the cedanad before us left. */
+  /**
+   * TASK of a keeper that came back: read the record that the cedanad before us left.
+   * @throws what hinders us now and may not hinder the next one (EMFILE, EIO): to forget the task for it would end its container
+   */
   taskKnown(message: Message): void {
     const [id, bundle] = [message.string("id"), message.string("bundle")];
     if (bundle === "") return; // its Create is under way and will be repeated: there is no record yet
@@ -95,6 +99,7 @@ export class Pod {
       }
       this.log.info({ task: id }, "the record is gone with the bundle: the task was deleted");
     } catch (error) {
+      if (!(error instanceof BrokenImage)) throw error;
       this.log.error({ task: id, err: error }, "read the task's record");
     }
     this.keeper.taskGone(id);

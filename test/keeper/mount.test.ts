@@ -10,6 +10,7 @@ import { BUILD_TIMEOUT_MS, buildKeeper, isRoot, Pod, type } from "./harness.ts";
 beforeAll(buildKeeper, BUILD_TIMEOUT_MS);
 
 const MS_RDONLY = 1;
+const MS_NOSYMFOLLOW = 256;
 const MS_BIND = 4096;
 
 const mountsBelow = (dir: string) =>
@@ -105,12 +106,13 @@ describe.skipIf(!isRoot)("mounts", () => {
         mountType: "overlay",
         source: "overlay",
         target: p.path(name),
-        mountFlags: MS_RDONLY,
+        mountFlags: MS_RDONLY | MS_NOSYMFOLLOW,
         mountData,
         cwd: base,
       });
       expect(result.string("message")).toBe("");
       expect(fs.readdirSync(p.path(name)).length).toBe(count);
+      expect(mountsBelow(p.path(name))[0]!.split(" ")[5]).toBe("ro,relatime,nosymfollow");
       expect((await p.link.operate(type.UNMOUNT, { target: p.path(name) })).int("errno")).toBe(0);
     }
     expect((await p.link.operate(type.UNMOUNT, { target: base })).int("errno")).toBe(0);

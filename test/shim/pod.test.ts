@@ -35,6 +35,7 @@ const operations = new Set<number>([
 
 class FakeKeeper {
   readonly log: Message[] = [];
+  closed = false;
   readonly #socket: Socket;
   readonly #held = new Map<number, Message[]>();
   #now = 0;
@@ -46,6 +47,9 @@ class FakeKeeper {
       for (const message of reader.push(chunk)) this.#take(message);
     });
     socket.on("error", () => {});
+    socket.on("close", () => {
+      this.closed = true;
+    });
     this.send(type.HELLO, { versionMin: 1, versionMax: 2, pid: process.pid, namespace: "ns", id: "c1" });
   }
 
@@ -242,6 +246,27 @@ describe("a Create that fails at its first file", () => {
     expect(await keeper.response(9)).toBe(statusCode.INTERNAL);
     expect((await keeper.takes(type.TASK_GONE)).string("id")).toBe("c1");
     expect(fs.readdirSync(bundle)).toEqual(["config.json"]);
+  });
+});
+
+describe("a task's record", () => {
+  const file = (bundle: string) => path.join(bundle, "cedana-task.json");
+
+  it("that can't be read now is not taken for lost: the keeper has to come again", async () => {
+    const bundle = record("c1", { state: "running", pid: 4242 });
+    fs.rmSync(file(bundle));
+    fs.mkdirSync(file(bundle));
+    keeper.send(type.END);
+    await until(() => keeper.closed, { what: () => "the end of the connection" });
+    expect(keeper.log.some((message) => message.type === type.TASK_GONE)).toBe(false);
+  });
+
+  it("that is gone with its bundle, or broken, tells that the task is", async () => {
+    fs.rmSync(record("c1", { state: "running", pid: 4242 }), { recursive: true });
+    fs.writeFileSync(file(record("c2", { state: "running", pid: 4243 })), "{");
+    keeper.send(type.END);
+    for (const id of ["c1", "c2"])
+      await keeper.takes(type.TASK_GONE, (message) => message.string("id") === id);
   });
 });
 
