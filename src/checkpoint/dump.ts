@@ -41,11 +41,13 @@ import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
 import {
+  type Changes,
   DELETED_FILES_NAME,
-  type Layers,
   overlayLayers,
   prepareRootfsDiff,
   ROOTFS_DIFF_NAME,
+  type RootfsBase,
+  snapshotOf,
   takeRootfsDiff,
 } from "./rootfs-diff/index.ts";
 import { Staging, type StagingRecord } from "./staging.ts";
@@ -120,6 +122,13 @@ export interface DumpTarget {
   readonly mountPoints: readonly string[];
   /** where its root file system is mounted */
   readonly rootfs?: string | undefined;
+  /** What its root file system was made of, where no overlay keeps its changes apart; default: nobody knows. */
+  readonly rootfsBase?: {
+    /** @throws Unsupported, Unavailable */
+    open(signal: AbortSignal): Promise<RootfsBase>;
+    /** Removes what a crash has left of `open`. */
+    forget(): Promise<void>;
+  };
   /** what the manifest says of it */
   readonly facts: Pick<
     CheckpointManifest,
@@ -167,7 +176,8 @@ interface DumpContext extends ChainContext {
   readonly adapters: NonNullable<CheckpointManifest["plugins"]>;
   networkLock: NetworkLock;
   criu: string | undefined;
-  layers: Layers | undefined;
+  changes: Changes | undefined;
+  base: RootfsBase | undefined;
   cgroup: Cgroup | undefined;
   follower: Follower | undefined;
   devices: DeviceDump | undefined;
@@ -191,7 +201,7 @@ export const dumpSteps = [
   preDumpHook, // of the container's own; it may be there to remove what the preflight would find
   findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
-  findLayers,
+  findChanges,
   takeTurn, // from here on no other call changes the container's state
   lockDevices, // while the processes run; on the way back they get them again
   freeze, // nothing below may wait for the container: it stands still
@@ -234,7 +244,8 @@ export async function dump(
     adapters: [],
     networkLock: "default",
     criu: undefined,
-    layers: undefined,
+    changes: undefined,
+    base: undefined,
     cgroup: undefined,
     follower: undefined,
     devices: undefined,
@@ -693,38 +704,64 @@ async function detectNetwork(context: DumpContext, next: () => Promise<void>): P
 // ---- files -----------------------------------------------------------------------------------------------------------
 
 /** Before anything is frozen: where the changed files are, and a thread that is ready to read them. */
-async function findLayers(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { target, request } = context;
+async function findChanges(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request, signal } = context;
+  await using _ = { [Symbol.asyncDispose]: async () => await context.base?.[Symbol.asyncDispose]() };
   if (request.rootfs && !context.attempt.rootfsDiff && !target.hasEnded) {
-    if (target.rootfs === undefined)
-      throw new Unsupported(`nothing is known of where ${target.what} has its root file system`);
-    try {
-      context.layers = await overlayLayers(target.rootfs);
-    } catch (error) {
-      if (!(error instanceof NotFound)) throw error;
-      throw new Unsupported(
-        `changed files of ${target.what} can't be taken: ${error.message}. They are known with the overlay file system alone; cedana.io/rootfs-diff: "false" leaves them out`,
-        { cause: error },
+    context.changes = await changesOf(context);
+    await prepareRootfsDiff(signal);
+  } else if (request.rootfs && request.repeated)
+    await target.rootfsBase
+      ?.forget()
+      .catch((error) =>
+        target.log.warn({ err: error }, "remove what a dump before a crash was compared with"),
       );
-    }
-    await prepareRootfsDiff(context.signal);
-  }
   await next();
 }
 
+async function changesOf(context: DumpContext): Promise<Changes> {
+  const { target, signal } = context;
+  const { rootfs } = target;
+  const advice = 'cedana.io/rootfs-diff: "false" leaves them out';
+  const what = `changed files of ${target.what} can't be taken`;
+  if (rootfs === undefined)
+    throw new Unsupported(`${what}: nothing is known of where its root file system is; ${advice}`);
+  try {
+    return await overlayLayers(rootfs);
+  } catch (error) {
+    if (!(error instanceof NotFound)) throw error;
+    if (!target.rootfsBase)
+      throw new Unsupported(
+        `${what}: ${messageOf(error)}, and nobody says here what it was made of. Give the container an overlay (Podman's and Docker's driver overlay or overlay2); ${advice}`,
+        { cause: error },
+      );
+  }
+  try {
+    context.base = await target.rootfsBase.open(signal);
+    return await snapshotOf(rootfs, context.base.path, context.base.sameAtNs);
+  } catch (error) {
+    if (error instanceof Error)
+      error.message = `${what}: its root file system is no overlay, and what it was made of can't be had: ${error.message}; ${advice}`;
+    throw error;
+  }
+}
+
 async function takeRootfs(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { request, layers, staging, signal } = context;
-  if (layers && request.rootfs) {
+  const { request, changes, base, staging, signal } = context;
+  if (changes && request.rootfs) {
     const { exclude, maxBytes } = request.rootfs;
     for (const name of [ROOTFS_DIFF_NAME, DELETED_FILES_NAME])
       await rm(join(staging.path, name), { force: true }); // of an attempt before a crash
-    const { bytes, members, deleted, sockets } = await takeRootfsDiff(layers, staging.path, {
+    const { bytes, members, deleted, sockets } = await takeRootfsDiff(changes, staging.path, {
       exclude,
       maxBytes,
       signal,
     });
+    const source = base
+      ? ({ source: "snapshot", snapshotter: base.snapshotter } as const)
+      : ({ source: "overlay" } as const);
     noteAttempt(context, {
-      rootfsDiff: { source: "overlay", bytes, members, deleted, exclude: [...exclude], sockets },
+      rootfsDiff: { ...source, bytes, members, deleted, exclude: [...exclude], sockets },
     });
   }
   await next();

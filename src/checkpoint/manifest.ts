@@ -91,8 +91,10 @@ export interface CheckpointManifest {
  * applies them to a fresh root file system of the same image before CRIU runs (`applyRootfsDiff`), or refuses.
  */
 export interface RootfsDiffFacts {
-  /** an overlay's upper layer, with whiteouts in the tar */
-  source: "overlay";
+  /** an overlay's upper layer, or the root compared with the snapshot below it; with whiteouts in the tar */
+  source: "overlay" | "snapshot";
+  /** containerd's, of a snapshot */
+  snapshotter?: string;
   /** of the tar */
   bytes: number;
   members: number;

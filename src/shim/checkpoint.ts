@@ -72,6 +72,10 @@ export function dumpTarget(
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
     rootfs: resolve(task.bundle, spec.root?.path ?? "rootfs"),
+    rootfsBase: {
+      open: async (signal) => await (await import("./rootfs-base.ts")).openRootfsBase(task, signal),
+      forget: async () => await (await import("./rootfs-base.ts")).forgetRootfsBase(task),
+    },
     facts: {
       ...identityOf(spec, task.id, task.namespace),
       ...(task.generation > 0 && { generation: task.generation }),

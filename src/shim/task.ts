@@ -8,15 +8,12 @@ import {
   BrokenImage,
   Cancelled,
   NotFound,
-  RuntimeFailed,
   SyscallFailed,
   Unavailable,
   WrongState,
 } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
-import { mountCalls, planMount } from "../linux/mount-options.ts";
 import { isAlive } from "../linux/proc.ts";
-import { pathInRoot } from "../linux/root-path.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
 import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
 import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
@@ -45,6 +42,7 @@ import {
 } from "./journal.ts";
 import { type AdoptedExit, ALL_PIPES, stdioKind, type Tag } from "./keeper.ts";
 import { LazyMemory } from "./lazy-memory.ts";
+import { mountAll } from "./mounts.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
 import type { RestoreSource } from "./restore-source.ts";
@@ -1140,22 +1138,9 @@ export class Task {
   // ---- parts ---------------------------------------------------------------------------------------------------------
 
   async #mountRootfs(work: Work, mounts: CreateRequest["rootfs"], step = "mount"): Promise<void> {
-    const root = join(this.bundle, "rootfs");
-    for (const [index, mount] of mounts.entries()) {
-      this.#rootfsMounted = true;
-      const target = await pathInRoot(root, mount.target);
-      const plan = planMount(mount, target);
-      if (plan.helper) {
-        const exit = await this.#pod.keeper.run(work.tag(`${step}:${index}`), { argv: plan.helper.argv });
-        if (exit.exitStatus !== 0)
-          throw new RuntimeFailed(`mount ${mount.type} at ${target}: ${plan.helper.argv[0]} failed`, {
-            exitStatus: exit.exitStatus,
-          });
-        continue;
-      }
-      for (const [part, call] of mountCalls(plan).entries())
-        await this.#pod.keeper.mount(work.tag(`${step}:${index}.${part}`), call);
-    }
+    if (mounts.length === 0) return;
+    this.#rootfsMounted = true;
+    await mountAll(this.#pod.keeper, mounts, join(this.bundle, "rootfs"), (at) => work.tag(`${step}:${at}`));
   }
 
   async #createContainer(work: Work): Promise<void> {

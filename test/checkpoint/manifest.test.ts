@@ -306,7 +306,8 @@ describe("the schema in the repository", () => {
     name: "web",
     trigger: "command",
     rootfsDiff: {
-      source: "overlay",
+      source: "snapshot",
+      snapshotter: "native",
       bytes: 1024,
       members: 0,
       deleted: 0,

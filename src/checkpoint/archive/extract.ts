@@ -13,7 +13,7 @@ import { dirname } from "node:path";
 import { BrokenImage, InvalidRequest, PermissionDenied, ResourceExhausted } from "../../errors/index.ts";
 import { openBeneath } from "../../linux/addon.ts";
 import { openDirectory } from "../digest.ts";
-import { entryPath, writeAll } from "../rootfs-diff/pack.ts";
+import { entryPath, writeAll } from "../rootfs-diff/layer.ts";
 import { pathBytes, type RawName, rawName, showName } from "../tar/format.ts";
 import { confinedPath, splitPath } from "../tar/path.ts";
 import { ByteSource, readTar, type TarMember } from "../tar/reader.ts";
