@@ -71,8 +71,11 @@ const meanings: readonly (readonly [
   [code.notSupported, undefined, Unsupported, "the driver does not support it"],
 ];
 
-/** @param who  "process 12 (python)" */
-export function failureOf(verb: Verb, who: string, result: number, name: string): CedanaError {
+/**
+ * @param who   "process 12 (python)"
+ * @param name  the driver's, of the code
+ */
+export function failureOf(verb: Verb, who: string, result: number, name = "of no name"): CedanaError {
   const found = meanings.find(([number, only]) => number === result && (only === undefined || only === verb));
   const [, , type, text] = found ?? [0, undefined, Unavailable, "the driver says no more"];
   return new type(`${verb} of the GPU state of ${who} failed (${name}, ${result}): ${text}`);

@@ -155,6 +155,13 @@ export function tracerPid(pid: number): number | undefined {
   return text === undefined ? undefined : Number(/^TracerPid:\s*(\d+)$/m.exec(text)?.[1] ?? 0);
 }
 
+/** Every process that we see. */
+export function allPids(): number[] {
+  return readdirSync("/proc")
+    .filter((name) => /^\d+$/.test(name))
+    .map(Number);
+}
+
 /** Ids of the process's threads; empty when it has ended. */
 export function threadsOf(pid: number): number[] {
   try {

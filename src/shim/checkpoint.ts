@@ -2,6 +2,7 @@ import { rm } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
 import { killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
+import { toldPluginDirectory } from "../criu/plugins.ts";
 import { foreignHierarchies } from "../linux/cgroup.ts";
 import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
@@ -119,7 +120,7 @@ export async function engineCheckpoint(
     skipInFlight: policy.tcp === "skip-in-flight",
     networkLock: networkLock === "default" ? undefined : networkLock,
     externalMounts,
-    pluginDirectory: withoutPlugins ? workPath : undefined,
+    pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
     cgroupRoots: await foreignHierarchies(task.init.pid),
   });
   try {

@@ -46,6 +46,8 @@ async function ownPrograms(): Promise<string> {
     const echo = ["-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic"];
     const libraryOf = (name: string) => join(directory, name, "libcuda.so.1");
     compile(...echo, "echo-driver.c", "echo-lookup.c", "-o", libraryOf("echo"), "-ldl");
+    mkdirSync(join(directory, "importing"));
+    compile(...echo, "importing-driver.c", "-o", libraryOf("importing"));
     compile("every-name.c", "-o", join(directory, "every-name"), "-ldl");
     compile("-pthread", "things.c", "-o", join(directory, "things"), library);
   });
@@ -207,6 +209,25 @@ describe.runIf(onRealGpu)("on a real GPU, the library", () => {
 });
 
 describe("a report", () => {
+  it("counts memory of other processes for as long as it is there, by its handle or where it is mapped", async () => {
+    const { pid, says, go } = start("things", ["imports"], {
+      CEDANA_GPU_LIBCUDA: join(programs, "importing/libcuda.so.1"),
+    });
+    await says("ready");
+    const ipc = "memory of another process (IPC)";
+    const blockers = async () => {
+      const report = await reportOf(pid);
+      return [...blockersOf(report), report.untracked];
+    };
+    expect(await blockers()).toEqual([`${ipc}, 3 times`, "a multicast object", 0]);
+    go();
+    await says("ready", 2);
+    expect(await blockers()).toEqual([`${ipc}, 2 times`, 0]);
+    go();
+    await says("ready", 3);
+    expect(await blockers()).toEqual([0]);
+  });
+
   it("says what there is by device and kind, and what of it a checkpoint won't take", async () => {
     const { pid, says, go, lines } = start("things", []);
     await says("ready");

@@ -8,6 +8,7 @@ import {
 } from "../../checkpoint/dump.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
+import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
 import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
@@ -166,9 +167,14 @@ async function runEngine(
   ]);
   if (networkLock !== "default" && !options.has("network-lock"))
     criuConfig.push(`network-lock ${networkLock}`);
-  criuConfig.push(...criuLines({ externalMounts, cgroupRoots: await foreignHierarchies(pid) }));
+  criuConfig.push(
+    ...criuLines({
+      externalMounts,
+      pluginDirectory: withoutPlugins ? work : toldPluginDirectory(),
+      cgroupRoots: await foreignHierarchies(pid),
+    }),
+  );
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
-  if (withoutPlugins) criuConfig.push(`libdir "${work}"`);
   const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
   const outputPath = join(scratch, "output");
   const command = [
