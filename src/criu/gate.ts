@@ -12,6 +12,7 @@ import {
 import { createServer, type Server, type Socket } from "node:net";
 import { join } from "node:path";
 import { environmentOf, programOf } from "../linux/proc.ts";
+import { criuPath } from "./tools.ts";
 import { versionAnswer } from "./version-answer.ts";
 
 /*
@@ -26,13 +27,18 @@ import { versionAnswer } from "./version-answer.ts";
 export interface GateOptions {
   /** our native program, which is the gate when it is called `criu` */
   readonly program: string;
-  /** PATH of whoever starts the engine */
+  /** PATH of whoever starts the engine, with our tools for CRIU */
   readonly path: string;
 }
 
 /** The gate for an engine whose parent has our native program, and whose environment the engine gets. */
 export async function gateBelow(parent: number): Promise<GateOptions> {
-  return { program: await programOf(parent), path: environmentOf(parent).PATH || DEFAULT_PATH };
+  return await criuBelow(parent, await programOf(parent));
+}
+
+/** The same for a parent that isn't our native program. */
+export async function criuBelow(parent: number, program: string): Promise<GateOptions> {
+  return { program, path: await criuPath(program, environmentOf(parent).PATH || DEFAULT_PATH) };
 }
 
 const DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
