@@ -12,9 +12,12 @@
  *   closed.conf  what the engine's environment names as CRIU_CONFIG_FILE: an option that CRIU doesn't know, so that no CRIU begins that
  *                an engine has started past us. We remove it when we let CRIU go: while it is there, nothing was begun
  *   criu.conf    what CRIU gets for CRIU_CONFIG_FILE from us; the last word on it is written before the gate is opened
+ *   version      what CRIU answers when it is asked for its version, behind a line that says of which file (PROTOCOL.md, sealedOf). Not
+ *                there: CRIU is asked itself
+ *   seen         we make it: the engine's way to CRIU leads here
  *
  * Contract: we become the first other `criu` in PATH, with the same arguments, descriptors and environment, less what is said above.
- * Requests that only ask (version, features) go through at once. Exit 1, and a message on stderr, where CRIU is not to start:
+ * Requests that only ask (version, features) go through at once; that for the version is answered by us where we can. Exit 1, and a message on stderr, where CRIU is not to start:
  * cedanad says no or has ended, the engine has ended, an hour has passed, there is no other `criu`. The engine takes that for a CRIU
  * that failed. Source of the numbers: CRIU images/rpc.proto, criu_req.
  */
@@ -34,8 +37,10 @@
 #define PATIENCE_MS (60 * 60 * 1000)
 /* The type comes first; what follows may be cut off. */
 #define PEEK_BYTES 4096
+/* It has some 50. */
+#define VERSION_BYTES 4096
 
-enum { FIELD_TYPE = 1, CHECK = 3, CPUINFO_DUMP = 7, CPUINFO_CHECK = 8, FEATURE_CHECK = 9, VERSION = 10 };
+enum { FIELD_TYPE = 1, CHECK = 3, CPUINFO_DUMP = 7, CPUINFO_CHECK = 8, FEATURE_CHECK = 9, VERSION = 10, UNKNOWN };
 
 extern char **environ;
 
@@ -70,8 +75,8 @@ static bool is_ourselves(const char *path) {
   return stat(path, &it) == 0 && stat("/proc/self/exe", &us) == 0 && it.st_dev == us.st_dev && it.st_ino == us.st_ino;
 }
 
-/* Whether the request begins anything. What can't be read is taken for one that does. 0 or 1; -errno: nobody will ask any more. */
-static int is_work(int engine) {
+/* What the engine asks for; -errno: nobody will ask any more; UNKNOWN: it can't be read. */
+static int kind_of_request(int engine) {
   struct pollfd request = {.fd = engine, .events = POLLIN};
   while (poll(&request, 1, -1) < 0)
     if (errno != EINTR) return -errno;
@@ -82,8 +87,27 @@ static int is_work(int engine) {
   uint64_t kind = 0;
   /* The first field alone, where a long request is cut off. */
   bool is_first = bytes[0] == FIELD_TYPE << 3 && length > 1;
-  if (!proto_field((struct slice){bytes, is_first ? 2 : (size_t)length}, FIELD_TYPE, NULL, &kind)) return 1;
-  return !(kind == CHECK || kind == CPUINFO_DUMP || kind == CPUINFO_CHECK || kind == FEATURE_CHECK || kind == VERSION);
+  if (!proto_field((struct slice){bytes, is_first ? 2 : (size_t)length}, FIELD_TYPE, NULL, &kind) || kind > VERSION) return UNKNOWN;
+  return (int)kind;
+}
+
+/* What is unknown may begin something. */
+static bool only_asks(int kind) {
+  return kind == CHECK || kind == CPUINFO_DUMP || kind == CPUINFO_CHECK || kind == FEATURE_CHECK || kind == VERSION;
+}
+
+/* Answers in the place of `real`. False: the answer isn't known, or is another file's. */
+static bool answer_version(const char *directory, const char *real, int engine) {
+  autofree char *path = format("%s/version", directory);
+  autofree char *of = file_identity(real);
+  autofree char *text = NULL;
+  size_t length;
+  if (!of || read_file(path, VERSION_BYTES, &text, &length) < 0) return false;
+  size_t line = strlen(of);
+  if (length <= line + 1 || memcmp(text, of, line) != 0 || text[line] != '\n') return false;
+  uint8_t request[PEEK_BYTES];
+  if (recv(engine, request, sizeof request, MSG_DONTWAIT) <= 0) return false;
+  return send(engine, text + line + 1, length - line - 1, MSG_NOSIGNAL) > 0;
 }
 
 /* Waits until the gate is opened: 0. -ECONNREFUSED: it won't be; -EPIPE: the engine has ended; -ETIMEDOUT. */
@@ -129,11 +153,15 @@ int criu_main(int argc, char **argv) {
   autofree char *path = path_without(getenv("PATH") ? getenv("PATH") : "", directory);
   autofree char *real = find_program("criu", path);
   if (!real || is_ourselves(real)) return failed("there is no criu in PATH (%s)", path);
+  autofree char *seen = format("%s/seen", directory);
+  autofd mark = open(seen, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+  if (mark < 0) return failed("make %s: %s", seen, strerror(errno));
   int64_t engine = argc == 3 && !strcmp(argv[1], "swrk") ? parse_number(argv[2]) : -1;
   if (engine >= 0) {
-    int work = is_work((int)engine);
-    if (work < 0) return failed("read the engine's request: %s", strerror(-work));
-    if (work && stop_at_gate(directory, (int)engine)) return 1;
+    int kind = kind_of_request((int)engine);
+    if (kind < 0) return failed("read the engine's request: %s", strerror(-kind));
+    if (kind == VERSION && answer_version(directory, real, (int)engine)) return 0;
+    if (!only_asks(kind) && stop_at_gate(directory, (int)engine)) return 1;
   }
   autofree char *config = format("%s/criu.conf", directory);
   if (setenv("PATH", path, 1) < 0 || setenv("CRIU_CONFIG_FILE", config, 1) < 0) return failed("set the environment: %s", strerror(errno));

@@ -1,13 +1,15 @@
-import { renameSync, writeFileSync } from "node:fs";
+import { mkdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { copyFile, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 import type { Logger } from "pino";
 import { Gate, type GateOptions, isPassed, removeGate } from "../criu/gate.ts";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
-import { unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
+import { endOfWriters, unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
+import { learnVersionAnswer } from "../criu/version-answer.ts";
 import {
   BrokenImage,
   CriuFailed,
@@ -27,8 +29,8 @@ import { IMAGES_DIRECTORY } from "./archive/layout.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { cpuFacts } from "./cpu.ts";
 import { type DeviceDump, deviceSlot } from "./device-slot.ts";
-import { type Follower, followFiles } from "./digest.ts";
 import { dumpFeatures, type PluginDump } from "./features.ts";
+import { digestTree, type Follower, followFiles } from "./follow.ts";
 import {
   freezeMarker,
   hookNote,
@@ -43,15 +45,16 @@ import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
 import {
+  type Changes,
   DELETED_FILES_NAME,
-  type Layers,
   overlayLayers,
   prepareRootfsDiff,
   ROOTFS_DIFF_NAME,
+  type RootfsBase,
+  snapshotOf,
   takeRootfsDiff,
 } from "./rootfs-diff/index.ts";
 import { Staging, type StagingRecord } from "./staging.ts";
-import { endOfWriters } from "./writers.ts";
 
 /*
  * A dump of a container: what is asked for, what is dumped, and the steps in their order.
@@ -131,6 +134,13 @@ export interface DumpTarget {
   readonly mountPoints: readonly string[];
   /** where its root file system is mounted */
   readonly rootfs?: string | undefined;
+  /** What its root file system was made of, where no overlay keeps its changes apart; default: nobody knows. */
+  readonly rootfsBase?: {
+    /** @throws Unsupported, Unavailable */
+    open(signal: AbortSignal): Promise<RootfsBase>;
+    /** Removes what a crash has left of `open`. */
+    forget(): Promise<void>;
+  };
   /** what the manifest says of it */
   readonly facts: Pick<
     CheckpointManifest,
@@ -182,10 +192,14 @@ interface DumpContext extends ChainContext {
   readonly adapters: NonNullable<CheckpointManifest["plugins"]>;
   networkLock: NetworkLock;
   criu: string | undefined;
-  layers: Layers | undefined;
+  changes: Changes | undefined;
+  base: RootfsBase | undefined;
   cgroup: Cgroup | undefined;
   follower: Follower | undefined;
   engine: StartedEngine | undefined;
+  /** PATH of the engine */
+  enginePath: string | undefined;
+  facts: Promise<Facts> | undefined;
   devices: DeviceDump | undefined;
   frozenMs: number;
   criuFrozenMs: number | undefined;
@@ -203,13 +217,13 @@ export const dumpSteps = [
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
   adaptersOfPlugins, // those of all plugins stand here
-  checkOptions, // before anything is frozen
   preDumpHook, // of the container's own; it may be there to remove what the preflight would find
+  startEngine, // beside all that follows: its CRIU comes to a gate, which stays closed until the container stands still
+  checkOptions, // before anything is frozen
   findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
-  findLayers,
-  startEngine, // while the container runs: its CRIU waits at a gate until it stands still
-  meetCriu, // it is at the gate: all that is left to do now is the dump itself
+  findChanges,
+  meetCriu, // nothing is left that could be done while the container runs
   takeTurn, // from here on no other call changes the container's state
   lockDevices, // while the processes run; on the way back they get them again
   freeze, // nothing below may wait for the container: it stands still
@@ -218,7 +232,8 @@ export const dumpSteps = [
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
   lateAdaptersOfPlugins, // their last word, on the frozen container
-  criuDump,
+  askForFacts,
+  criuDump, // the gate is opened; the engine comes to its end
 ] as const satisfies readonly DumpStep[];
 
 export interface DumpOutcome {
@@ -252,10 +267,13 @@ export async function dump(
     adapters: [],
     networkLock: "default",
     criu: undefined,
-    layers: undefined,
+    changes: undefined,
+    base: undefined,
     cgroup: undefined,
     follower: undefined,
     engine: undefined,
+    enginePath: undefined,
+    facts: undefined,
     devices: undefined,
     frozenMs: 0,
     criuFrozenMs: undefined,
@@ -267,6 +285,10 @@ export async function dump(
   await pluginsLoaded();
   await runChain("dump", dumpSteps.flatMap(withAdapters), context);
   keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
+  if (context.enginePath !== undefined)
+    learnVersionAnswer(context.enginePath, (error) =>
+      target.log.info({ err: error }, "CRIU's answer for its version is not kept"),
+    );
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
@@ -389,10 +411,10 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
   try {
     noteAttempt(context);
     context.parentPath = request.parentPath && relative(imagesIn(context), absoluteParent(request));
-    await mkdir(imagesIn(context), { recursive: true, mode: 0o700 });
+    mkdirSync(imagesIn(context), { recursive: true, mode: 0o700 });
     await next();
     noteAttempt(context, { phase: "committing" });
-    await staging.commit({ synced: !(await mustSync(context)) });
+    await staging.commit({ durable: mustSync(context) });
   } catch (error) {
     if (!context.ended) throw error;
     // The processes are in the images alone now: these stay, whatever fails.
@@ -402,17 +424,17 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
     );
   } finally {
     await staging[Symbol.asyncDispose]();
-    await rm(attemptFile(target), { force: true });
+    rmSync(attemptFile(target), { force: true });
   }
 }
 
 /**
  * Whether the files are written to the disk before they are put in their place: always in our store, and in an image path where an
- * older checkpoint gives way. Otherwise a machine that fails loses nothing that was there, and the caller doesn't wait for the disk.
+ * older checkpoint gives way, which `commit` sees. Otherwise a machine that fails loses nothing that was there, and the caller doesn't
+ * wait for the disk.
  */
-async function mustSync({ request: { place }, staging }: DumpContext): Promise<boolean> {
-  if (place.temporary) return false;
-  return !("imagePath" in place) || (await staging.replaces());
+function mustSync({ request: { place } }: DumpContext): boolean {
+  return !place.temporary && !("imagePath" in place);
 }
 
 /** Where CRIU's images are made. */
@@ -499,7 +521,7 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
     await keepLog(join(context.workPath, "dump.log"), join(target.directory, "criu-dump.log"));
     throw error;
   } finally {
-    if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
+    if (!request.workPath) rmSync(context.workPath, { recursive: true, force: true }); // a handful of files
   }
 }
 
@@ -717,38 +739,64 @@ async function detectNetwork(context: DumpContext, next: () => Promise<void>): P
 // ---- files -----------------------------------------------------------------------------------------------------------
 
 /** Before anything is frozen: where the changed files are, and a thread that is ready to read them. */
-async function findLayers(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { target, request } = context;
+async function findChanges(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request, signal } = context;
+  await using _ = { [Symbol.asyncDispose]: async () => await context.base?.[Symbol.asyncDispose]() };
   if (request.rootfs && !context.attempt.rootfsDiff && !target.hasEnded) {
-    if (target.rootfs === undefined)
-      throw new Unsupported(`nothing is known of where ${target.what} has its root file system`);
-    try {
-      context.layers = await overlayLayers(target.rootfs);
-    } catch (error) {
-      if (!(error instanceof NotFound)) throw error;
-      throw new Unsupported(
-        `changed files of ${target.what} can't be taken: ${error.message}. They are known with the overlay file system alone; cedana.io/rootfs-diff: "false" leaves them out`,
-        { cause: error },
+    context.changes = await changesOf(context);
+    await prepareRootfsDiff(signal);
+  } else if (request.rootfs && request.repeated && context.attempt.rootfsDiff?.source !== "overlay")
+    await target.rootfsBase
+      ?.forget()
+      .catch((error) =>
+        target.log.warn({ err: error }, "remove what a dump before a crash was compared with"),
       );
-    }
-    await prepareRootfsDiff(context.signal);
-  }
   await next();
 }
 
+async function changesOf(context: DumpContext): Promise<Changes> {
+  const { target, signal } = context;
+  const { rootfs } = target;
+  const advice = 'cedana.io/rootfs-diff: "false" leaves them out';
+  const what = `changed files of ${target.what} can't be taken`;
+  if (rootfs === undefined)
+    throw new Unsupported(`${what}: nothing is known of where its root file system is; ${advice}`);
+  try {
+    return await overlayLayers(rootfs);
+  } catch (error) {
+    if (!(error instanceof NotFound)) throw error;
+    if (!target.rootfsBase)
+      throw new Unsupported(
+        `${what}: ${messageOf(error)}, and nobody says here what it was made of. Give the container an overlay (Podman's and Docker's driver overlay or overlay2); ${advice}`,
+        { cause: error },
+      );
+  }
+  try {
+    context.base = await target.rootfsBase.open(signal);
+    return await snapshotOf(rootfs, context.base.path, context.base.sameAtNs);
+  } catch (error) {
+    if (error instanceof Error)
+      error.message = `${what}: its root file system is no overlay, and what it was made of can't be had: ${error.message}; ${advice}`;
+    throw error;
+  }
+}
+
 async function takeRootfs(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { request, layers, staging, signal } = context;
-  if (layers && request.rootfs) {
+  const { request, changes, base, staging, signal } = context;
+  if (changes && request.rootfs) {
     const { exclude, maxBytes } = request.rootfs;
     for (const name of [ROOTFS_DIFF_NAME, DELETED_FILES_NAME])
       await rm(join(staging.path, name), { force: true }); // of an attempt before a crash
-    const { bytes, members, deleted, sockets } = await takeRootfsDiff(layers, staging.path, {
+    const { bytes, members, deleted, sockets } = await takeRootfsDiff(changes, staging.path, {
       exclude,
       maxBytes,
       signal,
     });
+    const source = base
+      ? ({ source: "snapshot", snapshotter: base.snapshotter } as const)
+      : ({ source: "overlay" } as const);
     noteAttempt(context, {
-      rootfsDiff: { source: "overlay", bytes, members, deleted, exclude: [...exclude], sockets },
+      rootfsDiff: { ...source, bytes, members, deleted, exclude: [...exclude], sockets },
     });
   }
   await next();
@@ -764,7 +812,8 @@ async function digestAlongside(context: DumpContext, next: () => Promise<void>):
     await next();
     return;
   }
-  const follower = followFiles(imagesIn(context), context.signal);
+  const { staging, signal } = context;
+  const follower = followFiles(staging.path, { images: imagesIn(context), signal });
   try {
     await next();
     context.follower = follower;
@@ -808,6 +857,7 @@ async function startAtGate(context: DumpContext): Promise<void> {
   const { target } = context;
   const options = target.hasEnded ? undefined : await target.gate?.();
   if (!options) return;
+  context.enginePath = options.path;
   const gate = await Gate.make(target.directory, options);
   noteAttempt(context, { gate: gate.directory });
   const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env: gate.env });
@@ -826,14 +876,14 @@ async function findEngine(context: DumpContext): Promise<void> {
   else await end.catch(() => {}); // nobody lets it go any more
 }
 
-/** An engine that has no way to its CRIU through our gate fails, and is started once more when the container stands still. */
+/** An engine that finds CRIU elsewhere than in PATH fails with what its environment says, and is started once more when the container stands still. */
 async function meetCriu(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { engine, target } = context;
   if (engine?.gate) {
     try {
       await Promise.race([engine.gate.arrived, engine.end]);
     } catch (error) {
-      if (!(error instanceof RuntimeFailed)) throw error;
+      if (engine.gate.isSeen || !(error instanceof RuntimeFailed)) throw error;
       engine.gate[Symbol.dispose]();
       context.engine = undefined;
       target.log.warn(
@@ -951,8 +1001,6 @@ export async function criuFailure(
 // ---- manifest --------------------------------------------------------------------------------------------------------
 
 async function recordDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const facts = Promise.all([cpuFacts(), context.target.image?.()]);
-  facts.catch(() => {}); // looked at below
   try {
     await next();
   } catch (error) {
@@ -960,8 +1008,8 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     throw error;
   }
   const { target, request, startedAt, staging } = context;
-  const [cpu, image] = await facts;
-  const files = await (context.follower ?? followFiles(staging.path, context.signal)).finish();
+  const [cpu, image] = await context.facts!;
+  const files = await (context.follower?.finish() ?? digestTree(staging.path, { signal: context.signal }));
   await writeManifest(
     staging.path,
     {
@@ -984,8 +1032,24 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
         totalMs: Date.now() - startedAt,
       },
     },
-    { files, synced: await mustSync(context) },
+    { files, synced: false }, // by the commit, with all the rest
   );
+}
+
+type Facts = [cpu: Awaited<ReturnType<typeof cpuFacts>>, image: CheckpointManifest["image"]];
+
+async function factsOf(target: DumpTarget): Promise<Facts> {
+  return await Promise.all([cpuFacts(), target.image?.()]);
+}
+
+/** The engine is on its way then, and the event loop has nothing else to do until CRIU is done. */
+const FACTS_AFTER_MS = 10;
+
+/** What is asked of others for the manifest. Asking containerd takes some ms of the event loop, and here the container may stand still. */
+async function askForFacts(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  context.facts = sleep(FACTS_AFTER_MS).then(() => factsOf(context.target));
+  context.facts.catch(() => {}); // looked at by recordDump
+  await next();
 }
 
 /** As used: a restore uses them again. */

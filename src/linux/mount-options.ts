@@ -329,8 +329,3 @@ export async function mountsBelow(path: string, pid: number | "self" = "self"): 
 export async function unmountLazily(mountPoint: string): Promise<void> {
   await promisify(execFile)("umount", ["--lazy", mountPoint]);
 }
-
-/** Whether something is mounted at the path itself. */
-export async function isMountPoint(path: string, pid: number | "self" = "self"): Promise<boolean> {
-  return (await mountsBelow(path, pid)).some((mount) => mount.mountPoint === path);
-}

@@ -2,6 +2,7 @@ import { join, resolve } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
 import { gateBelow } from "../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
+import { toldPluginDirectory } from "../criu/plugins.ts";
 import { foreignHierarchies } from "../linux/cgroup.ts";
 import { criuConfig, Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
@@ -72,6 +73,10 @@ export function dumpTarget(
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
     rootfs: resolve(task.bundle, spec.root?.path ?? "rootfs"),
+    rootfsBase: {
+      open: async (signal) => await (await import("./rootfs-base.ts")).openRootfsBase(task, signal),
+      forget: async () => await (await import("./rootfs-base.ts")).forgetRootfsBase(task),
+    },
     facts: {
       ...identityOf(spec, task.id, task.namespace),
       ...(task.generation > 0 && { generation: task.generation }),
@@ -95,7 +100,7 @@ export function dumpTarget(
         skipInFlight: policy.tcp === "skip-in-flight",
         networkLock: networkLock === "default" ? undefined : networkLock,
         externalMounts,
-        pluginDirectory: withoutPlugins ? workPath : undefined,
+        pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
         cgroupRoots: await foreignHierarchies(task.init.pid),
       }),
     ...rest,

@@ -10,9 +10,11 @@ import {
 import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
+import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
 import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
+import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { criuLines, type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
@@ -58,6 +60,7 @@ export async function checkpoint(
     return undefined;
   }
   const spec = await readSpec(state.bundle);
+  await allowedAnnotations(spec);
   const parentPath = options.value("parent-path");
   if (parentPath && isAbsolute(parentPath))
     throw new InvalidRequest(`--parent-path ${parentPath} must be relative to the image path`);
@@ -167,7 +170,7 @@ async function criuConfigLines(
     ...criuLines({
       externalMounts,
       cgroupRoots: await foreignHierarchies(pid),
-      pluginDirectory: withoutPlugins ? workPath : undefined,
+      pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
     }),
   ];
 }

@@ -5,10 +5,12 @@ import { type RestoreTarget, restore as restoreContainer } from "../../checkpoin
 import { criuBelow } from "../../criu/gate.ts";
 import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
+import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, processStat, startTime } from "../../linux/proc.ts";
+import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { criuLines, engineVersion, lastErrorIn } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
@@ -59,6 +61,7 @@ export async function restore(
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
   const [features, spec] = await Promise.all([engineVersion(call.engine), readSpec(bundle)]);
+  await allowedAnnotations(spec);
   const rootfs = resolve(bundle, spec.root?.path ?? "rootfs");
   const scratch = scratchOf(call);
   const workPath = options.value("work-path");
@@ -143,7 +146,7 @@ export async function restore(
         ...criuConfig,
         ...cgroup.lines,
         ...(extra.criuConfig ?? []),
-        ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : undefined }),
+        ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : toldPluginDirectory() }),
       ]);
       const command = [
         engine,

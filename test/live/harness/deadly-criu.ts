@@ -57,7 +57,8 @@ export class DeadlyCriu {
       "pid=$PPID",
       `[ "$victim" != engine ] || pid=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)`,
       '[ "$victim" = criu ] || [ "$victim" = engine ] || pid=$victim',
-      `echo "$(cat /proc/$pid/comm)" >${this.#done}`,
+      // By its arguments: an engine that runs from a sealed copy is called after that in comm. CRIU's go on behind a colon.
+      `basename "$(tr '\\0' '\\n' </proc/$pid/cmdline | sed '1{s/:.*//;q}')" >${this.#done}`,
       "kill -9 $pid",
     ];
     writeFileSync(join(directory, "criu"), `${criu.join("\n")}\n`, { mode: 0o755 });
