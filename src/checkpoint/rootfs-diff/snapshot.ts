@@ -11,7 +11,7 @@ import { Unsupported } from "../../errors/index.ts";
 import { listXattrs, openBeneath } from "../../linux/addon.ts";
 import { openDirectory, withFd } from "../digest.ts";
 import { pathBytes, type RawName, rawName, showName } from "../tar/format.ts";
-import { attributes, entryPath, isOverlayAttribute, type LayerWriter, refuseMark } from "./layer.ts";
+import { attributes, entryPath, expectName, isOverlayAttribute, type LayerWriter } from "./layer.ts";
 
 /** A root file system without layers, and what it was made of: nobody but a comparison knows what has changed. */
 export interface Snapshot {
@@ -125,7 +125,7 @@ export class SnapshotWalk {
       if (baseInfo.nlink > 1n && !known) this.#baseLinks.set(keyOf(baseInfo), path);
       return;
     }
-    refuseMark(name, path);
+    expectName(name, path);
     this.#refuseLayer(at, path);
     write();
     if (known && !info.isSocket()) this.#writer.hardLink(path, info, known.path);
@@ -149,7 +149,7 @@ export class SnapshotWalk {
           this.#directory({ path, fd, info, base: { fd: baseFd, info: baseInfo }, inPlace }),
         );
       else {
-        refuseMark(name, path);
+        expectName(name, path);
         write();
         this.#directory({ path, fd, info, base: undefined, inPlace });
       }

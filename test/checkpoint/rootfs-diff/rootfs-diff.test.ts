@@ -244,6 +244,26 @@ describe.skipIf(missing)(`a rootfs diff${missing ? ` (${missing})` : ""}`, () =>
     await expect(take()).rejects.toThrow(/of file only the metadata/);
   });
 
+  it("with a path that nobody could put back is refused, and where", async () => {
+    mount();
+    // Longer than any path that a program may name: step by step.
+    execFileSync(
+      "sh",
+      [
+        "-c",
+        `i=0; while [ $i -lt 18 ]; do mkdir ${"d".repeat(240)} && cd -P ${"d".repeat(240)} || exit 1; i=$((i+1)); done`,
+      ],
+      {
+        cwd: at("merged"),
+      },
+    );
+    await expect(takeRootfsDiff(await overlayLayers(at("merged")), at("checkpoint"))).rejects.toThrow(
+      /d… is longer than 4095 bytes/,
+    );
+    expect(fs.readdirSync(at("checkpoint"))).toEqual([]);
+    execFileSync("rm", ["-r", at("merged", "d".repeat(240))]);
+  });
+
   it("names the sockets that it can't hold", async () => {
     mount();
     execFileSync(
