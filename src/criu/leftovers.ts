@@ -1,5 +1,6 @@
 import { execFile } from "node:child_process";
 import { readdir, readFile, readlink } from "node:fs/promises";
+import { setTimeout as sleep } from "node:timers/promises";
 import { promisify } from "node:util";
 import type { Logger } from "pino";
 import { childrenOf, isAlive, processStat, startTime } from "../linux/proc.ts";
@@ -153,14 +154,7 @@ async function watchForDeadCriu(
 
 /** @returns false when the time is up because of the signal */
 async function sleepUnless(signal: AbortSignal): Promise<boolean> {
-  if (signal.aborted) return false;
-  await new Promise<void>((resolve) => {
-    const timer = setTimeout(resolve, WATCH_MS);
-    signal.addEventListener("abort", () => {
-      clearTimeout(timer);
-      resolve();
-    });
-  });
+  await sleep(WATCH_MS, undefined, { signal }).catch(() => {}); // it was aborted
   return !signal.aborted;
 }
 

@@ -326,8 +326,10 @@ async function checkpointOnce(
     if (await has("stats-dump")) return;
     if (await has("dump.log"))
       throw new RuntimeFailed(`checkpoint of ${task.id} failed while cedanad was away`, {});
+    // Sent away from the gate with the end of the cedanad that had started it.
+    if (engineDump.atGate) throw new RuntimeFailed(`checkpoint of ${task.id} had not begun`, {});
   }
-  await engineCheckpoint(task, task.pod.keeper.ownTag("checkpoint"), engine, engineDump);
+  await engineCheckpoint(task, (step) => task.pod.keeper.ownTag(step), engine, engineDump);
 }
 
 /** A dump that took cedanad along again and again: what it left is undone, or kept where it is the container's last. */
