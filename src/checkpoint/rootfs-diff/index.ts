@@ -133,12 +133,16 @@ export async function takeRootfsDiff(
 }
 
 /**
- * For who is about to freeze a container: has a thread ready that `takeRootfsDiff` will use, whose start would be waited for.
+ * For who is about to freeze a container: has a thread ready that `takeRootfsDiff` will use, and what that will look at in memory.
  * @throws InvalidRequest for patterns that it wouldn't take
  */
-export async function prepareRootfsDiff(exclude: readonly string[], signal?: AbortSignal): Promise<void> {
+export async function prepareRootfsDiff(
+  changes: Changes,
+  exclude: readonly string[],
+  signal?: AbortSignal,
+): Promise<void> {
   excluder(exclude);
-  await runJob("prepareRootfsDiff", undefined, signal);
+  await runJob("prepareRootfsDiff", { changes }, signal);
 }
 
 /** Whether a checkpoint's directory has changes to apply. */
