@@ -744,7 +744,7 @@ async function findChanges(context: DumpContext, next: () => Promise<void>): Pro
   await using _ = { [Symbol.asyncDispose]: async () => await context.base?.[Symbol.asyncDispose]() };
   if (request.rootfs && !context.attempt.rootfsDiff && !target.hasEnded) {
     context.changes = await changesOf(context);
-    await prepareRootfsDiff(signal);
+    await prepareRootfsDiff(context.changes, request.rootfs.exclude, signal);
   } else if (request.rootfs && request.repeated && context.attempt.rootfsDiff?.source !== "overlay")
     await target.rootfsBase
       ?.forget()
