@@ -293,10 +293,6 @@ export function unescapeOctal(text: string): string {
   );
 }
 
-function escapeOctal(text: string): string {
-  return text.replace(/[ \t\n\\]/g, (c) => `\\${c.charCodeAt(0).toString(8).padStart(3, "0")}`);
-}
-
 /**
  * Reads the mounts of a process, in the order in which they were made.
  * @param containing  only lines that contain this text, checked before parsing: a node has thousands of mounts
@@ -310,20 +306,4 @@ export async function readMountInfo(pid: number | "self", containing?: string): 
     if (mount) mounts.push(mount);
   }
   return mounts;
-}
-
-/**
- * The mounts at a path and below it, the last made first, which is the order to unmount them in. The same mount
- * point comes as often as it is mounted on.
- * @param path  absolute, without symbolic links and trailing slash
- */
-export async function mountsBelow(path: string, pid: number | "self" = "self"): Promise<MountInfo[]> {
-  const prefix = path === "/" ? "/" : `${path}/`;
-  const mounts = await readMountInfo(pid, escapeOctal(path));
-  return mounts.filter((m) => m.mountPoint === path || m.mountPoint.startsWith(prefix)).reverse();
-}
-
-/** Whether something is mounted at the path itself. */
-export async function isMountPoint(path: string, pid: number | "self" = "self"): Promise<boolean> {
-  return (await mountsBelow(path, pid)).some((mount) => mount.mountPoint === path);
 }
