@@ -1149,20 +1149,25 @@ export class Task {
   }
 
   async #undoCreate(work: Work): Promise<void> {
-    const undo = async (what: string, action: Promise<unknown>) => {
-      await action.catch((error) => {
+    const undo = async (what: string, action: Promise<unknown>): Promise<boolean> => {
+      try {
+        await action;
+        return true;
+      } catch (error) {
         if (!(error instanceof Unavailable)) this.#log.error({ err: error }, `undo a failed create: ${what}`);
-      });
+        return false;
+      }
     };
     this.#use?.[Symbol.dispose]();
     await this.#giveClaimBack();
-    await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
+    const deleted = await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
     await undo("remove the cgroup", this.removeCgroup());
     await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));
     if (this.#rootfsMounted)
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
     await undo("remove what was unpacked", this.discardRestore());
-    await rm(join(this.bundle, "cedana-engine"), { force: true });
+    // Where the keeper has gone, the launcher's `delete` finds the container by it.
+    if (deleted) await rm(join(this.bundle, "cedana-engine"), { force: true });
     this.#pod.keeper.taskGone(this.id); // it may watch for out-of-memory kills
     if (this.init.heldExit) this.#pod.keeper.acknowledge(this.init.heldExit.sequence); // told to nobody
   }
