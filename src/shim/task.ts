@@ -470,7 +470,7 @@ export class Task {
         // The task must be deletable: it has ended without having lived.
         this.init.markExited({ status: 255, atNs: nowNs() });
         this.record();
-        await this.#giveClaimBack();
+        if (this.#isUndone) await this.#giveClaimBack();
         throw error;
       }
       this.#log.warn(
@@ -480,9 +480,14 @@ export class Task {
       this.generation = 0;
       this.#afresh = "begun"; // on record: a repetition must not restore into a container that runs
       this.#writeRecord();
-      await this.#giveClaimBack();
+      if (this.#isUndone) await this.#giveClaimBack();
       await this.#startAfresh(work);
     }
+  }
+
+  /** Whether a failed restore has left nothing behind. Without a keeper its engine may be at work still, and end well. */
+  get #isUndone(): boolean {
+    return this.#pod.keeper.connected;
   }
 
   /** The engine's part of a restore. When it returns, the container runs and the init's pid is known. */
@@ -1048,7 +1053,8 @@ export class Task {
    */
   async destroy(): Promise<Exit> {
     const { keeper } = this.#pod;
-    if (this.init.state === "createdFromCheckpoint") await this.#giveClaimBack();
+    // Of one that is being restored, its start knows.
+    if (this.init.state === "createdFromCheckpoint" && !this.init.starting) await this.#giveClaimBack();
     if (this.init.state !== "deleted") {
       await this.#engineDelete(keeper.ownTag("destroy"), true).catch((error) =>
         this.#log.warn({ err: error }, "delete the container of an abandoned task"),

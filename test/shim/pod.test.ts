@@ -7,6 +7,7 @@ import path from "node:path";
 import { pino } from "pino";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { statusCode, Unavailable } from "../../src/errors/index.ts";
+import { bootId } from "../../src/linux/proc.ts";
 import { task as api } from "../../src/proto/index.ts";
 import { decodeOptions } from "../../src/runtime/options.ts";
 import { type TaskRecord, writeTaskRecord } from "../../src/shim/journal.ts";
@@ -262,6 +263,42 @@ describe("a Create whose keeper ends in the middle of it", () => {
     close();
     await expect(created).rejects.toThrow(Unavailable);
     expect(fs.readFileSync(path.join(bundle, "cedana-engine"), "utf8")).toMatch(/^runc\n\/.*\nc1\n$/);
+  });
+});
+
+describe("the claim on the checkpoint of a container whose restore fails", () => {
+  /** The start's promise, and whether the checkpoint is claimed. */
+  async function restore(): Promise<{ started: Promise<number>; isClaimed: () => boolean }> {
+    const checkpoint = path.join(directory, "store", "generation");
+    fs.mkdirSync(checkpoint, { recursive: true });
+    const claim = { path: checkpoint, by: "c1 bundle" };
+    fs.writeFileSync(`${checkpoint}.claim`, JSON.stringify({ by: claim.by, bootId: bootId(), begun: false }));
+    record("c1", {
+      state: "createdFromCheckpoint",
+      restoreFrom: checkpoint,
+      restoreAsked: "annotation",
+      claim,
+    });
+    keeper.send(type.END);
+    await keeper.settled();
+    const work = { request: 9, repeated: false, sinceNs: 0n, tag: (step: string) => ({ request: 9, step }) };
+    const started = [...shim.pods][0]!.tasks.get("c1")!.start(work);
+    started.catch(() => {});
+    return { started, isClaimed: () => fs.existsSync(`${checkpoint}.claim`) };
+  }
+
+  it("is given back", async () => {
+    const { started, isClaimed } = await restore();
+    await expect(started).rejects.toThrow();
+    expect(isClaimed()).toBe(false);
+  });
+
+  it("is kept when the keeper has gone: nobody knows whether its engine is at work still", async () => {
+    const { started, isClaimed } = await restore();
+    close();
+    await expect(started).rejects.toThrow();
+    expect([...shim.pods]).toEqual([]);
+    expect(isClaimed()).toBe(true);
   });
 });
 
