@@ -81,6 +81,8 @@ base_packages() {
   have make || echo make
   [ -e /usr/include/stdio.h ] || echo libc6-dev
   [ -e /usr/include/linux/fs.h ] || echo linux-libc-dev
+  [ -e /usr/include/xxhash.h ] || echo libxxhash-dev # digests of checkpoints; a header alone
+  have xxh128sum || echo xxhash                      # what they are compared with in the tests
   have musl-gcc || echo musl-tools                   # the keeper is linked statically
   static_busybox || echo busybox-static              # the image of the tests and of the demo
   have ip || echo iproute2
@@ -350,6 +352,10 @@ allow_services() {
   if [ -e $policy.before-cedana ]; then mv $policy.before-cedana $policy; fi
 }
 
+# with_fixes SUITE: for apt's -t. The name alone would mean the archive only, and prefer its packages to the newer ones of its
+# security fixes.
+with_fixes() { echo "/^$1(-security|-updates)?\$/"; }
+
 # install [-t SUITE] PACKAGE[=VERSION]...; fails, changing nothing, if that would remove something that matters.
 install() {
   if ! apt apt-get install -s -q --no-install-recommends "$@" >"$work/plan" 2>&1; then
@@ -393,7 +399,7 @@ install_base() {
   # Where libc is already Debian 13's, libc6-dev of Debian 12 doesn't fit any more.
   [ "$codename" = bookworm ] || plan_failed "$@"
   use_suite trixie 100
-  install -t trixie "$@" || plan_failed "$@"
+  install -t "$(with_fixes trixie)" "$@" || plan_failed "$@"
 }
 
 install_engines() {
@@ -403,7 +409,7 @@ install_engines() {
   had_containerd=no
   if have containerd; then had_containerd=yes; fi
   # Without this, an engine of Debian 12 that is installed but too old is left as it is.
-  install -t trixie "$@" || plan_failed "$@"
+  install -t "$(with_fixes trixie)" "$@" || plan_failed "$@"
   # Debian enables its service for the next start of the machine. We need the program only.
   if [ $had_containerd = no ] && have containerd && have systemctl && systemctl --quiet is-enabled containerd 2>/dev/null; then
     systemctl --quiet disable containerd 2>/dev/null && did "left containerd's service disabled; systemctl enable --now containerd starts it"
@@ -431,7 +437,7 @@ install_criu() {
   done
   info "installing CRIU from $1"
   # shellcheck disable=SC2086 # a list of words
-  install -t trixie $criu_set && return 0
+  install -t "$(with_fixes trixie)" $criu_set && return 0
   [ "$1" != trixie ] || return 1
   # It needs more from that suite than those few.
   install -t "$1" criu libcriu2
@@ -624,7 +630,7 @@ case $ID:$VERSION_ID in
   *)
     die "this is ${PRETTY_NAME:-not Debian}, and only Debian 12 and 13 are set up by themselves.
 Please install by hand what is missing: $missing.
-In all, cedana wants: gcc, g++, make, musl-gcc, a static busybox, iproute2, iptables, nftables, e2fsprogs, erofs-utils, lz4, zstd,
+In all, cedana wants: gcc, g++, make, musl-gcc, xxhash with its header, a static busybox, iproute2, iptables, nftables, e2fsprogs, erofs-utils, lz4, zstd,
 checkpointctl, containerd 1.7 with ctr, runc, crun with CRIU support (libcriu), and CRIU, on Linux 6.16 and newer at least 4.2.
 containerd 1.6 and 2.x belong in $cache/containerd-<version>/usr/bin/, for the tests alone." ;;
 esac

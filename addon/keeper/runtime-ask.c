@@ -22,6 +22,7 @@
 #include "daemon.h"
 #include "protocol.h"
 #include "runtime.h"
+#include "spawn.h"
 
 extern char **environ;
 
@@ -98,24 +99,6 @@ static void pass_on(int number) {
   errno = saved;
 }
 
-static char **environment_with(char **caller, char **added) {
-  size_t count = 0, more = 0;
-  while (caller[count]) count++;
-  while (added && added[more]) more++;
-  char **all = allocate((count + more + 1) * sizeof *all);
-  size_t kept = 0;
-  for (size_t i = 0; i < count; i++) {
-    bool replaced = false;
-    for (size_t k = 0; k < more; k++) {
-      size_t name = strcspn(added[k], "=") + 1;
-      replaced |= !strncmp(caller[i], added[k], name);
-    }
-    if (!replaced) all[kept++] = caller[i];
-  }
-  for (size_t k = 0; k < more; k++) all[kept++] = added[k];
-  return all;
-}
-
 /* stdout and stderr of the child into a file, which the answer then speaks of. */
 static void redirect_output(const char *path) {
   int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
@@ -125,10 +108,11 @@ static void redirect_output(const char *path) {
 
 /* The wait status, or -errno. `caller`: the environment that we were called with. */
 static int64_t run(const struct message *m, char **caller, int64_t *pid_out) {
-  char **argv = message_list(m, FIELD_ARGV), **added = message_list(m, FIELD_ENV);
+  autofree char **argv = message_list(m, FIELD_ARGV);
+  autofree char **added = message_list(m, FIELD_ENV);
   const char *cwd = message_string(m, FIELD_CWD), *output = message_string(m, FIELD_OUTPUT_PATH);
   if (!argv || !argv[0]) return -EINVAL;
-  char **env = environment_with(caller, added);
+  autofree char **env = environment_with(caller, added);
   /* A signal between fork and exec must reach neither nobody nor our handler in the child. */
   sigset_t blocked, before;
   sigemptyset(&blocked);
@@ -160,9 +144,6 @@ static int64_t run(const struct message *m, char **caller, int64_t *pid_out) {
   while (waitpid(pid, &status, 0) < 0)
     if (errno != EINTR) return -errno;
   child = 0;
-  free(env);
-  free(argv);
-  free(added);
   return status;
 }
 

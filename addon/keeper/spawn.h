@@ -34,10 +34,14 @@ struct spawn {
 pid_t spawn_program(struct spawn *spawn);
 /* A name with a slash as it is, else the first executable in `path` (NULL: a usual one); the caller frees. NULL: none. */
 char *find_program(const char *name, const char *path);
+/* "dev:ino:size:mtimeNs:ctimeNs" of a file; the caller frees. NULL: there is none. */
+char *file_identity(const char *path);
 /* Whether `path` is the file of "dev:ino:size:mtimeNs:ctimeNs", and `fd` can't be changed any more. */
 bool is_sealed_copy(int fd, const char *path, const char *of);
 /* A new list of the environment's strings without those for which `skip` says so; the caller frees the list. */
 char **filter_environment(char *const *env, bool (*skip)(const char *entry));
+/* The variables of `base`, with those of `added` (or NULL) in the place of their namesakes; the caller frees the list. */
+char **environment_with(char *const *base, char *const *added);
 /* The value in a list of `K=V`, or NULL. */
 const char *environment_get(char *const *env, const char *name);
 /* prctl(PR_SCHED_CORE): 0 also where the kernel or the machine has no core scheduling. */

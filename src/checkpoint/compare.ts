@@ -1,7 +1,8 @@
-import { stat } from "node:fs/promises";
+import { lstat, realpath, stat } from "node:fs/promises";
 import { arch, release } from "node:os";
 import { normalize, relative } from "node:path";
-import { installedPlugins, pluginsNeeded } from "../criu/suitability.ts";
+import { installedPlugins } from "../criu/plugins.ts";
+import { pluginsNeeded } from "../criu/suitability.ts";
 import { criuVersion } from "../criu/version.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { type CpuFacts, cpuFacts, instructionsMissing } from "./cpu.ts";
@@ -134,6 +135,12 @@ async function compareMounts(
     if (source !== undefined) {
       if (!(await stat(source).catch(() => undefined)))
         found.error("mount", `the source of the bind mount ${key}, ${source}, does not exist`);
+      else if ((await lstat(source)).isSymbolicLink())
+        // It mounts the link itself (open_tree without following), and the engine's word for the source goes before ours.
+        found.error(
+          "mount",
+          `the source of the bind mount ${key}, ${source}, is a symbolic link, which CRIU doesn't follow: give the new container ${await realpath(source)} instead`,
+        );
     } else if (isMask(key, root)) {
       if (!isMaskOfEngine(key, container)) external.push({ key, source: "/dev/null" });
     } else if (!container.devices.includes(key) && !isBelowAny(key, container.cgroupMountPoints))
@@ -232,8 +239,8 @@ let knownCpu: Promise<CpuFacts> | undefined;
 
 export async function nodeFacts(): Promise<NodeFacts> {
   knownCpu ??= cpuFacts();
-  const [cpu, criu, plugins] = await Promise.all([knownCpu, criuVersion(), installedPlugins()]);
-  return { cpu, criu, plugins, kernel: release() };
+  const [cpu, criu] = await Promise.all([knownCpu, criuVersion()]);
+  return { cpu, criu, plugins: new Set(installedPlugins().keys()), kernel: release() };
 }
 
 /**

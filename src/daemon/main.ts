@@ -44,6 +44,10 @@ process.on("uncaughtException", (error) => {
   process.exit(70);
 });
 
+// The slab that small Buffers are cut from is always alive, so V8 takes each one for long-lived, and lets it go only at a full collection,
+// for which our few objects give little cause: 30 kB for each container, 5 MB at a time. By itself a Buffer is gone with the next scavenge.
+Buffer.poolSize = 0;
+
 mkdirSync(join(runDirectory, "s"), { recursive: true, mode: 0o700 });
 mkdirSync(join(runDirectory, "c"), { recursive: true, mode: 0o700 });
 chmodSync(runDirectory, 0o700);
@@ -61,7 +65,7 @@ const calls = { active: 0 };
 const runtime = new RuntimeServer({
   log,
   endBelowConmon: () => end("conmon waits for its children"),
-  isBusy: () => calls.active > 0,
+  isBusy: () => calls.active > 0 || gpuSlot.isRecovering(),
 });
 await runtime.revive(runDirectory);
 

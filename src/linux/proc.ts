@@ -139,6 +139,13 @@ export function tracerPid(pid: number): number | undefined {
   return text === undefined ? undefined : Number(/^TracerPid:\s*(\d+)$/m.exec(text)?.[1] ?? 0);
 }
 
+/** Every process that we see. */
+export function allPids(): number[] {
+  return readdirSync("/proc")
+    .filter((name) => /^\d+$/.test(name))
+    .map(Number);
+}
+
 /** Ids of the process's threads; empty when it has ended. */
 export function threadsOf(pid: number): number[] {
   try {
@@ -182,4 +189,12 @@ export async function programOf(pid: number): Promise<string> {
   const exe = `/proc/${pid}/exe`;
   const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
   return (await stat(installed).catch(() => undefined)) ? installed : exe;
+}
+
+/** The environment that a process was started with; empty when it has ended. */
+export function environmentOf(pid: number): Record<string, string> {
+  const entries = (readProc(`/proc/${pid}/environ`) ?? "").split("\0").filter((entry) => entry.includes("="));
+  return Object.fromEntries(
+    entries.map((entry) => [entry.slice(0, entry.indexOf("=")), entry.slice(entry.indexOf("=") + 1)]),
+  );
 }

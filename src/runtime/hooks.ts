@@ -8,7 +8,7 @@ import { processStat } from "../linux/proc.ts";
 import { Slices } from "../linux/slices.ts";
 import { configurationPath, readConfiguration } from "./configuration.ts";
 import { durationMs } from "./kill-policy.ts";
-import { annotationsOf, isSandboxContainer, type OciSpec, ownAnnotation } from "./spec.ts";
+import { annotationsOf, isSandboxContainer, type OciSpec, ownAnnotation, refuseDenied } from "./spec.ts";
 
 /*
  * Commands of the container's own, run in it around its checkpoints:
@@ -58,11 +58,7 @@ export async function hookOf(spec: OciSpec, name: HookName): Promise<Hook | unde
     throw new PermissionDenied(
       `${setting.name} is not allowed on this node: hooks run commands in the container, and the administrator has to allow them ("annotations": {"hooks": true} in ${configurationPath()})`,
     );
-  for (const key of [`hook.${name}`, "hook-timeout"])
-    if (deny.includes(key) && ownAnnotation(spec, key))
-      throw new PermissionDenied(
-        `annotation cedana.io/${key} is denied by this node's configuration (annotations.deny)`,
-      );
+  refuseDenied(spec, deny);
   return { name, from: setting.name, args: argumentsOf(setting), timeoutMs: timeoutOf(spec) };
 }
 

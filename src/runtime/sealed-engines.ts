@@ -1,7 +1,8 @@
-import { closeSync, statSync } from "node:fs";
+import { closeSync } from "node:fs";
 import { basename } from "node:path";
 import type { Logger } from "pino";
 import { type SealedCopy, sealedCopy } from "../linux/addon.ts";
+import { fileIdentity } from "../linux/file-identity.ts";
 import { findBinary } from "./engine.ts";
 
 /** More is no engine: runc has 11 MiB, crun half a one. */
@@ -45,7 +46,7 @@ export class SealedEngines {
     if (known && "againAtMs" in known && performance.now() < known.againAtMs) return undefined;
     if (known && "copy" in known) {
       const { path, copy } = known;
-      if (identityOf(path) === copy.of) return copy;
+      if (fileIdentity(path) === copy.of) return copy;
       setTimeout(() => closeSync(copy.fd), CLOSE_AFTER_MS).unref();
     }
     void this.#make(binary);
@@ -63,10 +64,4 @@ export class SealedEngines {
       this.#log.warn({ err: error, engine: binary }, "copy an engine into a sealed memfd");
     }
   }
-}
-
-/** As `SealedCopy.of`; undefined when the file is gone. */
-function identityOf(path: string): string | undefined {
-  const found = statSync(path, { bigint: true, throwIfNoEntry: false });
-  return found && [found.dev, found.ino, found.size, found.mtimeNs, found.ctimeNs].join(":");
 }

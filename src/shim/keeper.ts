@@ -56,7 +56,15 @@ export interface IoOptions {
   driverArgv?: readonly string[] | undefined;
   driverEnv?: readonly string[] | undefined;
   timeoutMs?: number | undefined;
+  /** `ALL_PIPES` or nothing */
+  flags?: number | undefined;
 }
+
+/**
+ * Of IO_OPEN: a pipe also where there is nothing behind it. A restored process has what the keeper gives it; the host's /dev/null is on a
+ * mount that the container hasn't, so CRIU could not dump it again. (An engine that makes a container opens the container's own instead.)
+ */
+export const ALL_PIPES = 1;
 
 /** End of a process that the keeper adopted: a container's init, an exec'd process, an orphan. */
 export interface AdoptedExit {

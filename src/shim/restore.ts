@@ -7,6 +7,7 @@ import {
 } from "../checkpoint/restore.ts";
 import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
 import { descendsFrom, kill, killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
+import { toldPluginDirectory } from "../criu/plugins.ts";
 import { Unsupported } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
 import { isAlive, programOf } from "../linux/proc.ts";
@@ -232,7 +233,7 @@ async function engineRestore(
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
     lazyPages: lazy,
-    pluginDirectory: withoutPlugins ? workPath : undefined,
+    pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
     externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });

@@ -3,18 +3,16 @@ import { readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.ts";
+import { gateBelow } from "../criu/gate.ts";
 import {
   AlreadyExists,
   BrokenImage,
   NotFound,
-  RuntimeFailed,
   SyscallFailed,
   Unavailable,
   WrongState,
 } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
-import { mountCalls, planMount } from "../linux/mount-options.ts";
-import { pathInRoot } from "../linux/root-path.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
 import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
 import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
@@ -41,8 +39,9 @@ import {
   writeEngineNote,
   writeTaskRecord,
 } from "./journal.ts";
-import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
+import { type AdoptedExit, ALL_PIPES, stdioKind, type Tag } from "./keeper.ts";
 import { LazyMemory } from "./lazy-memory.ts";
+import { mountAll } from "./mounts.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
 import type { RestoreSource } from "./restore-source.ts";
@@ -234,7 +233,10 @@ export class Task {
     try {
       writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
       await task.#useCheckpoint();
-      const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace, options);
+      const stdio = {
+        ...planStdio(init.io, init.stdio, task.id, pod.namespace, options),
+        ...(restore && { flags: ALL_PIPES }),
+      };
       await task.#mountRootfs(work, request.rootfs);
       await pod.keeper.ioOpen(work.tag("io"), stdio);
       if (!restore) await task.#createContainer(work);
@@ -499,7 +501,7 @@ export class Task {
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     const logFile = this.#logFile("restore");
-    const { argv } = engine.restore({
+    const { argv, env = [] } = engine.restore({
       ...options,
       id: this.id,
       bundle: this.bundle,
@@ -510,7 +512,9 @@ export class Task {
       noPivot: this.options.noPivotRoot,
     });
     const step = options.lazyPages ? "restore-lazily" : "restore"; // the one may follow on the other
-    const exit = await this.#pod.keeper.run(work.tag(step), { argv, io: this.init.io, consoleSocket });
+    const { keeper } = this.#pod;
+    env.push(`PATH=${(await gateBelow(keeper.pid)).path}`);
+    const exit = await keeper.run(work.tag(step), { argv, env, io: this.init.io, consoleSocket });
     if (exit.exitStatus !== 0) throw await engineFailure("restore", this.id, exit.exitStatus, logFile);
     this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);
@@ -598,10 +602,11 @@ export class Task {
   }
 
   /** A failed restore's stdio was given away with it. */
-  async #reopenStdio(work: Work, after: string): Promise<void> {
+  async #reopenStdio(work: Work, after: "lazily" | "afresh"): Promise<void> {
     await this.#pod.keeper.ioFree(work.tag(`io-free-${after}`), this.init.io);
     const stdio = planStdio(this.init.io, this.init.stdio, this.id, this.namespace, this.options);
-    await this.#pod.keeper.ioOpen(work.tag(`io-${after}`), stdio);
+    const flags = after === "lazily" ? ALL_PIPES : 0;
+    await this.#pod.keeper.ioOpen(work.tag(`io-${after}`), { ...stdio, flags });
   }
 
   /** After a failed restore has been undone. */
@@ -1093,22 +1098,9 @@ export class Task {
   // ---- parts ---------------------------------------------------------------------------------------------------------
 
   async #mountRootfs(work: Work, mounts: CreateRequest["rootfs"], step = "mount"): Promise<void> {
-    const root = join(this.bundle, "rootfs");
-    for (const [index, mount] of mounts.entries()) {
-      this.#rootfsMounted = true;
-      const target = await pathInRoot(root, mount.target);
-      const plan = planMount(mount, target);
-      if (plan.helper) {
-        const exit = await this.#pod.keeper.run(work.tag(`${step}:${index}`), { argv: plan.helper.argv });
-        if (exit.exitStatus !== 0)
-          throw new RuntimeFailed(`mount ${mount.type} at ${target}: ${plan.helper.argv[0]} failed`, {
-            exitStatus: exit.exitStatus,
-          });
-        continue;
-      }
-      for (const [part, call] of mountCalls(plan).entries())
-        await this.#pod.keeper.mount(work.tag(`${step}:${index}.${part}`), call);
-    }
+    if (mounts.length === 0) return;
+    this.#rootfsMounted = true;
+    await mountAll(this.#pod.keeper, mounts, join(this.bundle, "rootfs"), (at) => work.tag(`${step}:${at}`));
   }
 
   async #createContainer(work: Work): Promise<void> {

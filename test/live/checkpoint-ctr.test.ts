@@ -6,6 +6,7 @@ import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { GO_SHIM, Live } from "./harness/live.ts";
 import { type Combination, missingFor, skipUnless } from "./harness/matrix.ts";
+import { numbersIn } from "./harness/output.ts";
 import { IMAGE, repository } from "./harness/programs.ts";
 import { until } from "./harness/until.ts";
 
@@ -25,8 +26,6 @@ for (const combination of combinations) {
     });
     afterEach(() => live.expectNoLeftovers());
     afterAll(() => live?.stop());
-
-    const numbersIn = (text: string) => (text.match(/^\d+$/gm) ?? []).map(Number);
 
     /** `ctr run` of the counter, whose output goes to a file. */
     async function ctrRun(id: string): Promise<string> {

@@ -5,12 +5,10 @@ import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor, skipUnless } from "./harness/matrix.ts";
-import { Output } from "./harness/output.ts";
+import { numbersIn, Output } from "./harness/output.ts";
 import type { Spec } from "./harness/spec.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
-
-const numbersIn = (text: string) => (text.match(/^\d+$/gm) ?? []).map(Number);
 
 /** Cgroups of a process, those of version 2 or of the controllers that containers always get. */
 function cgroupsOf(pid: number): string[] {

@@ -6,6 +6,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { verifyImages } from "../../src/criu/image/index.ts";
 import { Live } from "./harness/live.ts";
 import { type Combination, missingFor } from "./harness/matrix.ts";
+import { numbersIn } from "./harness/output.ts";
 
 /** Programs that print a rising number as long as everything they hold is right, and what they need. */
 const programs: [what: string, args: string[], annotations: Record<string, string>][] = [
@@ -45,7 +46,7 @@ for (const combination of combinations) {
         expect(await task.wait()).toBe(137);
         expect((await verifyImages(image)).findings).toEqual([]);
         await task.stdout.end().catch(() => undefined);
-        last = lastNumber(task.stdout.text, last);
+        last = numbersIn(task.stdout.text).at(-1) ?? last;
         await task.destroy();
         await using restored = await live.restore(image, args, { annotations, mounts });
         expect(await restored.nextNumber()).toBe(last + 1);
@@ -126,10 +127,4 @@ for (const combination of combinations) {
       await restored.stdout.lineMatching(/^answer 42/);
     });
   });
-}
-
-/** The last whole number in an output. */
-function lastNumber(text: string, otherwise: number): number {
-  const numbers = text.match(/^\d+$/gm);
-  return numbers ? Number(numbers.at(-1)) : otherwise;
 }

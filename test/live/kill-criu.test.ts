@@ -96,7 +96,9 @@ for (const combination of enginesForCheckpoints) {
       await using task = await live.run(["counter"]);
       await task.nextNumber();
       deadly.killNextAt("start", "criu");
-      expect(await outcomeOf(task.checkpoint())).not.toBe("done");
+      const outcome = await outcomeOf(task.checkpoint());
+      // It is CRIU asked for its version, without which crun goes on, to one that lives.
+      if (combination.engine === "runc") expect(outcome).not.toBe("done");
       expect(deadly.killed()).toBe("criu");
       expect(await task.status()).toBe("RUNNING");
       task.stdout.skip();
@@ -123,10 +125,16 @@ for (const combination of enginesForCheckpoints) {
         const outcome = await dump;
         if (outcome === "done" || killed === 0) continue; // it had the last word
         expect(readdirSync(image)).toEqual([]);
-        // CRIU runs code in the processes: killed in that moment, it takes them along.
-        if ((await task.status()) === "STOPPED") return;
+        // CRIU runs code in the processes: killed in that moment, it takes them along, at the latest once they are thawed.
         task.stdout.skip();
-        expect((await task.stdout.lineMatching(/^\d+ (\S+)/))[1]).toBe(sum);
+        const line = await task.stdout.lineMatching(/^\d+ (\S+)/).catch((error: unknown) => {
+          if (!task.stdout.ended) throw error;
+        });
+        if (!line) {
+          await task.wait();
+          return;
+        }
+        expect(line[1]).toBe(sum);
       }
     });
 

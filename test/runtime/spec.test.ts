@@ -234,6 +234,29 @@ describe("checkpoint policy in annotations", () => {
     expect(() => policy(annotations as Record<string, string>)).toThrow(message);
   });
 
+  it("is refused where the administrator denies a key, whatever the key says", () => {
+    const web = (key: string) => ({
+      annotations: { "io.kubernetes.cri.container-name": "web", [`cedana.io/${key}`]: "TERM" },
+    });
+    for (const key of [
+      "kill-signal",
+      "exec-kill-signal",
+      "kill-signal.web",
+      "checkpoint-on",
+      "hook.pre-dump.web",
+    ])
+      expect(() => cedanaAnnotations(web(key), { denied: [key.replace(/\.web$/, "")] }), key).toThrow(
+        `annotation cedana.io/${key} is denied by this node's configuration`,
+      );
+    const others = { denied: ["kill-signal", "tcp"] };
+    expect(cedanaAnnotations(web("kill-signal.db"), others)).toEqual({}); // another container's
+    expect(cedanaAnnotations(web("kill-grace"), others)).toEqual({});
+    const sandbox = {
+      annotations: { ...web("tcp").annotations, "io.kubernetes.cri.container-type": "sandbox" },
+    };
+    expect(cedanaAnnotations(sandbox, others)).toEqual({});
+  });
+
   it("names the annotation that it read", () => {
     expect(() => policy({ "cedana.io/tcp": "keep", "cedana.io/tcp.web": "x" }, "web")).toThrow(
       "cedana.io/tcp.web",

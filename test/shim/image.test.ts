@@ -3,7 +3,8 @@ import { createServer, type Http2Server } from "node:http2";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, expect, it } from "vitest";
-import { GetContainerResponse, GetImageResponse } from "../../src/proto/generated/containerd_store.ts";
+import { GetContainerResponse } from "../../src/proto/generated/containerd_containers.ts";
+import { GetImageResponse } from "../../src/proto/generated/containerd_images.ts";
 import { imageOf } from "../../src/shim/image.ts";
 import type { Task } from "../../src/shim/task.ts";
 
@@ -57,5 +58,5 @@ it("is what containerd says", async () => {
 it("is nothing where containerd fails, whatever it says", async () => {
   answers["containers.v1.Containers"] = { status: 13, message: "100% of %ff" };
   expect(await imageOf(task, {})).toBeUndefined();
-  expect(warnings).toEqual(["containers.v1.Containers: 100% of %ff"]);
+  expect(warnings).toEqual([`containerd (${path.join(directory, "containerd.sock")}): Get: 100% of %ff`]);
 });

@@ -1,4 +1,3 @@
-import { createHash } from "node:crypto";
 import {
   closeSync,
   constants,
@@ -16,9 +15,10 @@ import { promisify } from "node:util";
 import { BrokenImage, InvalidRequest, WrongState } from "../../errors/index.ts";
 import { flock, openBeneath } from "../../linux/addon.ts";
 import { listFilesHere, openDirectory } from "../digest.ts";
+import { algorithmOf, FileHash } from "../file-hash.ts";
 import { MANIFEST_NAME } from "../manifest.ts";
+import { WHITEOUT, writeAll } from "../rootfs-diff/layer.ts";
 import { ROOTFS_DIFF_NAME } from "../rootfs-diff/names.ts";
-import { WHITEOUT, writeAll } from "../rootfs-diff/pack.ts";
 import { findExtents } from "../tar/extents.ts";
 import { encodeHeader, endOfTar, padding, rawName, type TarEntry, tarEntry } from "../tar/format.ts";
 import { splitPath } from "../tar/path.ts";
@@ -43,7 +43,7 @@ export interface CreateInput {
   omit: string[];
   /** deletions are in deleted.files alone, as Podman and CRI-O want it */
   dropWhiteouts: boolean;
-  /** `sha256:…` by path: what is read must have it */
+  /** by path, as the manifest has them: what is read must have it */
   digests: Record<string, string>;
 }
 
@@ -195,7 +195,7 @@ function* packFile(
   if (!info.isFile()) throw new BrokenImage(`${path} is not a regular file`);
   const extents = digest === undefined ? findExtents(fd, size, Number(info.blocks)) : undefined;
   yield encodeHeader(entryOf(path, { size, extents, mtimeNs: info.mtimeNs }));
-  const hash = digest === undefined ? undefined : createHash("sha256");
+  const hash = digest === undefined ? undefined : new FileHash(algorithmOf(digest));
   let written = 0;
   for (const extent of extents ?? [{ offset: 0, size }]) {
     for (let offset = extent.offset; offset < extent.offset + extent.size; ) {
@@ -210,7 +210,7 @@ function* packFile(
     }
   }
   yield padding(written);
-  if (hash && `sha256:${hash.digest("hex")}` !== digest)
+  if (hash && hash.digest() !== digest)
     throw new BrokenImage(`${path} is not as the manifest says: its digest is another one`);
 }
 

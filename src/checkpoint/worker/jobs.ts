@@ -5,7 +5,6 @@
 export const jobs = {
   listFiles: async () => (await import("../digest.ts")).listFilesHere,
   hashFiles: async () => (await import("../digest.ts")).hashFilesHere,
-  followFiles: async () => (await import("../digest.ts")).followFilesHere,
   createArchive: async () => (await import("../archive/create.ts")).createArchive,
   extractArchive: async () => (await import("../archive/extract.ts")).extractArchive,
   packRootfsDiff: async () => (await import("../rootfs-diff/pack.ts")).packRootfsDiff,

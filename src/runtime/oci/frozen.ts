@@ -45,8 +45,14 @@ async function writeWhole(path: string, content: object): Promise<void> {
   await rename(`${path}.new`, path);
 }
 
-/** At the start of a cedanad: what an earlier one has left frozen. */
-export async function thawLeftovers(runDirectory: string, log: Logger): Promise<void> {
+/**
+ * At the start of a cedanad: what an earlier one has left frozen.
+ * @returns of a container's marker: when the dump that was in work has come to its end, and what it made is gone
+ */
+export async function thawLeftovers(
+  runDirectory: string,
+  log: Logger,
+): Promise<(marker: string) => Promise<void>> {
   const directory = join(runDirectory, "oci");
   const names = await readdir(directory).catch((): string[] => []); // ENOENT: nothing was ever frozen
   for (const name of names.filter((one) => one.endsWith(suffix))) {
@@ -60,8 +66,12 @@ export async function thawLeftovers(runDirectory: string, log: Logger): Promise<
     }
     await rm(note, { force: true });
   }
-  for (const name of names.filter((one) => one.endsWith(dumpSuffix)))
-    void undoDump(join(directory, name), log); // not waited for: the engine may be at work for long
+  const undone = new Map<string, Promise<void>>();
+  for (const name of names.filter((one) => one.endsWith(dumpSuffix))) {
+    const marker = join(directory, name.slice(0, -dumpSuffix.length));
+    undone.set(marker, undoDump(join(directory, name), log)); // not waited for here: the engine may be at work for long
+  }
+  return async (marker) => await undone.get(marker);
 }
 
 /**

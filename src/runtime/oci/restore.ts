@@ -1,11 +1,14 @@
 import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
+import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
+import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { NotFound, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
-import { isAlive, programOf, startTime } from "../../linux/proc.ts";
+import { isAlive, startTime } from "../../linux/proc.ts";
+import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { criuLines, engineVersion } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
@@ -55,7 +58,8 @@ export async function restore(
   const options = new Options(call.argv);
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
-  const [features, spec] = [await engineVersion(call.engine), await readSpec(bundle)];
+  const [features, spec] = await Promise.all([engineVersion(call.engine), readSpec(bundle)]);
+  await allowedAnnotations(spec);
   const rootfs = resolve(bundle, spec.root?.path ?? "rootfs");
   const scratch = scratchOf(call);
   const workPath = options.value("work-path");
@@ -88,7 +92,7 @@ export async function restore(
       return init.pid;
     },
     get hasEnded() {
-      return init.pid === 0 || !isAlive(init.pid, init.started);
+      return init.started === undefined || !isAlive(init.pid, init.started);
     },
     postRestoreHook:
       hook && ((env) => runHook({ call, wrapper }, { initPid: init.pid, bundle, spec }, hook, env, scratch)),
@@ -105,7 +109,7 @@ export async function restore(
     },
     prepareNetwork: async () => {
       if (features.name !== "runc" || !ownsNetworkNamespace(spec)) return;
-      engineBundle = await copyWithLoopback(call, bundle);
+      engineBundle = await copyWithLoopback(call, await wrapper.program(), bundle);
       writeMarker(call.marker, { ...marker(), bundle, copied: true });
     },
     putNetworkBack: async () => {}, // the copy goes with the container
@@ -138,7 +142,7 @@ export async function restore(
         ...criuConfig,
         ...cgroup.lines,
         ...(extra.criuConfig ?? []),
-        ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : undefined }),
+        ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : toldPluginDirectory() }),
       ]);
       const command = [
         engine,
@@ -148,7 +152,8 @@ export async function restore(
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
-      const run = async () => await wrapper.run([...command, ...argv, id], { env });
+      const { path: PATH } = await criuBelow(call.pid, await wrapper.program());
+      const run = async () => await wrapper.run([...command, ...argv, id], { env: { PATH, ...env } });
       const onDeath = async (pids: number[]) => {
         for (const pid of pids) killProcess(pid);
         await killCriu(work, call.pid);
@@ -158,7 +163,7 @@ export async function restore(
         ? await whileWatchingCriu({ parent: call.pid, workPath: work, onDeath, log: wrapper.log }, run)
         : await run();
       if (status === 0) {
-        const pid = detached ? ((await containerState(call))?.pid ?? 0) : 0; // in the foreground it is over
+        const pid = detached ? await restoredPid(call, options) : 0; // in the foreground it is over
         init = { pid, started: startTime(pid) };
         return;
       }
@@ -229,12 +234,20 @@ export async function restore(
  * A bundle with a copy of the caller's configuration, which stays as it is. runc restores into an empty network namespace where lo is
  * down; a hook of the copy, which it runs between CRIU's making of the namespaces and of the sockets, sets it up.
  */
-async function copyWithLoopback(call: OciCall, bundle: string): Promise<string> {
+async function copyWithLoopback(call: OciCall, program: string, bundle: string): Promise<string> {
   const copy = bundleCopyOf(call.marker);
   const path = join(bundle, "config.json");
-  const hook = { path: await programOf(call.pid), args: ["cedana-loopback"], timeout: 10 };
+  const hook = { path: program, args: ["cedana-loopback"], timeout: 10 };
   const text = withHook(movedFrom(bundle, await readFile(path, "utf8")), "createRuntime", hook, path);
   await mkdir(copy, { recursive: true, mode: 0o700 });
   await writeFile(join(copy, "config.json"), text, { mode: 0o600 });
   return copy;
+}
+
+/** Of the init; 0 when it has ended. The engine has just written it where its caller wants it. */
+async function restoredPid(call: OciCall, options: Options): Promise<number> {
+  const file = options.value("pid-file");
+  const pid =
+    file === undefined ? 0 : Number(await readFile(resolve(call.cwd, file), "utf8").catch(() => "")); // a FIFO's reader has it
+  return pid > 0 ? pid : ((await containerState(call))?.pid ?? 0);
 }

@@ -109,7 +109,8 @@ describe.skipIf(reason)(`the page daemon${reason ? ` (${reason})` : ""}`, () => 
     await daemon.stop();
     expect(await daemon.ended).toMatchObject({ filled: false });
     expect([guard, pages].map(({ pid }) => isAlive(pid))).toEqual([false, false]);
-    CheckpointUse.remove(join(base, "images"))![Symbol.dispose]();
+    // The holder has the lock, too, and ends by itself.
+    (await vi.waitUntil(() => CheckpointUse.remove(join(base, "images"))))[Symbol.dispose]();
     expect(existsSync(join(base, "lazy-pages"))).toBe(false);
   });
 

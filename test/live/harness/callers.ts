@@ -81,19 +81,23 @@ export class CallerPlace {
   static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
     place.#daemonEnv = daemonEnv;
-    for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg"])
+    for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg", "etc/cedana", "etc-work"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
-    writeFileSync(
-      place.config,
-      JSON.stringify({
-        engine,
-        runDirectory: place.runDir,
-        stateDirectory: place.env.CEDANA_STATE_DIR,
-        configuration: place.env.CEDANA_CONFIG,
-      }),
-    );
+    for (const path of [place.config, join(place.dir, "etc/cedana/runtime.json")])
+      writeFileSync(
+        path,
+        JSON.stringify({
+          engine,
+          runDirectory: place.runDir,
+          stateDirectory: place.env.CEDANA_STATE_DIR,
+          configuration: place.env.CEDANA_CONFIG,
+        }),
+      );
     const v2 = engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers");
-    const script = `${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
+    // Podman's clean-up after a container passes neither environment nor runtime flags on: what it needs to know stands in /etc.
+    const layers = `lowerdir=/etc,upperdir=${join(place.dir, "etc")},workdir=${join(place.dir, "etc-work")}`;
+    const etc = `mount -t overlay -o ${layers} etc /etc && `;
+    const script = `${etc}${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
     place.#holder = spawn("unshare", ["--mount", "--propagation", "private", "sh", "-c", script], {
       stdio: ["ignore", "pipe", "inherit"],
       env: place.env,
@@ -192,16 +196,12 @@ export class CallerPlace {
     });
   }
 
-  /** cedana-runtime with our configuration, for Podman: its clean-up after a container passes neither environment nor runtime flags on. */
+  /** cedana-runtime; where a cedanad gets an environment of its own, in a script that Podman's clean-up runs, too. */
   #configuredWrapper(): string {
+    if (Object.keys(this.#daemonEnv).length === 0) return wrapper;
     const path = join(this.dir, "wrapper");
-    const environment = { CEDANA_STATE_DIR: this.env.CEDANA_STATE_DIR!, ...this.#daemonEnv };
-    const exports = Object.entries(environment).map(([name, value]) => `export ${name}='${value}'\n`);
-    writeFileSync(
-      path,
-      `#!/bin/sh\n${exports.join("")}exec ${wrapper} --cedana-config ${this.config} "$@"\n`,
-      { mode: 0o755 },
-    );
+    const exports = Object.entries(this.#daemonEnv).map(([name, value]) => `export ${name}='${value}'\n`);
+    writeFileSync(path, `#!/bin/sh\n${exports.join("")}exec ${wrapper} "$@"\n`, { mode: 0o755 });
     return path;
   }
 

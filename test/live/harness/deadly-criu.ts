@@ -55,7 +55,8 @@ export class DeadlyCriu {
       `rm ${this.#plan}`,
       "pid=$PPID",
       `[ "$victim" = criu ] || pid=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)`,
-      `echo "$(cat /proc/$pid/comm)" >${this.#done}`,
+      // By its arguments: an engine that runs from a sealed copy is called after that in comm. CRIU's go on behind a colon.
+      `basename "$(tr '\\0' '\\n' </proc/$pid/cmdline | sed '1{s/:.*//;q}')" >${this.#done}`,
       "kill -9 $pid",
     ];
     writeFileSync(join(directory, "criu"), `${criu.join("\n")}\n`, { mode: 0o755 });

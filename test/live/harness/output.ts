@@ -4,6 +4,9 @@ import { createHash } from "node:crypto";
 import { closeSync, constants, openSync } from "node:fs";
 import net from "node:net";
 
+/** The lines of an output that are whole numbers. */
+export const numbersIn = (text: string): number[] => (text.match(/^\d+$/gm) ?? []).map(Number);
+
 export class Output {
   readonly path: string;
   bytes = 0;
