@@ -123,9 +123,9 @@ export interface RestoreTarget extends RestoreCandidate {
   readonly rootfs?: string | undefined;
   /** Before the rootfs diff is applied: what can't be undone then is refused. */
   allowRootfsDiff?(): Promise<void>;
-  /** The network namespace that the engine is about to make will be as it should be; put back when the engine is done. */
-  prepareNetwork(): Promise<void>;
-  putNetworkBack(): Promise<void>;
+  /** The configuration is as the engine's restore needs it; put back when that is done. */
+  prepareConfiguration(): Promise<void>;
+  putConfigurationBack(): Promise<void>;
   /** The container's cgroup is where its configuration says, whatever the images say. */
   prepareCgroup(policy: CriuPolicy): Promise<void>;
   removeCgroup(): Promise<void>;
@@ -198,7 +198,7 @@ export const restoreSteps = [
   restoreAdaptersOfPlugins, // those of all plugins stand here
   prepareDevices, // whether they can be had here
   prepareRootfs,
-  prepareNetwork,
+  prepareConfiguration,
   prepareCgroup,
   prepareMountPoints,
   startPageDaemon, // where the container wants it, and it can be had; from here on somebody fills memory
@@ -572,12 +572,12 @@ async function prepareRootfs(
 
 // ---- the container's surroundings ------------------------------------------------------------------------------------
 
-async function prepareNetwork({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
-  await target.prepareNetwork();
+async function prepareConfiguration({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await target.prepareConfiguration();
   try {
     await next();
   } finally {
-    await target.putNetworkBack();
+    await target.putConfigurationBack();
   }
 }
 

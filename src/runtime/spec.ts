@@ -148,16 +148,6 @@ function isArrayOfObjects(value: unknown): boolean {
 }
 
 /**
- * The text of a config.json with one more hook, the first of its stage; everything else means what it meant.
- * @throws InvalidRequest when it isn't a spec
- */
-export function withHook(text: string, stage: string, hook: OciHook, path = "config.json"): string {
-  return editSpec(text, path, (spec) => {
-    spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
-  });
-}
-
-/**
  * The text of a config.json for a copy of it in another directory: paths that are relative to the bundle become absolute.
  * @throws InvalidRequest when it isn't a spec
  */

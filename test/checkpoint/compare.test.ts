@@ -85,22 +85,14 @@ describe("a checkpoint and a container", () => {
   });
 
   it("differ by each mount from outside that is missing, or whose source is", async () => {
-    const images = facts({
-      mounts: [mount("/"), mount("/a", "/a", "/srv/a"), mount("/b", "/b"), mount("/l", "/l")],
-    });
-    const link = path.join(directory, "link");
-    fs.symlinkSync(rootfs, link);
+    const images = facts({ mounts: [mount("/"), mount("/a", "/a", "/srv/a"), mount("/b", "/b")] });
     const { said } = await differences(images, {
-      binds: new Map([
-        ["/b", "/nowhere"],
-        ["/l", link],
-      ]),
-      mountPoints: ["/b", "/c", "/l"],
+      binds: new Map([["/b", "/nowhere"]]),
+      mountPoints: ["/b", "/c"],
     });
     expect(said).toEqual([
       expect.stringMatching(/^error: it has a mount from outside at \/a \(\/srv\/a of its file system\)/),
       expect.stringMatching(/^error: the source of the bind mount \/b, \/nowhere, does not exist/),
-      `error: the source of the bind mount /l, ${link}, is a symbolic link, which CRIU doesn't follow: give the new container ${rootfs} instead`,
       expect.stringMatching(/^warning: the container's mount at \/c will not be there/),
     ]);
   });

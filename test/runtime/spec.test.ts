@@ -19,7 +19,6 @@ import {
   processLike,
   readSpec,
   sharesPidNamespace,
-  withHook,
 } from "../../src/runtime/spec.ts";
 
 let bundle: string;
@@ -112,28 +111,6 @@ it("groups containers of a pod", () => {
   );
   expect(group({ "io.kubernetes.cri.sandbox-id": "" })).toBeUndefined();
   expect(groupOf({})).toBeUndefined();
-});
-
-describe("a hook added to a spec", () => {
-  const hook = { path: "/bin/new", args: ["new"] };
-
-  it("comes first in its stage, and leaves limits beyond 2^53 exactly as they were written", () => {
-    const text = `{"process":{"rlimits":[{"type":"RLIMIT_AS","hard":18446744073709551615,"soft":1.5}]},
-      "hooks":{"createRuntime":[{"path":"/bin/old"}],"poststop":[{"path":"/bin/end"}]}}`;
-    const changed = withHook(text, "createRuntime", hook);
-    expect(changed).toContain('"hard":18446744073709551615,"soft":1.5');
-    expect(JSON.parse(changed).hooks).toEqual({
-      createRuntime: [hook, { path: "/bin/old" }],
-      poststop: [{ path: "/bin/end" }],
-    });
-  });
-
-  it("makes the first hooks of a spec without any", () => {
-    expect(JSON.parse(withHook('{"hooks":null}', "createRuntime", hook)).hooks).toEqual({
-      createRuntime: [hook],
-    });
-    expect(() => withHook("[]", "createRuntime", hook)).toThrow(InvalidRequest);
-  });
 });
 
 describe("a process like the container's first", () => {

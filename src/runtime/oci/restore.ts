@@ -14,17 +14,10 @@ import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { criuLines, engineVersion, lastErrorIn } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
+import { configForRestore } from "../restore-configuration.ts";
 import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
-import {
-  cedanaAnnotations,
-  cgroupName,
-  identityOf,
-  movedFrom,
-  ownsNetworkNamespace,
-  readSpec,
-  withHook,
-} from "../spec.ts";
+import { cedanaAnnotations, cgroupName, identityOf, movedFrom, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
@@ -111,12 +104,19 @@ export async function restore(
         cgroupsMode: policy.cgroupsMode ?? "",
       };
     },
-    prepareNetwork: async () => {
-      if (features.name !== "runc" || !ownsNetworkNamespace(spec)) return;
-      engineBundle = await copyWithLoopback(call, await wrapper.program(), bundle);
+    prepareConfiguration: async () => {
+      const file = join(bundle, "config.json");
+      const text = await configForRestore(spec, await readFile(file, "utf8"), {
+        bundle,
+        path: file,
+        engine: features.name,
+        program: await wrapper.program(),
+      });
+      if (text === undefined) return;
+      engineBundle = await copyOfBundle(call, bundle, text);
       writeMarker(call.marker, { ...marker(), bundle, copied: true });
     },
-    putNetworkBack: async () => {}, // the copy goes with the container
+    putConfigurationBack: async () => {}, // the copy goes with the container
     prepareCgroup: async (policy) => {
       if (policy.cgroupsMode !== (mode ?? ""))
         cgroup = await restoreCgroup(spec, policy.cgroupsMode || undefined, call.pid);
@@ -238,17 +238,11 @@ export async function restore(
   return { status };
 }
 
-/**
- * A bundle with a copy of the caller's configuration, which stays as it is. runc restores into an empty network namespace where lo is
- * down; a hook of the copy, which it runs between CRIU's making of the namespaces and of the sockets, sets it up.
- */
-async function copyWithLoopback(call: OciCall, program: string, bundle: string): Promise<string> {
+/** A bundle for the engine's restore alone: the caller's stays as it is. @param text  of its config.json */
+async function copyOfBundle(call: OciCall, bundle: string, text: string): Promise<string> {
   const copy = bundleCopyOf(call.marker);
-  const path = join(bundle, "config.json");
-  const hook = { path: program, args: ["cedana-loopback"], timeout: 10 };
-  const text = withHook(movedFrom(bundle, await readFile(path, "utf8")), "createRuntime", hook, path);
   await mkdir(copy, { recursive: true, mode: 0o700 });
-  await writeFile(join(copy, "config.json"), text, { mode: 0o600 });
+  await writeFile(join(copy, "config.json"), movedFrom(bundle, text), { mode: 0o600 });
   return copy;
 }
 
