@@ -263,5 +263,5 @@ async function withImagePath(imagePath: string, work: () => Promise<void>): Prom
 /** The engine reports success when CRIU does; the processes' end is the kernel's, a moment later. */
 async function waitForEnd(pid: number, started: number | undefined): Promise<void> {
   for (let attempt = 0; isAlive(pid, started) && attempt < 100; attempt++)
-    await new Promise((resolve) => setTimeout(resolve, 10));
+    await new Promise((resolve) => setTimeout(resolve, Math.min(attempt, 10))); // the caller waits for it
 }
