@@ -472,7 +472,7 @@ export class Task {
         // The task must be deletable: it has ended without having lived.
         this.init.markExited({ status: 255, atNs: nowNs() });
         this.record();
-        await this.#giveClaimBack();
+        if (this.#isUndone) await this.#giveClaimBack();
         throw error;
       }
       this.#log.warn(
@@ -482,9 +482,14 @@ export class Task {
       this.generation = 0;
       this.#afresh = "begun"; // on record: a repetition must not restore into a container that runs
       this.#writeRecord();
-      await this.#giveClaimBack();
+      if (this.#isUndone) await this.#giveClaimBack();
       await this.#startAfresh(work);
     }
+  }
+
+  /** Whether a failed restore has left nothing behind. Without a keeper its engine may be at work still, and end well. */
+  get #isUndone(): boolean {
+    return this.#pod.keeper.connected;
   }
 
   /** The engine's part of a restore. When it returns, the container runs and the init's pid is known. */
@@ -1053,7 +1058,8 @@ export class Task {
    */
   async destroy(): Promise<Exit> {
     const { keeper } = this.#pod;
-    if (this.init.state === "createdFromCheckpoint") await this.#giveClaimBack();
+    // Of one that is being restored, its start knows.
+    if (this.init.state === "createdFromCheckpoint" && !this.init.starting) await this.#giveClaimBack();
     if (this.init.state !== "deleted") {
       await this.#engineDelete(keeper.ownTag("destroy"), true).catch((error) =>
         this.#log.warn({ err: error }, "delete the container of an abandoned task"),
@@ -1141,20 +1147,25 @@ export class Task {
   }
 
   async #undoCreate(work: Work): Promise<void> {
-    const undo = async (what: string, action: Promise<unknown>) => {
-      await action.catch((error) => {
+    const undo = async (what: string, action: Promise<unknown>): Promise<boolean> => {
+      try {
+        await action;
+        return true;
+      } catch (error) {
         if (!(error instanceof Unavailable)) this.#log.error({ err: error }, `undo a failed create: ${what}`);
-      });
+        return false;
+      }
     };
     this.#use?.[Symbol.dispose]();
     await this.#giveClaimBack();
-    await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
+    const deleted = await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
     await undo("remove the cgroup", this.removeCgroup());
     await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));
     if (this.#rootfsMounted)
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
     await undo("remove what was unpacked", this.discardRestore());
-    await rm(join(this.bundle, "cedana-engine"), { force: true });
+    // Where the keeper has gone, the launcher's `delete` finds the container by it.
+    if (deleted) await rm(join(this.bundle, "cedana-engine"), { force: true });
     this.#pod.keeper.taskGone(this.id); // it may watch for out-of-memory kills
     if (this.init.heldExit) this.#pod.keeper.acknowledge(this.init.heldExit.sequence); // told to nobody
   }

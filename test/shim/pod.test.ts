@@ -6,7 +6,8 @@ import os from "node:os";
 import path from "node:path";
 import { pino } from "pino";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { statusCode } from "../../src/errors/index.ts";
+import { statusCode, Unavailable } from "../../src/errors/index.ts";
+import { bootId } from "../../src/linux/proc.ts";
 import { task as api } from "../../src/proto/index.ts";
 import { decodeOptions } from "../../src/runtime/options.ts";
 import { type TaskRecord, writeTaskRecord } from "../../src/shim/journal.ts";
@@ -19,6 +20,7 @@ import {
   messageType as type,
 } from "../../src/shim/keeper-protocol.ts";
 import { ShimServer } from "../../src/shim/shim-server.ts";
+import { Task } from "../../src/shim/task.ts";
 import { decodeFrame, decodeResponse, encodeFrame, encodeRequest, frameType } from "../../src/ttrpc/index.ts";
 import { until } from "../live/harness/until.ts";
 
@@ -114,10 +116,11 @@ class FakeKeeper {
 
 let directory: string;
 let server: Server;
+let shim: ShimServer;
 let keeper: FakeKeeper;
 beforeEach(async () => {
   directory = fs.mkdtempSync(path.join(os.tmpdir(), "pod-"));
-  const shim = new ShimServer({
+  shim = new ShimServer({
     log: pino({ level: "silent" }),
     runDirectory: directory,
     build: "test",
@@ -233,6 +236,70 @@ describe("an exec", () => {
       expect(fs.readFileSync(path.join(bundle, "exec-3.json"), "utf8")).toBe(spec);
     },
   );
+});
+
+describe("a Create whose keeper ends in the middle of it", () => {
+  it("leaves the note by which the launcher deletes the container", async () => {
+    const bundle = path.join(directory, "c1");
+    fs.mkdirSync(bundle);
+    fs.writeFileSync(path.join(bundle, "config.json"), "{}");
+    keeper.send(type.END);
+    keeper.hold(type.SPAWN);
+    await keeper.settled();
+    const work = { request: 9, repeated: false, sinceNs: 0n, tag: (step: string) => ({ request: 9, step }) };
+    const stdio = { terminal: false, stdin: "", stdout: "", stderr: "" };
+    const request = {
+      id: "c1",
+      bundle,
+      rootfs: [],
+      stdio,
+      checkpoint: "",
+      parentCheckpoint: "",
+      options: undefined,
+    };
+    const created = Task.create([...shim.pods][0]!, work, request, () => new Uint8Array());
+    created.catch(() => {});
+    await keeper.takes(type.SPAWN);
+    close();
+    await expect(created).rejects.toThrow(Unavailable);
+    expect(fs.readFileSync(path.join(bundle, "cedana-engine"), "utf8")).toMatch(/^runc\n\/.*\nc1\n$/);
+  });
+});
+
+describe("the claim on the checkpoint of a container whose restore fails", () => {
+  /** The start's promise, and whether the checkpoint is claimed. */
+  async function restore(): Promise<{ started: Promise<number>; isClaimed: () => boolean }> {
+    const checkpoint = path.join(directory, "store", "generation");
+    fs.mkdirSync(checkpoint, { recursive: true });
+    const claim = { path: checkpoint, by: "c1 bundle" };
+    fs.writeFileSync(`${checkpoint}.claim`, JSON.stringify({ by: claim.by, bootId: bootId(), begun: false }));
+    record("c1", {
+      state: "createdFromCheckpoint",
+      restoreFrom: checkpoint,
+      restoreAsked: "annotation",
+      claim,
+    });
+    keeper.send(type.END);
+    await keeper.settled();
+    const work = { request: 9, repeated: false, sinceNs: 0n, tag: (step: string) => ({ request: 9, step }) };
+    const started = [...shim.pods][0]!.tasks.get("c1")!.start(work);
+    started.catch(() => {});
+    return { started, isClaimed: () => fs.existsSync(`${checkpoint}.claim`) };
+  }
+
+  it("is given back", async () => {
+    const { started, isClaimed } = await restore();
+    await expect(started).rejects.toThrow();
+    expect(isClaimed()).toBe(false);
+  });
+
+  it("is kept when the keeper has gone: nobody knows whether its engine is at work still", async () => {
+    const { started, isClaimed } = await restore();
+    close();
+    await expect(started).rejects.toThrow();
+    expect([...shim.pods]).toEqual([]);
+    expect(isClaimed()).toBe(true);
+  });
 });
 
 describe("a Create that fails at its first file", () => {
