@@ -4,7 +4,7 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { gzipSync, zstdCompressSync } from "node:zlib";
-import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import {
   type Compression,
   compressions,
@@ -511,6 +511,23 @@ describe("the layouts of other engines", () => {
     expect(names).toEqual(layout === "podman" || layout === "crio" ? ["a"] : ["a", ".wh.gone"]);
     const pod = layout === "podman" ? "" : "pod-1";
     expect(description.container.pod).toBe(pod);
+  });
+
+  it.skipIf(!has("lz4"))("leave no lz4 behind when the rootfs diff in it can't be repacked", async () => {
+    await makeCheckpoint();
+    fs.writeFileSync(path.join(checkpoint, "deleted.files"), "[]");
+    const broken = execFileSync("lz4", ["-q", "-c", "-"], {
+      input: randomBytes(20_000_000),
+      maxBuffer: 1 << 30,
+    });
+    fs.writeFileSync(path.join(checkpoint, "rootfs-diff.tar"), broken);
+    await expect(createArchive(checkpoint, at("web.tar"), { layout: "podman", container })).rejects.toThrow(
+      BrokenImage,
+    );
+    const children = () =>
+      execFileSync("ps", ["--ppid", String(process.pid), "-o", "comm="], { encoding: "utf8" });
+    await vi.waitUntil(() => !children().includes("lz4"), { timeout: 10_000 });
+    nothingIsLeft("web");
   });
 
   it.each<[string, string[], Record<string, string> | undefined]>([
