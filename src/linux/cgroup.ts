@@ -8,6 +8,7 @@ import {
   write as writeToFd,
 } from "node:fs";
 import { mkdir, readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
+import { posix } from "node:path";
 import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
 import { NotFound, SyscallFailed, TimedOut, Unsupported, WrongState } from "../errors/index.ts";
 import { type MountInfo, readMountInfo } from "./mount-options.ts";
@@ -445,10 +446,16 @@ export function parseMembership(text: string): Map<string, string> {
   return membership;
 }
 
-/** The path's beginning that ends with this directory, the innermost; the whole path when it isn't in it. */
+/**
+ * The path's beginning that ends with this directory, the innermost; the whole path when it isn't in it.
+ * @param name  may be `a/b`: where there is no b in a, the path to a
+ */
 export function upTo(path: string, name: string): string {
-  const at = `${path}/`.lastIndexOf(`/${name}/`);
-  return at < 0 ? path : path.slice(0, at + 1 + name.length);
+  for (let wanted = name; wanted !== "."; wanted = posix.dirname(wanted)) {
+    const at = `${path}/`.lastIndexOf(`/${wanted}/`);
+    if (at >= 0) return path.slice(0, at + 1 + wanted.length);
+  }
+  return path;
 }
 
 async function readMembership(pid: number): Promise<Map<string, string>> {

@@ -22,7 +22,7 @@ export async function preflightInput(
 ): Promise<PreflightInput> {
   const spec = await readSpec(task.bundle);
   const annotations = cedanaAnnotations(spec);
-  const cgroup = await Cgroup.of(task.pid, cgroupName(spec, task.id));
+  const cgroup = await Cgroup.of(task.pid, cgroupName(spec, task.id, task.engine));
   return {
     pids: await cgroup.pids(),
     rootPid: task.pid,

@@ -221,9 +221,15 @@ export function hasUserNamespace(spec: OciSpec): boolean {
 /**
  * Path of the container's cgroup in the version 2 hierarchy, as both engines make it; undefined where that depends on the
  * cgroup that the engine runs in (a relative path, or none).
+ * @param engine  absent: of a scope the whole, without crun's cgroup in it
  * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); systemd.slice(5) for the nesting of slices.
  */
-export function cgroupPathV2(spec: OciSpec, id: string, systemd: boolean): string | undefined {
+export function cgroupPathV2(
+  spec: OciSpec,
+  id: string,
+  systemd: boolean,
+  engine?: "runc" | "crun",
+): string | undefined {
   const path = spec.linux?.cgroupsPath ?? "";
   if (!systemd)
     return path.startsWith("/") && path !== "/" ? posix.normalize(path).replace(/\/$/, "") : undefined;
@@ -234,7 +240,7 @@ export function cgroupPathV2(spec: OciSpec, id: string, systemd: boolean): strin
     .split("-")
     .filter(Boolean);
   const slices = parts.map((_part, at) => `/${parts.slice(0, at + 1).join("-")}.slice`);
-  return `${slices.join("")}/${cgroupName(spec, id)}`;
+  return `${slices.join("")}/${cgroupName(spec, id, engine)}`;
 }
 
 /** The spec's annotations; empty when it has none. */
@@ -265,14 +271,19 @@ export function sharesPidNamespace(spec: OciSpec): boolean {
  * Name of the directory that is the container's own cgroup, in whichever hierarchy.
  *
  * `cgroupsPath` is a path, or for engines with `--systemd-cgroup` SLICE:PREFIX:NAME, which becomes the scope
- * PREFIX-NAME.scope; without one the engines take the container's id.
- * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); runc docs/systemd.md.
+ * PREFIX-NAME.scope; without one the engines take the container's id. In the scope crun makes a cgroup of its own for the container
+ * with version 2, and freezes that: whoever froze the scope would have CRIU wait for ever for processes that it has thawed.
+ * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); runc docs/systemd.md; crun(1), "run.oci.systemd.subgroup".
  */
-export function cgroupName(spec: OciSpec, id: string): string {
+export function cgroupName(spec: OciSpec, id: string, engine?: "runc" | "crun"): string {
   const path = spec.linux?.cgroupsPath ?? "";
   const [, prefix, name] = /^[^/:]*:([^/:]*):([^/:]+)$/.exec(path) ?? [];
-  if (name !== undefined)
-    return name.endsWith(".slice") ? name : `${prefix ? `${prefix}-` : ""}${name}.scope`;
+  if (name?.endsWith(".slice")) return name;
+  if (name !== undefined) {
+    const scope = `${prefix ? `${prefix}-` : ""}${name}.scope`;
+    const within = engine === "crun" ? (annotationsOf(spec)["run.oci.systemd.subgroup"] ?? "container") : "";
+    return within === "" ? scope : `${scope}/${within}`;
+  }
   return path.split("/").findLast((part) => part !== "") ?? id;
 }
 

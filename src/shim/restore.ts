@@ -263,7 +263,7 @@ async function engineRestore(
 /** The cgroup of version 2 that CRIU is to be told of; undefined with version 1, and for a path that only the engine knows. */
 async function cgroupOfRestore(task: Task, spec: OciSpec): Promise<string | undefined> {
   if ((await hostCgroupVersion()) !== 2) return undefined;
-  return cgroupPathV2(spec, task.id, task.options.systemdCgroup);
+  return cgroupPathV2(spec, task.id, task.options.systemdCgroup, task.engine.name);
 }
 
 /** What each hierarchy's cgroups are turned to: the container's own, and in version 1 ones where the keeper is. */

@@ -315,7 +315,10 @@ export class Task {
     if (this.init.pid === 0 || this.init.exit) return;
     try {
       this.#spec = await readSpec(this.bundle);
-      this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
+      this.#cgroup = await Cgroup.of(
+        this.init.pid,
+        this.#spec && cgroupName(this.#spec, this.id, this.engine.name),
+      );
       void this.outOfMemory(1); // the keeper's notice may have gone to nobody
       if (this.init.state === "running") this.#scheduleCheckpoints(true);
     } catch (error) {
@@ -900,7 +903,10 @@ export class Task {
     if (!this.#cgroup) {
       if (this.init.pid === 0 || this.init.exit)
         throw new NotFound(`task ${this.id} has no cgroup: it is not running`);
-      this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
+      this.#cgroup = await Cgroup.of(
+        this.init.pid,
+        this.#spec && cgroupName(this.#spec, this.id, this.engine.name),
+      );
     }
     return this.#cgroup;
   }
@@ -1133,7 +1139,10 @@ export class Task {
 
   async #attachCgroup(work: Work): Promise<void> {
     try {
-      this.#cgroup = await Cgroup.of(this.init.pid, this.#spec && cgroupName(this.#spec, this.id));
+      this.#cgroup = await Cgroup.of(
+        this.init.pid,
+        this.#spec && cgroupName(this.#spec, this.id, this.engine.name),
+      );
     } catch (error) {
       this.#log.warn({ err: error }, "find the cgroup of a new container"); // it may have ended already; nothing to watch then
       return;

@@ -106,6 +106,10 @@ it("is the container's own where its init has moved further down", () => {
   expect(upTo("/kubepods/pod1/c1", "c1")).toBe("/kubepods/pod1/c1");
   expect(upTo("/c1/docker/c1/x", "c1")).toBe("/c1/docker/c1");
   expect(upTo("/kubepods/pod1/c10/x", "c1")).toBe("/kubepods/pod1/c10/x");
+  expect(upTo("/system.slice/c1.scope/container/x", "c1.scope/container")).toBe(
+    "/system.slice/c1.scope/container",
+  );
+  expect(upTo("/system.slice/c1.scope/x", "c1.scope/container")).toBe("/system.slice/c1.scope");
   expect(upTo("/", "c1")).toBe("/");
 });
 

@@ -28,6 +28,8 @@ for (const combination of enginesForCheckpoints) {
     afterEach(() => live.expectNoLeftovers());
     afterAll(() => live?.stop());
 
+    // crun makes a cgroup of its own in the scope.
+    const own = combination.engine === "crun" ? "/container" : "";
     const scopeOf = (id: string) => `${live.namespace}-${id}.scope`;
     const readOf = (id: string, file: string) => readFileSync(join(slice, scopeOf(id), file), "utf8").trim();
     const cgroupOf = (pid: number) => readFileSync(`/proc/${pid}/cgroup`, "utf8").trim();
@@ -45,13 +47,13 @@ for (const combination of enginesForCheckpoints) {
 
     it("lives in its scope: limits, execs, pause and resume, exit code", async () => {
       await using task = await live.run(["counter"], inScope("life"));
-      expect(cgroupOf(task.pid)).toBe(`0::/system.slice/${scopeOf("life")}`);
+      expect(cgroupOf(task.pid)).toBe(`0::/system.slice/${scopeOf("life")}${own}`);
       expect(readOf("life", "memory.max")).toBe(`${MEMORY}`);
       const { status, stdout } = await task.execToEnd(["cat", "/proc/1/cgroup", "/proc/self/cgroup"]);
       expect(status).toBe(0);
       expect(new Set(stdout.trim().split("\n")).size).toBe(1); // the exec's is the container's
       await task.pause();
-      expect(readOf("life", "cgroup.events")).toMatch(/^frozen 1$/m);
+      expect(readOf("life", `.${own}/cgroup.events`)).toMatch(/^frozen 1$/m);
       expect(await task.status()).toBe("PAUSED");
       await task.resume();
       const before = await task.nextNumber();
@@ -74,7 +76,7 @@ for (const combination of enginesForCheckpoints) {
         await scopeIsGone(task.id);
         task = await live.restore(image, ["counter"], inScope(id, { criuImagePath: image }));
         expect(await task.nextNumber()).toBe(last + 1);
-        expect(cgroupOf(task.pid)).toBe(`0::/system.slice/${scopeOf(id)}`);
+        expect(cgroupOf(task.pid)).toBe(`0::/system.slice/${scopeOf(id)}${own}`);
         expect(readOf(id, "memory.max")).toBe(`${MEMORY}`);
         expect(readOf(id, "pids.max")).toBe("40");
       }

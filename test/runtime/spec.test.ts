@@ -101,6 +101,12 @@ it("knows what the engines call the container's cgroup", () => {
   expect(name("x.slice::abc")).toBe("abc.scope");
   expect(name("x.slice:y:z.slice")).toBe("z.slice");
   expect(name("/a:b:c/d")).toBe("d");
+  const withCrun = (annotations: Record<string, string> = {}) =>
+    cgroupName({ linux: { cgroupsPath: "x.slice:y:abc" }, annotations }, "c1", "crun");
+  expect(withCrun()).toBe("y-abc.scope/container");
+  expect(withCrun({ "run.oci.systemd.subgroup": "own" })).toBe("y-abc.scope/own");
+  expect(withCrun({ "run.oci.systemd.subgroup": "" })).toBe("y-abc.scope");
+  expect(cgroupName({ linux: { cgroupsPath: "/default/web" } }, "c1", "crun")).toBe("web");
 });
 
 it("groups containers of a pod", () => {

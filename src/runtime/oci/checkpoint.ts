@@ -89,7 +89,7 @@ export async function checkpoint(
       });
       return { status: 0 };
     }
-    const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id));
+    const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id, features.name));
     const generation = await generationOf(call, pid);
     const target: DumpTarget = {
       what: `container ${call.id}`,

@@ -3,6 +3,7 @@ import { Cancelled, NotFound } from "../../errors/index.ts";
 import { Pidfd } from "../../linux/addon.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive, programOf, startTime } from "../../linux/proc.ts";
+import { engineName } from "../engine.ts";
 import type { KillPlan } from "../kill-policy.ts";
 import { cgroupName, type OciSpec, readSpec } from "../spec.ts";
 import type { OciCall } from "./call.ts";
@@ -163,5 +164,5 @@ export class Endings {
 /** The container's, as its spec names it. */
 export async function cgroupOf(marker: Marker, pid: number): Promise<Cgroup> {
   const spec: OciSpec = marker.bundle ? await readSpec(marker.bundle) : {};
-  return await Cgroup.of(pid, cgroupName(spec, marker.id));
+  return await Cgroup.of(pid, cgroupName(spec, marker.id, engineName(marker.engine)));
 }

@@ -5,7 +5,7 @@ import { TimedOut } from "../../errors/index.ts";
 import { Pidfd } from "../../linux/addon.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { childrenOf } from "../../linux/proc.ts";
-import { lastLogError } from "../engine.ts";
+import { engineName, lastLogError } from "../engine.ts";
 import { endSession, type Hook, HookOutput, hookFailure } from "../hooks.ts";
 import { cgroupName, type OciSpec, processLike } from "../spec.ts";
 import { type Conversation, type OciCall, withoutLog } from "./call.ts";
@@ -29,7 +29,10 @@ export async function runHook(
   const file = (suffix: string) => join(scratch, `hook.${suffix}`);
   const config = join(container.bundle, "config.json");
   const told = [`CEDANA_HOOK=${hook.name}`, ...env];
-  const cgroup = await Cgroup.of(container.initPid, cgroupName(container.spec, call.id));
+  const cgroup = await Cgroup.of(
+    container.initPid,
+    cgroupName(container.spec, call.id, engineName(call.engine)),
+  );
   await mkdir(scratch, { recursive: true, mode: 0o700 });
   await writeFile(
     file("json"),

@@ -128,7 +128,7 @@ export async function restore(
     cgroup: async () => {
       const state = await containerState(call);
       if (state === undefined) throw new NotFound(`container ${id} has ended`);
-      return await Cgroup.of(state.pid, cgroupName(spec, id));
+      return await Cgroup.of(state.pid, cgroupName(spec, id, features.name));
     },
     engineRestore: async ({ imagePath, workPath: work, policy, externalMounts, withoutPlugins }) => {
       const { argv, criuConfig } = engineArguments(

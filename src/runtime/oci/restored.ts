@@ -9,6 +9,7 @@ import { InvalidRequest, NotFound, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive, pidsInNamespaces, processStat, startTime } from "../../linux/proc.ts";
 import { type AnnotatedCheckpoint, annotatedCheckpoint, maySetAside } from "../annotated-checkpoint.ts";
+import { engineName } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { cedanaAnnotations, cgroupName, type OciSpec, readSpec } from "../spec.ts";
 import { asGiven, type Conversation, type OciAnswer, type OciCall, withoutLog } from "./call.ts";
@@ -210,7 +211,7 @@ export async function start(call: OciCall, wrapper: Conversation): Promise<OciAn
   const { restored, claim, ...started } = marker;
   if (claim) await beginClaim(claim);
   const spec = await readSpec(marker.bundle!);
-  const cgroup = await Cgroup.of(restored.pid, cgroupName(spec, call.id));
+  const cgroup = await Cgroup.of(restored.pid, cgroupName(spec, call.id, engineName(call.engine)));
   for (const pid of await cgroup.pids()) {
     if (processStat(pid)?.state !== "T" || restored.stopped.includes(pidsInNamespaces(pid).at(-1) ?? 0))
       continue;
