@@ -211,6 +211,14 @@ it("docs/troubleshooting.md has errors as they are", () => {
   expect(unknown).toEqual([]);
 });
 
+it("ARCHITECTURE.md has every face of the native program", () => {
+  const faces = [...read("addon/keeper/main.c").matchAll(/strcmp\(name, "([^"]+)"\)/g)].map(
+    (match) => match[1]!,
+  );
+  expect(faces.length).toBeGreaterThan(2);
+  for (const face of faces) expect([...firstColumn("ARCHITECTURE.md")]).toContain(face);
+});
+
 it("docs/api.md has every method and every error", () => {
   const documented = [...firstColumn("docs/api.md")];
   for (const method of Object.keys(Management.methods)) expect(documented).toContain(method);

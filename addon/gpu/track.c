@@ -190,11 +190,18 @@ static bool names_version(const char *name, const char *base) {
   return name[strlen(base)] == '_' && name[strlen(base) + 1] == 'v';
 }
 
-/* For a name as the driver gives it out by cuGetProcAddress: without a version, in the current form. */
-const struct rule *rule_of(const char *name) {
+/* The forms of 64 bits came with 3.2. */
+#define WIDE_SINCE 3020
+
+/* For a name as the driver gives it out by cuGetProcAddress: without a version, in the form of the one that was asked for. */
+const struct rule *rule_of(const char *name, int version) {
   for (size_t i = 0; i < countof(rules); i++)
-    if (same_base(name, rules[i].base)) return &rules[i];
+    if (same_base(name, rules[i].base)) return rules[i].not_plain && version < WIDE_SINCE ? NULL : &rules[i];
   return NULL;
+}
+
+bool rule_is_ungated(const struct rule *rule) {
+  return rule && rule->ungated;
 }
 
 /* For the exports. Once in the life of a library: names don't change at a fork. */

@@ -513,7 +513,7 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
     throw pathFailure(`make CRIU's work path ${context.workPath}`, error); // crun fails when it isn't there
   });
   // In a directory of the caller's, of an earlier dump: its last word is not this one's.
-  if (!request.repeated) await rm(join(context.workPath, "dump.log"), { force: true });
+  if (request.workPath && !request.repeated) await rm(join(context.workPath, "dump.log"), { force: true });
   try {
     await next();
     if (request.digests === "afterwards") context.criuFrozenMs = await criuFrozenMs(context.workPath);
@@ -744,7 +744,7 @@ async function findChanges(context: DumpContext, next: () => Promise<void>): Pro
   await using _ = { [Symbol.asyncDispose]: async () => await context.base?.[Symbol.asyncDispose]() };
   if (request.rootfs && !context.attempt.rootfsDiff && !target.hasEnded) {
     context.changes = await changesOf(context);
-    await prepareRootfsDiff(signal);
+    await prepareRootfsDiff(context.changes, request.rootfs.exclude, signal);
   } else if (request.rootfs && request.repeated && context.attempt.rootfsDiff?.source !== "overlay")
     await target.rootfsBase
       ?.forget()
@@ -981,7 +981,7 @@ export async function criuFailure(
 ): Promise<Error> {
   if (failure instanceof CriuFailed) return failure; // its owner has looked there
   const summary = await explainCriuLog(join(workPath, logName)).catch(() => undefined); // no log: CRIU was not even started
-  if (!summary || summary.errors.length === 0) return failure;
+  if (!summary) return failure;
   const isCutOff = !summary.lastLines.some((line) => /FAILED|finished successfully/.test(line));
   if (isCutOff && summary.cause === undefined)
     return new CriuFailed(
@@ -990,6 +990,7 @@ export async function criuFailure(
         cause: failure,
       },
     );
+  if (summary.errors.length === 0) return failure;
   const lines = [...new Set([summary.firstError, ...summary.errors.slice(-5)])].join("; ");
   const advice = summary.cause ? `. ${summary.cause.advice}` : "";
   return new CriuFailed(`${what} failed in the engine's step (${failure.message}): CRIU: ${lines}${advice}`, {

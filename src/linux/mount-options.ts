@@ -1,4 +1,6 @@
+import { execFile } from "node:child_process";
 import { readFile } from "node:fs/promises";
+import { promisify } from "node:util";
 import { InvalidRequest, Unsupported } from "../errors/index.ts";
 
 // From containerd's description of a mount (type, source, options as in fstab) to the arguments of mount(2).
@@ -293,6 +295,10 @@ export function unescapeOctal(text: string): string {
   );
 }
 
+function escapeOctal(text: string): string {
+  return text.replace(/[ \t\n\\]/g, (c) => `\\${c.charCodeAt(0).toString(8).padStart(3, "0")}`);
+}
+
 /**
  * Reads the mounts of a process, in the order in which they were made.
  * @param containing  only lines that contain this text, checked before parsing: a node has thousands of mounts
@@ -306,4 +312,20 @@ export async function readMountInfo(pid: number | "self", containing?: string): 
     if (mount) mounts.push(mount);
   }
   return mounts;
+}
+
+/**
+ * The mounts at a path and below it, the last made first, which is the order to unmount them in. The same mount
+ * point comes as often as it is mounted on.
+ * @param path  absolute, without symbolic links and trailing slash
+ */
+export async function mountsBelow(path: string, pid: number | "self" = "self"): Promise<MountInfo[]> {
+  const prefix = path === "/" ? "/" : `${path}/`;
+  const mounts = await readMountInfo(pid, escapeOctal(path));
+  return mounts.filter((m) => m.mountPoint === path || m.mountPoint.startsWith(prefix)).reverse();
+}
+
+/** Takes a mount away now, and lets go of it when nobody uses it any more. @throws when it can't be unmounted, or isn't mounted */
+export async function unmountLazily(mountPoint: string): Promise<void> {
+  await promisify(execFile)("umount", ["--lazy", mountPoint]);
 }

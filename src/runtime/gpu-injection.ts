@@ -155,13 +155,14 @@ export function hasInterception(spec: OciSpec): boolean {
  */
 export function withInterception(process: string, spec: OciSpec): string {
   if (!hasInterception(spec)) return process;
-  let parsed: { env?: unknown };
+  let parsed: { env?: unknown } | null;
   try {
     parsed = JSON.parse(process);
   } catch {
     return process;
   }
-  const { env = [] } = parsed ?? {};
+  if (typeof parsed !== "object" || parsed === null) return process;
+  const { env = [] } = parsed;
   if (!Array.isArray(env) || !env.every((entry) => typeof entry === "string")) return process;
   const ours = (spec.process?.env ?? []).filter((entry) => /^CEDANA_GPU_TRACE(_BYTES)?=/.test(entry));
   const variables = Object.fromEntries(

@@ -293,6 +293,25 @@ describe("a quiesced process", () => {
     await event("it goes on", () => Number(lines.at(-1)) > Number(still) + 100);
   });
 
+  it("still gets its questions answered, by functions that no symbol has, too", async () => {
+    const { pid, lines } = start("things", ["given"], {
+      CEDANA_GPU_LIBCUDA: join(programs, "importing/libcuda.so.1"),
+    });
+    const counts = () => lines.filter((line) => line === "cuDeviceGetCount 1").length;
+    const versions = () => lines.filter((line) => line === "cuDriverGetVersion 12081").length;
+    await event("both are called", () => counts() > 1 && versions() > 1);
+    await quiesce(pid, { deadlineMs: 20_000, leaseMs: 0 });
+    // A call that had returned when the gate closed may still be on its way here.
+    let heard = versions();
+    await event("more versions", () => versions() > heard + 3);
+    const [still, since] = [counts(), versions()];
+    await event("more versions", () => versions() > since + 10);
+    expect(counts()).toBe(still);
+    heard = counts();
+    await resume(pid);
+    await event("more counts", () => counts() > heard + 2);
+  });
+
   it("has waited for what its GPU was doing; what takes too long makes it run on", async () => {
     const { pid, lines } = start("client-linked", ["--spin", "400", "--interval", "1"]);
     await event("a first step", () => lines.length > 0);

@@ -1,5 +1,6 @@
 // What a dump that was cut off has left locked is given back in the background: on the stand-in driver, without any container.
 
+import { existsSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { pino } from "pino";
 import { expect, it } from "vitest";
@@ -41,6 +42,8 @@ it("is tried again until the driver can, and is under way until then", async () 
   gpuSlot.recover(owner); // without a journal nothing was touched
   const entry = { pid, startTime: startTime(pid)!, comm: "client", before: "running" as const };
   writeJournal(owner, { v1: new Map(), v2: undefined } as never, [entry]);
+  const cutOff = join(gpus.path, "run/gpu/1-1.json.new");
+  writeFileSync(cutOff, "{"); // a crash within a journal's writing
   gpus.faults("restore=error:46");
   const calls = gpus.watchCalls();
   gpuSlot.recover(owner);
@@ -53,5 +56,6 @@ it("is tried again until the driver can, and is under way until then", async () 
   gpus.faults();
   await until(() => !gpuSlot.isRecovering(), { timeoutMs: 20_000, what: () => "the end of it" });
   expect(readJournal(owner)).toBeUndefined();
+  expect(existsSync(cutOff)).toBe(false);
   await client.next(2);
 }, 60_000);

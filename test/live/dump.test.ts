@@ -302,7 +302,7 @@ describe("a crash of cedanad while it takes a checkpoint of its own will", () =>
   ];
 
   it("leaves the container running, and the next cedanad finishes, at each boundary", {
-    timeout: 180_000,
+    timeout: 420_000,
   }, async () => {
     using daemon = new BreakableDaemon();
     await using live = await Live.start({ engine: "runc", env: { CEDANA_DAEMON: daemon.program } });

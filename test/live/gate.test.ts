@@ -119,7 +119,8 @@ for (const combination of enginesForCheckpoints) {
       writeFileSync(join(path, "pid"), String(task.pid));
       try {
         const image = await task.checkpoint();
-        expect(readFileSync(join(path, "states"), "utf8")).toMatch(/^(runs\n)*frozen\n$/);
+        // Behind the first dump, cedanad asks it for its version by itself.
+        expect(readFileSync(join(path, "states"), "utf8")).toMatch(/^(runs\n)*frozen\n(runs\n)?$/);
         // Decided behind the engine's start: it has come to CRIU all the same.
         expect((await readManifest(image))!.options.networkLock).toBe("skip");
       } finally {

@@ -241,8 +241,8 @@ describe("a process that is started later", () => {
     expect(withInterception('{ "args":["x"] }', {})).toBe('{ "args":["x"] }');
   });
 
-  it.each(["{", "null", '{"env":{}}', '{"env":[1]}'])("that is %s is the engine's to refuse", (text) => {
-    expect(withInterception(text, spec)).toSatisfy((after) => after === text || text === "null");
+  it.each(["{", "null", "5", '{"env":{}}', '{"env":[1]}'])("that is %s is the engine's to refuse", (text) => {
+    expect(withInterception(text, spec)).toBe(text);
   });
 });
 

@@ -12,7 +12,7 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { promisify } from "node:util";
-import { BrokenImage, InvalidRequest, WrongState } from "../../errors/index.ts";
+import { BrokenImage, InvalidRequest, Unavailable, WrongState } from "../../errors/index.ts";
 import { flock, openBeneath } from "../../linux/addon.ts";
 import { listFilesHere, openDirectory } from "../digest.ts";
 import { algorithmOf, FileHash } from "../file-hash.ts";
@@ -60,7 +60,11 @@ const FLUSH_BYTES = 32 * 1024 * 1024;
 /** A checkpoint as one file, in constant memory. What it is made of must not change meanwhile. */
 export async function createArchive(input: CreateInput, context: JobContext): Promise<CreateOutput> {
   const out = openSync(input.archive, "wx", 0o600);
-  flock(out, "exclusive"); // it is being written: nobody sweeps it
+  if (!flock(out, "exclusive")) {
+    // Whoever has it takes it for what a killed writer left, and removes it.
+    closeSync(out);
+    throw new Unavailable(`archive ${input.archive} is being swept by another writer of it: try again`);
+  }
   const scratch = `${input.archive}.diff`;
   let done = false;
   const flusher = new Flusher(out);
@@ -232,10 +236,11 @@ async function repackWithoutWhiteouts(directory: string, to: string, context: Jo
     join(directory, ROOTFS_DIFF_NAME),
     constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK,
   );
+  const source = new ByteSource(decompress(readChunks(from, context)));
   try {
     const out = openSync(to, "wx", 0o600);
     await usingFd(out, async () => {
-      for await (const member of readTar(new ByteSource(decompress(readChunks(from, context))))) {
+      for await (const member of readTar(source)) {
         const { entry } = member;
         if (splitPath(entry.name).base.startsWith(WHITEOUT)) continue;
         writeAll(out, encodeHeader(entry));
@@ -250,6 +255,7 @@ async function repackWithoutWhiteouts(directory: string, to: string, context: Jo
       writeAll(out, endOfTar());
     });
   } finally {
+    await source.close(); // with the program that may be decompressing
     closeSync(from);
   }
 }

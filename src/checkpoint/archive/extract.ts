@@ -52,8 +52,9 @@ export interface ExtractOutput {
   contents: Record<string, string>;
 }
 
-/** No checkpoint has as many files as that. */
+/** No checkpoint has as many files as that, nor as deep ones. */
 const MAX_MEMBERS = 100_000;
+const MAX_DEPTH = 32;
 /**
  * zstd makes a byte out of some ten thousand that repeat, so a small archive can fill a disk. Memory images are nothing like that but
  * for their zeros, which are not counted and not written.
@@ -160,6 +161,8 @@ class Extractor {
     const shown = showName(path);
     const text = pathBytes(path).toString("utf8");
     if (rawName(text) !== path) throw new BrokenImage(`archive member ${shown}: its name is not UTF-8`);
+    if (path.split("/").length > MAX_DEPTH)
+      throw new BrokenImage(`archive member ${shown} is deeper than a checkpoint's files are`);
     const before = this.#seen.get(path);
     if (before && !(before === "directory" && entry.type === "directory"))
       throw new BrokenImage(`archive member ${shown} is in it twice`);

@@ -2,7 +2,7 @@ import { randomUUID } from "node:crypto";
 import { closeSync, fsyncSync, openSync } from "node:fs";
 import { access, lstat, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
-import { AlreadyExists, BrokenImage, InvalidRequest, NotFound } from "../../errors/index.ts";
+import { AlreadyExists, BrokenImage, InvalidRequest, NotFound, SyscallFailed } from "../../errors/index.ts";
 import { flock, renameAt } from "../../linux/addon.ts";
 import { listTree, openDirectory, withFd } from "../digest.ts";
 import { algorithmOf } from "../file-hash.ts";
@@ -327,8 +327,9 @@ async function sweepPartials(archive: string): Promise<void> {
     let fd: number;
     try {
       fd = openSync(path, "r");
-    } catch {
-      await rm(join(dirname(archive), name), { force: true }); // ENOENT: the scratch file of one that has gone
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw SyscallFailed.from(error);
+      await rm(join(dirname(archive), name), { force: true }); // the scratch file of one that has gone
       continue;
     }
     try {

@@ -5,6 +5,7 @@ import { readMountInfo, unescapeOctal } from "../../linux/mount-options.ts";
 import { rawName } from "../tar/format.ts";
 import { runJob } from "../worker/pool.ts";
 import type { ApplyOutput } from "./apply.ts";
+import { excluder } from "./exclude.ts";
 import type { PackOutput } from "./layer.ts";
 import { DELETED_FILES_NAME, ROOTFS_DIFF_NAME } from "./names.ts";
 import type { Layers } from "./overlay.ts";
@@ -131,9 +132,17 @@ export async function takeRootfsDiff(
   return await runJob("packRootfsDiff", input, options.signal);
 }
 
-/** Has a thread ready that `takeRootfsDiff` will use: for who is about to freeze a container, and would wait for its start. */
-export async function prepareRootfsDiff(signal?: AbortSignal): Promise<void> {
-  await runJob("prepareRootfsDiff", undefined, signal);
+/**
+ * For who is about to freeze a container: has a thread ready that `takeRootfsDiff` will use, and what that will look at in memory.
+ * @throws InvalidRequest for patterns that it wouldn't take
+ */
+export async function prepareRootfsDiff(
+  changes: Changes,
+  exclude: readonly string[],
+  signal?: AbortSignal,
+): Promise<void> {
+  excluder(exclude);
+  await runJob("prepareRootfsDiff", { changes }, signal);
 }
 
 /** Whether a checkpoint's directory has changes to apply. */

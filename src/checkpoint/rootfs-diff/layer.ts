@@ -26,6 +26,7 @@ import {
   type TarEntry,
   tarEntry,
 } from "../tar/format.ts";
+import { MAX_PATH_BYTES } from "../tar/path.ts";
 import type { JobContext } from "../worker/jobs.ts";
 import { excluder } from "./exclude.ts";
 
@@ -223,8 +224,12 @@ export class LayerWriter {
   }
 }
 
-/** Names that begin like a mark would be taken for one. */
-export function refuseMark(name: RawName, path: RawName): void {
+/** @throws Unsupported for what is to be in a layer, and which no reader would take as what it is */
+export function expectName(name: RawName, path: RawName): void {
+  if (path.length > MAX_PATH_BYTES)
+    throw new Unsupported(
+      `rootfs diff: ${showName(path)} is longer than ${MAX_PATH_BYTES} bytes: nobody could put it back; exclude a directory above it`,
+    );
   if (name.startsWith(WHITEOUT))
     throw new Unsupported(
       `rootfs diff: ${showName(path)}: layers can't hold names that begin with ${WHITEOUT}`,

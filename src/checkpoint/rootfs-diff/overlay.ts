@@ -3,7 +3,7 @@ import { BrokenImage, Unsupported } from "../../errors/index.ts";
 import { getXattr, listXattrs, openBeneath } from "../../linux/addon.ts";
 import { openDirectory, withFd } from "../digest.ts";
 import { pathBytes, type RawName, rawName, showName } from "../tar/format.ts";
-import { attributes, entryPath, type LayerWriter, refuseMark } from "./layer.ts";
+import { attributes, entryPath, expectName, type LayerWriter } from "./layer.ts";
 
 export interface Layers {
   /** overlay's upper directory */
@@ -44,7 +44,7 @@ export class OverlayWalk {
       this.#writer.context.checkCancelled();
       const path = prefix + name;
       if (this.#writer.isExcluded(path)) continue;
-      refuseMark(name, path);
+      expectName(name, path);
       const info = lstatSync(entryPath(directory, name), { bigint: true });
       if (isWhiteout(directory, name, info)) this.#writer.deleted(prefix, name);
       else if (info.isDirectory())

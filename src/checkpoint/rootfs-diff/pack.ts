@@ -1,7 +1,7 @@
 import type { JobContext } from "../worker/jobs.ts";
 import { type LayerInput, LayerWriter, type PackOutput } from "./layer.ts";
 import { type Layers, OverlayWalk } from "./overlay.ts";
-import { type Snapshot, SnapshotWalk } from "./snapshot.ts";
+import { readAhead, type Snapshot, SnapshotWalk } from "./snapshot.ts";
 
 /** Where a container's changes are. */
 export type Changes = Layers | Snapshot;
@@ -24,4 +24,9 @@ export function packRootfsDiff({ changes, ...input }: PackInput, context: JobCon
     writer.close();
     if (!done) writer.remove();
   }
+}
+
+/** With this module in the thread, and what it will look at in the kernel's caches. */
+export function prepareRootfsDiff({ changes }: Pick<PackInput, "changes">, context: JobContext): void {
+  if (!("upper" in changes)) readAhead(changes, context);
 }

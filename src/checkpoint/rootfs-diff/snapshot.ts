@@ -7,11 +7,12 @@ import {
   readlinkSync,
   readSync,
 } from "node:fs";
-import { Unsupported } from "../../errors/index.ts";
+import { CedanaError, Unsupported } from "../../errors/index.ts";
 import { listXattrs, openBeneath } from "../../linux/addon.ts";
 import { openDirectory, withFd } from "../digest.ts";
 import { pathBytes, type RawName, rawName, showName } from "../tar/format.ts";
-import { attributes, entryPath, isOverlayAttribute, type LayerWriter, refuseMark } from "./layer.ts";
+import type { JobContext } from "../worker/jobs.ts";
+import { attributes, entryPath, expectName, isOverlayAttribute, type LayerWriter } from "./layer.ts";
 
 /** A root file system without layers, and what it was made of: nobody but a comparison knows what has changed. */
 export interface Snapshot {
@@ -23,6 +24,30 @@ export interface Snapshot {
   mounted: RawName[];
   /** When the root was as `base`, at the earliest. What has a younger change time (ctime, which no program sets) is looked at closely. */
   sameAtNs: bigint;
+}
+
+/**
+ * Looks at everything that `SnapshotWalk` will look at, while the container still runs: what the kernel has read of both trees by then,
+ * the container needn't stand still for.
+ */
+export function readAhead({ root, base, mounted }: Snapshot, context: JobContext): void {
+  const skipped = new Set(mounted.map((path) => `${rawName(root)}/${path}`));
+  const visit = (directory: Buffer) => {
+    for (const name of readdirSync(directory, { encoding: "buffer" })) {
+      context.checkCancelled();
+      const path = Buffer.concat([directory, Buffer.from("/"), name]);
+      if (skipped.has(rawName(path))) continue;
+      const info = lstatSync(path, { throwIfNoEntry: false });
+      if (info?.isDirectory())
+        try {
+          visit(path);
+        } catch (error) {
+          // The container removes and renames as it likes; what can't be read for another reason is said when it is read in earnest.
+          if (error instanceof CedanaError) throw error;
+        }
+    }
+  };
+  for (const tree of [root, base]) visit(Buffer.from(tree));
 }
 
 interface Directory {
@@ -125,7 +150,7 @@ export class SnapshotWalk {
       if (baseInfo.nlink > 1n && !known) this.#baseLinks.set(keyOf(baseInfo), path);
       return;
     }
-    refuseMark(name, path);
+    expectName(name, path);
     this.#refuseLayer(at, path);
     write();
     if (known && !info.isSocket()) this.#writer.hardLink(path, info, known.path);
@@ -149,7 +174,7 @@ export class SnapshotWalk {
           this.#directory({ path, fd, info, base: { fd: baseFd, info: baseInfo }, inPlace }),
         );
       else {
-        refuseMark(name, path);
+        expectName(name, path);
         write();
         this.#directory({ path, fd, info, base: undefined, inPlace });
       }

@@ -1,15 +1,17 @@
 import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
+import { isThere } from "../../checkpoint/open.ts";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
 import { criuBelow } from "../../criu/gate.ts";
-import { killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
+import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
-import { NotFound, Unsupported } from "../../errors/index.ts";
+import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
-import { isAlive, startTime } from "../../linux/proc.ts";
+import { unmountLazily } from "../../linux/mount-options.ts";
+import { isAlive, processStat, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
-import { criuLines, engineVersion } from "../engine.ts";
+import { criuLines, engineVersion, lastErrorIn } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { restoreSettings } from "../restore-settings.ts";
@@ -29,7 +31,7 @@ import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.t
 import { noteGeneration } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
-import { restoreCgroup } from "./restore-cgroup.ts";
+import { CgroupOfRestore, restoreCgroup } from "./restore-cgroup.ts";
 import { containerState, namespaceOf } from "./state.ts";
 
 export interface RestoreExtra {
@@ -68,6 +70,8 @@ export async function restore(
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
+  const existed = await isThere(join(root, id)); // another container's: what fails is not to be deleted
+  const within = await CgroupOfRestore.before(spec, id, globalArgv);
   const detached = options.has("detach");
   const hook = extra.standsStill ? undefined : await hookOf(spec, "post-restore");
   if (hook && !detached)
@@ -182,22 +186,26 @@ export async function restore(
         ofThis ? log : undefined,
       );
     },
-    // What the engine failed to restore it has undone itself.
     // A directory of the caller's may have another CRIU at work in it.
     endCriu: async (work) => {
       if (workPath === undefined) await killCriu(work);
+      else await killOrphans(work, engine);
     },
     get criuRoots() {
       return [join(engineBundle, "criu-root"), join(bundle, "criu-root"), join(root, id, "criu-root")];
     },
     undoEngineRestore: async () => {
-      if (status !== 0) return;
-      const outputPath = join(scratch, "output");
-      await wrapper.run([engine, ...globalArgv, "delete", "--force", id], { outputPath });
+      // One that failed has undone what it did, but not one that was killed.
+      if (status === 0 || (!existed && (await isThere(join(root, id))))) {
+        const outputPath = join(scratch, "output");
+        const deleted = await wrapper.run([engine, ...globalArgv, "delete", "--force", id], { outputPath });
+        const words = lastErrorIn(await readFile(outputPath, "utf8").catch(() => "")); // ENOENT: it was not even started
+        if (deleted !== 0)
+          wrapper.log.error({ status: deleted, words }, "delete what a failed restore has left");
+      }
+      await within.empty();
     },
-    unmount: async (mountPoint) => {
-      await wrapper.run(["umount", "--lazy", mountPoint], { outputPath: join(scratch, "output") });
-    },
+    unmount: unmountLazily, // we are in the caller's mount namespace
   };
 
   if (cedanaAnnotations(spec).lazy)
@@ -250,4 +258,25 @@ async function restoredPid(call: OciCall, options: Options): Promise<number> {
   const pid =
     file === undefined ? 0 : Number(await readFile(resolve(call.cwd, file), "utf8").catch(() => "")); // a FIFO's reader has it
   return pid > 0 ? pid : ((await containerState(call))?.pid ?? 0);
+}
+
+const ORPHANS_END_MS = 5_000;
+
+/** CRIUs at work in a directory whose engine has been killed. */
+async function killOrphans(workPath: string, engine: string): Promise<void> {
+  const hasEngine = async (pid: number): Promise<boolean> => {
+    let at = processStat(pid);
+    while (at && /^criu/.test(at.comm)) at = processStat(at.parentPid);
+    return (
+      at !== undefined &&
+      (await readFile(`/proc/${at.pid}/cmdline`, "utf8").catch(() => "")).startsWith(`${engine}\0`)
+    ); // it has ended
+  };
+  for (const until = Date.now() + ORPHANS_END_MS; ; await new Promise((resolve) => setTimeout(resolve, 20))) {
+    const left: number[] = [];
+    for (const pid of await criuProcesses(workPath)) if (!(await hasEngine(pid))) left.push(pid);
+    if (left.length === 0) return;
+    if (Date.now() >= until) throw new TimedOut(`CRIU (pids ${left}) of a failed restore doesn't end`);
+    for (const pid of left) killProcess(pid);
+  }
 }

@@ -383,6 +383,11 @@ describe("a hostile archive is refused by what is wrong with it, and leaves noth
     ["a FIFO", /fifo is a fifo/, [[entry({ name: "fifo", type: "fifo" })]]],
     ["a member twice", /inventory.img is in it twice/, [inventory, inventory]],
     [
+      "a member in very many directories",
+      /deeper than a checkpoint's files are/,
+      [[entry({ name: `${"d/".repeat(40)}x`, size: 1 }), "x"]],
+    ],
+    [
       "a file below a file",
       /below a, a file/,
       [

@@ -6,9 +6,11 @@ import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import {
   applyRootfsDiff,
   overlayLayers,
+  prepareRootfsDiff,
   snapshotOf,
   takeRootfsDiff,
 } from "../../../src/checkpoint/rootfs-diff/index.ts";
+import { Cancelled } from "../../../src/errors/index.ts";
 import { makeNode, setTimes, setXattr } from "../../../src/linux/addon.ts";
 import { describeTree } from "./tree.ts";
 
@@ -244,6 +246,26 @@ describe.skipIf(missing)(`a rootfs diff${missing ? ` (${missing})` : ""}`, () =>
     await expect(take()).rejects.toThrow(/of file only the metadata/);
   });
 
+  it("with a path that nobody could put back is refused, and where", async () => {
+    mount();
+    // Longer than any path that a program may name: step by step.
+    execFileSync(
+      "sh",
+      [
+        "-c",
+        `i=0; while [ $i -lt 18 ]; do mkdir ${"d".repeat(240)} && cd -P ${"d".repeat(240)} || exit 1; i=$((i+1)); done`,
+      ],
+      {
+        cwd: at("merged"),
+      },
+    );
+    await expect(takeRootfsDiff(await overlayLayers(at("merged")), at("checkpoint"))).rejects.toThrow(
+      /d… is longer than 4095 bytes/,
+    );
+    expect(fs.readdirSync(at("checkpoint"))).toEqual([]);
+    execFileSync("rm", ["-r", at("merged", "d".repeat(240))]);
+  });
+
   it("names the sockets that it can't hold", async () => {
     mount();
     execFileSync(
@@ -388,6 +410,24 @@ describe.skipIf(missing)(`a root file system without layers${missing ? ` (${miss
     }
     expect(listed()).toEqual(["./", "kept"]);
     expect(deleted()).toEqual([]);
+  });
+
+  it("is read ahead while the container goes on changing it", async () => {
+    for (let i = 0; i < 300; i++) fs.mkdirSync(at("lower", `${i}`, "below"), { recursive: true });
+    copyLower("copy");
+    const changes = await snapshotOf(root(), at("lower"), 0n);
+    let ready = false;
+    const reading = prepareRootfsDiff(changes, []).then(() => {
+      ready = true;
+    });
+    for (let i = 0; i < 300 || !ready; i++) {
+      fs.rmSync(at("copy", `${i}`), { recursive: true, force: true });
+      fs.writeFileSync(at("copy", `${i % 7}`), "");
+      await new Promise((next) => setImmediate(next));
+    }
+    await reading;
+    await expect(prepareRootfsDiff(changes, ["/"])).rejects.toThrow(/names nothing below the root/);
+    await expect(prepareRootfsDiff(changes, [], AbortSignal.abort())).rejects.toBeInstanceOf(Cancelled);
   });
 
   it("with a layer of an overlay of the container's own is refused by name", async () => {

@@ -82,7 +82,7 @@ describe("an error that crosses threads", () => {
     const busy = Promise.allSettled(
       Array.from({ length: MAX_WORKERS * 2 }, () => hash("endless", stop.signal)),
     );
-    await runJob("prepareRootfsDiff", undefined);
+    await runJob("prepareRootfsDiff", { changes: { upper: "/", lowers: undefined } });
     stop.abort();
     await busy;
   });

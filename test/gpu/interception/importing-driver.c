@@ -1,6 +1,9 @@
+#include <stddef.h>
+#include <string.h>
+
 /*
- * A libcuda.so.1 that grants whatever is asked of memory that another process shares: imported, mapped, unmapped and released. Nothing is
- * there; what counts is what the interception library makes of the calls.
+ * A libcuda.so.1 that grants whatever is asked of memory that another process shares: imported, mapped, unmapped and released; and that gives
+ * out functions that no symbol has. Nothing is there; what counts is what the interception library makes of the calls.
  */
 #define CALL __attribute__((visibility("default"))) int
 
@@ -8,6 +11,14 @@ static unsigned long long last = 0x1000;
 
 CALL cuInit(unsigned flags) { return (int)flags; }
 CALL cuDriverGetVersion(int *version) { return *version = 12080, 0; }
+/* As drivers may have it: what is given out is another function than the symbol. */
+static int other_version(int *version) { return *version = 12081, 0; }
+static int other_count(int *count) { return *count = 1, 0; }
+CALL cuGetProcAddress_v2(const char *symbol, void **function, int version, unsigned long long flags, int *status) {
+  (void)version, (void)flags, (void)status;
+  *function = !strcmp(symbol, "cuDriverGetVersion") ? (void *)other_version : !strcmp(symbol, "cuDeviceGetCount") ? (void *)other_count : NULL;
+  return *function ? 0 : 500;
+}
 CALL cuMemImportFromShareableHandle(unsigned long long *handle, void *from, int type) {
   (void)from, (void)type;
   *handle = last++;

@@ -7,6 +7,7 @@
  *   none       calls nothing
  *   error      calls that fail
  *   imports    memory of others, by cuMemImportFromShareableHandle: at each line less of it
+ *   given      calls cuDriverGetVersion and cuDeviceGetCount as cuGetProcAddress gives them: a line for each call that has returned
  *   impostor   a mailbox that is none: it can be cut off, or has another's pid
  */
 #define _GNU_SOURCE
@@ -148,6 +149,23 @@ static void imports(void) {
   wait_for_line();
 }
 
+/* Each in a thread of its own. */
+static void *given(void *argument) {
+  const char *name = argument;
+  int (*get)(const char *, void **, int, uint64_t, int *), (*function)(int *), value = 0;
+  void *found = dlsym(RTLD_DEFAULT, "cuGetProcAddress_v2");
+  memcpy(&get, &found, sizeof get);
+  NEED(get(name, &found, 12080, 0, NULL));
+  memcpy(&function, &found, sizeof function);
+  for (;;) {
+    NEED(function(&value));
+    printf("%s %d\n", name, value);
+    fflush(stdout);
+    nanosleep(&(struct timespec){.tv_nsec = 5000000}, NULL);
+  }
+  return NULL;
+}
+
 static uint64_t rounds;
 
 static void *busy(void *context) {
@@ -209,6 +227,11 @@ int main(int argc, char **argv) {
   if (!strcmp(mode, "imports")) {
     imports();
     return 0;
+  }
+  if (!strcmp(mode, "given")) {
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, given, "cuDeviceGetCount")) return 1;
+    given("cuDriverGetVersion");
   }
   NEED(cuDevicePrimaryCtxRetain(&context, 0));
   if (!strcmp(mode, "busy")) {

@@ -57,6 +57,7 @@ export class CallerPlace {
   // Podman and conmon pass on nothing that would keep a cedanad from it.
   readonly #forgetKernelCache = forgetKernelCacheLater();
   #daemonEnv: Record<string, string> = {};
+  #path = systemPath;
   #holder: ChildProcess | undefined;
   #reaper: ChildProcess | undefined;
 
@@ -77,10 +78,21 @@ export class CallerPlace {
     };
   }
 
-  /** @param daemonEnv  of the cedanad that cedana-runtime starts here */
-  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<CallerPlace> {
+  /**
+   * @param daemonEnv  of the cedanad that cedana-runtime starts here
+   * @param first      a directory that comes first in everybody's PATH
+   */
+  static async start(
+    engine: EngineName,
+    daemonEnv: Record<string, string> = {},
+    first?: string,
+  ): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
     place.#daemonEnv = daemonEnv;
+    if (first !== undefined) {
+      place.#path = `${first}:${systemPath}`;
+      place.env.PATH = `${first}:${place.env.PATH}`;
+    }
     for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg", "etc/cedana", "etc-work"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
     for (const path of [place.config, join(place.dir, "etc/cedana/runtime.json")])
@@ -225,7 +237,7 @@ export class CallerPlace {
         `conmon_path = ${quoted([caller("conmon")])}`,
         `helper_binaries_dir = ${quoted([join(callers, "usr/lib/podman"), join(callers, "usr/bin")])}`,
         // conmon gets nothing else of podman's environment. The run directory is how leftovers are recognised.
-        `conmon_env_vars = ${quoted([`PATH=${systemPath}`, `LD_LIBRARY_PATH=${this.env.LD_LIBRARY_PATH}`, `CEDANA_RUN_DIR=${this.runDir}`])}`,
+        `conmon_env_vars = ${quoted([`PATH=${this.#path}`, `LD_LIBRARY_PATH=${this.env.LD_LIBRARY_PATH}`, `CEDANA_RUN_DIR=${this.runDir}`])}`,
         "[engine.runtimes]",
         `engine = ${quoted([engine])}`,
         `wrapper = ${quoted([this.#configuredWrapper()])}`,
@@ -266,8 +278,12 @@ export class Podman {
     this.#dir = place.dir;
   }
 
-  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<Podman> {
-    const place = await CallerPlace.start(engine, daemonEnv);
+  static async start(
+    engine: EngineName,
+    daemonEnv: Record<string, string> = {},
+    first?: string,
+  ): Promise<Podman> {
+    const place = await CallerPlace.start(engine, daemonEnv, first);
     const podman = new Podman(place);
     try {
       place.configureContainers();

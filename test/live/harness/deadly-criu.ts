@@ -15,7 +15,8 @@ export const restoreMoments = [
   "post-resume",
 ] as const;
 export type Moment = (typeof dumpMoments)[number] | (typeof restoreMoments)[number];
-export type Victim = "criu" | "engine";
+/** … or any process, by its pid. */
+export type Victim = "criu" | "engine" | number;
 
 export class DeadlyCriu {
   /** to go before the others in PATH */
@@ -54,7 +55,8 @@ export class DeadlyCriu {
       `[ "$CRTOOLS_SCRIPT_ACTION" = "$moment" ] || exit 0`,
       `rm ${this.#plan}`,
       "pid=$PPID",
-      `[ "$victim" = criu ] || pid=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)`,
+      `[ "$victim" != engine ] || pid=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)`,
+      '[ "$victim" = criu ] || [ "$victim" = engine ] || pid=$victim',
       // By its arguments: an engine that runs from a sealed copy is called after that in comm. CRIU's go on behind a colon.
       `basename "$(tr '\\0' '\\n' </proc/$pid/cmdline | sed '1{s/:.*//;q}')" >${this.#done}`,
       "kill -9 $pid",
