@@ -173,7 +173,8 @@ export async function writeManifest(
   if (synced) await syncPath(imagePath); // the rename itself
 }
 
-async function syncPath(path: string): Promise<void> {
+/** fsync(2), of what no link is followed to. */
+export async function syncPath(path: string): Promise<void> {
   await using file = await open(path, constants.O_RDONLY | constants.O_NOFOLLOW);
   await file.sync();
 }

@@ -4,7 +4,7 @@ import {
   closeSync,
   constants,
   fstatSync,
-  fsyncSync,
+  fsync,
   lstatSync,
   mkdirSync,
   openSync,
@@ -20,6 +20,7 @@ import {
 } from "node:fs";
 import { rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, relative, resolve } from "node:path";
+import { promisify } from "node:util";
 import {
   AlreadyExists,
   InvalidRequest,
@@ -29,7 +30,7 @@ import {
   WrongState,
 } from "../errors/index.ts";
 import { flock, openBeneath, renameAt } from "../linux/addon.ts";
-import { syncTree, withFd } from "./digest.ts";
+import { syncTree } from "./digest.ts";
 import { MANIFEST_NAME, readManifest } from "./manifest.ts";
 
 /**
@@ -234,8 +235,8 @@ export class Staging implements AsyncDisposable {
     const name = basename(this.finalPath);
     const old = swapIn(from, basename(this.#root), to, name, this.#replace, this.finalPath);
     if (durable) {
-      fsyncSync(to.fd);
-      fsyncSync(from.fd);
+      await synced(to.fd);
+      await synced(from.fd);
     }
     // The new one is in its place, and synced: from here on nothing fails any more.
     if (old) await rm(this.#root, { recursive: true, force: true }).catch(() => undefined); // swept later
@@ -420,6 +421,9 @@ function swapIn(
   }
 }
 
+/** A disk may take its time: the event loop doesn't wait for it. */
+const synced = promisify(fsync);
+
 /** What is moved into an image path, written down before the first move. */
 interface Plan {
   /** entries that come in, in order */
@@ -456,13 +460,16 @@ async function putInside(
     incoming.filter((name) => staying.has(name)),
   );
   const plan: Plan = { incoming, outgoing };
-  const sync = (fd: number) => durable && fsyncSync(fd);
-  withFd(openSync(join(root, PLAN_NAME), "wx", 0o600), (fd) => {
-    writeFileSync(fd, JSON.stringify(plan));
-    sync(fd);
-  });
+  const sync = async (fd: number) => void (durable && (await synced(fd)));
+  const planFd = openSync(join(root, PLAN_NAME), "wx", 0o600);
+  try {
+    writeFileSync(planFd, JSON.stringify(plan));
+    await sync(planFd);
+  } finally {
+    closeSync(planFd);
+  }
   using rootFd = new Directory(root);
-  sync(rootFd.fd);
+  await sync(rootFd.fd);
   try {
     // An older manifest goes first: without it, half a checkpoint isn't taken for a whole one.
     for (const name of [...outgoing].sort(
@@ -470,13 +477,13 @@ async function putInside(
     ))
       renameAt([target.fd, name], [outgoingFd.fd, name], "noReplace");
     for (const name of incoming) renameAt([incomingFd.fd, name], [target.fd, name], "noReplace");
-    sync(target.fd);
+    await sync(target.fd);
   } catch (error) {
     undoMoves(directory, root);
     throw error;
   }
   rmSync(join(root, PLAN_NAME)); // from here on a sweep undoes nothing
-  sync(rootFd.fd);
+  await sync(rootFd.fd);
   try {
     for (const part of ["new", "old", ""]) rmdirSync(join(root, part));
   } catch {

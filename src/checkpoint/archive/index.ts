@@ -1,5 +1,5 @@
 import { randomUUID } from "node:crypto";
-import { closeSync, fsyncSync, openSync } from "node:fs";
+import { closeSync, openSync } from "node:fs";
 import { access, lstat, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
 import { AlreadyExists, BrokenImage, InvalidRequest, NotFound, SyscallFailed } from "../../errors/index.ts";
@@ -12,6 +12,7 @@ import {
   MANIFEST_NAME,
   parseManifest,
   readManifest,
+  syncPath,
   verifyFiles,
 } from "../manifest.ts";
 import { Staging } from "../staging.ts";
@@ -141,7 +142,7 @@ export async function createArchive(
       }
     });
     if (replace) await rename(partial, archive);
-    withFd(openDirectory(parent), fsyncSync);
+    await syncPath(parent);
     return output;
   } finally {
     await rm(partial, { force: true });
