@@ -163,7 +163,7 @@ function buildBinding() {
   run(
     process.env.CXX || "g++",
     [...flags, ...sources, "-o", `${target}.new`],
-    "a C++ compiler: apt-get install g++",
+    "a C++ compiler and the header of xxHash: apt-get install g++ libxxhash-dev",
   );
   fs.renameSync(`${target}.new`, target);
   remember("binding", inputs, flags);

@@ -81,6 +81,8 @@ base_packages() {
   have make || echo make
   [ -e /usr/include/stdio.h ] || echo libc6-dev
   [ -e /usr/include/linux/fs.h ] || echo linux-libc-dev
+  [ -e /usr/include/xxhash.h ] || echo libxxhash-dev # digests of checkpoints; a header alone
+  have xxh128sum || echo xxhash                      # what they are compared with in the tests
   have musl-gcc || echo musl-tools                   # the keeper is linked statically
   static_busybox || echo busybox-static              # the image of the tests and of the demo
   have ip || echo iproute2
@@ -628,7 +630,7 @@ case $ID:$VERSION_ID in
   *)
     die "this is ${PRETTY_NAME:-not Debian}, and only Debian 12 and 13 are set up by themselves.
 Please install by hand what is missing: $missing.
-In all, cedana wants: gcc, g++, make, musl-gcc, a static busybox, iproute2, iptables, nftables, e2fsprogs, erofs-utils, lz4, zstd,
+In all, cedana wants: gcc, g++, make, musl-gcc, xxhash with its header, a static busybox, iproute2, iptables, nftables, e2fsprogs, erofs-utils, lz4, zstd,
 checkpointctl, containerd 1.7 with ctr, runc, crun with CRIU support (libcriu), and CRIU, on Linux 6.16 and newer at least 4.2.
 containerd 1.6 and 2.x belong in $cache/containerd-<version>/usr/bin/, for the tests alone." ;;
 esac

@@ -28,6 +28,7 @@
 #include "support.h"
 #include "threads.h"
 #include "unique-fd.h"
+#include "xxh128.h"
 
 namespace {
 
@@ -261,6 +262,12 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
       {"cudaRestore", CudaRestore},
       {"cudaUnlock", CudaUnlock},
       {"nvmlQuery", NvmlQuery},
+      {"xxh128Create", Xxh128Create},
+      {"xxh128Update", Xxh128Update},
+      {"xxh128ReadSync", Xxh128ReadSync},
+      {"xxh128Read", Xxh128Read},
+      {"xxh128Digest", Xxh128Digest},
+      {"xxh128Files", Xxh128Files},
   };
   for (const auto& binding : bindings)
     exports.Set(binding.name, Napi::Function::New(env, binding.function, binding.name));

@@ -308,6 +308,7 @@ struct NvmlProcess {
 };
 
 constexpr int kNvmlInsufficientSize = 7;
+constexpr unsigned long long kNvmlNotAvailable = ~0ull;  // NVML_VALUE_NOT_AVAILABLE
 
 struct NvmlAnswer {
   std::string error;  // empty: it worked
@@ -418,7 +419,8 @@ Napi::Value NvmlQuery(const Napi::CallbackInfo& info) {
           for (uint32_t p = 0; p < device.processes.size(); p++) {
             Napi::Object process = Napi::Object::New(env);
             process.Set("pid", Napi::Number::New(env, device.processes[p].pid));
-            process.Set("usedBytes", Napi::Number::New(env, static_cast<double>(device.processes[p].used_bytes)));
+            if (device.processes[p].used_bytes != kNvmlNotAvailable)
+              process.Set("usedBytes", Napi::Number::New(env, static_cast<double>(device.processes[p].used_bytes)));
             processes.Set(p, process);
           }
           object.Set("processes", processes);

@@ -225,7 +225,7 @@ static int64_t index_of_address(void *target, const char *name) {
 
 static uint32_t spares_used;
 
-static int64_t spare_for(void *target, const char *name) {
+static int64_t spare_for(void *target, const char *name, int version) {
   size_t length = strlen(name) + 1;
   if (length > 128) return -1;
   int64_t found = -1;
@@ -238,7 +238,8 @@ static int64_t spare_for(void *target, const char *name) {
   if (found < 0 && spares_used < SPARE_COUNT) {
     struct entry *entry = &entries[found = NAME_COUNT + spares_used++];
     entry->name = copy;
-    entry->rule = rule_of(name);
+    entry->rule = rule_of(name, version);
+    entry->ungated = rule_is_ungated(entry->rule);
     __atomic_store_n(&entry->target, target, __ATOMIC_RELEASE);
   }
   unlock(&process->lock_spare);
@@ -263,7 +264,7 @@ static void *replace(const char *symbol, void *target, int version) {
     return export_of(version >= SECOND_FORM_SINCE ? INDEX_cuGetProcAddress_v2 : INDEX_cuGetProcAddress);
   }
   int64_t index = index_of_address(target, symbol);
-  if (index < 0) index = spare_for(target, symbol);
+  if (index < 0) index = spare_for(target, symbol, version);
   return index < 0 ? target : export_of((uint32_t)index);
 }
 

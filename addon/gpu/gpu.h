@@ -123,7 +123,8 @@ void *export_of(uint32_t index);
 bool same_base(const char *name, const char *base); /* cuMemAlloc_v2 and cuMemAlloc_ptsz are cuMemAlloc */
 
 /* track.c */
-const struct rule *rule_of(const char *name);
+const struct rule *rule_of(const char *name, int version);
+bool rule_is_ungated(const struct rule *rule);
 void rules_assign(void);
 void track_before(const struct rule *rule, struct call *call);
 void track_after(const struct rule *rule, struct call *call);

@@ -24,7 +24,8 @@ enum action {
   ACTION_MAKE_CREATED,/* *arg[0], of arg[1] bytes, where arg[2]'s properties say */
   ACTION_MAKE_ARRAY,  /* *arg[0], as arg[1]'s description says */
   ACTION_FREE,        /* arg[0] goes */
-  ACTION_MAP,         /* arg[1] bytes of what cuMemCreate made (arg[3]) get the address arg[0]: they outlive its release */
+  ACTION_RELEASE,     /* arg[0] goes: made by cuMemCreate, or imported */
+  ACTION_MAP,         /* arg[1] bytes of such a one (arg[3]) get the address arg[0]: they outlive its release */
   ACTION_UNMAP,       /* and lose it */
   ACTION_COUNT,       /* for ever, without a handle */
   ACTION_CONTEXT,     /* *arg[0] is a context */
@@ -74,7 +75,7 @@ static const struct rule rules[] = {
     MEMORY("cuMemFreeAsync", ACTION_FREE, 0, -1),
     MEMORY("cuMemFreeHost", ACTION_FREE, 0, -1),
     MEMORY("cuMemHostUnregister", ACTION_FREE, 0, -1),
-    MEMORY("cuMemRelease", ACTION_FREE, 0, -1),
+    MEMORY("cuMemRelease", ACTION_RELEASE, 0, -1),
     MEMORY("cuMemMap", ACTION_MAP, MEMORY_VIRTUAL, -1),
     MEMORY("cuMemUnmap", ACTION_UNMAP, MEMORY_VIRTUAL, -1),
     MEMORY("cuArrayDestroy", ACTION_FREE, 0, -1),
@@ -189,11 +190,18 @@ static bool names_version(const char *name, const char *base) {
   return name[strlen(base)] == '_' && name[strlen(base) + 1] == 'v';
 }
 
-/* For a name as the driver gives it out by cuGetProcAddress: without a version, in the current form. */
-const struct rule *rule_of(const char *name) {
+/* The forms of 64 bits came with 3.2. */
+#define WIDE_SINCE 3020
+
+/* For a name as the driver gives it out by cuGetProcAddress: without a version, in the form of the one that was asked for. */
+const struct rule *rule_of(const char *name, int version) {
   for (size_t i = 0; i < countof(rules); i++)
-    if (same_base(name, rules[i].base)) return &rules[i];
+    if (same_base(name, rules[i].base)) return rules[i].not_plain && version < WIDE_SINCE ? NULL : &rules[i];
   return NULL;
+}
+
+bool rule_is_ungated(const struct rule *rule) {
+  return rule && rule->ungated;
 }
 
 /* For the exports. Once in the life of a library: names don't change at a fork. */
@@ -296,12 +304,19 @@ static struct thing take(uint64_t handle, uint8_t class) {
   return taken;
 }
 
+/* Memory that isn't the context's in which it was made. */
+static bool outlives_context(uint8_t kind) {
+  return kind >= MEMORY_DEVICE_KINDS || kind == MEMORY_VIRTUAL;
+}
+
 static void take_context(uint64_t context) {
   lock(&process->lock_things);
   for (uint64_t i = 0; i < things_size; i++) {
     struct thing *thing = &things[i];
     bool itself = thing->class == CLASS_OBJECT && thing->kind == OBJECT_CONTEXT && thing->handle == context;
-    bool within = thing->context == context && !(thing->class == CLASS_MEMORY && thing->kind == MEMORY_VIRTUAL);
+    /* These have a handle in the context's place (map), or nothing. */
+    bool outlives = thing->class == CLASS_BLOCKER || (thing->class == CLASS_MEMORY && outlives_context(thing->kind));
+    bool within = thing->context == context && !outlives;
     if (thing->handle != 0 && thing->handle != grave && (itself || within)) thing->handle = grave;
   }
   unlock(&process->lock_things);
@@ -365,28 +380,37 @@ static void learn_devices(void) {
 
 void track_before(const struct rule *rule, struct call *call) {
   call->taken.handle = 0;
-  if (rule->action == ACTION_FREE || rule->action == ACTION_UNMAP) call->taken = take(call->arg[0], rule->class);
+  bool by_handle = rule->action == ACTION_RELEASE || rule->action == ACTION_UNMAP;
+  if (rule->action == ACTION_FREE || by_handle) call->taken = take(call->arg[0], rule->class);
+  if (by_handle && !call->taken.handle) call->taken = take(call->arg[0], CLASS_BLOCKER); /* imported, or a multicast object */
 }
 
 /*
  * Memory made by cuMemCreate counts once: by its addresses while it is mapped (its handle is usually released by then), else by its
- * handle. A mapping has the handle in the place of a context.
+ * handle. So does what was imported, which is a blocker. Returns what is mapped; none when its handle isn't known.
  */
-static void set_mapped(uint64_t handle, bool mapped, int16_t *device) {
+static struct thing set_mapped(uint64_t handle, bool mapped) {
+  static const uint8_t classes[] = {CLASS_MEMORY, CLASS_BLOCKER};
+  struct thing found = {0};
   lock(&process->lock_things);
-  struct thing *slot = things_size && handle ? slot_of(things, things_size, handle, CLASS_MEMORY) : NULL;
-  if (slot && slot->handle) {
+  for (unsigned i = 0; i < countof(classes) && things_size && handle && !found.handle; i++) {
+    struct thing *slot = slot_of(things, things_size, handle, classes[i]);
+    if (!slot->handle) continue;
     slot->reserved = mapped;
-    *device = slot->device;
+    found = *slot;
   }
   unlock(&process->lock_things);
+  return found;
 }
 
+/* A mapping is what is mapped, at its address, and has the handle in the place of a context. */
 static void map(struct call *call) {
-  struct thing mapping = {.handle = call->arg[0], .class = CLASS_MEMORY, .kind = MEMORY_VIRTUAL, .device = -1};
+  struct thing mapping = set_mapped(call->arg[3], true);
+  if (!mapping.handle) mapping = (struct thing){.class = CLASS_MEMORY, .kind = MEMORY_VIRTUAL, .device = -1};
+  mapping.handle = call->arg[0];
   mapping.bytes = call->arg[1];
   mapping.context = call->arg[3];
-  set_mapped(call->arg[3], true, &mapping.device);
+  mapping.reserved = 0;
   put(&mapping);
 }
 
@@ -424,8 +448,7 @@ static void made(const struct rule *rule, struct call *call) {
   if (rule->action == ACTION_MAKE_PITCH) thing.bytes = *(const uint64_t *)(uintptr_t)call->arg[1] * call->arg[3];
   if (rule->action == ACTION_MAKE_CREATED && description) place_created(&thing, description);
   if (rule->action == ACTION_MAKE_ARRAY && description) thing.bytes = array_bytes(rule, description);
-  /* These outlive the context that they were made in. */
-  if (rule->class == CLASS_MEMORY && (rule->kind >= MEMORY_DEVICE_KINDS || rule->kind == MEMORY_VIRTUAL)) thing.context = 0;
+  if (rule->class == CLASS_MEMORY && outlives_context(rule->kind)) thing.context = 0;
   put(&thing);
 }
 
@@ -477,7 +500,7 @@ void track_after(const struct rule *rule, struct call *call) {
       map(call);
       break;
     case ACTION_UNMAP:
-      if (call->taken.handle) set_mapped(call->taken.context, false, &call->taken.device);
+      if (call->taken.handle) set_mapped(call->taken.context, false);
       break;
     case ACTION_COUNT:
       __atomic_add_fetch(&counted[rule->kind], 1, __ATOMIC_RELAXED);
@@ -538,8 +561,9 @@ void track_report(struct mailbox *out) {
     const struct thing *thing = &things[i];
     if (thing->handle == 0 || thing->handle == grave) continue;
     if (thing->class == CLASS_OBJECT) out->objects[thing->kind]++;
+    if (thing->class != CLASS_OBJECT && thing->reserved) continue;
     if (thing->class == CLASS_BLOCKER) out->blockers[thing->kind]++;
-    if (thing->class != CLASS_MEMORY || thing->reserved) continue;
+    if (thing->class != CLASS_MEMORY) continue;
     if (thing->kind == MEMORY_MANAGED) out->blockers[BLOCKER_MANAGED]++;
     struct mailbox_amount *amount = NULL;
     if (thing->kind >= MEMORY_DEVICE_KINDS) amount = &out->host[thing->kind - MEMORY_DEVICE_KINDS];

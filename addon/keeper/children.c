@@ -137,24 +137,12 @@ void children_ack(int64_t sequence) {
     }
 }
 
-/* Our environment and what is added, without what systemd told us alone. */
+/* What systemd told us alone. */
+static bool is_ours_alone(const char *entry) { return starts_with(entry, "NOTIFY_SOCKET="); }
+
 static char **environment(char **added) {
-  unsigned count = 0, more = 0;
-  while (environ[count]) count++;
-  while (added && added[more]) more++;
-  char **env = allocate((count + more + 1) * sizeof *env);
-  unsigned n = 0;
-  for (unsigned i = 0; i < count; i++) {
-    if (starts_with(environ[i], "NOTIFY_SOCKET=")) continue;
-    bool replaced = false;
-    for (unsigned j = 0; j < more; j++) {
-      size_t name = strcspn(added[j], "=") + 1;
-      replaced |= strncmp(added[j], environ[i], name) == 0;
-    }
-    if (!replaced) env[n++] = environ[i];
-  }
-  for (unsigned j = 0; j < more; j++) env[n++] = added[j];
-  return env;
+  autofree char **own = filter_environment(environ, is_ours_alone);
+  return environment_with(own, added);
 }
 
 static void tool_ended(struct child *child, int status) {

@@ -118,8 +118,8 @@ static int make_listener(const char *path) {
 }
 
 /* The program: CEDANA_DAEMON, else `cedanad` beside our real file, else what the build recorded. */
-static int daemon_command(char *argv[5]) {
-  memset(argv, 0, 5 * sizeof *argv);
+static int daemon_command(char *argv[8]) {
+  memset(argv, 0, 8 * sizeof *argv);
   const char *given = getenv("CEDANA_DAEMON");
   if (given && *given) {
     argv[0] = copy_string(given);
@@ -140,7 +140,10 @@ static int daemon_command(char *argv[5]) {
   argv[0] = copy_string(DAEMON_NODE);
   argv[1] = "--max-semi-space-size=1"; /* as bin/cedanad, which says why */
   argv[2] = "--optimize-for-size";
-  argv[3] = copy_string(DAEMON_JS);
+  argv[3] = "--incremental-marking-soft-trigger=20";
+  argv[4] = "--no-turbofan";
+  argv[5] = "--no-maglev-inlining";
+  argv[6] = copy_string(DAEMON_JS);
   return 0;
 }
 
@@ -168,14 +171,14 @@ int daemon_start(pid_t *pid) {
   if (connection >= 0) return connection;
   if (connection == -EAGAIN) return -EBUSY;
 
-  char *argv[5] = {0};
+  char *argv[8] = {0};
   result = daemon_command(argv);
   if (result < 0) {
     daemon_log_line("no cedanad to start: CEDANA_DAEMON is not set, none beside the shim, none recorded at build");
     return result;
   }
   autofree char *program = argv[0];
-  autofree char *script = argv[3];
+  autofree char *script = argv[6];
   autofd listener = make_listener(daemon_socket());
   if (listener < 0) return listener;
   autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -186,10 +189,12 @@ int daemon_start(pid_t *pid) {
   char **own = filter_environment(environ, not_for_daemon);
   size_t count = 0;
   while (own[count]) count++;
-  autofree char **env = reallocate(own, (count + 5) * sizeof *own);
+  autofree char **env = reallocate(own, (count + 7) * sizeof *own);
   env[count++] = DAEMON_PATH;
   env[count++] = "LISTEN_FDS=1";
-  env[count++] = "MALLOC_ARENA_MAX=1"; /* as bin/cedanad */
+  env[count++] = "MALLOC_ARENA_MAX=1"; /* as bin/cedanad, these three */
+  env[count++] = "MALLOC_MMAP_THRESHOLD_=131072";
+  env[count++] = "MALLOC_TRIM_THRESHOLD_=131072";
   env[count++] = listen_pid;
   env[count] = NULL;
 

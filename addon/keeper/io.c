@@ -39,6 +39,7 @@
 #define READER_LOOK_MS 20
 
 enum { KIND_NONE, KIND_FIFO, KIND_FILE, KIND_LOGGER };
+enum { IO_ALL_PIPES = 1 };
 
 struct flow {
   struct io *io;
@@ -418,6 +419,7 @@ void io_open(const struct message *m) {
   int kinds[2] = {(int)message_int(m, FIELD_STDOUT_KIND), (int)message_int(m, FIELD_STDERR_KIND)};
   const char *paths[2] = {message_string(m, FIELD_STDOUT), message_string(m, FIELD_STDERR)};
   int64_t limit_ms = message_int(m, FIELD_TIMEOUT_MS);
+  bool all_pipes = !io->terminal && (message_int(m, FIELD_FLAGS) & IO_ALL_PIPES);
   autofree char *why = NULL;
   int result = 0;
   if (in) {
@@ -430,7 +432,7 @@ void io_open(const struct message *m) {
     if (result == 0 && io->terminal) close_fd(&io->target[1]);
   } else {
     for (int i = 0; i < 2 && result == 0; i++) {
-      if (kinds[i] == KIND_NONE && !(io->terminal && i == 0)) continue;
+      if (kinds[i] == KIND_NONE && !(io->terminal && i == 0) && !all_pipes) continue;
       autofd reader = kinds[i] == KIND_FIFO && paths[i] && limit_ms > 0 ? reader_of(paths[i]) : -1;
       if (reader == -ENXIO) {
         io->absent[i].path = copy_string(paths[i]);
@@ -447,6 +449,9 @@ void io_open(const struct message *m) {
       io->child[0] = ends[0];
       flow_open(&io->in, io, io->stdin_fifo, ends[1], true);
       io->stdin_fifo = -1;
+    } else if (result == 0 && all_pipes && (result = io_make_pipe(ends, m)) == 0) {
+      io->child[0] = ends[0];
+      close(ends[1]); /* it reads the end, as from /dev/null */
     }
     for (int i = 0; i < 2 && result == 0; i++) {
       if (io->absent[i].path && (result = io_make_pipe(ends, m)) == 0) {
@@ -617,7 +622,7 @@ void io_drain(const struct message *m) {
 void io_free(const struct message *m) {
   struct tag tag = tag_of(m);
   struct io *io = io_find(message_string(m, FIELD_IO));
-  if (io && io->opening.step) result_send(io->opening, ECANCELED, "the io object was freed before its log program was ready");
+  if (io && io->opening.step) result_send(io->opening, ECANCELED, "the io object was freed before it was ready");
   if (!io || io_destroy(io, tag)) result_send(tag, 0, NULL);
 }
 

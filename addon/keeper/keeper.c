@@ -215,8 +215,10 @@ static void leave_due(struct timer *timer) {
   leave_now();
 }
 
+/* Without a cedanad, which doesn't come back to us, nobody answers what is open. */
 static void leave_if_done(void) {
-  if (leaving && events_idle() && requests_open() == 0 && requests_flushed()) leave_now();
+  bool answered = requests_open() == 0 || link_.fd < 0;
+  if (leaving && answered && events_idle() && requests_flushed()) leave_now();
 }
 
 /* The socket goes at once: who connected from now on would be lost when we are gone. A keeper that comes after us binds it anew. */
@@ -432,7 +434,7 @@ static void link_lost(void) {
   welcomed = false;
   awaited = 0;
   timer_stop(&pong);
-  if (leaving) leave_now(); /* nobody is left to tell us more */
+  if (leaving) return; /* nobody is left to tell us more; what we have been told still goes out */
   requests_cedanad_gone();
   timer_start(&reconnect, backoff_ms, link_try);
 }

@@ -22,7 +22,6 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -253,8 +252,7 @@ static _Noreturn void become_keeper(int listening, int cedanad, const char *sock
   cedanad = fcntl(cedanad, F_DUPFD_CLOEXEC, 10);
   dup3(listening, 3, O_CLOEXEC);
   dup3(cedanad, 4, O_CLOEXEC);
-  if (syscall(SYS_close_range, 5, ~0U, 0) < 0) /* Linux before 5.9 */
-    for (int fd = 5; fd < (int)sysconf(_SC_OPEN_MAX); fd++) close(fd);
+  close_from(5);
   if (chdir("/") < 0) _exit(71);
   umask(022);
   show_as_keeper(argv);

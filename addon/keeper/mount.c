@@ -17,6 +17,7 @@
 
 #define PAGE 4096
 #define WHY_MAX 1024
+#define HELPER_FD 3 /* a helper's, for its result; below are the standard ones */
 
 /* musl has no kernel headers. Layout and numbers: linux/loop.h. */
 #define LOOP_CTL_GET_FREE 0x4C82
@@ -37,6 +38,7 @@ struct loop_config {
 #define UNMOUNTS_MAX 10000
 
 enum { FSCONFIG_FLAG = 0, FSCONFIG_STRING = 1, FSCONFIG_CREATE = 6 };
+#define MS_NOSYMFOLLOW_ 256
 #define FSMOUNT_CLOEXEC_ 1
 #define MOVE_MOUNT_F_EMPTY_PATH_ 4
 
@@ -53,6 +55,7 @@ static uint64_t attributes_of(unsigned long flags) {
   if (flags & MS_NOATIME) attributes |= 0x10;
   if (flags & MS_STRICTATIME) attributes |= 0x20;
   if (flags & MS_NODIRATIME) attributes |= 0x80;
+  if (flags & MS_NOSYMFOLLOW_) attributes |= 0x200000;
   return attributes;
 }
 
@@ -284,9 +287,12 @@ void mount_operate(const struct message *m) {
       char why[WHY_MAX];
     } told = {0};
     char *why = NULL;
+    /* Nothing else of ours: the output of a container, say, whose reader would wait for its end as long as we take. */
+    if (dup2(ends[1], HELPER_FD) < 0) _exit(1);
+    close_from(HELPER_FD + 1);
     told.result = operation(m, &why);
     snprintf(told.why, sizeof told.why, "%s", why ? why : "");
-    _exit(write(ends[1], &told, sizeof told) == sizeof told ? 0 : 1);
+    _exit(write(HELPER_FD, &told, sizeof told) == sizeof told ? 0 : 1);
   }
   if (pid > 0) {
     close(ends[1]);

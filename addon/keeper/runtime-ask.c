@@ -8,7 +8,8 @@
  *
  * Signals: what we get while the child runs is passed on to it, except SIGKILL, which ends us: the child gets a SIGKILL then too
  * (PDEATHSIG), so that nothing goes on unwatched; cedanad sees our connection close and undoes what it had prepared.
- * cedanad missing or dead: it is started; after 10 s the command fails and says so.
+ * cedanad missing or dead: it is started; after 10 s the command fails and says so. One that dies when the engine has restored a container
+ * by its word leaves nobody who knows of it: we end it then, for the command has failed.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -22,6 +23,7 @@
 #include "daemon.h"
 #include "protocol.h"
 #include "runtime.h"
+#include "spawn.h"
 
 extern char **environ;
 
@@ -98,24 +100,6 @@ static void pass_on(int number) {
   errno = saved;
 }
 
-static char **environment_with(char **caller, char **added) {
-  size_t count = 0, more = 0;
-  while (caller[count]) count++;
-  while (added && added[more]) more++;
-  char **all = allocate((count + more + 1) * sizeof *all);
-  size_t kept = 0;
-  for (size_t i = 0; i < count; i++) {
-    bool replaced = false;
-    for (size_t k = 0; k < more; k++) {
-      size_t name = strcspn(added[k], "=") + 1;
-      replaced |= !strncmp(caller[i], added[k], name);
-    }
-    if (!replaced) all[kept++] = caller[i];
-  }
-  for (size_t k = 0; k < more; k++) all[kept++] = added[k];
-  return all;
-}
-
 /* stdout and stderr of the child into a file, which the answer then speaks of. */
 static void redirect_output(const char *path) {
   int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
@@ -125,10 +109,11 @@ static void redirect_output(const char *path) {
 
 /* The wait status, or -errno. `caller`: the environment that we were called with. */
 static int64_t run(const struct message *m, char **caller, int64_t *pid_out) {
-  char **argv = message_list(m, FIELD_ARGV), **added = message_list(m, FIELD_ENV);
+  autofree char **argv = message_list(m, FIELD_ARGV);
+  autofree char **added = message_list(m, FIELD_ENV);
   const char *cwd = message_string(m, FIELD_CWD), *output = message_string(m, FIELD_OUTPUT_PATH);
   if (!argv || !argv[0]) return -EINVAL;
-  char **env = environment_with(caller, added);
+  autofree char **env = environment_with(caller, added);
   /* A signal between fork and exec must reach neither nobody nor our handler in the child. */
   sigset_t blocked, before;
   sigemptyset(&blocked);
@@ -160,9 +145,6 @@ static int64_t run(const struct message *m, char **caller, int64_t *pid_out) {
   while (waitpid(pid, &status, 0) < 0)
     if (errno != EINTR) return -errno;
   child = 0;
-  free(env);
-  free(argv);
-  free(added);
   return status;
 }
 
@@ -221,6 +203,30 @@ static void wake_successor(void) {
   if (fd >= 0) close(fd);
 }
 
+/* Whether a program is an engine that leaves a restored container running when it succeeds. */
+static bool restores(char **argv) {
+  bool restore = false, detach = false;
+  for (char **a = argv; a && *a; a++) {
+    restore |= !strcmp(*a, "restore");
+    detach |= !strcmp(*a, "--detach");
+  }
+  return restore && detach;
+}
+
+static void delete_restored(char **caller) {
+  struct buffer out = {0};
+  struct message m;
+  size_t begin = frame_begin(&out, MESSAGE_RUNTIME_RUN);
+  put_string(&out, FIELD_ARGV, runtime.engine_path);
+  for (int i = 1; i < runtime.command; i++) put_string(&out, FIELD_ARGV, runtime.argv[i]);
+  put_string(&out, FIELD_ARGV, "delete");
+  put_string(&out, FIELD_ARGV, "--force");
+  put_string(&out, FIELD_ARGV, runtime_container_id());
+  frame_end(&out, begin);
+  int64_t pid = 0, status = message_decode(&out, &m) < 0 ? -EINVAL : run(&m, caller, &pid);
+  if (status != 0) runtime_say_error("cedana-runtime: the restored container could not be deleted; it may run on");
+}
+
 void runtime_ask(void) {
   /* cedanad, if we start it, is started with our variables; the engine with those of our caller. */
   size_t count = 0;
@@ -241,11 +247,14 @@ void runtime_ask(void) {
     if (sigaction(passed_on[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(passed_on[i], &action, NULL);
   }
   struct message m;
+  bool restored = false;
   while ((result = receive(fd, &in, &m)) == 0) {
     if (m.type == MESSAGE_RUNTIME_ANSWER) answer(&m);
     if (m.type == MESSAGE_RUNTIME_RUN) {
       if (message_int(&m, FIELD_FLAGS) & 1) become(&m, caller);
       int64_t pid = 0, status = run(&m, caller, &pid);
+      autofree char **argv = message_list(&m, FIELD_ARGV);
+      restored |= status == 0 && restores(argv);
       size_t at = frame_begin(&out, MESSAGE_RUNTIME_ENDED);
       put_int(&out, FIELD_PID, pid);
       if (status < 0) put_int(&out, FIELD_ERRNO, -status);
@@ -255,6 +264,7 @@ void runtime_ask(void) {
     }
     message_free(&in, &m);
   }
+  if (restored) delete_restored(caller);
   wake_successor();
   runtime_fail("%s: cedanad at %s ended in the middle of it: %s; its log is %s", runtime.argv[runtime.command], daemon_socket(),
                strerror(-result), daemon_log());

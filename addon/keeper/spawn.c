@@ -62,7 +62,6 @@ __attribute__((no_sanitize("address", "undefined"))) static int child_main(void 
     if (dup2(fds[i], i) < 0) goto failed;
   /* Linux before 5.9 has no such call: then they are held, as by any program. */
   if (spawn->close_others) syscall(SYS_close_range, (unsigned)spawn->fd_count, ~0U, 0);
-  if (spawn->nofile) setrlimit(RLIMIT_NOFILE, spawn->nofile);
   if (spawn->pid_text) decimal(spawn->pid_text, (unsigned)getpid());
   umask(022);
   /* What the keeper ignores would stay ignored in every container: CRIU's cgroup helper even waits for SIGTERM. */
@@ -114,13 +113,17 @@ char *find_program(const char *name, const char *path) {
 
 #define SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
 
-bool is_sealed_copy(int fd, const char *path, const char *of) {
+char *file_identity(const char *path) {
   struct stat st;
-  if (stat(path, &st) < 0) return false;
-  autofree char *found = format("%llu:%llu:%lld:%lld:%lld", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino,
-                                (long long)st.st_size, (long long)st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec,
-                                (long long)st.st_ctim.tv_sec * 1000000000 + st.st_ctim.tv_nsec);
-  return strcmp(found, of) == 0 && (fcntl(fd, F_GET_SEALS) & SEALS) == SEALS;
+  if (stat(path, &st) < 0) return NULL;
+  return format("%llu:%llu:%lld:%lld:%lld", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino, (long long)st.st_size,
+                (long long)st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec,
+                (long long)st.st_ctim.tv_sec * 1000000000 + st.st_ctim.tv_nsec);
+}
+
+bool is_sealed_copy(int fd, const char *path, const char *of) {
+  autofree char *found = file_identity(path);
+  return found && strcmp(found, of) == 0 && (fcntl(fd, F_GET_SEALS) & SEALS) == SEALS;
 }
 
 char **filter_environment(char *const *env, bool (*skip)(const char *entry)) {
@@ -138,4 +141,18 @@ const char *environment_get(char *const *env, const char *name) {
   for (; env && *env; env++)
     if (strncmp(*env, name, length) == 0 && (*env)[length] == '=') return *env + length + 1;
   return NULL;
+}
+
+char **environment_with(char *const *base, char *const *added) {
+  size_t count = 0, more = 0, kept = 0;
+  while (base[count]) count++;
+  while (added && added[more]) more++;
+  char **all = allocate((count + more + 1) * sizeof *all);
+  for (size_t i = 0; i < count; i++) {
+    bool replaced = false;
+    for (size_t k = 0; k < more; k++) replaced |= !strncmp(base[i], added[k], strcspn(added[k], "=") + 1);
+    if (!replaced) all[kept++] = base[i];
+  }
+  for (size_t k = 0; k < more; k++) all[kept++] = added[k];
+  return all;
 }

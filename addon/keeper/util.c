@@ -2,10 +2,12 @@
 
 #include <ctype.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -13,6 +15,11 @@
 void close_fd(int *fd) {
   if (*fd >= 0) close(*fd);
   *fd = -1;
+}
+
+void close_from(int first) {
+  if (syscall(SYS_close_range, (unsigned)first, ~0U, 0) == 0) return;
+  for (int fd = first; fd < (int)sysconf(_SC_OPEN_MAX); fd++) close(fd); /* Linux before 5.9 */
 }
 
 void free_pointer(void *pointer) { free(*(void **)pointer); }
@@ -236,7 +243,8 @@ int wait_fd(int fd, short events, uint64_t deadline) {
   for (;;) {
     uint64_t now = now_ms();
     struct pollfd p = {.fd = fd, .events = events};
-    int n = poll(&p, 1, now >= deadline ? 0 : (int)(deadline - now));
+    uint64_t left = now >= deadline ? 0 : deadline - now;
+    int n = poll(&p, 1, left > INT_MAX ? INT_MAX : (int)left);
     if (n > 0) return 0;
     if (n < 0 && errno != EINTR) return -errno;
     if (n == 0 && now_ms() >= deadline) return -ETIMEDOUT;

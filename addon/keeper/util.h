@@ -31,6 +31,9 @@ void free_pointer(void *pointer);
 #define autofd __attribute__((cleanup(close_fd))) int
 #define autofree __attribute__((cleanup(free_pointer)))
 
+/* Closes every descriptor from `first` on. */
+void close_from(int first);
+
 /* Never NULL. */
 void *allocate(size_t size);
 void *reallocate(void *old, size_t size);

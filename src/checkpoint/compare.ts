@@ -1,7 +1,8 @@
 import { stat } from "node:fs/promises";
 import { arch, release } from "node:os";
 import { normalize, relative } from "node:path";
-import { installedPlugins, pluginsNeeded } from "../criu/suitability.ts";
+import { installedPlugins } from "../criu/plugins.ts";
+import { pluginsNeeded } from "../criu/suitability.ts";
 import { criuVersion } from "../criu/version.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { type CpuFacts, cpuFacts, instructionsMissing } from "./cpu.ts";
@@ -232,8 +233,8 @@ let knownCpu: Promise<CpuFacts> | undefined;
 
 export async function nodeFacts(): Promise<NodeFacts> {
   knownCpu ??= cpuFacts();
-  const [cpu, criu, plugins] = await Promise.all([knownCpu, criuVersion(), installedPlugins()]);
-  return { cpu, criu, plugins, kernel: release() };
+  const [cpu, criu] = await Promise.all([knownCpu, criuVersion()]);
+  return { cpu, criu, plugins: new Set(installedPlugins().keys()), kernel: release() };
 }
 
 /**

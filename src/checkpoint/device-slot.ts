@@ -67,7 +67,9 @@ export interface DeviceSlot {
   ): Promise<DeviceRestore>;
   /** What a dump that was cut off by a crash, and isn't repeated, has left is undone, in the background. */
   recover(owner: DeviceOwner): void;
-  /** The same of all owners whose directories begin so; at the start of a cedanad. */
+  /** Whether anything is being undone: who can choose when to end waits for that. */
+  isRecovering(): boolean;
+  /** The same as `recover` of all owners whose directories begin so; at the start of a cedanad. */
   recoverAll(directories: string, log: DeviceOwner["log"]): void;
 }
 

@@ -1,18 +1,22 @@
-import { renameSync, writeFileSync } from "node:fs";
+import { mkdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { copyFile, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { release } from "node:os";
 import { isAbsolute, join, relative, resolve } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 import type { Logger } from "pino";
+import { Gate, type GateOptions, isPassed, removeGate } from "../criu/gate.ts";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
-import { unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
+import { endOfWriters, unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
 import { criuVersion } from "../criu/version.ts";
+import { learnVersionAnswer } from "../criu/version-answer.ts";
 import {
   BrokenImage,
   CriuFailed,
   InvalidRequest,
   messageOf,
   NotFound,
+  RuntimeFailed,
   SyscallFailed,
   Unsupported,
   WrongState,
@@ -25,8 +29,8 @@ import { IMAGES_DIRECTORY } from "./archive/layout.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
 import { cpuFacts } from "./cpu.ts";
 import { type DeviceDump, deviceSlot } from "./device-slot.ts";
-import { type Follower, followFiles } from "./digest.ts";
 import { dumpFeatures, type PluginDump } from "./features.ts";
+import { digestTree, type Follower, followFiles } from "./follow.ts";
 import {
   freezeMarker,
   hookNote,
@@ -41,15 +45,16 @@ import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
 import {
+  type Changes,
   DELETED_FILES_NAME,
-  type Layers,
   overlayLayers,
   prepareRootfsDiff,
   ROOTFS_DIFF_NAME,
+  type RootfsBase,
+  snapshotOf,
   takeRootfsDiff,
 } from "./rootfs-diff/index.ts";
 import { Staging, type StagingRecord } from "./staging.ts";
-import { endOfWriters } from "./writers.ts";
 
 /*
  * A dump of a container: what is asked for, what is dumped, and the steps in their order.
@@ -91,10 +96,19 @@ export type DumpPlace =
   /** A directory of our store: the checkpoint becomes a directory in it, with CRIU's images in `checkpoint/`. `temporary`: for now. */
   | { readonly directory: string; readonly generation: string; readonly temporary?: boolean };
 
-/** What CRIU is told by way of the engine. */
+/** What the engine is told. */
 export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunning" | "policy"> {
   /** directory of CRIU's images */
   readonly imagePath: string;
+  readonly workPath: string;
+  /** its CRIU waits at a gate; such an engine is another one than that without, also for a repetition */
+  readonly atGate: boolean;
+  /** for its environment; CRIU_CONFIG_FILE is always there */
+  readonly env: Readonly<Record<string, string>>;
+}
+
+/** What CRIU is told past the engine, by its configuration file: only the frozen container shows all of it. */
+export interface CriuSettings extends Pick<DumpRequest, "policy"> {
   /** CRIU's own plugins keep away: what they would do is done */
   readonly withoutPlugins: boolean;
   readonly workPath: string;
@@ -120,6 +134,13 @@ export interface DumpTarget {
   readonly mountPoints: readonly string[];
   /** where its root file system is mounted */
   readonly rootfs?: string | undefined;
+  /** What its root file system was made of, where no overlay keeps its changes apart; default: nobody knows. */
+  readonly rootfsBase?: {
+    /** @throws Unsupported, Unavailable */
+    open(signal: AbortSignal): Promise<RootfsBase>;
+    /** Removes what a crash has left of `open`. */
+    forget(): Promise<void>;
+  };
   /** what the manifest says of it */
   readonly facts: Pick<
     CheckpointManifest,
@@ -150,7 +171,11 @@ export interface DumpTarget {
    * @throws WrongState when it will never be
    */
   wholeMemory?(signal: AbortSignal): Promise<void>;
-  /** The engine's `checkpoint`. @throws WrongState, RuntimeFailed */
+  /** How the engine's CRIU can be stopped at a gate; undefined where the engine gets CRIU from elsewhere than PATH. */
+  gate?(): Promise<GateOptions | undefined>;
+  /** Lines of CRIU's configuration file. */
+  criuConfig(settings: CriuSettings): Promise<string>;
+  /** The engine's `checkpoint`, to its end. @throws WrongState, RuntimeFailed */
   engineCheckpoint(options: EngineDump): Promise<void>;
 }
 
@@ -167,9 +192,14 @@ interface DumpContext extends ChainContext {
   readonly adapters: NonNullable<CheckpointManifest["plugins"]>;
   networkLock: NetworkLock;
   criu: string | undefined;
-  layers: Layers | undefined;
+  changes: Changes | undefined;
+  base: RootfsBase | undefined;
   cgroup: Cgroup | undefined;
   follower: Follower | undefined;
+  engine: StartedEngine | undefined;
+  /** PATH of the engine */
+  enginePath: string | undefined;
+  facts: Promise<Facts> | undefined;
   devices: DeviceDump | undefined;
   frozenMs: number;
   criuFrozenMs: number | undefined;
@@ -187,11 +217,13 @@ export const dumpSteps = [
   recordDump, // on the way back, when the container runs again: the manifest, without which images are no checkpoint of ours
   openWorkPath,
   adaptersOfPlugins, // those of all plugins stand here
-  checkOptions, // before anything is frozen
   preDumpHook, // of the container's own; it may be there to remove what the preflight would find
+  startEngine, // beside all that follows: its CRIU comes to a gate, which stays closed until the container stands still
+  checkOptions, // before anything is frozen
   findDevices, // whose state CRIU can't take; what can't be dumped is refused by its name
   preflightDump, // every blocker and every option that is missing, while the container runs
-  findLayers,
+  findChanges,
+  meetCriu, // nothing is left that could be done while the container runs
   takeTurn, // from here on no other call changes the container's state
   lockDevices, // while the processes run; on the way back they get them again
   freeze, // nothing below may wait for the container: it stands still
@@ -200,7 +232,8 @@ export const dumpSteps = [
   takeRootfs, // files as they are for the memory that CRIU takes
   digestAlongside,
   lateAdaptersOfPlugins, // their last word, on the frozen container
-  criuDump,
+  askForFacts,
+  criuDump, // the gate is opened; the engine comes to its end
 ] as const satisfies readonly DumpStep[];
 
 export interface DumpOutcome {
@@ -234,9 +267,13 @@ export async function dump(
     adapters: [],
     networkLock: "default",
     criu: undefined,
-    layers: undefined,
+    changes: undefined,
+    base: undefined,
     cgroup: undefined,
     follower: undefined,
+    engine: undefined,
+    enginePath: undefined,
+    facts: undefined,
     devices: undefined,
     frozenMs: 0,
     criuFrozenMs: undefined,
@@ -248,6 +285,10 @@ export async function dump(
   await pluginsLoaded();
   await runChain("dump", dumpSteps.flatMap(withAdapters), context);
   keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
+  if (context.enginePath !== undefined)
+    learnVersionAnswer(context.enginePath, (error) =>
+      target.log.info({ err: error }, "CRIU's answer for its version is not kept"),
+    );
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
@@ -351,6 +392,8 @@ interface Attempt {
   rootfsDiff?: RootfsDiffFacts;
   /** the devices' state is in the processes' memory; null: it turned out that nobody has any */
   gpu?: GpuFacts | null;
+  /** directory of the gate of the engine that was started early */
+  gate?: string;
 }
 
 async function openStaging(context: DumpContext, next: () => Promise<void>): Promise<void> {
@@ -368,10 +411,10 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
   try {
     noteAttempt(context);
     context.parentPath = request.parentPath && relative(imagesIn(context), absoluteParent(request));
-    await mkdir(imagesIn(context), { recursive: true, mode: 0o700 });
+    mkdirSync(imagesIn(context), { recursive: true, mode: 0o700 });
     await next();
     noteAttempt(context, { phase: "committing" });
-    await staging.commit({ synced: !(await mustSync(context)) });
+    await staging.commit({ durable: mustSync(context) });
   } catch (error) {
     if (!context.ended) throw error;
     // The processes are in the images alone now: these stay, whatever fails.
@@ -381,17 +424,17 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
     );
   } finally {
     await staging[Symbol.asyncDispose]();
-    await rm(attemptFile(target), { force: true });
+    rmSync(attemptFile(target), { force: true });
   }
 }
 
 /**
  * Whether the files are written to the disk before they are put in their place: always in our store, and in an image path where an
- * older checkpoint gives way. Otherwise a machine that fails loses nothing that was there, and the caller doesn't wait for the disk.
+ * older checkpoint gives way, which `commit` sees. Otherwise a machine that fails loses nothing that was there, and the caller doesn't
+ * wait for the disk.
  */
-async function mustSync({ request: { place }, staging }: DumpContext): Promise<boolean> {
-  if (place.temporary) return false;
-  return !("imagePath" in place) || (await staging.replaces());
+function mustSync({ request: { place } }: DumpContext): boolean {
+  return !place.temporary && !("imagePath" in place);
 }
 
 /** Where CRIU's images are made. */
@@ -432,9 +475,10 @@ export async function abandonAttempt(
   const path = join(directory, ATTEMPT_NAME);
   const text = await readFile(path, "utf8").catch(() => undefined); // none was begun
   if (text === undefined) return undefined;
-  const { staging: record, phase, leaveRunning } = JSON.parse(text) as Attempt;
+  const { staging: record, phase, leaveRunning, gate } = JSON.parse(text) as Attempt;
   const staging = Staging.resume(record);
   if (staging) await endOfWriters(staging.path);
+  if (gate) removeGate(gate);
   const isLast = !leaveRunning && (phase !== "begun" || (await hasEnded()));
   const kept = staging && isLast && !staging.isEmpty ? staging.keep() : undefined;
   await staging?.[Symbol.asyncDispose]();
@@ -468,6 +512,8 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
   await mkdir(context.workPath, { recursive: true, mode: 0o700 }).catch((error) => {
     throw pathFailure(`make CRIU's work path ${context.workPath}`, error); // crun fails when it isn't there
   });
+  // In a directory of the caller's, of an earlier dump: its last word is not this one's.
+  if (request.workPath && !request.repeated) await rm(join(context.workPath, "dump.log"), { force: true });
   try {
     await next();
     if (request.digests === "afterwards") context.criuFrozenMs = await criuFrozenMs(context.workPath);
@@ -475,7 +521,7 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
     await keepLog(join(context.workPath, "dump.log"), join(target.directory, "criu-dump.log"));
     throw error;
   } finally {
-    if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
+    if (!request.workPath) rmSync(context.workPath, { recursive: true, force: true }); // a handful of files
   }
 }
 
@@ -693,38 +739,64 @@ async function detectNetwork(context: DumpContext, next: () => Promise<void>): P
 // ---- files -----------------------------------------------------------------------------------------------------------
 
 /** Before anything is frozen: where the changed files are, and a thread that is ready to read them. */
-async function findLayers(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { target, request } = context;
+async function findChanges(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request, signal } = context;
+  await using _ = { [Symbol.asyncDispose]: async () => await context.base?.[Symbol.asyncDispose]() };
   if (request.rootfs && !context.attempt.rootfsDiff && !target.hasEnded) {
-    if (target.rootfs === undefined)
-      throw new Unsupported(`nothing is known of where ${target.what} has its root file system`);
-    try {
-      context.layers = await overlayLayers(target.rootfs);
-    } catch (error) {
-      if (!(error instanceof NotFound)) throw error;
-      throw new Unsupported(
-        `changed files of ${target.what} can't be taken: ${error.message}. They are known with the overlay file system alone; cedana.io/rootfs-diff: "false" leaves them out`,
-        { cause: error },
+    context.changes = await changesOf(context);
+    await prepareRootfsDiff(context.changes, request.rootfs.exclude, signal);
+  } else if (request.rootfs && request.repeated && context.attempt.rootfsDiff?.source !== "overlay")
+    await target.rootfsBase
+      ?.forget()
+      .catch((error) =>
+        target.log.warn({ err: error }, "remove what a dump before a crash was compared with"),
       );
-    }
-    await prepareRootfsDiff(context.signal);
-  }
   await next();
 }
 
+async function changesOf(context: DumpContext): Promise<Changes> {
+  const { target, signal } = context;
+  const { rootfs } = target;
+  const advice = 'cedana.io/rootfs-diff: "false" leaves them out';
+  const what = `changed files of ${target.what} can't be taken`;
+  if (rootfs === undefined)
+    throw new Unsupported(`${what}: nothing is known of where its root file system is; ${advice}`);
+  try {
+    return await overlayLayers(rootfs);
+  } catch (error) {
+    if (!(error instanceof NotFound)) throw error;
+    if (!target.rootfsBase)
+      throw new Unsupported(
+        `${what}: ${messageOf(error)}, and nobody says here what it was made of. Give the container an overlay (Podman's and Docker's driver overlay or overlay2); ${advice}`,
+        { cause: error },
+      );
+  }
+  try {
+    context.base = await target.rootfsBase.open(signal);
+    return await snapshotOf(rootfs, context.base.path, context.base.sameAtNs);
+  } catch (error) {
+    if (error instanceof Error)
+      error.message = `${what}: its root file system is no overlay, and what it was made of can't be had: ${error.message}; ${advice}`;
+    throw error;
+  }
+}
+
 async function takeRootfs(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { request, layers, staging, signal } = context;
-  if (layers && request.rootfs) {
+  const { request, changes, base, staging, signal } = context;
+  if (changes && request.rootfs) {
     const { exclude, maxBytes } = request.rootfs;
     for (const name of [ROOTFS_DIFF_NAME, DELETED_FILES_NAME])
       await rm(join(staging.path, name), { force: true }); // of an attempt before a crash
-    const { bytes, members, deleted, sockets } = await takeRootfsDiff(layers, staging.path, {
+    const { bytes, members, deleted, sockets } = await takeRootfsDiff(changes, staging.path, {
       exclude,
       maxBytes,
       signal,
     });
+    const source = base
+      ? ({ source: "snapshot", snapshotter: base.snapshotter } as const)
+      : ({ source: "overlay" } as const);
     noteAttempt(context, {
-      rootfsDiff: { source: "overlay", bytes, members, deleted, exclude: [...exclude], sockets },
+      rootfsDiff: { ...source, bytes, members, deleted, exclude: [...exclude], sockets },
     });
   }
   await next();
@@ -740,7 +812,8 @@ async function digestAlongside(context: DumpContext, next: () => Promise<void>):
     await next();
     return;
   }
-  const follower = followFiles(imagesIn(context), context.signal);
+  const { staging, signal } = context;
+  const follower = followFiles(staging.path, { images: imagesIn(context), signal });
   try {
     await next();
     context.follower = follower;
@@ -752,31 +825,108 @@ async function digestAlongside(context: DumpContext, next: () => Promise<void>):
 
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
 
-async function criuDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { target, request, workPath, parentPath, networkLock } = context;
+/** One that was started before the container was frozen. */
+interface StartedEngine {
+  /** here and open, or gone through by a cedanad before us */
+  readonly gate: Gate | undefined;
+  readonly end: Promise<void>;
+}
+
+/**
+ * Starts the engine early, where its CRIU can be stopped. A repetition after a crash looks what has become of the one that was: CRIU
+ * went through, and the engine goes on or has come to its end; or it was sent away with the end of its cedanad, and one without a
+ * gate follows.
+ */
+async function startEngine(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { request, attempt } = context;
+  try {
+    if (attempt.phase === "begun") {
+      if (request.repeated) await findEngine(context);
+      else await startAtGate(context);
+    }
+    await next();
+  } finally {
+    const { gate, end } = context.engine ?? {};
+    gate?.[Symbol.dispose]();
+    await end?.catch(() => {}); // told where CRIU is waited for, or sent away
+    if (attempt.gate) removeGate(attempt.gate);
+  }
+}
+
+async function startAtGate(context: DumpContext): Promise<void> {
+  const { target } = context;
+  const options = target.hasEnded ? undefined : await target.gate?.();
+  if (!options) return;
+  context.enginePath = options.path;
+  const gate = await Gate.make(target.directory, options);
+  noteAttempt(context, { gate: gate.directory });
+  const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env: gate.env });
+  end.catch(() => {}); // looked at where CRIU is waited for
+  context.engine = { gate, end };
+}
+
+/** After a crash. */
+async function findEngine(context: DumpContext): Promise<void> {
+  const { target, attempt } = context;
+  if (!attempt.gate) return;
+  const env = { CRIU_CONFIG_FILE: join(attempt.gate, "criu.conf") };
+  const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env });
+  end.catch(() => {}); // looked at below, or where CRIU is waited for
+  if (isPassed(attempt.gate)) context.engine = { gate: undefined, end };
+  else await end.catch(() => {}); // nobody lets it go any more
+}
+
+/** An engine that finds CRIU elsewhere than in PATH fails with what its environment says, and is started once more when the container stands still. */
+async function meetCriu(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { engine, target } = context;
+  if (engine?.gate) {
+    try {
+      await Promise.race([engine.gate.arrived, engine.end]);
+    } catch (error) {
+      if (engine.gate.isSeen || !(error instanceof RuntimeFailed)) throw error;
+      engine.gate[Symbol.dispose]();
+      context.engine = undefined;
+      target.log.warn(
+        { err: error },
+        "the engine did not come to CRIU through cedana's gate: started again without",
+      );
+    }
+  }
+  await next();
+}
+
+function engineDump(context: DumpContext): Omit<EngineDump, "atGate" | "env"> {
+  const { request, workPath, parentPath } = context;
   const { leaveRunning, policy } = request;
-  const imagePath = imagesIn(context);
+  return { imagePath: imagesIn(context), workPath, parentPath, leaveRunning, policy };
+}
+
+async function criuDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  const { target, request, workPath, networkLock, engine } = context;
+  const { leaveRunning, policy } = request;
   if (context.attempt.phase !== "begun") {
     context.ended = !leaveRunning; // by a cedanad before us
     await next();
     return;
   }
   if (context.cgroup && !target.paused && !target.hasEnded) noteFreeze(context, context.cgroup, true);
-  const gpuMounts = target.hasEnded ? [] : await findGpuMounts(target.initPid, target.mountPoints);
-  const externalMounts = gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key }));
   try {
-    await target.engineCheckpoint({
-      imagePath,
-      workPath,
-      parentPath,
-      leaveRunning,
-      policy,
-      networkLock,
-      externalMounts,
-      withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
-    });
+    if (engine && !engine.gate) await engine.end;
+    else {
+      const gpuMounts = target.hasEnded ? [] : await findGpuMounts(target.initPid, target.mountPoints);
+      const config = await target.criuConfig({
+        workPath,
+        policy,
+        networkLock,
+        externalMounts: gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key })),
+        withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
+      });
+      engine?.gate?.open(config);
+      await (engine ? engine.end : runEngine(context, config));
+    }
   } catch (error) {
     if (error instanceof WrongState) throw error; // before CRIU was asked
+    if (engine?.gate && !engine.gate.isPassed) throw error; // killed in front of it
     // An engine that was killed leaves CRIU behind, which goes on: it may yet put the container to its end.
     if (!(await waitForCriu(workPath, CRIU_ALONE_MS)))
       target.log.error(
@@ -795,6 +945,20 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
   context.ended = !leaveRunning;
   noteAttempt(context, { phase: "dumped" });
   await next();
+}
+
+/** Without a gate. */
+async function runEngine(context: DumpContext, config: string): Promise<void> {
+  const { target } = context;
+  const configFile = join(target.directory, "criu-dump.conf");
+  await writeFile(configFile, config, { mode: 0o600 });
+  try {
+    const PATH = (await target.gate?.())?.path;
+    const env = { CRIU_CONFIG_FILE: configFile, ...(PATH !== undefined && { PATH }) };
+    await target.engineCheckpoint({ ...engineDump(context), atGate: false, env });
+  } finally {
+    await rm(configFile, { force: true });
+  }
 }
 
 /** How long a CRIU without an engine may go on: it holds the processes, and has all of their memory to write. */
@@ -817,7 +981,7 @@ export async function criuFailure(
 ): Promise<Error> {
   if (failure instanceof CriuFailed) return failure; // its owner has looked there
   const summary = await explainCriuLog(join(workPath, logName)).catch(() => undefined); // no log: CRIU was not even started
-  if (!summary || summary.errors.length === 0) return failure;
+  if (!summary) return failure;
   const isCutOff = !summary.lastLines.some((line) => /FAILED|finished successfully/.test(line));
   if (isCutOff && summary.cause === undefined)
     return new CriuFailed(
@@ -826,6 +990,7 @@ export async function criuFailure(
         cause: failure,
       },
     );
+  if (summary.errors.length === 0) return failure;
   const lines = [...new Set([summary.firstError, ...summary.errors.slice(-5)])].join("; ");
   const advice = summary.cause ? `. ${summary.cause.advice}` : "";
   return new CriuFailed(`${what} failed in the engine's step (${failure.message}): CRIU: ${lines}${advice}`, {
@@ -836,8 +1001,6 @@ export async function criuFailure(
 // ---- manifest --------------------------------------------------------------------------------------------------------
 
 async function recordDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const facts = Promise.all([cpuFacts(), context.target.image?.()]);
-  facts.catch(() => {}); // looked at below
   try {
     await next();
   } catch (error) {
@@ -845,8 +1008,8 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     throw error;
   }
   const { target, request, startedAt, staging } = context;
-  const [cpu, image] = await facts;
-  const files = await (context.follower ?? followFiles(staging.path, context.signal)).finish();
+  const [cpu, image] = await context.facts!;
+  const files = await (context.follower?.finish() ?? digestTree(staging.path, { signal: context.signal }));
   await writeManifest(
     staging.path,
     {
@@ -869,8 +1032,24 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
         totalMs: Date.now() - startedAt,
       },
     },
-    { files, synced: await mustSync(context) },
+    { files, synced: false }, // by the commit, with all the rest
   );
+}
+
+type Facts = [cpu: Awaited<ReturnType<typeof cpuFacts>>, image: CheckpointManifest["image"]];
+
+async function factsOf(target: DumpTarget): Promise<Facts> {
+  return await Promise.all([cpuFacts(), target.image?.()]);
+}
+
+/** The engine is on its way then, and the event loop has nothing else to do until CRIU is done. */
+const FACTS_AFTER_MS = 10;
+
+/** What is asked of others for the manifest. Asking containerd takes some ms of the event loop, and here the container may stand still. */
+async function askForFacts(context: DumpContext, next: () => Promise<void>): Promise<void> {
+  context.facts = sleep(FACTS_AFTER_MS).then(() => factsOf(context.target));
+  context.facts.catch(() => {}); // looked at by recordDump
+  await next();
 }
 
 /** As used: a restore uses them again. */

@@ -112,6 +112,8 @@ export function gpuMountSource(mountPoint: string, key: string, root: string): s
 export function explainMissing(mountPoint: string, source: string): string {
   if (mountPoint === LIBRARY_MOUNT)
     return `the version of the GPU interception library that it runs with (${source}) is not on this node: copy that directory from where it was taken`;
+  if (mountPoint === TRACE_MOUNT)
+    return `the directory that it writes its GPU traces to (${source}) is not on this node: mkdir -m 1777 it, so that it can go on`;
   return `${source} of the GPU driver, which it has mounted at ${mountPoint}, is not on this node: it needs the same version of the driver, and the same device`;
 }
 

@@ -1,9 +1,10 @@
-import { constants } from "node:fs";
-import { lstat, open, readdir, rename, rm, stat } from "node:fs/promises";
+import { constants, renameSync, rmSync, writeFileSync } from "node:fs";
+import { lstat, open, readdir, stat } from "node:fs/promises";
 import { join, relative } from "node:path";
 import { BrokenImage, Unsupported } from "../errors/index.ts";
 import type { CpuFacts } from "./cpu.ts";
 import { hashFiles, listTree } from "./digest.ts";
+import { algorithmOf } from "./file-hash.ts";
 import schema from "./manifest.schema.json" with { type: "json" };
 import { findFault, type Schema } from "./schema.ts";
 
@@ -78,8 +79,8 @@ export interface CheckpointManifest {
   /** SHA-256 of the container's config.json as parsed, hexadecimal */
   specDigest: string;
   /**
-   * every regular file below the image path, sorted; the manifest itself is not among them. The digest is `sha256:` and hexadecimal;
-   * it may be absent, which makes `verifyFiles` look at sizes alone.
+   * every regular file below the image path, sorted; the manifest itself is not among them. The digest is `xxh128:`
+   * (older ones: `sha256:`) and hexadecimal digits; it may be absent, which makes `verifyFiles` look at sizes alone.
    */
   files: { path: string; size: number; digest?: string }[];
   /** milliseconds by step, which are the adapters' names where a chain of them took the checkpoint */
@@ -91,8 +92,10 @@ export interface CheckpointManifest {
  * applies them to a fresh root file system of the same image before CRIU runs (`applyRootfsDiff`), or refuses.
  */
 export interface RootfsDiffFacts {
-  /** an overlay's upper layer, with whiteouts in the tar */
-  source: "overlay";
+  /** an overlay's upper layer, or the root compared with the snapshot below it; with whiteouts in the tar */
+  source: "overlay" | "snapshot";
+  /** containerd's, of a snapshot */
+  snapshotter?: string;
   /** of the tar */
   bytes: number;
   members: number;
@@ -158,20 +161,21 @@ export async function writeManifest(
   const path = join(imagePath, MANIFEST_NAME);
   const temporary = `${path}.new`;
   try {
-    await rm(temporary, { force: true }); // of a writer that was killed; "wx" below doesn't follow a link
-    {
-      await using file = await open(temporary, "wx", 0o600);
-      await file.writeFile(`${JSON.stringify(whole, undefined, 2)}\n`);
-      if (synced) await file.sync();
-    }
-    await rename(temporary, path);
+    // At once but for the disk: a trip through the thread pool takes longer than each of these.
+    rmSync(temporary, { force: true }); // of a writer that was killed; "wx" below doesn't follow a link
+    writeFileSync(temporary, `${JSON.stringify(whole, undefined, 2)}\n`, { flag: "wx", mode: 0o600 });
+    if (synced) await syncPath(temporary);
+    renameSync(temporary, path);
   } catch (error) {
-    await rm(temporary, { force: true });
+    rmSync(temporary, { force: true });
     throw error;
   }
-  if (!synced) return;
-  await using directory = await open(imagePath, constants.O_RDONLY | constants.O_DIRECTORY);
-  await directory.sync(); // the rename itself
+  if (synced) await syncPath(imagePath); // the rename itself
+}
+
+async function syncPath(path: string): Promise<void> {
+  await using file = await open(path, constants.O_RDONLY | constants.O_NOFOLLOW);
+  await file.sync();
 }
 
 /** Regular files only: CRIU's `parent` is a link to another checkpoint. */
@@ -246,9 +250,14 @@ export async function verifyFiles(
   signal?: AbortSignal,
 ): Promise<FileFault[]> {
   const found = await listTree(directory, signal);
-  const sizes = new Map(manifest.files.map(({ path, size, digest }) => [path, digest ? size : -1]));
-  // What has another size needs no digest to be wrong.
-  const toHash = found.filter(({ path, type, size }) => type === "file" && sizes.get(path) === size);
+  const named = new Map(manifest.files.map((file) => [file.path, file]));
+  const toHash = found.flatMap(({ path, type, size }) => {
+    const { size: expected, digest } = named.get(path) ?? {};
+    // What has another size needs no digest to be wrong.
+    return digest && type === "file" && size === expected
+      ? [{ path, size, algorithm: algorithmOf(digest) }]
+      : [];
+  });
   const digests = new Map(
     (await hashFiles(directory, toHash, signal)).map(({ path, digest }) => [path, digest]),
   );

@@ -14,6 +14,7 @@ import {
   compareToContainer,
   compareToNode,
   type ExternalMount,
+  type NodeFacts,
   nodeFacts,
   type RestoredContainer,
 } from "./compare.ts";
@@ -122,9 +123,9 @@ export interface RestoreTarget extends RestoreCandidate {
   readonly rootfs?: string | undefined;
   /** Before the rootfs diff is applied: what can't be undone then is refused. */
   allowRootfsDiff?(): Promise<void>;
-  /** The network namespace that the engine is about to make will be as it should be; put back when the engine is done. */
-  prepareNetwork(): Promise<void>;
-  putNetworkBack(): Promise<void>;
+  /** The configuration is as the engine's restore needs it; put back when that is done. */
+  prepareConfiguration(): Promise<void>;
+  putConfigurationBack(): Promise<void>;
   /** The container's cgroup is where its configuration says, whatever the images say. */
   prepareCgroup(policy: CriuPolicy): Promise<void>;
   removeCgroup(): Promise<void>;
@@ -157,6 +158,8 @@ interface CheckContext extends ChainContext {
   externalMounts: readonly ExternalMount[];
   /** undefined: the images are broken, or a cedanad before us has read them */
   facts: ImageFacts | undefined;
+  /** of this node, from `checkFilesOfCheckpoint` on */
+  node: NodeFacts | undefined;
   /** what is wrong, and what differs: all of it, judged by `refuseDifferences` */
   readonly findings: Finding[];
 }
@@ -195,7 +198,7 @@ export const restoreSteps = [
   restoreAdaptersOfPlugins, // those of all plugins stand here
   prepareDevices, // whether they can be had here
   prepareRootfs,
-  prepareNetwork,
+  prepareConfiguration,
   prepareCgroup,
   prepareMountPoints,
   startPageDaemon, // where the container wants it, and it can be had; from here on somebody fills memory
@@ -287,6 +290,7 @@ function checkContext(target: RestoreCandidate, request: RestoreLook, options: C
     policy: target.policy(undefined),
     externalMounts: [],
     facts: undefined,
+    node: undefined,
     findings: [],
     times: [],
     signal: options.signal ?? new AbortController().signal,
@@ -339,30 +343,35 @@ async function archiveOf(path: string): Promise<string | undefined> {
 async function checkFilesOfCheckpoint(context: CheckContext, next: () => Promise<void>): Promise<void> {
   const { checkpoint, findings, request, signal } = context;
   const { manifest, manifestPath } = checkpoint;
-  if (request.verifyDigests && manifest && manifestPath)
-    findings.push(...findingsOf(await verifyFiles(manifest, manifestPath, signal)));
-  else findings.push(...(await findFaultsOfFiles(checkpoint)));
+  const verifies = request.verifyDigests && manifest && manifestPath;
+  // What the next steps compare is read beside it: each is many short waits for a small file.
+  const [faults, facts, node] = await Promise.all([
+    verifies ? verifyFiles(manifest, manifestPath, signal).then(findingsOf) : findFaultsOfFiles(checkpoint),
+    readImageFacts(checkpoint.imagePath),
+    nodeFacts(),
+  ]);
+  findings.push(...faults);
+  context.facts = facts;
+  context.node = node;
   await next();
 }
 
 async function compareWithContainer(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, findings, target } = context;
-  const facts = await readImageFacts(checkpoint.imagePath);
+  const { checkpoint, facts, findings, target } = context;
   const compared = await compareToContainer(checkpoint, facts, target.container);
   findings.push(...compared.findings);
   context.externalMounts = compared.externalMounts;
-  context.facts = facts;
   if (compared.closesTcp && ["keep", "skip-in-flight"].includes(context.policy.tcp ?? ""))
     context.policy = { ...context.policy, tcp: "close" };
   await next();
 }
 
 async function compareWithNode(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, findings } = context;
+  const { checkpoint, findings, node } = context;
   const { ignoreCpu = false } = context.request;
   // Of broken images nothing more can be told.
   if (!findings.some(({ kind }) => kind === "checkpoint"))
-    findings.push(...(await compareToNode(checkpoint, await nodeFacts(), { ignoreCpu })));
+    findings.push(...(await compareToNode(checkpoint, node!, { ignoreCpu })));
   await next();
 }
 
@@ -563,12 +572,12 @@ async function prepareRootfs(
 
 // ---- the container's surroundings ------------------------------------------------------------------------------------
 
-async function prepareNetwork({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
-  await target.prepareNetwork();
+async function prepareConfiguration({ target }: RestoreContext, next: () => Promise<void>): Promise<void> {
+  await target.prepareConfiguration();
   try {
     await next();
   } finally {
-    await target.putNetworkBack();
+    await target.putConfigurationBack();
   }
 }
 
@@ -670,22 +679,22 @@ async function tellContainer(context: RestoreContext, next: () => Promise<void>)
   const { checkpoint, target } = context;
   const { manifest } = checkpoint;
   const generation = generationOf(context);
-  await target.setGeneration(generation);
-  try {
-    if (!target.hasEnded)
-      await writeRestoredFile(target.initPid, {
-        version: 1,
-        generation,
-        why: target.why,
-        ...(manifest && { dumpedAt: manifest.createdAt }),
-        restoredAt: new Date().toISOString(),
-        ...(manifest && { old: identityIn(manifest) }),
-        new: target.identity,
-      });
-  } catch (error) {
-    if (!target.hasEnded)
-      target.log.warn({ err: error }, "write /run/cedana/restore.json into the container");
-  }
+  const tell = async () => {
+    if (target.hasEnded) return;
+    await writeRestoredFile(target.initPid, {
+      version: 1,
+      generation,
+      why: target.why,
+      ...(manifest && { dumpedAt: manifest.createdAt }),
+      restoredAt: new Date().toISOString(),
+      ...(manifest && { old: identityIn(manifest) }),
+      new: target.identity,
+    }).catch((error) => {
+      if (!target.hasEnded)
+        target.log.warn({ err: error }, "write /run/cedana/restore.json into the container");
+    });
+  };
+  await Promise.all([target.setGeneration(generation), tell()]);
   await next();
 }
 

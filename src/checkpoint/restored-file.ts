@@ -1,9 +1,9 @@
-import { closeSync, constants } from "node:fs";
-import { mkdir, open, readFile, rename, rm } from "node:fs/promises";
+import { closeSync, constants, readFileSync } from "node:fs";
+import { mkdir, open, rename, rm } from "node:fs/promises";
 import { SyscallFailed, WrongState } from "../errors/index.ts";
 import { openBeneath, openInRoot } from "../linux/addon.ts";
 import { parseFdInfo } from "../linux/fdinfo.ts";
-import { readMountInfo } from "../linux/mount-options.ts";
+import { type MountInfo, readMountInfo } from "../linux/mount-options.ts";
 import type { ContainerIdentity } from "./manifest.ts";
 
 /** `/run/cedana/restore.json` in a restored container: what has become of it. */
@@ -35,16 +35,18 @@ const NAME = "restore.json";
  * @throws why it could not be written: a read-only root file system, no room, `run` in a volume. Nothing is changed then
  */
 export async function writeRestoredFile(pid: number, facts: RestoredFacts): Promise<void> {
+  const mounts = Promise.all([readMountInfo(pid), readMountInfo("self")]);
+  mounts.catch(() => {}); // looked at below
   const root = await open(`/proc/${pid}/root`, constants.O_RDONLY | constants.O_DIRECTORY);
   let run: number | undefined;
   let directory: number | undefined;
   try {
     run = await directoryIn(root.fd, "run", openInRoot);
-    const mountOfRun = await mountIdOf(run);
-    await refuseShared(pid, mountOfRun);
+    const mountOfRun = mountIdOf(run);
+    refuseShared(mountOfRun, await mounts);
     directory = await directoryIn(run, "cedana", openBeneath);
-    const mount = await mountIdOf(directory);
-    if (mount !== mountOfRun) await refuseShared(pid, mount);
+    const mount = mountIdOf(directory);
+    if (mount !== mountOfRun) refuseShared(mount, await mounts);
     await replaceFile(directory, `${JSON.stringify(facts, undefined, 2)}\n`);
   } finally {
     for (const fd of [directory, run]) if (fd !== undefined) closeSync(fd);
@@ -69,15 +71,15 @@ function at(directory: number, name: string): string {
   return `/proc/self/fd/${directory}/${name}`;
 }
 
-async function mountIdOf(directory: number): Promise<number> {
-  return parseFdInfo(await readFile(`/proc/self/fdinfo/${directory}`, "utf8")).mountId;
+function mountIdOf(directory: number): number {
+  return parseFdInfo(readFileSync(`/proc/self/fdinfo/${directory}`, "utf8")).mountId;
 }
 
 /** @throws WrongState for a mount of a file system that we have mounted, too; unless it is the container's root */
-async function refuseShared(pid: number, mountId: number): Promise<void> {
-  const mount = (await readMountInfo(pid)).find((one) => one.mountId === mountId);
+function refuseShared(mountId: number, [containers, ours]: readonly (readonly MountInfo[])[]): void {
+  const mount = containers!.find((one) => one.mountId === mountId);
   if (mount?.mountPoint === "/") return;
-  if (mount === undefined || (await readMountInfo("self")).some(({ device }) => device === mount.device))
+  if (mount === undefined || ours!.some(({ device }) => device === mount.device))
     throw new WrongState(
       `it would be in ${mount ? `the ${mount.type} mounted at ${mount.mountPoint}` : "a mount that is not the container's"}, which is not the container's alone`,
     );

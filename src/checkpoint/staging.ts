@@ -29,7 +29,7 @@ import {
   WrongState,
 } from "../errors/index.ts";
 import { flock, openBeneath, renameAt } from "../linux/addon.ts";
-import { syncTree } from "./digest.ts";
+import { syncTree, withFd } from "./digest.ts";
 import { MANIFEST_NAME, readManifest } from "./manifest.ts";
 
 /**
@@ -151,10 +151,10 @@ export class Staging implements AsyncDisposable {
       directory = realpathSync(directory); // the caller may name it by a link
       if (!made) {
         await sweep(directory);
-        const ours = await entriesOfOlder(directory);
+        const ours = await olderEntries(directory);
         expectRoom(
           directory,
-          entriesOf(directory).filter((name) => criuFile.test(name) && !ours.has(name)),
+          entriesOf(directory).filter((name) => criuFile.test(name) && !ours.includes(name)),
         );
       }
       using target = new Directory(directory);
@@ -202,13 +202,6 @@ export class Staging implements AsyncDisposable {
     return entriesOf(this.path).length === 0;
   }
 
-  /** Whether an older checkpoint gives way to this one. */
-  async replaces(): Promise<boolean> {
-    if (this.#kind === "beside") return exists(this.finalPath);
-    const ours = await entriesOfOlder(this.finalPath);
-    return entriesOf(this.finalPath).some((name) => ours.has(name));
-  }
-
   /**
    * An earlier checkpoint's path, relative to where this one will be, as it must be written while this one is made. Engines and
    * CRIU want it relative; `commit` sets the link that CRIU makes of it right.
@@ -219,26 +212,32 @@ export class Staging implements AsyncDisposable {
 
   /**
    * Syncs what was made and puts it in its place. When this throws, the place is as it was.
-   * @param options.synced  the caller has synced the files already, or wants no sync
+   * @param options.durable  false: what is new may be lost when the machine fails, and the disk is not waited for; where an older
+   *                         checkpoint gives way, it is all the same
    */
-  async commit(options: { synced?: boolean; signal?: AbortSignal } = {}): Promise<void> {
+  async commit(options: { durable?: boolean; signal?: AbortSignal } = {}): Promise<void> {
     if (this.#lock === undefined)
       throw new WrongState(`staging ${this.path} is committed or given up already`);
     moveParentLinks(this.path, this.finalPath);
-    if (!options.synced) await syncTree(this.path, options.signal);
-    if (this.#kind === "inside") await putInside(this.finalPath, basename(this.#root));
-    else await this.#putBeside();
+    const outgoing = this.#kind === "inside" ? await olderEntries(this.finalPath) : [];
+    const replaces = outgoing.length > 0 || (this.#kind === "beside" && exists(this.finalPath));
+    const durable = options.durable !== false || replaces;
+    if (durable) await syncTree(this.path, options.signal);
+    if (this.#kind === "inside") await putInside(this.finalPath, basename(this.#root), outgoing, durable);
+    else await this.#putBeside(durable);
     this.#release();
   }
 
-  async #putBeside(): Promise<void> {
+  async #putBeside(durable: boolean): Promise<void> {
     using from = new Directory(dirname(this.#root));
     using to = new Directory(dirname(this.finalPath));
     const name = basename(this.finalPath);
     const old = swapIn(from, basename(this.#root), to, name, this.#replace, this.finalPath);
-    fsyncSync(to.fd);
-    fsyncSync(from.fd);
-    // The new one is in its place and synced: from here on nothing fails any more.
+    if (durable) {
+      fsyncSync(to.fd);
+      fsyncSync(from.fd);
+    }
+    // The new one is in its place, and synced: from here on nothing fails any more.
     if (old) await rm(this.#root, { recursive: true, force: true }).catch(() => undefined); // swept later
   }
 
@@ -436,7 +435,13 @@ function expectRoom(directory: string, foreign: readonly string[]): void {
     );
 }
 
-async function putInside(directory: string, stagingName: string): Promise<void> {
+/** A crash of ours finds the plan in any case; `durable` makes one of the machine find it, too. */
+async function putInside(
+  directory: string,
+  stagingName: string,
+  outgoing: string[],
+  durable: boolean,
+): Promise<void> {
   const root = join(directory, stagingName);
   using target = new Directory(directory);
   using incomingFd = new Directory(join(root, "new"));
@@ -444,22 +449,20 @@ async function putInside(directory: string, stagingName: string): Promise<void> 
   const incoming = readdirSync(join(root, "new")).sort();
   // The manifest makes it a checkpoint: it comes last.
   if (incoming.includes(MANIFEST_NAME)) incoming.push(...incoming.splice(incoming.indexOf(MANIFEST_NAME), 1));
-  const ours = await entriesOfOlder(directory);
-  const outgoing = entriesOf(directory).filter((name) => ours.has(name));
+  const staying = new Set(entriesOf(directory));
+  for (const name of outgoing) staying.delete(name);
   expectRoom(
     directory,
-    incoming.filter((name) => !outgoing.includes(name) && exists(target.path(name))),
+    incoming.filter((name) => staying.has(name)),
   );
   const plan: Plan = { incoming, outgoing };
-  const planFd = openSync(join(root, PLAN_NAME), "wx", 0o600);
-  try {
-    writeFileSync(planFd, JSON.stringify(plan));
-    fsyncSync(planFd);
-  } finally {
-    closeSync(planFd);
-  }
+  const sync = (fd: number) => durable && fsyncSync(fd);
+  withFd(openSync(join(root, PLAN_NAME), "wx", 0o600), (fd) => {
+    writeFileSync(fd, JSON.stringify(plan));
+    sync(fd);
+  });
   using rootFd = new Directory(root);
-  fsyncSync(rootFd.fd);
+  sync(rootFd.fd);
   try {
     // An older manifest goes first: without it, half a checkpoint isn't taken for a whole one.
     for (const name of [...outgoing].sort(
@@ -467,14 +470,18 @@ async function putInside(directory: string, stagingName: string): Promise<void> 
     ))
       renameAt([target.fd, name], [outgoingFd.fd, name], "noReplace");
     for (const name of incoming) renameAt([incomingFd.fd, name], [target.fd, name], "noReplace");
-    fsyncSync(target.fd);
+    sync(target.fd);
   } catch (error) {
     undoMoves(directory, root);
     throw error;
   }
   rmSync(join(root, PLAN_NAME)); // from here on a sweep undoes nothing
-  fsyncSync(rootFd.fd);
-  await rm(root, { recursive: true, force: true }).catch(() => undefined); // swept later
+  sync(rootFd.fd);
+  try {
+    for (const part of ["new", "old", ""]) rmdirSync(join(root, part));
+  } catch {
+    await rm(root, { recursive: true, force: true }).catch(() => undefined); // an older checkpoint is in it; swept later
+  }
 }
 
 /** Brings an image path back to before the moves of a plan, as far as they went. No plan: nothing was moved, or all was. */
@@ -484,7 +491,7 @@ function undoMoves(directory: string, root: string): void {
     plan = JSON.parse(readFileSync(join(root, PLAN_NAME), "utf8")) as Plan;
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException;
-    if (code === "ENOENT" || error instanceof SyntaxError) return; // half a plan: it was not synced, so nothing was moved
+    if (code === "ENOENT" || error instanceof SyntaxError) return; // half a plan: nothing was moved, or nothing older was at stake
     throw error;
   }
   const safe = (names: unknown) =>
@@ -506,14 +513,16 @@ function undoMoves(directory: string, root: string): void {
 const criuFile = /\.img$|^descriptors\.json$|^stats-dump$|^dump\.log$|^parent$/;
 
 /** The top entries that an older checkpoint in this directory consists of: by its manifest, or by their names where it has none. */
-async function entriesOfOlder(directory: string): Promise<Set<string>> {
-  const manifest = await readManifest(directory).catch(() => undefined); // broken: then as if there were none
+async function olderEntries(directory: string): Promise<string[]> {
   const found = entriesOf(directory);
+  const manifest = found.includes(MANIFEST_NAME)
+    ? await readManifest(directory).catch(() => undefined) // broken: then as if there were none
+    : undefined;
   const byName = found.includes("inventory.img") ? found.filter((name) => criuFile.test(name)) : [];
   const names = new Set(manifest?.files.map(({ path }) => path.split("/", 1)[0]!) ?? byName);
   names.add(MANIFEST_NAME);
   if (manifest) names.add("parent"); // CRIU's link to an earlier checkpoint is no file
-  return names;
+  return found.filter((name) => names.has(name));
 }
 
 /**

@@ -95,9 +95,12 @@ export class CheckpointStore {
     const all = await this.generations(owner, name);
     const found = generation === undefined ? all.at(-1) : all.find((one) => one.generation === generation);
     if (found) return found;
+    const { namespace, podNamespace } = owner;
     const there = all.map((one) => one.generation).join(", ");
     throw new NotFound(
-      `checkpoint ${reference} of namespace ${ownerParts(owner).join("/")} does not exist${there && `: there are ${there}`}`,
+      `checkpoint ${reference} of namespace ${podNamespace ? `${namespace}/${podNamespace}` : namespace} does not exist: ${
+        there ? `there are ${there}` : "`cedana checkpoint list` shows the store"
+      }`,
     );
   }
 

@@ -110,9 +110,13 @@ async function startDaemon(path: string): Promise<void> {
     throw new Unavailable(`cedanad is not running, and ${launcher}, which would start it, is not there`);
   // What the answer says of an engine doesn't matter: whoever gave it is running.
   const asked = await promisify(execFile)(launcher, ["-info"], { timeout: 15_000 }).catch(
-    (error) => error as Error,
+    (error: Error & { stderr?: string }) => error,
   );
   if (await isListening(path)) return;
-  const why = asked instanceof Error ? asked.message : "it has no management API; its log may say why";
-  throw new Unavailable(`cedanad can't be reached at ${path}: ${why}`);
+  if (!(asked instanceof Error))
+    throw new Unavailable(
+      `cedanad can't be reached at ${path}: it has no management API; its log may say why`,
+    );
+  const words = asked.stderr?.trim().replace(/^containerd-shim-cedana-v2: (UNAVAILABLE: )?/, "");
+  throw new Unavailable(`cedanad is not running, and could not be started: ${words || asked.message}`);
 }

@@ -1,31 +1,24 @@
 import { resolve } from "node:path";
 import { Args, Flags } from "@oclif/core";
+import { compressions } from "../checkpoint/archive/compressions.ts";
 import type { Extracted, ReadOptions } from "../checkpoint/archive/index.ts";
 import { CedanaCommand, mib } from "./command.ts";
+import { jsonFlag, secretFlags } from "./flags.ts";
 import { secretOf } from "./secret.ts";
 
 // `cedana archive …`: checkpoints as files. No cedanad is asked: whoever may read the checkpoint may do this.
 
-const compressions = ["none", "gzip", "lz4", "zstd"] as const;
 const layouts = ["cedana", "podman", "crio", "containerd-cri"] as const;
 
-const jsonFlag = { json: Flags.boolean({ description: "print JSON" }) };
-const keyFlags = {
-  "key-file": Flags.string({
-    description: "file with the key, its bytes as they are",
-    exclusive: ["passphrase-file"],
-  }),
-  "passphrase-file": Flags.string({
-    description: 'file with the passphrase in its first line; "-" is stdin',
-  }),
-};
 const limitFlags = {
   "max-bytes": Flags.integer({
-    description: "refuse an archive with more; default: what is free, less a twentieth",
+    helpValue: "BYTES",
+    description: "refuse an archive that holds more; default: what is free, less a twentieth",
     min: 0,
   }),
   "max-ratio": Flags.integer({
-    description: "refuse one that grows to more than so many times its size (zeros don't count)",
+    helpValue: "TIMES",
+    description: "refuse an archive that grows to more than so many times its size; zeros don't count",
     min: 1,
   }),
 };
@@ -86,25 +79,34 @@ abstract class ArchiveCommand extends CedanaCommand {
   }
 }
 
-const archiveArg = Args.string({ description: "the archive", required: true });
+const archiveArg = Args.string({ description: "file of the archive", required: true });
 
 export class ArchiveCreate extends ArchiveCommand {
-  static override description = "Write a checkpoint's directory as one file";
+  static override summary = "Write a checkpoint's directory as one file";
+  static override description = "The archive is there when it is whole. Its key or passphrase encrypts it.";
+  static override examples = [
+    "cedana archive create /var/tmp/cp web.tar.zst",
+    "cedana archive create /var/tmp/cp web.tar --layout podman --compression gzip",
+  ];
   static override args = {
-    directory: Args.string({ description: "the checkpoint", required: true }),
-    archive: Args.string({ description: "the file to write", required: true }),
+    directory: Args.string({ description: "directory of the checkpoint", required: true }),
+    archive: Args.string({ description: "file to write", required: true }),
   };
   static override flags = {
     ...jsonFlag,
-    ...keyFlags,
-    compression: Flags.string({ options: compressions, default: "zstd" }),
-    level: Flags.integer({ description: "1 is quickest; zstd up to 19, gzip and lz4 up to 9", default: 1 }),
+    ...secretFlags,
+    compression: Flags.string({ description: "how to compress", options: compressions, default: "zstd" }),
+    level: Flags.integer({
+      helpValue: "N",
+      description: "1 is quickest; zstd up to 19, gzip and lz4 up to 9",
+      default: 1,
+    }),
     layout: Flags.string({
-      description: "whose tools shall restore it",
+      description: "whose tools are to restore it",
       options: layouts,
       default: "cedana",
     }),
-    replace: Flags.boolean({ description: "replace an older file of that name" }),
+    replace: Flags.boolean({ description: "replace a file that is there" }),
     verify: Flags.boolean({ description: "compare every file with the manifest on the way" }),
   };
 
@@ -129,17 +131,18 @@ export class ArchiveCreate extends ArchiveCommand {
 }
 
 export class ArchiveExtract extends ArchiveCommand {
-  static override description =
-    "Extract an archive of ours, of Podman, CRI-O or containerd; all of it is checked before it is there";
+  static override summary = "Extract a checkpoint's archive, of ours, Podman's, CRI-O's or containerd's";
+  static override description = "The directory is there when all of the archive is checked.";
+  static override examples = ["cedana archive extract web.tar.zst /var/tmp/cp2"];
   static override args = {
     archive: archiveArg,
-    directory: Args.string({ description: "the directory to make", required: true }),
+    directory: Args.string({ description: "directory to make", required: true }),
   };
   static override flags = {
     ...jsonFlag,
-    ...keyFlags,
+    ...secretFlags,
     ...limitFlags,
-    replace: Flags.boolean({ description: "replace an older directory of that name" }),
+    replace: Flags.boolean({ description: "replace a directory that is there" }),
   };
 
   async run(): Promise<void> {
@@ -155,10 +158,13 @@ export class ArchiveExtract extends ArchiveCommand {
 }
 
 export class ArchiveShow extends ArchiveCommand {
-  static override description =
-    "Say what a checkpoint is: an archive, which is read to its end, or a directory";
-  static override args = { checkpoint: Args.string({ description: "archive or directory", required: true }) };
-  static override flags = { ...jsonFlag, ...keyFlags, ...limitFlags };
+  static override summary = "Show of which container a checkpoint is, and when and how it was taken";
+  static override description = "An archive is read to its end, so it is known to be whole.";
+  static override examples = ["cedana archive show web.tar.zst"];
+  static override args = {
+    checkpoint: Args.string({ description: "archive, or directory", required: true }),
+  };
+  static override flags = { ...jsonFlag, ...secretFlags, ...limitFlags };
 
   async run(): Promise<void> {
     const { args, flags } = await this.parse(ArchiveShow);
@@ -175,10 +181,14 @@ export class ArchiveShow extends ArchiveCommand {
 }
 
 export class ArchiveVerify extends ArchiveCommand {
+  static override summary = "Compare a checkpoint with the digests of its manifest";
   static override description =
-    "Check a checkpoint, an archive or a directory, against its manifest; nothing is written";
-  static override args = { checkpoint: Args.string({ description: "archive or directory", required: true }) };
-  static override flags = { ...jsonFlag, ...keyFlags, ...limitFlags };
+    "Nothing is written. `cedana checkpoint verify` also looks into CRIU's images, and whether this node can restore them.";
+  static override examples = ["cedana archive verify web.tar.zst", "cedana archive verify /var/tmp/cp"];
+  static override args = {
+    checkpoint: Args.string({ description: "archive, or directory", required: true }),
+  };
+  static override flags = { ...jsonFlag, ...secretFlags, ...limitFlags };
 
   async run(): Promise<void> {
     const { args, flags } = await this.parse(ArchiveVerify);

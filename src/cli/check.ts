@@ -1,19 +1,25 @@
 import { Flags } from "@oclif/core";
 import type { CheckEvent } from "../proto/generated/cedana_api.ts";
 import { CedanaCommand, ProgressLine } from "./command.ts";
+import { jsonFlag } from "./flags.ts";
 
 const marks: Readonly<Record<string, string>> = { ok: "✔", warning: "!", failed: "✖", absent: "—" };
 /** The worst last. */
 const severities = ["absent", "ok", "warning", "failed"];
 
 export class Check extends CedanaCommand {
+  static override summary = "Say whether this node has what checkpoints need";
   static override description =
-    "Say whether this node has what checkpoints need, and what to do about what it lacks. Exit status 0: all is well, warnings too; 2: something fails";
+    "Under a row that isn't well stands what to do. Exit code 0: all is well, or there are warnings; 2: a row fails.";
   static override examples = ["cedana check", "cedana check --full --json"];
   static override flags = {
-    full: Flags.boolean({ description: "also what takes seconds: a trial dump, devices" }),
-    plugin: Flags.string({ description: "only the checks of this plugin; may be repeated", multiple: true }),
-    json: Flags.boolean({ description: "print JSON" }),
+    full: Flags.boolean({ description: "also what takes seconds or touches devices: GPUs" }),
+    plugin: Flags.string({
+      helpValue: "NAME",
+      description: "only the checks of this plugin; may be repeated",
+      multiple: true,
+    }),
+    ...jsonFlag,
   };
 
   async run(): Promise<void> {

@@ -2,22 +2,27 @@ import { resolve } from "node:path";
 import { Args, Flags } from "@oclif/core";
 import type { Checkpoint, CheckpointRefInit, Finding, Process } from "../proto/generated/cedana_api.ts";
 import { CedanaCommand, mib, ProgressLine } from "./command.ts";
+import { jsonFlag, secretFlags } from "./flags.ts";
 
 // `cedana checkpoint …`: the checkpoints of cedanad's store, and any other by its path.
 
 const ownerFlags = {
   namespace: Flags.string({
     char: "n",
+    helpValue: "NAMESPACE",
     description: "containerd namespace that owns the name",
     default: "default",
   }),
-  "pod-namespace": Flags.string({ description: "Kubernetes namespace of the pod that owns the name" }),
+  "pod-namespace": Flags.string({
+    helpValue: "NAMESPACE",
+    description: "Kubernetes namespace of the pod that owns the name",
+  }),
 };
 const checkpointArg = {
   checkpoint: Args.string({
     required: true,
     ignoreStdin: true,
-    description: "NAME, NAME@GENERATION, or a path (with a slash in it) of a directory or an archive",
+    description: "NAME, NAME@GENERATION, or the path of a directory or an archive, with a slash in it",
   }),
 };
 
@@ -31,15 +36,23 @@ export function checkpointRef(
 }
 
 export class CheckpointList extends CedanaCommand {
-  static override description = "List the checkpoints of the store, the oldest of each name first";
-  static override args = { name: Args.string({ ignoreStdin: true, description: "only those of this name" }) };
+  static override summary = "List the checkpoints of the store, the oldest of each name first";
+  static override examples = ["cedana checkpoint list", "cedana checkpoint list -n k8s.io web"];
+  static override args = {
+    name: Args.string({ ignoreStdin: true, description: "only checkpoints of this name" }),
+  };
   static override flags = {
-    namespace: Flags.string({ char: "n", description: "only those that this containerd namespace owns" }),
+    namespace: Flags.string({
+      char: "n",
+      helpValue: "NAMESPACE",
+      description: "only checkpoints that this containerd namespace owns",
+    }),
     "pod-namespace": Flags.string({
-      description: "… and of it, those of this Kubernetes namespace",
+      helpValue: "NAMESPACE",
+      description: "of these, only those of this Kubernetes namespace",
       dependsOn: ["namespace"],
     }),
-    json: Flags.boolean({ description: "print JSON" }),
+    ...jsonFlag,
   };
 
   async run(): Promise<void> {
@@ -70,14 +83,13 @@ function factsText({ fault, containerId, engine, bytes, createdAt }: Checkpoint)
 }
 
 export class CheckpointInspect extends CedanaCommand {
-  static override description =
-    "Say what a checkpoint is: of which container, how it was taken, its processes";
+  static override summary = "Show of which container a checkpoint is, how it was taken, and its processes";
   static override examples = [
     "cedana checkpoint inspect web",
     "cedana checkpoint inspect /var/tmp/cp --json",
   ];
   static override args = checkpointArg;
-  static override flags = { ...ownerFlags, json: Flags.boolean({ description: "print JSON" }) };
+  static override flags = { ...ownerFlags, ...jsonFlag };
 
   async run(): Promise<void> {
     const { args, flags } = await this.parse(CheckpointInspect);
@@ -155,24 +167,23 @@ function treeLines(processes: readonly Process[], parent = 0, indent = ""): stri
 }
 
 export class CheckpointVerify extends CedanaCommand {
+  static override summary = "Say whether a checkpoint can be restored, without restoring it";
   static override description =
-    "Look for everything that would keep a checkpoint from being restored, without restoring it. Exit status 0: it is whole; 2: it isn't, or this node can't restore it";
+    "Compares every file with the manifest, looks into CRIU's images, and at what this node lacks. Exit code 0: it is whole; 2: it isn't, or this node can't restore it.";
+  static override examples = [
+    "cedana checkpoint verify web",
+    "cedana checkpoint verify ./web.tar.zst --key-file key --no-here",
+  ];
   static override args = checkpointArg;
   static override flags = {
     ...ownerFlags,
     here: Flags.boolean({
-      description: "also whether this node can restore it: architecture, CPU, CRIU",
+      description: "look at what this node lacks: architecture, CPU, CRIU and its plugins",
       default: true,
       allowNo: true,
     }),
-    "key-file": Flags.string({
-      description: "opens an encrypted archive with this file's bytes",
-      exclusive: ["passphrase-file"],
-    }),
-    "passphrase-file": Flags.string({
-      description: 'opens it with the passphrase in this file\'s first line; "-" is stdin',
-    }),
-    json: Flags.boolean({ description: "print JSON" }),
+    ...secretFlags,
+    ...jsonFlag,
   };
 
   async run(): Promise<void> {

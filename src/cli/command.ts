@@ -1,15 +1,11 @@
 import { Command } from "@oclif/core";
-import { messageOf, toExitCode } from "../errors/index.ts";
+import { wrongUsage } from "./failure.ts";
 
-/** sysexits.h's EX_USAGE: what was written makes no sense. 2 is for an answer that isn't good (docs/cli.md). */
-const USAGE_EXIT_CODE = 64;
-
-/** A command whose errors are one line for people; the exit code is `toExitCode`'s (docs/cli.md). */
+/** `summary` is what the list of commands says; `description` what is to be known besides. How it fails: failure.ts. */
 export abstract class CedanaCommand extends Command {
-  protected override async catch(error: Error & { oclif?: unknown; parse?: unknown }): Promise<never> {
-    if (error.parse !== undefined) return this.error(error.message, { exit: USAGE_EXIT_CODE });
-    if (error.oclif !== undefined) throw error; // an exit that was asked for
-    return this.error(messageOf(error), { exit: toExitCode(error) });
+  protected override async catch(error: Error): Promise<never> {
+    // Each command begins with parse.
+    throw this.parsed ? error : wrongUsage(this.id ?? "", error);
   }
 
   /** Prints an object as JSON. Numbers keep all their digits. */

@@ -6,6 +6,7 @@ import { CedanaCommand } from "./command.ts";
 import { FreezeContainerd, QueryContainerd, UnfreezeContainerd } from "./container.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 import { DumpContainerd } from "./dump.ts";
+import { jsonFlag } from "./flags.ts";
 import { GpuReport, GpuTrace } from "./gpu.ts";
 import { ImageDecode, ImageEncode, ImageVerify } from "./image.ts";
 import { Features, PluginList } from "./plugin.ts";
@@ -14,8 +15,11 @@ import { RestoreContainerd } from "./restore.ts";
 import { Setup } from "./setup.ts";
 
 class Status extends CedanaCommand {
-  static override description = "Show cedanad, its keepers and their tasks";
-  static override flags = { json: Flags.boolean({ description: "print JSON" }) };
+  static override summary = "Show cedanad, its keepers and their tasks";
+  static override description =
+    "Starts no cedanad: exit code 1 where none runs, which is in order as long as no container needs one.";
+  static override examples = ["cedana status", "cedana status --json"];
+  static override flags = jsonFlag;
 
   async run(): Promise<void> {
     const { flags } = await this.parse(Status);
@@ -41,10 +45,17 @@ class Status extends CedanaCommand {
 }
 
 class DaemonStop extends CedanaCommand {
+  static override summary = "End cedanad; containers run on";
   static override description =
-    "End cedanad; containers run on, and a keeper that has tasks starts a new one";
+    "A keeper that has tasks starts another one at once, which reads the configuration anew: this is how to upgrade, too.";
+  static override examples = ["cedana daemon stop"];
   static override flags = {
-    timeout: Flags.integer({ description: "seconds to wait for its end", default: 10 }),
+    timeout: Flags.integer({
+      helpValue: "SECONDS",
+      description: "how long to wait for its end",
+      default: 10,
+      min: 0,
+    }),
   };
 
   async run(): Promise<void> {

@@ -2,17 +2,14 @@ import { Args, Flags } from "@oclif/core";
 import { NotFound } from "../errors/index.ts";
 import type { QueriedContainer, QueriedProcess } from "../proto/generated/cedana_api.ts";
 import { CedanaCommand } from "./command.ts";
+import { containerArg, jsonFlag, namespaceFlag } from "./flags.ts";
 
 // `cedana freeze|unfreeze|query containerd`: containers under our shim.
 
-const containerArg = { container: Args.string({ description: "id of the container", required: true }) };
-const namespaceFlag = {
-  namespace: Flags.string({ char: "n", description: "containerd namespace, when the id is in several" }),
-};
-const jsonFlag = { json: Flags.boolean({ description: "print JSON" }) };
-
 export class FreezeContainerd extends CedanaCommand {
-  static override description = "Freeze a container: it stands still, and containerd shows it as paused";
+  static override summary = "Freeze a container: it stands still until `cedana unfreeze`";
+  static override description = "The same as `ctr task pause`: containerd shows it as paused.";
+  static override examples = ["cedana freeze containerd web", "cedana freeze containerd -n k8s.io web"];
   static override args = containerArg;
   static override flags = { ...namespaceFlag, ...jsonFlag };
 
@@ -27,7 +24,8 @@ export class FreezeContainerd extends CedanaCommand {
 }
 
 export class UnfreezeContainerd extends CedanaCommand {
-  static override description = "Let a frozen container run again";
+  static override summary = "Let a frozen container run again";
+  static override examples = ["cedana unfreeze containerd web"];
   static override args = containerArg;
   static override flags = { ...namespaceFlag, ...jsonFlag };
 
@@ -42,13 +40,19 @@ export class UnfreezeContainerd extends CedanaCommand {
 }
 
 export class QueryContainerd extends CedanaCommand {
-  static override description =
-    "Show containers under cedana's shim: state, processes, checkpoints. Without an id all of them";
+  static override summary = "Show containers under cedana's shim: state, processes, checkpoints";
+  static override description = "Without an id all of them.";
   static override examples = ["cedana query containerd --tree", "cedana query containerd web db --json"];
   static override strict = false; // any number of ids
-  static override args = { container: Args.string({ description: "ids", ignoreStdin: true }) };
+  static override args = {
+    container: Args.string({ description: "ids of containers", ignoreStdin: true }),
+  };
   static override flags = {
-    namespace: Flags.string({ char: "n", description: "only of this containerd namespace" }),
+    namespace: Flags.string({
+      char: "n",
+      helpValue: "NAMESPACE",
+      description: "only containers of this containerd namespace",
+    }),
     tree: Flags.boolean({ char: "t", description: "also their processes" }),
     ...jsonFlag,
   };
@@ -62,7 +66,9 @@ export class QueryContainerd extends CedanaCommand {
     if (flags.json) this.printJson(answer);
     else for (const container of answer.containers) this.print(container, flags.tree);
     if (answer.missing.length > 0)
-      throw new NotFound(`cedanad has no container ${answer.missing.join(", ")}`);
+      throw new NotFound(
+        `cedanad has no container ${answer.missing.join(", ")}: \`cedana query containerd\` shows those it has`,
+      );
   }
 
   private print(container: QueriedContainer, tree: boolean): void {

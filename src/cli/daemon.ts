@@ -8,6 +8,10 @@ import { daemonSocketName } from "../shim/socket-name.ts";
 
 const ANSWER_TIMEOUT_MS = 5_000;
 
+class NotRunning extends Unavailable {
+  override name = "NotRunning";
+}
+
 export function runDirectory(): string {
   return process.env.CEDANA_RUN_DIR || "/run/cedana";
 }
@@ -30,7 +34,13 @@ export function daemonStatus(): Promise<DaemonStatus> {
     socket.setTimeout(ANSWER_TIMEOUT_MS, () => fail("no answer within 5 s"));
     socket.on("error", (error: NodeJS.ErrnoException) => {
       const notRunning = error.code === "ENOENT" || error.code === "ECONNREFUSED";
-      fail(notRunning ? "it is not running" : error.message, error);
+      if (notRunning)
+        reject(
+          new NotRunning(
+            `cedanad is not running: nobody listens at ${path}. Whoever needs it starts it: a container under our shim, most commands of cedana`,
+          ),
+        );
+      else fail(error.message, error);
     });
     socket.on("data", (chunk: Buffer) => {
       for (const message of reader.push(chunk)) {
@@ -49,7 +59,7 @@ export async function stopDaemon(timeoutMs: number): Promise<number | undefined>
   try {
     status = await daemonStatus();
   } catch (error) {
-    if (error instanceof Unavailable && /not running/.test(error.message)) return undefined;
+    if (error instanceof NotRunning) return undefined;
     throw error;
   }
   process.kill(status.pid, "SIGTERM");

@@ -1,32 +1,43 @@
-import { Args, Flags } from "@oclif/core";
+import { Flags } from "@oclif/core";
 import { compressions } from "../checkpoint/archive/compressions.ts";
 import { Unavailable } from "../errors/index.ts";
-import { CedanaCommand, ProgressLine } from "./command.ts";
+import { CedanaCommand, mib, ProgressLine } from "./command.ts";
+import { containerArg, jsonFlag, namespaceFlag } from "./flags.ts";
 
 export class DumpContainerd extends CedanaCommand {
+  static override summary = "Take a checkpoint of a container into the node's store";
   static override description =
-    "Take a checkpoint of a container under containerd into the node's store; it runs on, and stands still only as long as CRIU needs";
-  static override args = { container: Args.string({ description: "id of the container", required: true }) };
+    "The container runs on, and stands still only for its changed files and CRIU. Ctrl-C gives the dump up. `cedana checkpoint list` shows the store.";
+  static override examples = [
+    "cedana dump containerd web",
+    "cedana dump containerd web --name nightly --compression zstd",
+    "cedana dump containerd web --exit --json",
+  ];
+  static override args = containerArg;
   static override flags = {
-    namespace: Flags.string({ description: "containerd namespace, when the id is in several" }),
+    ...namespaceFlag,
     name: Flags.string({
-      description: "name of the checkpoint; default: cedana.io/checkpoint-name, or POD.CONTAINER, or the id",
+      helpValue: "NAME",
+      description:
+        "name of the checkpoint; default: annotation cedana.io/checkpoint-name, else POD.CONTAINER, else the id",
     }),
-    exit: Flags.boolean({ description: "the container ends with the dump" }),
+    exit: Flags.boolean({ description: "end the container with the dump" }),
     compression: Flags.string({
-      description: "make one file of it, compressed like this; without it, it is a directory",
+      description: "write an archive, compressed in this way; default: a directory",
       options: compressions,
     }),
     "encrypt-key-file": Flags.string({
-      description: "encrypt that file with this one's bytes",
+      helpValue: "FILE",
+      description: "encrypt the archive; the key is the bytes of this file",
       dependsOn: ["compression"],
     }),
     "encrypt-passphrase-file": Flags.string({
-      description: 'encrypt it with the passphrase in this one\'s first line; "-" is stdin',
+      helpValue: "FILE",
+      description: 'encrypt the archive; the passphrase is the first line of this file; "-" is stdin',
       dependsOn: ["compression"],
       exclusive: ["encrypt-key-file"],
     }),
-    json: Flags.boolean({ description: "print JSON" }),
+    ...jsonFlag,
   };
 
   async run(): Promise<void> {
@@ -55,7 +66,7 @@ export class DumpContainerd extends CedanaCommand {
       if (flags.json) this.printJson(result);
       else
         this.log(
-          `${result.name}@${result.generation}: ${(Number(result.bytes) / 2 ** 20).toFixed(1)} MiB in ${result.path}; it stood still for ${result.frozenMs.toFixed(0)} ms`,
+          `${result.name}@${result.generation}: ${mib(Number(result.bytes))} in ${result.path}; it stood still for ${result.frozenMs.toFixed(0)} ms`,
         );
       return;
     }

@@ -1,4 +1,4 @@
-import { createReadStream, createWriteStream } from "node:fs";
+import { createReadStream, createWriteStream, type Stats } from "node:fs";
 import { mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { Readable } from "node:stream";
@@ -10,7 +10,7 @@ import {
   formatOfFile,
   rawKindOf,
 } from "../criu/image/index.ts";
-import { InvalidRequest } from "../errors/index.ts";
+import { InvalidRequest, NotFound } from "../errors/index.ts";
 
 /** One image to a file or stdout. */
 export async function decodeFile(
@@ -30,7 +30,7 @@ export async function decodeDirectory(
   output: string | undefined,
   options: DecodeOptions,
 ): Promise<number | undefined> {
-  if (!(await stat(directory)).isDirectory()) return undefined;
+  if (!(await statOf(directory, "image")).isDirectory()) return undefined;
   if (output === undefined)
     throw new InvalidRequest(`${directory} is a directory: say with --output where to decode it to`);
   await mkdir(output, { recursive: true });
@@ -42,9 +42,16 @@ export async function decodeDirectory(
 }
 
 export async function encodeFile(json: string | undefined, output: string | undefined): Promise<void> {
-  const text: AsyncIterable<Uint8Array> =
-    json === undefined || json === "-" ? process.stdin : createReadStream(json);
+  const isStdin = json === undefined || json === "-";
+  if (!isStdin) await statOf(json, "JSON file");
+  const text: AsyncIterable<Uint8Array> = isStdin ? process.stdin : createReadStream(json);
   await write(encodeImage(text), output);
+}
+
+async function statOf(path: string, what: string): Promise<Stats> {
+  return await stat(path).catch((error: NodeJS.ErrnoException) => {
+    throw error.code === "ENOENT" ? new NotFound(`${what} ${path} does not exist`) : error;
+  });
 }
 
 /** What is written gets its name when it is whole; 0600, because images hold what processes knew. */

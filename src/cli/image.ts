@@ -1,14 +1,16 @@
 import { Args, Flags } from "@oclif/core";
 import { CedanaCommand } from "./command.ts";
+import { jsonFlag } from "./flags.ts";
 
 // `cedana image …`: CRIU's image files by themselves. Needs neither cedanad nor CRIU. The code behind it loads when it runs.
 
 export class ImageDecode extends CedanaCommand {
+  static override summary = "Print an image of CRIU as JSON, as `crit decode` does";
   static override description =
-    "Print a CRIU image as JSON, as `crit decode` does; of a directory, every image as a file in another one";
+    "Of a directory, every image is written as a file into another one (--output).";
   static override examples = [
-    "<%= config.bin %> image decode checkpoint/pstree.img | jq '.entries[].pid'",
-    "<%= config.bin %> image decode checkpoint --output json",
+    "cedana image decode checkpoint/pstree.img | jq '.entries[].pid'",
+    "cedana image decode checkpoint --output json",
   ];
   static override args = {
     image: Args.string({
@@ -18,12 +20,18 @@ export class ImageDecode extends CedanaCommand {
     }),
   };
   static override flags = {
-    output: Flags.string({ char: "o", description: "file, or directory, to write to instead of stdout" }),
-    pretty: Flags.boolean({ description: "addresses in hexadecimal, flags by name, devices as major:minor" }),
+    output: Flags.string({
+      char: "o",
+      helpValue: "PATH",
+      description: "file, or directory, to write to instead of stdout",
+    }),
+    pretty: Flags.boolean({
+      description: "print addresses in hexadecimal, flags by name, devices as major:minor",
+    }),
     payload: Flags.boolean({
       default: true,
       allowNo: true,
-      description: "what lies behind messages: contents of pipes, queues, deleted files",
+      description: "print what lies behind messages: contents of pipes, queues, deleted files",
     }),
   };
 
@@ -38,15 +46,16 @@ export class ImageDecode extends CedanaCommand {
 }
 
 export class ImageEncode extends CedanaCommand {
-  static override description = "Make a CRIU image from JSON that `image decode` or `crit decode` printed";
-  static override examples = ["<%= config.bin %> image encode pstree.json --output checkpoint/pstree.img"];
+  static override summary = "Make an image of CRIU from the JSON of `image decode` or `crit decode`";
+  static override examples = ["cedana image encode pstree.json --output checkpoint/pstree.img"];
   static override args = {
     json: Args.string({ description: "JSON file; default: stdin", ignoreStdin: true }),
   };
   static override flags = {
     output: Flags.string({
       char: "o",
-      description: "image to write instead of stdout; it appears when it is whole",
+      helpValue: "FILE",
+      description: "image to write instead of stdout; it is there when it is whole",
     }),
   };
 
@@ -58,25 +67,23 @@ export class ImageEncode extends CedanaCommand {
 }
 
 export class ImageVerify extends CedanaCommand {
-  static override description =
-    "Check that a directory of CRIU images is whole, without restoring it. Exit status 1: it isn't (or not for this machine); 2: it could not be looked at";
-  static override examples = ["<%= config.bin %> image verify /var/lib/cedana/checkpoints/web/checkpoint"];
+  static override summary = "Say whether a directory of CRIU's images is whole, without restoring it";
+  static override description = "Exit code 0: it is; 2: it isn't, or (--here) not for this machine.";
+  static override examples = ["cedana image verify /var/lib/cedana/checkpoints/web/checkpoint"];
   static override args = {
     directory: Args.string({ required: true, ignoreStdin: true, description: "directory of images" }),
   };
   static override flags = {
-    json: Flags.boolean({ description: "print JSON" }),
+    ...jsonFlag,
     here: Flags.boolean({
-      description: "also check that this machine can restore it: architecture, CPU, CRIU's plugins",
+      description: "also look whether this machine can restore it: architecture, CPU, CRIU's plugins",
     }),
   };
 
   async run(): Promise<void> {
     const { args, flags } = await this.parse(ImageVerify);
     const { stringify, verifyImages } = await import("../criu/image/index.ts");
-    const report = await verifyImages(args.directory).catch((error: Error) =>
-      this.error(error.message, { exit: 2 }),
-    );
+    const report = await verifyImages(args.directory);
     const unsuitable = flags.here && report.ok ? await findUnsuitableHere(args.directory) : [];
     if (flags.json) this.log(stringify(flags.here ? { ...report, unsuitable } : report));
     else {
@@ -91,7 +98,7 @@ export class ImageVerify extends CedanaCommand {
         }${report.isPreDump ? ", a pre-dump" : ""}${plugins.length > 0 ? `, needs ${plugins.join(", ")}` : ""}`,
       );
     }
-    if (!report.ok || unsuitable.length > 0) this.exit(1);
+    if (!report.ok || unsuitable.length > 0) this.exit(2);
   }
 }
 

@@ -1,6 +1,7 @@
 import { Flags } from "@oclif/core";
 import type { ListPluginsResponse } from "../proto/generated/cedana_api.ts";
 import { CedanaCommand } from "./command.ts";
+import { jsonFlag } from "./flags.ts";
 
 // `cedana plugin …`, `cedana features`: what plugins there are, and what each can do.
 
@@ -38,11 +39,13 @@ function centred(text: string, width: number): string {
 }
 
 export class Features extends CedanaCommand {
+  static override summary = "Show which plugin has which feature";
   static override description =
-    "Show which plugin has which feature, from what the plugins really export. ✔ available, • not implemented, — not installed, ✖ incompatible";
+    "From what the plugins really export: ✔ available, • not implemented, — not installed, ✖ incompatible.";
+  static override examples = ["cedana features", "cedana features --errors"];
   static override flags = {
     errors: Flags.boolean({ description: "say why a plugin is incompatible" }),
-    json: Flags.boolean({ description: "print JSON" }),
+    ...jsonFlag,
   };
 
   async run(): Promise<void> {
@@ -72,8 +75,9 @@ export class Features extends CedanaCommand {
 }
 
 export class PluginList extends CedanaCommand {
-  static override description = "List the plugins";
-  static override flags = { json: Flags.boolean({ description: "print JSON" }) };
+  static override summary = "List the plugins: where each is from, and what is wrong with it";
+  static override examples = ["cedana plugin list"];
+  static override flags = jsonFlag;
 
   async run(): Promise<void> {
     const { flags } = await this.parse(PluginList);

@@ -8,6 +8,7 @@ import { findGpuProcesses } from "../gpu/processes.ts";
 import { childrenOf, isAlive } from "../linux/proc.ts";
 import { preflightInput } from "../runtime/preflight.ts";
 import { daemonStatus } from "./daemon.ts";
+import { WrongUsage } from "./failure.ts";
 
 const run = promisify(execFile);
 
@@ -19,12 +20,14 @@ interface PreflightRequest {
   destination?: string | undefined;
 }
 
-/** Looks at a container or a process. @throws InvalidRequest, NotFound */
+/** Looks at a container or a process. @throws WrongUsage, InvalidRequest, NotFound */
 export async function runPreflight(
   request: PreflightRequest,
 ): Promise<{ text: string; document: PreflightDocument }> {
   if ((request.container === undefined) === (request.pid === undefined))
-    throw new InvalidRequest("name a container, or a process by --pid");
+    throw new WrongUsage(
+      "preflight: give the id of a container, or a process by --pid; see `cedana preflight --help`",
+    );
   const { name, input } =
     request.pid === undefined ? await ofContainer(request) : await ofProcess(request, request.pid);
   // What the GPU driver's processes hold is given back before CRIU looks.
@@ -45,7 +48,7 @@ async function ofContainer({ container, namespace, destination }: PreflightReque
   const [task] = found;
   if (!task)
     throw new NotFound(
-      `cedanad has no container ${container}${namespace === undefined ? "" : ` in namespace ${namespace}`}`,
+      `cedanad has no container ${container}${namespace === undefined ? "" : ` in namespace ${namespace}`}: \`cedana query containerd\` shows those it has`,
     );
   if (found.length > 1)
     throw new InvalidRequest(

@@ -1,17 +1,30 @@
 import { Args, Flags } from "@oclif/core";
 import { CedanaCommand } from "./command.ts";
+import { jsonFlag, namespaceFlag } from "./flags.ts";
 
 export class Preflight extends CedanaCommand {
+  static override summary = "Say what keeps a container from being checkpointed; nothing is touched";
   static override description =
-    "Say what keeps a container from being checkpointed, and which options a checkpoint needs; nothing is touched. Exit status 2: it can't be checkpointed as it is";
-  static override args = { container: Args.string({ description: "id of a container of cedanad's" }) };
+    "Names every blocker, and every option that a checkpoint needs. Exit code 2: it can't be checkpointed as it is.";
+  static override examples = [
+    "cedana preflight web",
+    "cedana preflight --pid 4711 --destination /backup",
+    "cedana preflight web --json",
+  ];
+  static override args = {
+    container: Args.string({ ignoreStdin: true, description: "id of a container under cedana's shim" }),
+  };
   static override flags = {
-    pid: Flags.integer({ description: "a process, with all that descend from it, instead of a container" }),
-    namespace: Flags.string({ description: "containerd namespace, when the id is in several" }),
-    destination: Flags.string({
-      description: "directory for the checkpoint, to see whether it has the space",
+    pid: Flags.integer({
+      helpValue: "PID",
+      description: "a process and all that descend from it, instead of a container",
     }),
-    json: Flags.boolean({ description: "print JSON (see preflight.schema.json)" }),
+    ...namespaceFlag,
+    destination: Flags.string({
+      helpValue: "DIRECTORY",
+      description: "where the checkpoint would go, to see whether it has the space",
+    }),
+    ...jsonFlag,
   };
 
   async run(): Promise<void> {

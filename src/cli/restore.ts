@@ -3,10 +3,12 @@ import { Args, Flags } from "@oclif/core";
 import { Unavailable } from "../errors/index.ts";
 import { checkpointRef } from "./checkpoint.ts";
 import { CedanaCommand, ProgressLine } from "./command.ts";
+import { jsonFlag } from "./flags.ts";
 
 export class RestoreContainerd extends CedanaCommand {
+  static override summary = "Restore a checkpoint as a container under containerd";
   static override description =
-    "Restore a checkpoint as a container under containerd: the container that was dumped, which must not be running, or with --id a new one like it";
+    "Without --id, the container that was dumped is restored in its place: it must be in containerd and have no running task. With --id, a container like it is made.";
   static override examples = [
     "cedana restore containerd web",
     "cedana restore containerd web@20261125T191500123Z --id web-2 --output /var/log/web-2.log",
@@ -15,18 +17,31 @@ export class RestoreContainerd extends CedanaCommand {
     checkpoint: Args.string({
       required: true,
       ignoreStdin: true,
-      description: "NAME (by default the container's id), NAME@GENERATION, or a path with a slash in it",
+      description: "NAME, NAME@GENERATION, or the path of a directory or an archive, with a slash in it",
     }),
   };
   static override flags = {
-    id: Flags.string({ description: "of the container; default: the one that was dumped" }),
+    id: Flags.string({ helpValue: "ID", description: "id of the container to make" }),
     like: Flags.string({
-      description: "existing container that a new one is like; default: the one that was dumped",
+      helpValue: "ID",
+      description: "container that the one to make is like; default: the one that was dumped",
     }),
-    namespace: Flags.string({ char: "n", description: "containerd namespace", default: "default" }),
-    address: Flags.string({ description: "containerd's socket", default: "/run/containerd/containerd.sock" }),
-    output: Flags.string({ description: "file for its stdout and stderr; default: nobody reads them" }),
-    json: Flags.boolean({ description: "print JSON" }),
+    namespace: Flags.string({
+      char: "n",
+      helpValue: "NAMESPACE",
+      description: "containerd namespace of the checkpoint and the container",
+      default: "default",
+    }),
+    address: Flags.string({
+      helpValue: "SOCKET",
+      description: "containerd's socket",
+      default: "/run/containerd/containerd.sock",
+    }),
+    output: Flags.string({
+      helpValue: "FILE",
+      description: "file for the container's stdout and stderr; default: nobody reads them",
+    }),
+    ...jsonFlag,
   };
 
   async run(): Promise<void> {

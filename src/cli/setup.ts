@@ -6,8 +6,9 @@ import { type Target, targets } from "./targets.ts";
 
 /** `cedana setup`: see registration.ts. */
 export class Setup extends CedanaCommand {
+  static override summary = "Make containerd, CRI-O, Podman or Docker know cedana's runtime";
   static override description =
-    "Make containerd, CRI-O, Podman or Docker know cedana's runtime, or take it back. Prints what it changes; restarts nothing";
+    "Prints what it changes in the target's configuration, and which service to restart: it restarts nothing itself.";
   static override examples = [
     "cedana setup --target podman --dry-run",
     "cedana setup --target containerd",
@@ -15,14 +16,16 @@ export class Setup extends CedanaCommand {
   ];
   static override flags = {
     target: Flags.string({ description: "whose configuration", options: [...targets], required: true }),
-    "dry-run": Flags.boolean({ description: "only print the difference" }),
+    "dry-run": Flags.boolean({ description: "print the difference, write nothing" }),
     undo: Flags.boolean({ description: "put back what was there before" }),
     root: Flags.string({
+      helpValue: "DIRECTORY",
       description: "directory in front of every path, for an image or a chroot",
       default: "",
     }),
     programs: Flags.string({
-      description: "directory of cedana-runtime and the shim, as the services see it",
+      helpValue: "DIRECTORY",
+      description: "where the services find cedana-runtime and the shim; default: bin/ of this tree",
     }),
   };
 

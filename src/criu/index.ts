@@ -9,6 +9,7 @@
 export { type CpuDescription, checkCpu, missingFromCpu, readCpu, thisCpu } from "./cpu.ts";
 export { type CriuLogSummary, explainCriuLog, type KnownCause, knownCause, summarizeCriuLog } from "./log.ts";
 export type { AnyOptions, CommonOptions, DumpOptions, RestoreOptions } from "./options.ts";
+export { installedPlugins } from "./plugins.ts";
 export {
   type CriuCheck,
   type CriuFeature,
@@ -21,7 +22,7 @@ export {
   unsupportedOptions,
 } from "./probe.ts";
 export { type DumpStats, type RestoreStats, readDumpStats, readRestoreStats } from "./stats.ts";
-export { findUnsuitable, installedPlugins } from "./suitability.ts";
+export { findUnsuitable } from "./suitability.ts";
 export {
   type CallOptions,
   CriuWorker,

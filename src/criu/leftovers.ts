@@ -1,8 +1,9 @@
 import { execFile } from "node:child_process";
 import { readdir, readFile, readlink } from "node:fs/promises";
+import { setTimeout as sleep } from "node:timers/promises";
 import { promisify } from "node:util";
 import type { Logger } from "pino";
-import { childrenOf, processStat } from "../linux/proc.ts";
+import { childrenOf, isAlive, processStat, startTime } from "../linux/proc.ts";
 
 // What is left of a CRIU whose caller was killed, or that was killed itself: it goes on alone, or its half-made processes wait for it.
 
@@ -15,21 +16,40 @@ const POLL_MS = 20;
  * @param ancestor  only those that descend from it
  */
 export async function criuProcesses(workPath: string, ancestor?: number): Promise<number[]> {
-  const pids = (await readdir("/proc")).filter((name) => /^\d+$/.test(name)).map(Number);
-  const found = await Promise.all(
-    pids.map(async (pid) => {
-      if (!/^criu/.test(processStat(pid)?.comm ?? "") || !(await worksIn(pid, workPath))) return undefined;
-      return ancestor === undefined || descendsFrom(pid, ancestor) ? pid : undefined;
-    }),
+  return await processesThat(
+    async (pid) => (await isCriuIn(pid, workPath)) && (ancestor === undefined || descendsFrom(pid, ancestor)),
   );
+}
+
+/**
+ * Waits until no process works on images any more, neither an engine that was told to nor the CRIU that it left behind: after a crash,
+ * nobody else knows of them. CRIU is never ended: it holds the container's processes.
+ * @param path  directory of the images, or above it; one that nobody else has, because of the uuid in it
+ */
+export async function endOfWriters(path: string): Promise<void> {
+  const isWriter = async (pid: number) =>
+    (await commandLine(pid)).includes(path) || (await isCriuIn(pid, path));
+  // Looked for again: an engine that has ended may have started CRIU before.
+  for (let left = await processesThat(isWriter); left.length > 0; left = await processesThat(isWriter))
+    for (const pid of left) {
+      const started = startTime(pid);
+      while (started !== undefined && isAlive(pid, started)) await pause();
+    }
+}
+
+async function processesThat(is: (pid: number) => Promise<boolean>): Promise<number[]> {
+  const pids = (await readdir("/proc")).filter((name) => /^\d+$/.test(name)).map(Number);
+  const found = await Promise.all(pids.map(async (pid) => ((await is(pid)) ? pid : undefined)));
   return found.filter((pid) => pid !== undefined);
 }
 
-async function worksIn(pid: number, directory: string): Promise<boolean> {
+async function isCriuIn(pid: number, directory: string): Promise<boolean> {
+  if (!/^criu/.test(processStat(pid)?.comm ?? "")) return false;
+  const isIn = (path: string) => path === directory || path.startsWith(`${directory}/`);
   try {
-    if ((await readlink(`/proc/${pid}/cwd`)) === directory) return true;
+    if (isIn(await readlink(`/proc/${pid}/cwd`))) return true;
     for (const fd of await readdir(`/proc/${pid}/fd`))
-      if ((await readlink(`/proc/${pid}/fd/${fd}`).catch(() => "")).startsWith(`${directory}/`)) return true; // closed
+      if (isIn(await readlink(`/proc/${pid}/fd/${fd}`).catch(() => ""))) return true; // closed
   } catch {
     // it has ended
   }
@@ -134,14 +154,7 @@ async function watchForDeadCriu(
 
 /** @returns false when the time is up because of the signal */
 async function sleepUnless(signal: AbortSignal): Promise<boolean> {
-  if (signal.aborted) return false;
-  await new Promise<void>((resolve) => {
-    const timer = setTimeout(resolve, WATCH_MS);
-    signal.addEventListener("abort", () => {
-      clearTimeout(timer);
-      resolve();
-    });
-  });
+  await sleep(WATCH_MS, undefined, { signal }).catch(() => {}); // it was aborted
   return !signal.aborted;
 }
 

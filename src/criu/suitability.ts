@@ -4,6 +4,7 @@ import { Unavailable } from "../errors/index.ts";
 import { checkCpu, missingFromCpu, readCpu, thisCpu } from "./cpu.ts";
 import type { Message } from "./image/message.ts";
 import { readOne } from "./image/read.ts";
+import { installedPlugins } from "./plugins.ts";
 import { probeCriu } from "./probe.ts";
 
 // Whether this machine can restore a dump, as far as its images say: architecture, CPU, CRIU's plugins.
@@ -19,9 +20,6 @@ const machines: Readonly<Record<string, string>> = {
   loong64: "LOONGARCH64",
   riscv64: "RISCV64",
 };
-
-/** Where CRIU looks for plugins, unless CRIU_LIBS_DIR says otherwise. */
-const PLUGIN_DIRECTORIES = ["/usr/lib/criu", "/usr/local/lib/criu"];
 
 /**
  * What is in the way of restoring these images here, each a sentence; empty: nothing that can be told beforehand.
@@ -44,7 +42,7 @@ export async function findUnsuitable(imagesDir: string, criu?: string): Promise<
       return undefined;
     },
   );
-  const present = await installedPlugins();
+  const present = installedPlugins();
   for (const plugin of await pluginsNeeded(imagesDir))
     if (!present.has(plugin))
       problems.push(`CRIU's plugin ${plugin}, which the dump needs, is not installed`);
@@ -61,18 +59,4 @@ export async function findUnsuitable(imagesDir: string, criu?: string): Promise<
 export async function pluginsNeeded(imagesDir: string): Promise<string[]> {
   const inventory = await readOne(join(imagesDir, "inventory.img"), "INVENTORY");
   return ((inventory.plugins_entry as Message | undefined)?.plugins ?? []) as string[];
-}
-
-/** Names of the plugins that CRIU would load. */
-export async function installedPlugins(env: NodeJS.ProcessEnv = process.env): Promise<ReadonlySet<string>> {
-  const directories = env.CRIU_LIBS_DIR ? [env.CRIU_LIBS_DIR] : PLUGIN_DIRECTORIES;
-  const names = await Promise.all(
-    directories.map((directory) => readdir(directory).catch(() => [] as string[])),
-  );
-  return new Set(
-    names
-      .flat()
-      .filter((name) => name.endsWith(".so"))
-      .map((name) => name.slice(0, -".so".length)),
-  );
 }

@@ -21,6 +21,7 @@ import { ShimServer } from "../shim/shim-server.ts";
 import { apiSocketName, daemonSocketName } from "../shim/socket-name.ts";
 import { listenForApi } from "./api/listener.ts";
 import { leaveOwnCgroups } from "./own-cgroup.ts";
+import { keepLogShort } from "./own-log.ts";
 import { isAllowedPeer } from "./peer.ts";
 import { RuntimeServer } from "./runtime-server.ts";
 
@@ -43,6 +44,10 @@ process.on("uncaughtException", (error) => {
   process.exit(70);
 });
 
+// The slab that small Buffers are cut from is always alive, so V8 takes each one for long-lived, and lets it go only at a full collection,
+// for which our few objects give little cause: 30 kB for each container, 5 MB at a time. By itself a Buffer is gone with the next scavenge.
+Buffer.poolSize = 0;
+
 mkdirSync(join(runDirectory, "s"), { recursive: true, mode: 0o700 });
 mkdirSync(join(runDirectory, "c"), { recursive: true, mode: 0o700 });
 chmodSync(runDirectory, 0o700);
@@ -60,7 +65,7 @@ const calls = { active: 0 };
 const runtime = new RuntimeServer({
   log,
   endBelowConmon: () => end("conmon waits for its children"),
-  isBusy: () => calls.active > 0,
+  isBusy: () => calls.active > 0 || gpuSlot.isRecovering(),
 });
 await runtime.revive(runDirectory);
 
@@ -91,6 +96,8 @@ server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
   writeFileSync(pidFile, `${process.pid}\n`, { mode: 0o600 });
   log.info({ socketPath, build: BUILD, node: process.version }, "cedanad serves");
 });
+
+keepLogShort(join(runDirectory, "cedanad.log"), log);
 
 // What a restore that a crash of the machine has cut off had unpacked.
 if (existsSync(unpackDirectory()))

@@ -4,6 +4,7 @@ import { join } from "node:path";
 import type { Logger } from "pino";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { Cancelled, SyscallFailed } from "../errors/index.ts";
+import { programOf } from "../linux/proc.ts";
 import type { Conversation, OciCall } from "../runtime/oci/call.ts";
 import { Endings } from "../runtime/oci/endings.ts";
 import { Escalator } from "../runtime/oci/escalator.ts";
@@ -63,8 +64,8 @@ export class RuntimeServer {
   /** What an earlier cedanad has left: containers frozen, signals to be sent. */
   async revive(runDirectory: string): Promise<void> {
     this.#escalator.revive(runDirectory);
-    await thawLeftovers(runDirectory, this.#log);
-    await this.#endings.revive(runDirectory);
+    const undone = await thawLeftovers(runDirectory, this.#log);
+    this.#endings.revive(runDirectory, undone);
     deviceSlot()?.recoverAll(join(runDirectory, "c", "oci-"), this.#log);
   }
 
@@ -73,7 +74,11 @@ export class RuntimeServer {
     const send = (type: MessageType, values: FieldValues) => socket.write(encodeMessage(type, values));
     send(messageType.RUNTIME_WORKING, {});
     const call = callOf(message);
-    const wrapper = new Wrapper(send, this.#log.child({ container: call.id, command: call.command }));
+    const wrapper = new Wrapper(
+      send,
+      call.pid,
+      this.#log.child({ container: call.id, command: call.command }),
+    );
     this.#active++;
     socket.once("close", () => {
       this.#active--;
@@ -122,12 +127,18 @@ function callOf(message: Message): OciCall {
 class Wrapper implements Conversation, WrapperCall {
   readonly log: Logger;
   readonly #send: (type: MessageType, values: FieldValues) => void;
+  readonly #pid: number;
   readonly #gone = new AbortController();
   #running: { resolve(status: number): void; reject(error: Error): void } | undefined;
 
-  constructor(send: (type: MessageType, values: FieldValues) => void, log: Logger) {
+  constructor(send: (type: MessageType, values: FieldValues) => void, pid: number, log: Logger) {
     this.#send = send;
+    this.#pid = pid;
     this.log = log;
+  }
+
+  program(): Promise<string> {
+    return programOf(this.#pid);
   }
 
   get signal(): AbortSignal {

@@ -49,7 +49,7 @@ const meanings: readonly (readonly [
     code.notSupported,
     "checkpoint",
     Unsupported,
-    "it has managed (UVM) memory or memory shared by IPC, which this driver does not checkpoint; the driver has marked the process as failed, and it can only be ended",
+    "it has managed (UVM) memory or memory shared by IPC, which this driver does not checkpoint; the driver has marked the process as failed, and it can only be ended. With the annotation cedana.io/gpu: intercept such memory is found before anything is touched",
   ],
   [code.outOfMemory, "checkpoint", ResourceExhausted, "there is not enough host memory for its GPU memory"],
   [code.outOfMemory, "restore", ResourceExhausted, "the GPU has not enough free memory"],
@@ -71,8 +71,11 @@ const meanings: readonly (readonly [
   [code.notSupported, undefined, Unsupported, "the driver does not support it"],
 ];
 
-/** @param who  "process 12 (python)" */
-export function failureOf(verb: Verb, who: string, result: number, name: string): CedanaError {
+/**
+ * @param who   "process 12 (python)"
+ * @param name  the driver's, of the code
+ */
+export function failureOf(verb: Verb, who: string, result: number, name = "of no name"): CedanaError {
   const found = meanings.find(([number, only]) => number === result && (only === undefined || only === verb));
   const [, , type, text] = found ?? [0, undefined, Unavailable, "the driver says no more"];
   return new type(`${verb} of the GPU state of ${who} failed (${name}, ${result}): ${text}`);

@@ -117,7 +117,7 @@ class GpuDump implements DeviceDump {
     await this.#whileRunning(async () => {
       this.#clients = await this.#confirm();
       if (this.#clients.length === 0) return;
-      await refuseUncheckpointable(this.#clients, this.#owner.what);
+      await refuseUncheckpointable(this.#clients, this.#owner.what, this.#owner.log);
       writeJournal(this.#owner, (await this.#owner.cgroup()).toJSON(), this.#clients);
       this.#touched = true;
       await this.#lockAll();
@@ -278,7 +278,8 @@ class GpuDump implements DeviceDump {
           comm,
           before,
           ...(tidInContainer !== undefined && { restoreThread: tidInContainer }),
-          ...(use && { devices: use.uuids, memoryBytes: use.bytes }),
+          ...(use && { devices: use.uuids }),
+          ...(use?.bytes !== undefined && { memoryBytes: use.bytes }),
           times: {
             ...(lockMs !== undefined && { lockMs }),
             ...(checkpointMs !== undefined && { checkpointMs }),
@@ -320,16 +321,17 @@ class CriuPluginDump implements DeviceDump {
   async close(): Promise<void> {}
 }
 
-/** What NVML says that a process has on the devices; undefined when it doesn't know the process. */
-function useOf(pid: number, nvml: NvmlAnswer): { uuids: string[]; bytes: number } | undefined {
+/** What NVML says that a process has on the devices; undefined when it doesn't know the process. It may not know how much. */
+function useOf(pid: number, nvml: NvmlAnswer): { uuids: string[]; bytes?: number } | undefined {
   if (nvml.error !== undefined) return undefined;
   const used = nvml.devices.flatMap(({ uuid, processes }) =>
     processes.filter((process) => process.pid === pid).map(({ usedBytes }) => ({ uuid, usedBytes })),
   );
   if (used.length === 0) return undefined;
+  const isKnown = used.every(({ usedBytes }) => usedBytes !== undefined);
   return {
     uuids: used.map(({ uuid }) => uuid.replace(/^GPU-/, "").replaceAll("-", "")),
-    bytes: used.reduce((sum, { usedBytes }) => sum + usedBytes, 0),
+    ...(isKnown && { bytes: used.reduce((sum, { usedBytes = 0 }) => sum + usedBytes, 0) }),
   };
 }
 

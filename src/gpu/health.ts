@@ -4,7 +4,15 @@ import { messageOf } from "../errors/index.ts";
 import type { NvmlAnswer } from "../linux/cuda.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
 import { availableMemory } from "./host-memory.ts";
-import { chooseMeans, criuPlugin, DriverMeans, HelperKeeper, programPath, versionText } from "./means.ts";
+import {
+  chooseMeans,
+  criuPlugin,
+  DriverMeans,
+  HelperKeeper,
+  programPath,
+  REMAP_SINCE,
+  versionText,
+} from "./means.ts";
 import { askNvml } from "./nvml.ts";
 import { mayHaveGpu } from "./present.ts";
 
@@ -51,7 +59,7 @@ async function meansRow(helpers: HelperKeeper, limits: Deadlines): Promise<GpuHe
       return { name, status: "ok", summary: `by CRIU's plugin ${criuPlugin()} and ${programPath()}` };
     if (!(means instanceof DriverMeans))
       return { name, status: "ok", summary: `by the program ${programPath()}` };
-    const remap = means.driverVersion >= 13000 ? "and to other GPUs" : "and to the same GPUs only";
+    const remap = means.driverVersion >= REMAP_SINCE ? "and to other GPUs" : "and to the same GPUs only";
     return {
       name,
       status: "ok",

@@ -1,7 +1,8 @@
 import { type ChildProcess, spawn } from "node:child_process";
+import type { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
 import { SyscallFailed, TimedOut, Unavailable } from "../errors/index.ts";
-import type { HelperAnswer, HelperCall, HelperCalls } from "./helper/messages.ts";
+import { ANSWERS_FD, type HelperAnswer, type HelperCall, type HelperCalls } from "./helper/messages.ts";
 
 /** Calls that wait in the driver at once: each has a thread of its own. */
 const THREADS = 64;
@@ -31,7 +32,8 @@ export class GpuHelper implements AsyncDisposable {
 
   private constructor(child: ChildProcess) {
     this.#child = child;
-    child.stdout!.setEncoding("utf8").on("data", (text: string) => this.#received(text));
+    const answers = child.stdio[ANSWERS_FD] as Readable;
+    answers.setEncoding("utf8").on("data", (text: string) => this.#received(text));
     child.stderr!.setEncoding("utf8").on("data", (text: string) => {
       this.#errorText = (this.#errorText + text).slice(-MAX_ERROR_TEXT);
     });
@@ -58,7 +60,7 @@ export class GpuHelper implements AsyncDisposable {
     const file = isSource ? "./helper/main.ts" : "./gpu-helper.js";
     return new GpuHelper(
       spawn(process.execPath, [fileURLToPath(new URL(file, import.meta.url))], {
-        stdio: ["pipe", "pipe", "pipe"],
+        stdio: ["pipe", "ignore", "pipe", "pipe"],
         env: { ...process.env, UV_THREADPOOL_SIZE: String(THREADS) },
       }),
     );

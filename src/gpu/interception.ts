@@ -142,11 +142,16 @@ function isIntercepted(pid: number): boolean {
 export async function refuseUncheckpointable(
   processes: readonly NamedProcess[],
   what: string,
+  log: Pick<Logger, "warn">,
 ): Promise<void> {
   await Promise.all(
     processes.map(async ({ pid, comm }) => {
       if (!isIntercepted(pid)) return;
-      const report = await interceptionReport(pid);
+      const report = await interceptionReport(pid).catch((error: Error) => {
+        // It was to help. The driver says the same, only later.
+        log.warn({ err: error, pid }, "the GPU interception library of a process can't be asked");
+        return undefined;
+      });
       const found = (report?.blockers ?? []).filter(
         ({ kind }) => kind === "managed" || (ipc.includes(kind) && report!.driverVersion < IPC_SINCE),
       );

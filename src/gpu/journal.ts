@@ -102,9 +102,13 @@ function removeEnded(): Journal[] {
   let names: string[];
   try {
     names = readdirSync(journalDirectory());
-  } catch {
-    return []; // ENOENT: no GPU was ever touched
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+    return []; // no GPU was ever touched
   }
+  // Written and renamed in one go by the one cedanad: what is here under that name is a crash's.
+  for (const name of names)
+    if (name.endsWith(".json.new")) rmSync(join(journalDirectory(), name), { force: true });
   return names
     .filter((name) => name.endsWith(".json"))
     .flatMap((name) => {

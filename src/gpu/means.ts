@@ -2,9 +2,11 @@ import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
 import { delimiter, join } from "node:path";
 import { promisify } from "node:util";
+import { installedPlugins } from "../criu/plugins.ts";
 import { InvalidRequest, messageOf, TimedOut, Unavailable, Unsupported } from "../errors/index.ts";
 import { code, failureOf, type ProcessStateName, stateName } from "./codes.ts";
 import type { Deadlines } from "./deadlines.ts";
+import type { Coded } from "./helper/messages.ts";
 import { GpuHelper } from "./helper.ts";
 
 const run = promisify(execFile);
@@ -38,7 +40,7 @@ export interface Means {
 }
 
 /** Where a remap came: before, the bytes of the argument are reserved. */
-const REMAP_SINCE = 13000;
+export const REMAP_SINCE = 13000;
 /** Beyond the driver's own timeout. */
 const SLACK_MS = 2_000;
 
@@ -91,7 +93,7 @@ export class DriverMeans implements Means, AsyncDisposable {
     const missing = required.filter((name) => !symbols[name]);
     if (missing.length > 0)
       throw new Unsupported(
-        `the GPU driver (${version > 0 ? versionText(version) : "of unknown version"}) can't checkpoint: it has no ${missing[0]}; r570 (CUDA 12.8) or newer has`,
+        `the GPU driver (${versionText(version)}) can't checkpoint: it has no ${missing[0]}; r570 (CUDA 12.8) or newer has`,
       );
     this.#version = version;
     this.#opened = helper;
@@ -101,18 +103,18 @@ export class DriverMeans implements Means, AsyncDisposable {
 
   async restoreThread(pid: number): Promise<number | undefined> {
     const helper = await this.#helper();
-    const { code: result, value } = await helper.call("restoreThread", { pid }, this.#deadlines.ask);
+    const { code: result, name, value } = await helper.call("restoreThread", { pid }, this.#deadlines.ask);
     if (result === code.success) return value;
     if (result === code.notInitialized || result === code.invalidValue) return undefined;
-    throw failureOf("lock", this.#describe(pid), result, `CUDA error ${result}`);
+    throw failureOf("lock", this.#describe(pid), result, name);
   }
 
   async state(pid: number): Promise<ProcessStateName> {
     const helper = await this.#helper();
-    const { code: result, value } = await helper.call("state", { pid }, this.#deadlines.ask);
+    const { code: result, name, value } = await helper.call("state", { pid }, this.#deadlines.ask);
     if (result !== code.success)
       throw new Unavailable(
-        `the GPU state of ${this.#describe(pid)} can't be asked for: CUDA error ${result}`,
+        `the GPU state of ${this.#describe(pid)} can't be asked for: ${name} (${result})`,
       );
     return stateName(value);
   }
@@ -144,26 +146,25 @@ export class DriverMeans implements Means, AsyncDisposable {
 
   async devices(): Promise<GpuDevice[]> {
     const helper = await this.#initialisedHelper();
-    const { code: result, devices } = await helper.call("devices", {}, this.#deadlines.ask);
+    const { code: result, name, devices } = await helper.call("devices", {}, this.#deadlines.ask);
     if (result !== code.success)
-      throw new Unavailable(`the driver's GPUs can't be listed: CUDA error ${result}`);
+      throw new Unavailable(`the driver's GPUs can't be listed: ${name} (${result})`);
     return devices;
   }
 
   async #initialisedHelper(): Promise<GpuHelper> {
     const helper = await this.#helper();
     if (!this.#initialised) {
-      const { code: result } = await helper.call("init", {}, this.#deadlines.ask);
+      const { code: result, name } = await helper.call("init", {}, this.#deadlines.ask);
       if (result !== code.success)
-        throw new Unavailable(`the GPU driver can't be used: cuInit says ${result}`);
+        throw new Unavailable(`the GPU driver can't be used: cuInit says ${name} (${result})`);
       this.#initialised = true;
     }
     return helper;
   }
 
-  #check(verb: "lock" | "checkpoint" | "restore" | "unlock", pid: number, answer: { code: number }): void {
-    if (answer.code !== code.success)
-      throw failureOf(verb, this.#describe(pid), answer.code, `CUDA error ${answer.code}`);
+  #check(verb: "lock" | "checkpoint" | "restore" | "unlock", pid: number, answer: Coded): void {
+    if (answer.code !== code.success) throw failureOf(verb, this.#describe(pid), answer.code, answer.name);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -173,6 +174,7 @@ export class DriverMeans implements Means, AsyncDisposable {
 
 /** 13000 as "13.0". */
 export function versionText(version: number): string {
+  if (version <= 0) return "of unknown version";
   return `${Math.trunc(version / 1000)}.${Math.trunc((version % 1000) / 10)}`;
 }
 
@@ -220,8 +222,8 @@ export class ProgramMeans implements Means {
 
   async restoreThread(pid: number): Promise<number | undefined> {
     const text = await this.#run(["--get-restore-tid", "--pid", String(pid)], this.#deadlines.ask).catch(
-      (error) => {
-        if (error instanceof TimedOut) throw error;
+      (error: Error) => {
+        if (typeof (error.cause as { code?: unknown } | undefined)?.code !== "number") throw error; // it could not be run
         return ""; // its status says that the process is no client of the driver
       },
     );
@@ -304,13 +306,10 @@ export function parseUuid(text: string): string | undefined {
   return /^[0-9a-f]{32}$/.test(digits) ? digits : undefined;
 }
 
-/** Where CRIU's plugins are. Source: criu's Makefile, PLUGINDIR. */
-const criuPlugins = ["/usr/lib/criu", "/usr/local/lib/criu", "/usr/lib64/criu"];
-
 /** CRIU's own plugin for CUDA, which runs cuda-checkpoint by itself; undefined when CRIU has none. */
 export function criuPlugin(): string | undefined {
-  const directories = process.env.CRIU_LIBS_DIR ? [process.env.CRIU_LIBS_DIR] : criuPlugins;
-  return directories.map((one) => join(one, "cuda_plugin.so")).find((path) => existsSync(path));
+  const directory = installedPlugins().get("cuda_plugin");
+  return directory && join(directory, "cuda_plugin.so");
 }
 
 /**
@@ -332,7 +331,11 @@ export async function chooseMeans(
     "cuda-checkpoint": () => ProgramMeans.open(limits, describe),
     "criu-plugin": async () => {
       if (criuPlugin() !== undefined && programPath() !== undefined) return "criu-plugin" as const;
-      throw new Unavailable("CRIU has no CUDA plugin with a cuda-checkpoint to run");
+      throw new Unavailable(
+        criuPlugin() === undefined
+          ? "CRIU has no CUDA plugin (cuda_plugin.so; Debian's package comes without)"
+          : "CRIU's CUDA plugin has no program cuda-checkpoint to run",
+      );
     },
   } satisfies Record<MeansName, () => Promise<Means | "criu-plugin">>;
   const chosen = process.env.CEDANA_GPU_MEANS;

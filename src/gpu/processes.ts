@@ -1,6 +1,7 @@
 import { existsSync, readdirSync, readFileSync, readlinkSync, statSync } from "node:fs";
 import { isAbsolute } from "node:path";
 import { Unsupported } from "../errors/index.ts";
+import { splitDevice } from "../linux/fdinfo.ts";
 import { pidsInNamespaces, processStat, startTime } from "../linux/proc.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { PRELOADED } from "../runtime/gpu-injection.ts";
@@ -53,18 +54,14 @@ function openDevices(pid: number): string[] {
     const path = `/proc/${pid}/fd/${fd}`;
     try {
       if (!deviceLink.test(readlinkSync(path))) continue;
-      const { rdev } = statSync(path);
-      found.push(`${major(rdev)}:${minor(rdev)}`);
+      const { major, minor } = splitDevice(statSync(path).rdev);
+      found.push(`${major}:${minor}`);
     } catch {
       // closed meanwhile
     }
   }
   return found;
 }
-
-/** Source: makedev(3), glibc's encoding. */
-const major = (device: number) => ((device >> 8) & 0xfff) | (Math.floor(device / 2 ** 32) & ~0xfff);
-const minor = (device: number) => (device & 0xff) | ((device >> 12) & 0xfff00);
 
 /**
  * Refuses what the driver is known not to checkpoint, while the container runs. Managed memory, and memory shared by IPC, can only be found by

@@ -7,6 +7,7 @@ import { giveBack } from "./back.ts";
 import { deadlines } from "./deadlines.ts";
 import { hasJournal, journals, readJournal, removeJournal } from "./journal.ts";
 import { chooseMeans, HelperKeeper } from "./means.ts";
+import { recovering } from "./recovering.ts";
 
 /*
  * What a dump that was cut off has left locked or checkpointed is given back, as soon as nobody holds it: an engine that still works goes on
@@ -18,19 +19,16 @@ const LAST_PAUSE_MS = 30_000;
 /** How long a new dump waits for it. */
 const PATIENCE_MS = 10_000;
 
-/** by the container's init */
-const underWay = new Map<number, Promise<void>>();
-
 export function recoverInBackground(owner: DeviceOwner): void {
-  if (underWay.has(owner.initPid) || !hasJournal(owner)) return;
-  const work = recover(owner).finally(() => underWay.delete(owner.initPid));
-  underWay.set(owner.initPid, work);
+  if (recovering.has(owner.initPid) || !hasJournal(owner)) return;
+  const work = recover(owner).finally(() => recovering.delete(owner.initPid));
+  recovering.set(owner.initPid, work);
   work.catch((error) => owner.log.error({ err: error, what: owner.what }, "give processes their GPU back"));
 }
 
 /** @throws WrongState when what an earlier dump left can't be given back now */
 export async function waitForRecovery(owner: DeviceOwner): Promise<void> {
-  const work = underWay.get(owner.initPid);
+  const work = recovering.get(owner.initPid);
   if (!work) return;
   const late = sleep(PATIENCE_MS, "late", { ref: false });
   if ((await Promise.race([work.catch(() => undefined), late])) === "late")

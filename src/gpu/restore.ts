@@ -1,7 +1,7 @@
 import type { DeviceRestore, RestoreWithDevice } from "../checkpoint/device-slot.ts";
 import type { GpuFacts } from "../checkpoint/manifest.ts";
 import { CedanaError, messageOf, Unsupported } from "../errors/index.ts";
-import { pidsInNamespaces, processStat, threadsOf } from "../linux/proc.ts";
+import { isAlive, pidsInNamespaces, processStat, threadsOf } from "../linux/proc.ts";
 import { hundredths, reach } from "./back.ts";
 import { type Deadlines, deadlines } from "./deadlines.ts";
 import { mapDevices } from "./device-map.ts";
@@ -21,6 +21,10 @@ export async function prepareRestore(target: RestoreWithDevice, facts: GpuFacts)
       throw new Unsupported(
         `the checkpoint's GPU state was taken by CRIU's CUDA plugin, which this machine's CRIU doesn't have: install it, or take the checkpoint with a driver of r570 or newer`,
       );
+    if (target.deviceMap)
+      throw new Unsupported(
+        `the checkpoint's GPU state was taken by CRIU's CUDA plugin, which gives processes the GPUs that they had and can't give them other GPUs: restore it without cedana.io/gpu-map`,
+      );
     return { withoutCriuPlugins: false, restore: async () => {}, close: async () => {} };
   }
   const limits = deadlines();
@@ -37,6 +41,10 @@ export async function prepareRestore(target: RestoreWithDevice, facts: GpuFacts)
     const used = facts.processes.every(({ devices }) => devices !== undefined)
       ? [...new Set(facts.processes.flatMap(({ devices }) => devices ?? []))]
       : undefined;
+    if (here.length === 0 && target.deviceMap)
+      throw new Unsupported(
+        `cedana.io/gpu-map can't be followed: neither NVML nor ${means.name} says which GPUs this machine has`,
+      );
     const pairs = here.length > 0 ? mapDevices(facts.devices, here, { map: target.deviceMap, used }) : [];
     return {
       withoutCriuPlugins: true,
@@ -129,11 +137,11 @@ async function freeRestoreThreads(
       `process ${without.pid} of ${what} stands still, and its thread that restores its GPU state is not to be found`,
     );
   await holdThreads(helpers, limits, withThreads);
-  for (const { pid } of stopped) process.kill(pid, "SIGCONT");
+  for (const { pid } of stopped) if (isAlive(pid)) process.kill(pid, "SIGCONT");
   await waitUntilHeld(helpers, limits, what);
   return {
     [Symbol.asyncDispose]: async () => {
-      for (const { pid } of stopped) process.kill(pid, "SIGSTOP");
+      for (const { pid } of stopped) if (isAlive(pid)) process.kill(pid, "SIGSTOP");
       await releaseThreads(helpers, limits);
     },
   };

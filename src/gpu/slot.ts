@@ -1,6 +1,7 @@
 import type { DeviceSlot } from "../checkpoint/device-slot.ts";
 import { hasJournal, journals } from "./journal.ts";
 import { mayHaveGpu } from "./present.ts";
+import { recovering } from "./recovering.ts";
 
 /** The GPU's part of dump and restore. What it needs is loaded with the first container that may use a GPU. */
 export const gpuSlot: DeviceSlot = {
@@ -19,6 +20,7 @@ export const gpuSlot: DeviceSlot = {
     if (!hasJournal(owner)) return;
     void import("./recover.ts").then(({ recoverInBackground }) => recoverInBackground(owner));
   },
+  isRecovering: () => recovering.size > 0,
   recoverAll: (directories, log) => {
     if (journals().length === 0) return;
     void import("./recover.ts").then(({ recoverAll }) => recoverAll(directories, log));

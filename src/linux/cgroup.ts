@@ -242,25 +242,6 @@ export class Cgroup {
   }
 
   /**
-   * v2: gives this cgroup every controller that the kernel offers, from the root down, as containerd's shim does after
-   * the start, so that counters exist that no limit asked for. Controllers that can't be had are left out. v1: nothing.
-   */
-  async enableControllers(): Promise<void> {
-    const path = this.paths.get("");
-    const root = (await hierarchies()).byController.get("")?.mountPoint;
-    if (this.version !== 2 || path === undefined || root === undefined || !path.startsWith(`${root}/`))
-      return;
-    const offered = (await readFile(`${root}/cgroup.controllers`, "utf8")).trim().split(" ").filter(Boolean);
-    let directory = root;
-    for (const name of path.slice(root.length + 1).split("/")) {
-      // One at a time: one that is refused (EBUSY with processes in the same cgroup, EOPNOTSUPP) would refuse all.
-      for (const controller of offered)
-        await writeFile(`${directory}/cgroup.subtree_control`, `+${controller}`).catch(() => {});
-      directory = `${directory}/${name}`;
-    }
-  }
-
-  /**
    * Sends a signal to every process in it and below; SIGKILL also gets through to a frozen cgroup, which it thaws.
    * Does nothing when it has been removed.
    * @throws WrongState when we are in it ourselves

@@ -20,8 +20,8 @@ export interface NvmlDevice {
   /** 1: the device is divided into instances */
   readonly migMode?: number;
   readonly persistenceMode?: number;
-  /** that compute on it; host pids */
-  readonly processes: readonly { readonly pid: number; readonly usedBytes: number }[];
+  /** that compute on it; host pids. Not every driver says how much they use (MIG, WSL) */
+  readonly processes: readonly { readonly pid: number; readonly usedBytes?: number }[];
 }
 
 export type NvmlAnswer =
@@ -34,6 +34,7 @@ export interface CudaAddon {
   cudaInit(): Promise<number>;
   /** 13000 for 13.0; a negative code when it can't be had */
   cudaDriverVersion(): Promise<number>;
+  /** "CUDA_ERROR_NOT_READY"; "CUDA error 600" where the driver has no name for it. Asks nothing of a device: it returns at once */
   cudaErrorName(code: number): string;
   /** @returns a code that isn't 0, or the list */
   cudaDevices(): Promise<number | CudaDevice[]>;

@@ -1,12 +1,12 @@
 import { closeSync, constants, openSync, readFileSync, readlinkSync } from "node:fs";
 import { readdir, readFile, stat } from "node:fs/promises";
-import { setImmediate as nextTurn } from "node:timers/promises";
 import { SyscallFailed } from "../errors/index.ts";
 import { type SocketOfProcess, socketOf } from "./addon.ts";
 import { type FdInfo, parseFdInfo } from "./fdinfo.ts";
 import { type FileMapping, parseFileMapping } from "./maps.ts";
 import { type MountInfo, parseMountInfoLine } from "./mount-options.ts";
 import { inodeInBrackets, type ProcessStat, parseStat } from "./proc.ts";
+import { Slices } from "./slices.ts";
 import { readSockets, type SocketTable } from "./sock-diag.ts";
 
 /**
@@ -113,27 +113,9 @@ export interface Inventory {
   readonly tookMs: number;
 }
 
-/** How long the event loop may be kept at one time. */
-const sliceMs = 3;
 /** A file system that doesn't answer by then counts as dead. */
 const patienceMs = 2_000;
 const concurrency = 8;
-
-/** Gives the event loop its turn when a slice is over. */
-export class Slices {
-  #since = performance.now();
-
-  /** undefined when there is time left: then there is nothing to await. */
-  readonly breathe = (): Promise<void> | undefined => {
-    if (performance.now() - this.#since < sliceMs) return undefined;
-    return this.#pause();
-  };
-
-  async #pause(): Promise<void> {
-    await nextTurn();
-    this.#since = performance.now();
-  }
-}
 
 /**
  * @param pids  on the host

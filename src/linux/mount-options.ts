@@ -1,4 +1,6 @@
+import { execFile } from "node:child_process";
 import { readFile } from "node:fs/promises";
+import { promisify } from "node:util";
 import { InvalidRequest, Unsupported } from "../errors/index.ts";
 
 // From containerd's description of a mount (type, source, options as in fstab) to the arguments of mount(2).
@@ -323,7 +325,7 @@ export async function mountsBelow(path: string, pid: number | "self" = "self"): 
   return mounts.filter((m) => m.mountPoint === path || m.mountPoint.startsWith(prefix)).reverse();
 }
 
-/** Whether something is mounted at the path itself. */
-export async function isMountPoint(path: string, pid: number | "self" = "self"): Promise<boolean> {
-  return (await mountsBelow(path, pid)).some((mount) => mount.mountPoint === path);
+/** Takes a mount away now, and lets go of it when nobody uses it any more. @throws when it can't be unmounted, or isn't mounted */
+export async function unmountLazily(mountPoint: string): Promise<void> {
+  await promisify(execFile)("umount", ["--lazy", mountPoint]);
 }

@@ -124,12 +124,6 @@ export function ownMountNamespace(): number {
   return inode;
 }
 
-/** Whether two processes are in the same namespace; false when one of them has ended. */
-export function sameNamespace(a: number | "self", b: number | "self", kind: NamespaceKind): boolean {
-  const inode = namespaceInode(a, kind);
-  return inode !== undefined && inode === namespaceInode(b, kind);
-}
-
 /**
  * The pid in each pid namespace that the process is in, ours first, its own last (NSpid of /proc/PID/status);
  * empty when it has ended.
@@ -139,20 +133,17 @@ export function pidsInNamespaces(pid: number): number[] {
   return line?.[1] ? line[1].trim().split(/\s+/).map(Number) : [];
 }
 
-/**
- * Whether the process shares its pid namespace with others that are not its descendants, in other words is not
- * pid 1 there. When pid 1 of a namespace ends, the kernel kills all others in it; when this one ends, whatever
- * else runs in its container must be killed by cgroup. undefined when it has ended.
- */
-export function pidNamespaceShared(pid: number): boolean | undefined {
-  const pids = pidsInNamespaces(pid);
-  return pids.length === 0 ? undefined : pids.at(-1) !== 1;
-}
-
 /** The process that traces this one, 0 for none; undefined when it has ended. */
 export function tracerPid(pid: number): number | undefined {
   const text = readProc(`/proc/${pid}/status`);
   return text === undefined ? undefined : Number(/^TracerPid:\s*(\d+)$/m.exec(text)?.[1] ?? 0);
+}
+
+/** Every process that we see. */
+export function allPids(): number[] {
+  return readdirSync("/proc")
+    .filter((name) => /^\d+$/.test(name))
+    .map(Number);
 }
 
 /** Ids of the process's threads; empty when it has ended. */
@@ -172,9 +163,38 @@ export function childrenOf(pid: number): number[] {
   );
 }
 
+/**
+ * A process and all below it, each before its children. By parentage: whoever lost his parent is somebody else's.
+ * @param breathe  called between processes, of which a container may have tens of thousands
+ */
+export async function processTree(
+  pid: number,
+  breathe: () => Promise<void> | undefined,
+): Promise<ProcessStat[]> {
+  const found: ProcessStat[] = [];
+  const left = [pid];
+  for (let next = left.pop(); next !== undefined; next = left.pop()) {
+    const pause = breathe();
+    if (pause) await pause;
+    const stat = processStat(next);
+    if (!stat) continue; // it has ended meanwhile
+    found.push(stat);
+    for (const child of childrenOf(next).reverse()) left.push(child);
+  }
+  return found;
+}
+
 /** The program that a process runs, as it is installed now; where that has gone, a path to the one that runs. */
 export async function programOf(pid: number): Promise<string> {
   const exe = `/proc/${pid}/exe`;
   const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
   return (await stat(installed).catch(() => undefined)) ? installed : exe;
+}
+
+/** The environment that a process was started with; empty when it has ended. */
+export function environmentOf(pid: number): Record<string, string> {
+  const entries = (readProc(`/proc/${pid}/environ`) ?? "").split("\0").filter((entry) => entry.includes("="));
+  return Object.fromEntries(
+    entries.map((entry) => [entry.slice(0, entry.indexOf("=")), entry.slice(entry.indexOf("=") + 1)]),
+  );
 }

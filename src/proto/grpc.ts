@@ -70,7 +70,7 @@ export function callUnary<M extends Method>(
   path: string,
   { request, response }: M,
   message: Encodable<M["request"]>,
-  options: { metadata?: import("@grpc/grpc-js").Metadata | undefined; signal?: AbortSignal | undefined } = {},
+  options: { signal?: AbortSignal | undefined } = {},
 ): Promise<Decoded<M["response"]>> {
   const { promise, resolve, reject } = Promise.withResolvers<Decoded<M["response"]>>();
   const serialize = (one: Encodable<M["request"]>) => asBuffer(request.encode(one));
@@ -79,9 +79,7 @@ export function callUnary<M extends Method>(
     if (error) reject(error);
     else resolve(answer!);
   };
-  const call = options.metadata
-    ? client.makeUnaryRequest(path, serialize, deserialize, message, options.metadata, done)
-    : client.makeUnaryRequest(path, serialize, deserialize, message, done);
+  const call = client.makeUnaryRequest(path, serialize, deserialize, message, done);
   options.signal?.addEventListener("abort", () => call.cancel(), { once: true });
   if (options.signal?.aborted) call.cancel();
   return promise;

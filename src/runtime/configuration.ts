@@ -54,6 +54,9 @@ export interface Configuration {
     readonly tracing: boolean;
     /** of one process's traces; a program that means ill can write more */
     readonly traceMaxBytes: number;
+    /** of all traces on this node: beyond these, the oldest are removed */
+    readonly tracesMaxBytes: number;
+    readonly tracesMaxAgeMs: number;
   };
   readonly restore: {
     /** hash every file of a checkpoint before it is restored, and not only look at sizes: reads all of it once more */
@@ -92,7 +95,12 @@ function defaults(): Configuration {
       rootfsExclude: [],
       rootfsMaxBytes: 4 * 1024 ** 3,
     },
-    gpu: { tracing: false, traceMaxBytes: 64 * 1024 ** 2 },
+    gpu: {
+      tracing: false,
+      traceMaxBytes: 64 * 1024 ** 2,
+      tracesMaxBytes: 8 * 1024 ** 3,
+      tracesMaxAgeMs: 30 * 24 * 3_600_000,
+    },
     restore: { verifyDigests: false, ignoreCpu: false },
   };
 }
@@ -207,12 +215,18 @@ export function parseConfiguration(text: string, path: string): Configuration {
   const size = asText(checkpoints.rootfsMaxBytes, "checkpoints.rootfsMaxBytes");
   const rootfsMaxBytes = size === undefined ? otherwise.checkpoints.rootfsMaxBytes : parseBytes(size);
   if (rootfsMaxBytes === undefined) return wrong('checkpoints.rootfsMaxBytes is not a size such as "512Mi"');
-  const gpu = object(top.gpu, "gpu", ["tracing", "traceMaxBytes"]);
+  const gpu = object(top.gpu, "gpu", ["tracing", "traceMaxBytes", "tracesMaxBytes", "tracesMaxAge"]);
   const { tracing = otherwise.gpu.tracing } = gpu;
   if (typeof tracing !== "boolean") return wrong("gpu.tracing is neither true nor false");
   const traceSize = asText(gpu.traceMaxBytes, "gpu.traceMaxBytes");
   const traceMaxBytes = traceSize === undefined ? otherwise.gpu.traceMaxBytes : parseBytes(traceSize);
   if (traceMaxBytes === undefined) return wrong('gpu.traceMaxBytes is not a size such as "64Mi"');
+  const tracesSize = asText(gpu.tracesMaxBytes, "gpu.tracesMaxBytes");
+  const tracesMaxBytes = tracesSize === undefined ? otherwise.gpu.tracesMaxBytes : parseBytes(tracesSize);
+  if (tracesMaxBytes === undefined) return wrong('gpu.tracesMaxBytes is not a size such as "8Gi"');
+  const age = asText(gpu.tracesMaxAge, "gpu.tracesMaxAge");
+  const tracesMaxAgeMs = age === undefined ? otherwise.gpu.tracesMaxAgeMs : parseDuration(age);
+  if (tracesMaxAgeMs === undefined) return wrong('gpu.tracesMaxAge is not a time such as "30d"');
   return {
     annotations: { deny: strings(annotations.deny, "annotations.deny") ?? otherwise.annotations.deny, hooks },
     restoreFromPaths: (strings(top.restoreFromPaths, "restoreFromPaths") ?? []).map((one) =>
@@ -234,7 +248,7 @@ export function parseConfiguration(text: string, path: string): Configuration {
       rootfsExclude: strings(checkpoints.rootfsExclude, "checkpoints.rootfsExclude") ?? [],
       rootfsMaxBytes,
     },
-    gpu: { tracing, traceMaxBytes },
+    gpu: { tracing, traceMaxBytes, tracesMaxBytes, tracesMaxAgeMs },
     restore: {
       verifyDigests,
       ignoreCpu,

@@ -22,9 +22,10 @@ import {
 /** Where containerd's shim for runc keeps the engines' state, by containerd namespace below it. */
 export const defaultRuncRoot = "/run/containerd/runc";
 
-/** One program to run, with the environment of whoever runs it. */
+/** One program to run, with the environment of whoever runs it, and `env` (`NAME=value`) besides. */
 export interface EngineCommand {
   readonly argv: string[];
+  readonly env?: string[];
 }
 
 export type EngineName = "runc" | "crun";
@@ -390,12 +391,9 @@ function quoted(text: string, what: string): string {
   return `"${text}"`;
 }
 
-// env(1) becomes the engine by exec, so whoever starts this still has the engine for a child.
 function withCriuConfig(configFile: string | undefined, { argv }: EngineCommand): EngineCommand {
   if (configFile === undefined) return { argv };
-  return {
-    argv: ["/usr/bin/env", `CRIU_CONFIG_FILE=${absolute("CRIU configuration file", configFile)}`, ...argv],
-  };
+  return { argv, env: [`CRIU_CONFIG_FILE=${absolute("CRIU configuration file", configFile)}`] };
 }
 
 const run = promisify(execFile);

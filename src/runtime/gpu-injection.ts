@@ -1,10 +1,11 @@
-import { createHash } from "node:crypto";
+import { createHash, randomUUID } from "node:crypto";
 import { existsSync } from "node:fs";
-import { chmod, link, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { chmod, link, mkdir, readFile, rename, rm, stat, utimes, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { gpuLibraries, gpuTraces, LIBRARY_MOUNT, TRACE_MOUNT } from "../checkpoint/gpu-mounts.ts";
 import { PermissionDenied, Unavailable } from "../errors/index.ts";
 import { configurationPath, readConfiguration } from "./configuration.ts";
+import { sweepTraces } from "./gpu-sweep.ts";
 import {
   annotationsOf,
   cedanaAnnotations,
@@ -154,13 +155,14 @@ export function hasInterception(spec: OciSpec): boolean {
  */
 export function withInterception(process: string, spec: OciSpec): string {
   if (!hasInterception(spec)) return process;
-  let parsed: { env?: unknown };
+  let parsed: { env?: unknown } | null;
   try {
     parsed = JSON.parse(process);
   } catch {
     return process;
   }
-  const { env = [] } = parsed ?? {};
+  if (typeof parsed !== "object" || parsed === null) return process;
+  const { env = [] } = parsed;
   if (!Array.isArray(env) || !env.every((entry) => typeof entry === "string")) return process;
   const ours = (spec.process?.env ?? []).filter((entry) => /^CEDANA_GPU_TRACE(_BYTES)?=/.test(entry));
   const variables = Object.fromEntries(
@@ -209,9 +211,12 @@ async function libraryDirectory(): Promise<string> {
   const contents = await readFile(findGpuFile(LIBRARY_NAME));
   const directory = join(gpuLibraries(), createHash("sha256").update(contents).digest("hex"));
   const file = join(directory, LIBRARY_NAME);
-  if ((await stat(file).catch(() => undefined))?.size === contents.length) return directory;
+  if ((await stat(file).catch(() => undefined))?.size === contents.length) {
+    await touch(directory);
+    return directory;
+  }
   await mkdir(directory, { recursive: true, mode: 0o755 });
-  const temporary = `${directory}.${process.pid}.new`; // beside it: nothing else is ever in the directory
+  const temporary = `${directory}.${randomUUID()}.new`; // beside it: nothing else is ever in the directory
   await writeFile(temporary, contents, { mode: 0o555 });
   await chmod(temporary, 0o555);
   await chmod(directory, 0o755);
@@ -225,5 +230,13 @@ async function traceDirectory({ namespace, id }: { namespace: string; id: string
   const directory = join(gpuTraces(), namespace === "" ? id : `${namespace}.${id}`);
   await mkdir(directory, { recursive: true });
   await chmod(directory, 0o1777);
+  await touch(directory);
+  await sweepTraces((await readConfiguration()).gpu);
   return directory;
+}
+
+/** The sweep (gpu-sweep.ts) goes by when it was used. */
+async function touch(path: string): Promise<void> {
+  const now = new Date();
+  await utimes(path, now, now);
 }

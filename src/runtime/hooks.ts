@@ -5,9 +5,10 @@ import { InvalidRequest, PermissionDenied, SyscallFailed, TimedOut, WrongState }
 import { makeNode, Pidfd } from "../linux/addon.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { processStat } from "../linux/proc.ts";
+import { Slices } from "../linux/slices.ts";
 import { configurationPath, readConfiguration } from "./configuration.ts";
 import { durationMs } from "./kill-policy.ts";
-import { annotationsOf, isSandboxContainer, type OciSpec, ownAnnotation } from "./spec.ts";
+import { annotationsOf, isSandboxContainer, type OciSpec, ownAnnotation, refuseDenied } from "./spec.ts";
 
 /*
  * Commands of the container's own, run in it around its checkpoints:
@@ -57,11 +58,7 @@ export async function hookOf(spec: OciSpec, name: HookName): Promise<Hook | unde
     throw new PermissionDenied(
       `${setting.name} is not allowed on this node: hooks run commands in the container, and the administrator has to allow them ("annotations": {"hooks": true} in ${configurationPath()})`,
     );
-  for (const key of [`hook.${name}`, "hook-timeout"])
-    if (deny.includes(key) && ownAnnotation(spec, key))
-      throw new PermissionDenied(
-        `annotation cedana.io/${key} is denied by this node's configuration (annotations.deny)`,
-      );
+  refuseDenied(spec, deny);
   return { name, from: setting.name, args: argumentsOf(setting), timeoutMs: timeoutOf(spec) };
 }
 
@@ -137,8 +134,14 @@ export function hookFailure(
  */
 export async function endSession(cgroup: Cgroup, pid: number): Promise<void> {
   const deadline = Date.now() + endWithinMs;
+  const { breathe } = new Slices(); // a container may have tens of thousands of processes
   for (;;) {
-    const left = (await cgroup.pids()).filter((one) => isOfSession(one, pid));
+    const left: number[] = [];
+    for (const one of await cgroup.pids()) {
+      if (isOfSession(one, pid)) left.push(one);
+      const pause = breathe();
+      if (pause) await pause;
+    }
     if (left.length === 0) return;
     if (Date.now() >= deadline)
       throw new TimedOut(`processes ${left.join(", ")} of a hook are still there after SIGKILL`);

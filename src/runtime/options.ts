@@ -31,12 +31,12 @@ export interface RuntimeOptions {
   /** The engine's state directory, without containerd's namespace. */
   readonly root: string;
   readonly systemdCgroup: boolean;
-  /** Path of CRIU, containerd 1.7 and before. */
+  /** Path of CRIU, containerd 1.7 and before. Without effect, as in every engine that we support: it is warned of. */
   readonly criuPath: string;
   /** Given at Create: restore from there. */
   readonly criuImagePath: string;
   readonly criuWorkPath: string;
-  /** What the configuration says that we don't know; a typing mistake is found here. */
+  /** What the configuration says in vain; a typing mistake is found here. */
   readonly warnings: readonly string[];
 }
 
@@ -89,14 +89,20 @@ export function decodeOptions(any: AnyMessage | null | undefined): RuntimeOption
   const value = any.value ?? new Uint8Array();
   switch (typeName(any.typeUrl)) {
     case runcType:
-      return fromRunc(decodeAs(any.typeUrl, () => runcOptions.Options.decode(value)));
+      return warned(fromRunc(decodeAs(any.typeUrl, () => runcOptions.Options.decode(value))));
     case genericType:
-      return fromGeneric(decodeAs(any.typeUrl, () => runtimeOptions.Options.decode(value)));
+      return warned(fromGeneric(decodeAs(any.typeUrl, () => runtimeOptions.Options.decode(value))));
     default:
       throw new InvalidRequest(
         `runtime options are of type ${any.typeUrl}; they may be ${runcType} or ${genericType}`,
       );
   }
+}
+
+function warned(options: RuntimeOptions): RuntimeOptions {
+  if (options.criuPath === "") return options;
+  const warning = `CriuPath ${options.criuPath} has no effect: CRIU is looked up in PATH`;
+  return { ...options, warnings: [...options.warnings, warning] };
 }
 
 /**

@@ -1,7 +1,8 @@
-import { closeSync, statSync } from "node:fs";
+import { closeSync } from "node:fs";
 import { basename } from "node:path";
 import type { Logger } from "pino";
 import { type SealedCopy, sealedCopy } from "../linux/addon.ts";
+import { fileIdentity } from "../linux/file-identity.ts";
 import { findBinary } from "./engine.ts";
 
 /** More is no engine: runc has 11 MiB, crun half a one. */
@@ -10,11 +11,11 @@ const NAMES = new Set(["runc", "crun"]);
 /** A keeper that has been told of a copy has fetched it long before. */
 const CLOSE_AFTER_MS = 60_000;
 
-/** An engine's file, and its copy once that is there. */
-interface Known {
-  readonly path: string;
-  copy?: SealedCopy | undefined;
-}
+/** What can't be copied (an upgrade is under way, or the engine isn't installed yet) is tried again. */
+const AGAIN_AFTER_MS = 60_000;
+
+/** An engine's file and its copy; or when to try again where there is none. */
+type Known = { readonly path: string; readonly copy: SealedCopy } | { readonly againAtMs: number };
 
 /**
  * Copies of the engines that cedanad's keepers execute in their place.
@@ -27,6 +28,7 @@ interface Known {
  */
 export class SealedEngines {
   readonly #log: Pick<Logger, "warn">;
+  /** undefined: a copy is being made */
   readonly #known = new Map<string, Known | undefined>();
 
   constructor(log: Pick<Logger, "warn">) {
@@ -39,34 +41,27 @@ export class SealedEngines {
    */
   of(binary: string): SealedCopy | undefined {
     if (!NAMES.has(basename(binary))) return undefined;
-    if (!this.#known.has(binary)) {
-      this.#known.set(binary, undefined);
-      void this.#make(binary);
-      return undefined;
-    }
     const known = this.#known.get(binary);
-    if (known?.copy && identityOf(known.path) !== known.copy.of) {
-      const { fd } = known.copy;
-      known.copy = undefined;
-      setTimeout(() => closeSync(fd), CLOSE_AFTER_MS).unref();
-      void this.#make(binary);
+    if (known === undefined && this.#known.has(binary)) return undefined;
+    if (known && "againAtMs" in known && performance.now() < known.againAtMs) return undefined;
+    if (known && "copy" in known) {
+      const { path, copy } = known;
+      if (fileIdentity(path) === copy.of) return copy;
+      setTimeout(() => closeSync(copy.fd), CLOSE_AFTER_MS).unref();
     }
-    return known?.copy;
+    void this.#make(binary);
+    return undefined;
   }
 
   async #make(binary: string): Promise<void> {
+    this.#known.set(binary, undefined);
     try {
       const path = await findBinary(binary);
       this.#known.set(binary, { path, copy: await sealedCopy(path, basename(binary), MAX_BYTES) });
     } catch (error) {
-      // It stays as it is: the engine runs from its file, and makes its own copies.
+      // Meanwhile the engine runs from its file, and makes its own copies.
+      this.#known.set(binary, { againAtMs: performance.now() + AGAIN_AFTER_MS });
       this.#log.warn({ err: error, engine: binary }, "copy an engine into a sealed memfd");
     }
   }
-}
-
-/** As `SealedCopy.of`; undefined when the file is gone. */
-function identityOf(path: string): string | undefined {
-  const found = statSync(path, { bigint: true, throwIfNoEntry: false });
-  return found && [found.dev, found.ino, found.size, found.mtimeNs, found.ctimeNs].join(":");
 }

@@ -148,16 +148,6 @@ function isArrayOfObjects(value: unknown): boolean {
 }
 
 /**
- * The text of a config.json with one more hook, the first of its stage; everything else means what it meant.
- * @throws InvalidRequest when it isn't a spec
- */
-export function withHook(text: string, stage: string, hook: OciHook, path = "config.json"): string {
-  return editSpec(text, path, (spec) => {
-    spec.hooks = { ...spec.hooks, [stage]: [hook, ...(spec.hooks?.[stage] ?? [])] };
-  });
-}
-
-/**
  * The text of a config.json for a copy of it in another directory: paths that are relative to the bundle become absolute.
  * @throws InvalidRequest when it isn't a spec
  */
@@ -498,6 +488,24 @@ export function parseBytes(text: string): number | undefined {
 }
 
 /**
+ * Whatever the key says, also those that `policies` hasn't (kill-…, hook.…).
+ * @param containerName  as for `cedanaAnnotations`: what is for another container of the pod is that one's affair
+ * @throws PermissionDenied
+ */
+export function refuseDenied(
+  spec: OciSpec,
+  denied: readonly string[],
+  containerName = containerNameOf(spec),
+): void {
+  if (isSandboxContainer(spec)) return;
+  for (const name of Object.keys(annotationsOf(spec)))
+    if (denied.some((key) => [`cedana.io/${key}`, `cedana.io/${key}.${containerName}`].includes(name)))
+      throw new PermissionDenied(
+        `annotation ${name} is denied by this node's configuration (annotations.deny)`,
+      );
+}
+
+/**
  * The checkpoint policy that a container's annotations ask for.
  *
  * Kubernetes annotates pods, not containers: `cedana.io/KEY.CONTAINER` is for one container of the pod and goes before
@@ -514,6 +522,7 @@ export function cedanaAnnotations(
   }: { denied?: readonly string[]; containerName?: string | undefined } = {},
 ): CedanaAnnotations {
   if (isSandboxContainer(spec)) return {};
+  refuseDenied(spec, denied, containerName);
   const annotations = annotationsOf(spec);
   const policy: Record<string, unknown> = {};
   for (const [key, field, allowed] of policies) {
@@ -521,10 +530,6 @@ export function cedanaAnnotations(
     const name = names.find((candidate) => annotations[candidate] !== undefined);
     if (name === undefined) continue;
     const value = annotations[name]!;
-    if (denied.includes(key))
-      throw new PermissionDenied(
-        `annotation ${name} is denied by this node's configuration (annotations.deny)`,
-      );
     if (allowed === "text") {
       if (value !== "") policy[field] = value;
       continue;

@@ -1,14 +1,15 @@
-import { rm } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
+import { gateBelow } from "../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
+import { toldPluginDirectory } from "../criu/plugins.ts";
 import { foreignHierarchies } from "../linux/cgroup.ts";
-import { Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
+import { criuConfig, Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
 import { pluginsOf, specFacts } from "../runtime/manifest-facts.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";
 import { hasNetworkNamespace, identityOf, type OciSpec } from "../runtime/spec.ts";
-import { criuConfigFile, dumpPolicy, policyOptions } from "./criu-policy.ts";
+import { dumpPolicy, policyOptions } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
 import { runHook } from "./hooks.ts";
 import type { Tag } from "./keeper.ts";
@@ -30,7 +31,7 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
   const target = dumpTarget(task, spec, engine, {
     tag: work.tag,
     directory: task.bundle,
-    engineCheckpoint: (engineDump) => engineCheckpoint(task, work.tag("checkpoint"), engine, engineDump),
+    engineCheckpoint: (engineDump) => engineCheckpoint(task, work.tag, engine, engineDump),
   });
   await dumpContainer(
     target,
@@ -72,6 +73,10 @@ export function dumpTarget(
     ownNetwork: hasNetworkNamespace(spec),
     mountPoints: (spec.mounts ?? []).map(({ destination }) => destination),
     rootfs: resolve(task.bundle, spec.root?.path ?? "rootfs"),
+    rootfsBase: {
+      open: async (signal) => await (await import("./rootfs-base.ts")).openRootfsBase(task, signal),
+      forget: async () => await (await import("./rootfs-base.ts")).forgetRootfsBase(task),
+    },
     facts: {
       ...identityOf(spec, task.id, task.namespace),
       ...(task.generation > 0 && { generation: task.generation }),
@@ -88,57 +93,50 @@ export function dumpTarget(
       return hook && (() => runHook(task, tag, hook, []));
     },
     cgroup: () => task.cgroup(),
+    gate: () => gateBelow(task.pod.keeper.pid),
+    criuConfig: async ({ policy, networkLock, externalMounts, withoutPlugins, workPath }) =>
+      criuConfig({
+        tcpClose: policy.tcp === "close",
+        skipInFlight: policy.tcp === "skip-in-flight",
+        networkLock: networkLock === "default" ? undefined : networkLock,
+        externalMounts,
+        pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
+        cgroupRoots: await foreignHierarchies(task.init.pid),
+      }),
     ...rest,
   };
 }
 
 export async function engineCheckpoint(
   task: Task,
-  tag: Tag,
+  tag: (step: string) => Tag,
   engine: Engine,
-  options: EngineDump,
+  { imagePath, workPath, parentPath, leaveRunning, policy, atGate, env }: EngineDump,
 ): Promise<void> {
-  const {
+  const logFile = join(task.bundle, "checkpoint.log.json");
+  const outputPath = join(task.bundle, "checkpoint.out");
+  const { argv } = engine.checkpoint({
+    id: task.id,
+    logFile,
     imagePath,
     workPath,
     parentPath,
     leaveRunning,
-    policy,
-    networkLock,
-    externalMounts,
-    withoutPlugins,
-  } = options;
-  const logFile = join(task.bundle, "checkpoint.log.json");
-  const outputPath = join(task.bundle, "checkpoint.out");
-  const configFile = await criuConfigFile(task.bundle, "dump", {
-    tcpClose: policy.tcp === "close",
-    skipInFlight: policy.tcp === "skip-in-flight",
-    networkLock: networkLock === "default" ? undefined : networkLock,
-    externalMounts,
-    pluginDirectory: withoutPlugins ? workPath : undefined,
-    cgroupRoots: await foreignHierarchies(task.init.pid),
+    ...policyOptions(policy),
+    criuConfigFile: env.CRIU_CONFIG_FILE,
   });
-  try {
-    const command = engine.checkpoint({
-      id: task.id,
-      logFile,
-      imagePath,
-      workPath,
-      parentPath,
-      leaveRunning,
-      ...policyOptions(policy),
-      ...configFile,
-    });
-    const onDeath = async () => void (await killCriu(workPath)); // its own processes alone: the container's are to live
-    const exit = await whileWatchingCriu(
-      { parent: task.pod.keeper.pid, workPath, onDeath, log: task.log },
-      async () => await task.pod.keeper.run(tag, { argv: command.argv, outputPath }),
-    );
-    if (exit.exitStatus !== 0)
-      throw await engineFailure("checkpoint", task.id, exit.exitStatus, logFile, outputPath);
-  } finally {
-    if (configFile.criuConfigFile) await rm(configFile.criuConfigFile, { force: true });
-  }
+  const onDeath = async () => void (await killCriu(workPath)); // its own processes alone: the container's are to live
+  const exit = await whileWatchingCriu(
+    { parent: task.pod.keeper.pid, workPath, onDeath, log: task.log },
+    async () =>
+      await task.pod.keeper.run(tag(atGate ? "checkpoint-at-gate" : "checkpoint"), {
+        argv,
+        env: Object.entries(env).map(([name, value]) => `${name}=${value}`),
+        outputPath,
+      }),
+  );
+  if (exit.exitStatus !== 0)
+    throw await engineFailure("checkpoint", task.id, exit.exitStatus, logFile, outputPath);
 }
 
 export async function withFeatures(task: Task): Promise<Engine> {

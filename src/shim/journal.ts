@@ -81,8 +81,8 @@ export interface ExecRecord {
   stdin: string;
   stdout: string;
   stderr: string;
-  /** the process as JSON, as containerd sent it */
-  spec: string;
+  /** the process as JSON, as containerd sent it: of a cedanad that had no file for it yet */
+  spec?: string;
   exit?: ExitRecord;
 }
 
@@ -130,10 +130,6 @@ export function readTaskRecord(bundle: string): TaskRecord | undefined {
     throw new BrokenImage(`task record ${path} is not JSON`, { cause: error });
   }
   throw new BrokenImage(`task record ${path} is not of version 1`);
-}
-
-export function removeTaskRecord(bundle: string): void {
-  rmSync(join(bundle, FILE_NAME), { force: true });
 }
 
 /**

@@ -13,6 +13,8 @@
  *   4   4     length   of the value. Integers are 8 bytes, strings UTF-8
  */
 
+import { InvalidRequest } from "../errors/index.ts";
+
 export const PROTOCOL_VERSION_MIN = 1;
 export const PROTOCOL_VERSION_MAX = 2;
 
@@ -128,14 +130,12 @@ export const fieldKey = {
   execPid: 56,
   eventKey: 57,
   path: 58,
-  count: 59,
   nonce: 60,
   closed: 61,
   build: 62,
   driverArgv: 63,
   driverEnv: 64,
   schedCore: 65,
-  oomScoreAdj: 66,
   status: 67,
   sealedFd: 68,
   sealedOf: 69,
@@ -155,14 +155,20 @@ export function exitStatusOf(waitStatus: number): number {
   return signal === 0 ? (waitStatus >> 8) & 0xff : 128 + signal;
 }
 
-/** One frame. Fields that are undefined are left out; arrays become repeated fields. */
+/**
+ * One frame. Fields that are undefined are left out; arrays become repeated fields.
+ * @throws InvalidRequest for a string with a NUL, which the other side would take for absent; but a message for people is told without it
+ */
 export function encodeMessage(type: MessageType, values: FieldValues): Buffer {
   const parts: (Buffer | Uint8Array)[] = [Buffer.allocUnsafe(FRAME_HEADER_BYTES)];
   let length = 0;
   const put = (key: number, value: number | bigint | boolean | string | Uint8Array) => {
     let bytes: Uint8Array;
-    if (typeof value === "string") bytes = Buffer.from(value, "utf8");
-    else if (value instanceof Uint8Array) bytes = value;
+    if (typeof value === "string") {
+      if (value.includes("\0") && key !== fieldKey.message)
+        throw new InvalidRequest(`${JSON.stringify(value)} has a NUL in it`);
+      bytes = Buffer.from(value.replaceAll("\0", "\ufffd"), "utf8");
+    } else if (value instanceof Uint8Array) bytes = value;
     else {
       const integer = Buffer.allocUnsafe(8);
       integer.writeBigInt64LE(BigInt.asIntN(64, BigInt(value)));

@@ -8,6 +8,7 @@ import {
   exitStatusOf,
   type FieldValues,
   type Message,
+  type MessageType,
   messageType,
 } from "./keeper-protocol.ts";
 
@@ -55,7 +56,15 @@ export interface IoOptions {
   driverArgv?: readonly string[] | undefined;
   driverEnv?: readonly string[] | undefined;
   timeoutMs?: number | undefined;
+  /** `ALL_PIPES` or nothing */
+  flags?: number | undefined;
 }
+
+/**
+ * Of IO_OPEN: a pipe also where there is nothing behind it. A restored process has what the keeper gives it; the host's /dev/null is on a
+ * mount that the container hasn't, so CRIU could not dump it again. (An engine that makes a container opens the container's own instead.)
+ */
+export const ALL_PIPES = 1;
 
 /** End of a process that the keeper adopted: a container's init, an exec'd process, an orphan. */
 export interface AdoptedExit {
@@ -266,7 +275,7 @@ export class Keeper {
   }
 
   #operate(
-    type: number,
+    type: MessageType,
     tag: Tag,
     what: string,
     values: FieldValues,
@@ -277,13 +286,14 @@ export class Keeper {
         reject(new Unavailable(`${what}: the pod's keeper (pid ${this.pid}) is gone`));
         return;
       }
+      const frame = encodeMessage(type, { request: tag.request, step: tag.step, ...values });
       this.#pending.set(tagKey(tag.request, tag.step), { what, onSpawned, resolve, reject });
-      this.#send(type, { request: tag.request, step: tag.step, ...values });
+      this.#socket.write(frame);
     });
   }
 
-  #send(type: number, values: FieldValues): void {
-    if (!this.#closed) this.#socket.write(encodeMessage(type as never, values));
+  #send(type: MessageType, values: FieldValues): void {
+    if (!this.#closed) this.#socket.write(encodeMessage(type, values));
   }
 }
 

@@ -1,15 +1,13 @@
 import { createHash } from "node:crypto";
 import { join } from "node:path";
 import type { Logger } from "pino";
+import { BrokenImage } from "../errors/index.ts";
 import type { Dispatcher } from "../ttrpc/index.ts";
 import { type Event, forwardFrame } from "./events.ts";
 import { readTaskRecord } from "./journal.ts";
 import type { AdoptedExit, Keeper, Tag } from "./keeper.ts";
 import { exitStatusOf, type Message } from "./keeper-protocol.ts";
 import { Task, type Work } from "./task.ts";
-
-/** Calls that start processes and learn their pid from a file. */
-const METHODS_THAT_START = ["Create", "Start"];
 
 /** A request that was in work at two crashes is not tried a third time. */
 const MAX_CRASHES = 2;
@@ -86,7 +84,10 @@ export class Pod {
 
   // ---- what the keeper says ------------------------------------------------------------------------------------------
 
-  /** TASK of a keeper that came back: read the record that the cedanad before us left. */
+  /**
+   * TASK of a keeper that came back: read the record that the cedanad before us left.
+   * @throws what hinders us now and may not hinder the next one (EMFILE, EIO): to forget the task for it would end its container
+   */
   taskKnown(message: Message): void {
     const [id, bundle] = [message.string("id"), message.string("bundle")];
     if (bundle === "") return; // its Create is under way and will be repeated: there is no record yet
@@ -98,6 +99,7 @@ export class Pod {
       }
       this.log.info({ task: id }, "the record is gone with the bundle: the task was deleted");
     } catch (error) {
+      if (!(error instanceof BrokenImage)) throw error;
       this.log.error({ task: id, err: error }, "read the task's record");
     }
     this.keeper.taskGone(id);
@@ -147,27 +149,21 @@ export class Pod {
   async arrived(): Promise<void> {
     // Collected until the tasks are whole again: what comes meanwhile belongs behind what came before.
     const { exits, requests } = this.#arriving ?? { exits: [], requests: [] };
+    const isRepeated = (task: Task) => requests.some((request) => task.answerTo(request.int("request")));
     for (const [id, task] of this.tasks) {
-      if (task.init.state === "deleted" && requests.length === 0) {
+      if (task.init.state === "deleted" && !isRepeated(task)) {
         this.tasks.delete(id); // its Delete was answered, only our TASK_GONE was not sent
         this.keeper.taskGone(id);
       } else await task.revived();
     }
     this.#arriving = undefined;
     for (const task of this.tasks.values()) task.resumeCheckpoint();
-    this.#startsUnderWay += 1; // no exit is an orphan's before the repeated requests have learned their pids
-    const served = requests.map((request) => this.#serve(request));
+    const served = requests.map((request) => this.#serve(request)); // those that start something count from here on
     await new Promise((resolve) => setImmediate(resolve));
     for (const exit of exits) this.exited(exit);
     // What a dump had frozen is thawed, unless the same dump goes on.
-    void Promise.allSettled(served.filter((_, index) => callsOne(requests[index]!, ["Checkpoint"]))).then(
-      () => Promise.all([...this.tasks.values()].map((task) => task.thawLeftover())),
-    );
-    void Promise.allSettled(served.filter((_, index) => callsOne(requests[index]!, METHODS_THAT_START))).then(
-      () => {
-        this.#startsUnderWay -= 1;
-        this.#forgetOrphans();
-      },
+    void Promise.allSettled(served.filter((_, index) => isCheckpoint(requests[index]!))).then(() =>
+      Promise.all([...this.tasks.values()].map((task) => task.thawLeftover())),
     );
   }
 
@@ -186,8 +182,6 @@ export class Pod {
     const abort = new AbortController();
     if (message.int("closed") === 1) abort.abort();
     this.#calls.set(request, { connection, abort });
-    const starts = callsOne(message, METHODS_THAT_START);
-    if (starts) this.#startsUnderWay += 1;
     // What a cedanad before us began may have ended at any time since the request arrived. Its age is of when the keeper sent it
     // to us: not before our welcome, and long ago when we have been slow.
     const sentMs = deliveries > 1 ? this.#welcomedMs : Date.now();
@@ -211,25 +205,40 @@ export class Pod {
       this.keeper.respond(request, new Uint8Array());
     } finally {
       this.#calls.delete(request);
-      if (starts) {
-        this.#startsUnderWay -= 1;
-        this.#forgetOrphans();
-      }
       this.#afterResponse(request);
+    }
+  }
+
+  /**
+   * For a call that starts a process and learns its pid from a file. Until its work is done, and that may be long after its caller was told
+   * that the time is over, no exit is an orphan's.
+   */
+  async starting<T>(work: () => Promise<T>): Promise<T> {
+    this.#startsUnderWay += 1;
+    try {
+      return await work();
+    } finally {
+      this.#startsUnderWay -= 1;
+      this.#forgetOrphans();
     }
   }
 
   readonly #afterwards = new Map<number, () => void>();
 
-  /** Runs when the response to the request is on its way. */
+  /** Runs when the response to the request is on its way: at once for a call that was answered when its time was over. */
   afterResponse(request: number, action: () => void): void {
-    this.#afterwards.set(request, action);
+    if (this.#calls.has(request)) this.#afterwards.set(request, action);
+    else action();
   }
 
   #afterResponse(request: number): void {
     const action = this.#afterwards.get(request);
     this.#afterwards.delete(request);
-    action?.();
+    try {
+      action?.();
+    } catch (error) {
+      this.log.error({ err: error, request }, "what follows the response to a call failed");
+    }
   }
 
   /** While no call is under way that may yet learn its pid, an unclaimed exit is that of somebody's orphan. */
@@ -240,8 +249,7 @@ export class Pod {
   }
 }
 
-/** Whether the frame calls one of the methods, judged by the method's field in the request: cheap, and never fails. */
-function callsOne(message: Message, methods: readonly string[]): boolean {
-  const head = message.bytes("frame").subarray(10, 160).toString("latin1");
-  return methods.some((method) => head.includes(`\x12${String.fromCharCode(method.length)}${method}`));
+/** Judged by the method's field in the request: cheap, and never fails. */
+function isCheckpoint(message: Message): boolean {
+  return message.bytes("frame").subarray(10, 160).includes("\x12\x0aCheckpoint", 0, "latin1");
 }

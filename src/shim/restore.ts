@@ -7,12 +7,14 @@ import {
 } from "../checkpoint/restore.ts";
 import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
 import { descendsFrom, kill, killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
+import { toldPluginDirectory } from "../criu/plugins.ts";
 import { Unsupported } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
 import { isAlive, programOf } from "../linux/proc.ts";
 import { readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
+import { configForRestore } from "../runtime/restore-configuration.ts";
 import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
 import {
@@ -21,8 +23,6 @@ import {
   hasUserNamespace,
   identityOf,
   type OciSpec,
-  ownsNetworkNamespace,
-  withHook,
 } from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
@@ -36,9 +36,7 @@ import type { Task, Work } from "./task.ts";
  *
  * Two things the engines don't do, and we do around them:
  *
- * - runc restores into an empty network namespace, where lo is down: sockets connected over loopback don't restore, and
- *   nothing in the container can use 127.0.0.1 afterwards. A hook in the bundle's config.json, which runc runs between CRIU's
- *   making of the namespaces and of the sockets, sets lo up. The config is put back after the restore.
+ * - The bundle's config.json is changed for the time of the restore: src/runtime/restore-configuration.ts says how and why.
  * - On hosts with cgroups version 2, runc leaves the processes in the cgroup of the container that was dumped, and crun tells
  *   CRIU to turn every hierarchy to the new container's path, version 1 ones of a hybrid host too (whatever its
  *   --manage-cgroups-mode says, which has no effect at a restore). A configuration file tells CRIU what each is turned to.
@@ -80,10 +78,14 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
       task.generation = generation; // on record with the start
     },
     policy: (manifest) => restorePolicy(manifest, spec),
-    prepareNetwork: async () => {
-      if (engine.name === "runc" && ownsNetworkNamespace(spec)) await config.addLoopbackHook(keeperPid);
+    prepareConfiguration: async () => {
+      const program = await programOf(keeperPid);
+      await config.change(
+        async (text, path) =>
+          await configForRestore(spec, text, { bundle: task.bundle, path, engine: engine.name, program }),
+      );
     },
-    putNetworkBack: () => config.putBack(),
+    putConfigurationBack: () => config.putBack(),
     prepareCgroup: async ({ cgroupsMode }) => {
       const cgroup = await cgroupOfRestore(task, spec);
       // Where the cgroup is there, CRIU gives it no limits of the dump; the engine gives it the new container's. systemd makes its own.
@@ -232,7 +234,7 @@ async function engineRestore(
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
     lazyPages: lazy,
-    pluginDirectory: withoutPlugins ? workPath : undefined,
+    pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
     externalMounts,
     cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
   });
@@ -280,13 +282,13 @@ class BundleConfig {
     this.#original = join(bundle, "config.json.original");
   }
 
-  async addLoopbackHook(keeperPid: number): Promise<void> {
-    await link(this.#path, this.#original).catch((error: NodeJS.ErrnoException) => {
-      if (error.code !== "EEXIST") throw error; // an attempt before a crash
-    });
-    const text = await readFile(this.#original, "utf8");
-    const hook = { path: await programOf(keeperPid), args: ["cedana-loopback"], timeout: 10 };
-    await writeFile(`${this.#path}.new`, withHook(text, "createRuntime", hook, this.#path), { mode: 0o600 });
+  /** @param edit  gives the text that it is to have; undefined: it stays as it is */
+  async change(edit: (text: string, path: string) => Promise<string | undefined>): Promise<void> {
+    await this.putBack(); // an attempt before a crash
+    const changed = await edit(await readFile(this.#path, "utf8"), this.#path);
+    if (changed === undefined) return;
+    await writeFile(`${this.#path}.new`, changed, { mode: 0o600 });
+    await link(this.#path, this.#original);
     await rename(`${this.#path}.new`, this.#path);
   }
 

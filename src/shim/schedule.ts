@@ -1,10 +1,9 @@
-import { readFile } from "node:fs/promises";
 import { CheckpointStore } from "../checkpoint/store.ts";
 import { messageOf } from "../errors/index.ts";
-import { type Configuration, readConfiguration } from "../runtime/configuration.ts";
+import { readConfiguration } from "../runtime/configuration.ts";
 import { cedanaAnnotations, podNamespaceOf } from "../runtime/spec.ts";
 import type { Task } from "./task.ts";
-import { checkpointNameOf, takeCheckpoint } from "./triggered.ts";
+import { checkpointNameOf, secretOf, takeCheckpoint } from "./triggered.ts";
 
 /*
  * `cedana.io/checkpoint-every`: a checkpoint of a container again and again, as long as it runs. When the next one is due is reckoned from
@@ -114,8 +113,4 @@ async function take(task: Task): Promise<void> {
     compression: checkpoints.compression,
     secret: await secretOf(checkpoints),
   });
-}
-
-async function secretOf({ keyFile }: Configuration["checkpoints"]): Promise<Uint8Array | undefined> {
-  return keyFile === undefined ? undefined : await readFile(keyFile);
 }

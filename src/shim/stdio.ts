@@ -55,6 +55,16 @@ export function planStdio(
   };
 }
 
+/** undefined for one that is no path: half an escape, or a NUL */
+function decodedPath({ pathname }: URL): string | undefined {
+  try {
+    const path = decodeURIComponent(pathname);
+    return path.includes("\0") ? undefined : path;
+  } catch {
+    return undefined; // URIError
+  }
+}
+
 interface Target {
   kind: number;
   path: string;
@@ -77,8 +87,8 @@ function parseTarget(name: string, uri: string): Target {
     throw new InvalidRequest(
       `${name} ${uri}: scheme ${url.protocol.slice(0, -1)} is not one of fifo, file, binary`,
     );
-  const path = decodeURIComponent(url.pathname);
-  if (!path.startsWith("/")) throw new InvalidRequest(`${name} ${uri} has no absolute path`);
+  const path = decodedPath(url);
+  if (!path?.startsWith("/")) throw new InvalidRequest(`${name} ${uri} has no absolute path`);
   // One value for each key, as log programs know it from the Go shim.
   const query = [...new Set(url.searchParams.keys())].flatMap((key) => [
     key,

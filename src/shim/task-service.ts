@@ -41,8 +41,19 @@ function effect<T extends { id: string }>(
     refusePoison(call);
     crashIfTold(call.method);
     const task = findTask(pod, request.id);
-    return task.answerTo(work.request) ?? (await handle(request, task, work, call));
+    const answered = task.answerTo(work.request);
+    if (!answered) return await handle(request, task, work, call);
+    if (task.init.state === "deleted") forget(task, call.context); // its Delete came so far
+    return answered;
   };
+}
+
+/** A task that is deleted, when the response is on its way. */
+function forget(task: Task, { pod, work }: CallContext): void {
+  pod.afterResponse(work.request, () => {
+    pod.tasks.delete(task.id);
+    pod.keeper.taskGone(task.id);
+  });
 }
 
 /** A call that only reads. */
@@ -58,9 +69,14 @@ function query<T extends { id: string }>(
   };
 }
 
+/** A call that starts a process, whose exit may come before its pid is known. */
+function starts(handle: Handler<CallContext>): Handler<CallContext> {
+  return async (payload, call) => await call.context.pod.starting(async () => await handle(payload, call));
+}
+
 /** The 17 calls, with the Go shim's meaning, states and errors. */
 export const taskService: Record<string, Handler<CallContext>> = {
-  async Create(payload, call) {
+  Create: starts(async (payload, call) => {
     const request = decode(api.CreateTaskRequest, payload, call);
     const { pod, work } = call.context;
     refusePoison(call);
@@ -102,33 +118,30 @@ export const taskService: Record<string, Handler<CallContext>> = {
     pod.tasks.set(task.id, task);
     task.started(task.init);
     return encodeAnswer(task);
-  },
-
-  Start: effect(api.StartRequest, async (request, task, work) => {
-    const process = task.process(request.execId);
-    return await process.inTurn(async () => {
-      if (process.isInit) await task.start(work);
-      else await task.startExec(work, process);
-      const answer = api.StartResponse.encode({ pid: process.pid });
-      task.commit(work, answer);
-      task.started(process);
-      if (process.isInit) await task.discardRestore();
-      return answer;
-    });
   }),
 
+  Start: starts(
+    effect(api.StartRequest, async (request, task, work) => {
+      const process = task.process(request.execId);
+      return await process.inTurn(async () => {
+        if (process.isInit) await task.start(work);
+        else await task.startExec(work, process);
+        const answer = api.StartResponse.encode({ pid: process.pid });
+        task.commit(work, answer);
+        task.started(process);
+        if (process.isInit) await task.discardRestore();
+        return answer;
+      });
+    }),
+  ),
+
   Delete: effect(api.DeleteRequest, async (request, task, work, call) => {
-    const { pod } = call.context;
     const process = task.process(request.execId);
     return await process.inTurn(async () => {
       const { pid, exit } = process.isInit ? await task.delete(work) : await task.deleteExec(work, process);
       const answer = api.DeleteResponse.encode({ pid, ...exitFields(exit) });
       task.commit(work, answer);
-      if (process.isInit)
-        pod.afterResponse(work.request, () => {
-          pod.tasks.delete(task.id);
-          pod.keeper.taskGone(task.id);
-        });
+      if (process.isInit) forget(task, call.context);
       return answer;
     });
   }),

@@ -1,22 +1,18 @@
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { rm, writeFile } from "node:fs/promises";
+import { readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.ts";
+import { gateBelow } from "../criu/gate.ts";
 import {
   AlreadyExists,
   BrokenImage,
-  Cancelled,
   NotFound,
-  RuntimeFailed,
   SyscallFailed,
   Unavailable,
   WrongState,
 } from "../errors/index.ts";
 import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
-import { mountCalls, planMount } from "../linux/mount-options.ts";
-import { isAlive } from "../linux/proc.ts";
-import { pathInRoot } from "../linux/root-path.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
 import { Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
 import { execKillPolicy, type KillPolicy, killPolicy, planKill } from "../runtime/kill-policy.ts";
@@ -33,18 +29,19 @@ import {
   sharesPidNamespace,
 } from "../runtime/spec.ts";
 import type { CheckpointRequest } from "./checkpoint.ts";
+import { Ending } from "./ending.ts";
 import { Escalations } from "./escalation.ts";
 import * as events from "./events.ts";
 import {
-  type EndingRecord,
   type ExecRecord,
   MAX_ANSWERS,
   type TaskRecord,
   writeEngineNote,
   writeTaskRecord,
 } from "./journal.ts";
-import { type AdoptedExit, stdioKind, type Tag } from "./keeper.ts";
+import { type AdoptedExit, ALL_PIPES, stdioKind, type Tag } from "./keeper.ts";
 import { LazyMemory } from "./lazy-memory.ts";
+import { mountAll } from "./mounts.ts";
 import type { Pod } from "./pod.ts";
 import { type Exit, Process, type ProcessStdio, refusal } from "./process.ts";
 import type { RestoreSource } from "./restore-source.ts";
@@ -52,8 +49,6 @@ import { planStdio } from "./stdio.ts";
 import { type TaskLogger, taskLogger } from "./task-log.ts";
 
 const SIGKILL = 9;
-/** The kernel needs a moment to end what CRIU has killed, and the keeper to tell. */
-const END_AFTER_DUMP_MS = 5_000;
 /** How long Delete waits for output that a background child may hold open: as the Go shim, unless a test is in a hurry. */
 const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 /** The counter of OOM kills may rise a little after the notification (cgroups version 1). */
@@ -121,7 +116,8 @@ export class Task {
   readonly memory: LazyMemory;
   readonly #pod: Pod;
   readonly #log: TaskLogger;
-  readonly #execSpecs = new Map<string, { serial: number; spec: string }>();
+  /** of each exec: what tells its files from those of another of its name, and what of its OCI process signals depend on */
+  readonly #execFacts = new Map<string, { serial: number; process: OciProcess }>();
   #answers: TaskRecord["answers"] = [];
   #spec: OciSpec | undefined;
   #cgroup: Cgroup | undefined;
@@ -135,10 +131,7 @@ export class Task {
   #rootfs: RootfsMount[] = [];
   #parentCheckpoint: string | undefined;
   #oomKills = 0;
-  /** since a signal upon which it is checkpointed instead; its exit is held until the checkpoint is in its place */
-  #ending: EndingRecord | undefined;
-  #endingIsOver = false;
-  readonly #endingGivenUp = new AbortController();
+  readonly #ending: Ending;
   readonly #escalations: Escalations;
 
   private constructor(
@@ -168,6 +161,21 @@ export class Task {
       changed: () => this.record(),
       filled: () => this.discardRestore(),
       kill: () => this.#killWithoutMemory(),
+    });
+    this.#ending = new Ending({
+      what: `task ${id}`,
+      log: this.#log,
+      init,
+      changed: () => this.record(),
+      checkpoint: async (signal) => {
+        const { checkpointAtEnd } = await import("./triggered.ts");
+        await checkpointAtEnd(this, signal);
+      },
+      send: async (signal, escalation) => {
+        await this.undo("send the signal", this.#signal(pod.keeper.ownTag("signal"), init, signal));
+        this.#escalations.begin("", escalation);
+      },
+      over: () => this.#releaseHeldExits(),
     });
     this.#escalations = new Escalations({
       send: async (execId, signal) =>
@@ -220,12 +228,15 @@ export class Task {
     if (options.warnings.length > 0) task.#log.warn({ warnings: options.warnings }, "runtime options");
     task.#parentCheckpoint = request.parentCheckpoint || undefined;
     if (restore?.onFailure === "fresh") task.#rootfs = request.rootfs;
-    writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
     init.starting = true; // an exit waits until the create event is out
     pod.creating.add(task);
     try {
+      writeEngineNote(task.bundle, task.engine.binary, task.engine.root, task.id);
       await task.#useCheckpoint();
-      const stdio = planStdio(init.io, init.stdio, task.id, pod.namespace, options);
+      const stdio = {
+        ...planStdio(init.io, init.stdio, task.id, pod.namespace, options),
+        ...(restore && { flags: ALL_PIPES }),
+      };
       await task.#mountRootfs(work, request.rootfs);
       await pod.keeper.ioOpen(work.tag("io"), stdio);
       if (!restore) await task.#createContainer(work);
@@ -279,7 +290,7 @@ export class Task {
     task.#afresh = record.afresh;
     task.#parentCheckpoint = record.parentCheckpoint;
     task.#oomKills = record.oomKills;
-    task.#ending = record.ending;
+    task.#ending.revive(record.ending);
     task.#answers = record.answers;
     for (const exec of record.execs) {
       const process = new Process(
@@ -291,7 +302,7 @@ export class Task {
       process.pid = exec.pid;
       if (exec.exit) process.markExited({ status: exec.exit.status, atNs: BigInt(exec.exit.atNs) });
       task.execs.set(exec.execId, process);
-      task.#execSpecs.set(exec.execId, { serial: exec.serial, spec: exec.spec });
+      task.#execFacts.set(exec.execId, { serial: exec.serial, process: task.#revivedProcess(exec) });
     }
     task.#escalations.revive(record.escalations ?? []);
     if (record.lazy) void task.memory.revive(record.lazy, record.state !== "createdFromCheckpoint");
@@ -384,7 +395,7 @@ export class Task {
         restoreAsked: this.#restoreSource.why,
         ...(this.#restoreSource.claim && { claim: this.#restoreSource.claim }),
       }),
-      ...(this.#ending && { ending: this.#ending }),
+      ...(this.#ending.record && { ending: this.#ending.record }),
       ...(this.#rootfs.length > 0 && { rootfs: this.#rootfs }),
       ...(this.#afresh && { afresh: this.#afresh }),
       ...(this.#parentCheckpoint && { parentCheckpoint: this.#parentCheckpoint }),
@@ -392,14 +403,12 @@ export class Task {
       oomKills: this.#oomKills,
       ...exitRecord(this.init.exit),
       execs: [...this.execs.values()].map((process): ExecRecord => {
-        const { serial, spec } = this.#execSpecs.get(process.execId)!;
         return {
           execId: process.execId,
-          serial,
+          serial: this.#execFacts.get(process.execId)!.serial,
           state: process.state,
           pid: process.pid,
           ...process.stdio,
-          spec,
           ...exitRecord(process.exit),
         };
       }),
@@ -466,7 +475,7 @@ export class Task {
         // The task must be deletable: it has ended without having lived.
         this.init.markExited({ status: 255, atNs: nowNs() });
         this.record();
-        await this.#giveClaimBack();
+        if (this.#isUndone) await this.#giveClaimBack();
         throw error;
       }
       this.#log.warn(
@@ -476,9 +485,14 @@ export class Task {
       this.generation = 0;
       this.#afresh = "begun"; // on record: a repetition must not restore into a container that runs
       this.#writeRecord();
-      await this.#giveClaimBack();
+      if (this.#isUndone) await this.#giveClaimBack();
       await this.#startAfresh(work);
     }
+  }
+
+  /** Whether a failed restore has left nothing behind. Without a keeper its engine may be at work still, and end well. */
+  get #isUndone(): boolean {
+    return this.#pod.keeper.connected;
   }
 
   /** The engine's part of a restore. When it returns, the container runs and the init's pid is known. */
@@ -490,7 +504,7 @@ export class Task {
     const consoleSocket = this.init.stdio.terminal ? this.#pod.consoleSocketPath(this.init.io) : undefined;
     const pidFile = join(this.bundle, "init.pid");
     const logFile = this.#logFile("restore");
-    const { argv } = engine.restore({
+    const { argv, env = [] } = engine.restore({
       ...options,
       id: this.id,
       bundle: this.bundle,
@@ -501,7 +515,9 @@ export class Task {
       noPivot: this.options.noPivotRoot,
     });
     const step = options.lazyPages ? "restore-lazily" : "restore"; // the one may follow on the other
-    const exit = await this.#pod.keeper.run(work.tag(step), { argv, io: this.init.io, consoleSocket });
+    const { keeper } = this.#pod;
+    env.push(`PATH=${(await gateBelow(keeper.pid)).path}`);
+    const exit = await keeper.run(work.tag(step), { argv, env, io: this.init.io, consoleSocket });
     if (exit.exitStatus !== 0) throw await engineFailure("restore", this.id, exit.exitStatus, logFile);
     this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);
@@ -589,10 +605,11 @@ export class Task {
   }
 
   /** A failed restore's stdio was given away with it. */
-  async #reopenStdio(work: Work, after: string): Promise<void> {
+  async #reopenStdio(work: Work, after: "lazily" | "afresh"): Promise<void> {
     await this.#pod.keeper.ioFree(work.tag(`io-free-${after}`), this.init.io);
     const stdio = planStdio(this.init.io, this.init.stdio, this.id, this.namespace, this.options);
-    await this.#pod.keeper.ioOpen(work.tag(`io-${after}`), stdio);
+    const flags = after === "lazily" ? ALL_PIPES : 0;
+    await this.#pod.keeper.ioOpen(work.tag(`io-${after}`), { ...stdio, flags });
   }
 
   /** After a failed restore has been undone. */
@@ -631,14 +648,14 @@ export class Task {
   async startExec(work: Work, process: Process): Promise<number> {
     process.check("start");
     this.#checkExec(process.execId);
-    const { serial, spec } = this.#execSpecs.get(process.execId)!;
+    const { serial } = this.#execFacts.get(process.execId)!;
     const file = (suffix: string) => this.#execFile(serial, suffix);
     const consoleSocket = process.stdio.terminal ? this.#pod.consoleSocketPath(process.io) : undefined;
     process.starting = true;
     try {
       const stdio = planStdio(process.io, process.stdio, this.id, this.namespace, this.options);
       try {
-        writeFileSync(file("json"), await this.#execProcess(spec), { mode: 0o600 }); // some KB on a tmpfs: less than a trip through the thread pool
+        await this.#interceptExec(file("json"));
         // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
         const opened = this.#pod.keeper.ioOpen(work.tag("io"), stdio);
         opened.catch(() => {}); // looked at below, if we get there
@@ -672,10 +689,24 @@ export class Task {
     return process.pid;
   }
 
-  async #execProcess(process: string): Promise<string> {
-    if (!this.#spec || !hasOurAnnotations(this.#spec)) return process;
+  async #interceptExec(path: string): Promise<void> {
+    if (!this.#spec || !hasOurAnnotations(this.#spec)) return;
     const { withInterception } = await import("../runtime/gpu-injection.ts");
-    return withInterception(process, this.#spec);
+    const process = await readFile(path, "utf8");
+    const changed = withInterception(process, this.#spec);
+    if (changed !== process) await writeFile(path, changed, { mode: 0o600 });
+  }
+
+  /** Its OCI process lies in a file, which the record of a cedanad of before had in itself. */
+  #revivedProcess({ serial, spec }: ExecRecord): OciProcess {
+    const path = this.#execFile(serial, "json");
+    try {
+      if (spec !== undefined) writeFileSync(path, spec, { mode: 0o600 });
+      return processOf(readFileSync(path, "utf8"));
+    } catch (error) {
+      this.#log.warn({ err: error }, "read the process of an exec: its start will fail"); // deleted in the moment of a crash
+      return {};
+    }
   }
 
   /** Registers an exec'd process; it runs at its Start. */
@@ -683,10 +714,13 @@ export class Task {
     if (this.execs.has(request.execId))
       throw new AlreadyExists(`exec ${request.execId} of task ${this.id} already exists`);
     this.#checkExec(request.execId);
-    execKillPolicy({}, processOf(request.spec));
-    const process = new Process(request.execId, execIo(this.id, work.request), request.stdio, "created");
+    const facts = { serial: work.request, process: processOf(request.spec) };
+    execKillPolicy({}, facts.process);
+    // Not in the record, which is written again at each transition. Some KB on a tmpfs: less than a trip through the thread pool.
+    writeFileSync(this.#execFile(facts.serial, "json"), request.spec, { mode: 0o600 });
+    const process = new Process(request.execId, execIo(this.id, facts.serial), request.stdio, "created");
     this.execs.set(request.execId, process);
-    this.#execSpecs.set(request.execId, { serial: work.request, spec: request.spec });
+    this.#execFacts.set(request.execId, facts);
     this.publish(`exec-added:${work.request}`, events.execAdded(this.id, request.execId));
   }
 
@@ -723,7 +757,7 @@ export class Task {
     const execsLeft = [...this.execs.values()].some(
       (exec) => exec.state === "running" || (exec.starting && exec.pid !== 0),
     );
-    if (this.init.heldExit && !this.init.starting && !execsLeft && !this.#isBeingCheckpointed)
+    if (this.init.heldExit && !this.init.starting && !execsLeft && !this.#ending.isUnderWay)
       void this.#publishInitExit();
   }
 
@@ -736,7 +770,9 @@ export class Task {
 
   #publishExit(process: Process): void {
     const { atNs, sequence } = process.heldExit!;
-    const status = this.#statusOf(process);
+    const status = process.isInit
+      ? this.#ending.statusOf(process.heldExit!.status)
+      : process.heldExit!.status;
     process.markExited({ status, atNs });
     this.#escalations.end(process.execId);
     if (process.isInit)
@@ -795,8 +831,9 @@ export class Task {
     }
     if (process.exit && !work.repeated) throw this.#goneError(process);
     const { signal, escalation, checkpoint } = planKill(await this.#killPolicy(process), sent);
-    if (checkpoint && process.isInit && this.#beginEnding({ signal, escalation, status: 128 + sent })) return;
-    if (sent === SIGKILL && process.isInit) this.#giveUpEnding();
+    if (checkpoint && process.isInit && this.#ending.begin({ signal, escalation, status: 128 + sent }))
+      return;
+    if (sent === SIGKILL && process.isInit) this.#ending.giveUp();
     if (all && process.isInit) {
       const command = this.engine.kill({ id: this.id, signal, all: true, logFile: this.#logFile("kill") });
       await this.#runEngine(work.tag("kill-all"), "kill", command);
@@ -807,7 +844,7 @@ export class Task {
   async #killPolicy(process: Process): Promise<KillPolicy | undefined> {
     const spec = await this.spec();
     if (process.isInit) return killPolicy(spec);
-    return execKillPolicy(spec, processOf(this.#execSpecs.get(process.execId)!.spec));
+    return execKillPolicy(spec, this.#execFacts.get(process.execId)!.process);
   }
 
   #goneError(process: Process): NotFound {
@@ -822,87 +859,11 @@ export class Task {
       throw error;
     }
     // A frozen process of cgroups version 1 doesn't even die.
-    const stands = this.init.state === "paused" || this.#isBeingCheckpointed;
+    const stands = this.init.state === "paused" || this.#ending.isUnderWay;
     if (signal === SIGKILL && stands && this.#cgroup?.version === 1) {
       await this.#cgroup.thaw();
       if (!this.init.exit && this.init.state === "paused") this.init.move("resume");
     }
-  }
-
-  // ---- a checkpoint instead of a signal --------------------------------------------------------------------------------
-
-  /*
-   * `cedana.io/checkpoint-on`. The kill is answered at once, as that of a signal is. The dump ends the container, so that nothing of it
-   * runs on; its exit is told when the checkpoint is in its place, with the signal's status, so that whoever starts the next container
-   * upon it finds the checkpoint. That it is being ended is on record: the next cedanad after a crash goes on. When it fails, the
-   * container gets the signal. A SIGKILL meanwhile ends container and dump.
-   */
-
-  get #isBeingCheckpointed(): boolean {
-    return this.#ending !== undefined && !this.#endingIsOver;
-  }
-
-  #statusOf(process: Process): number {
-    const { status } = process.heldExit!;
-    // CRIU ends what it has dumped by SIGKILL.
-    const dumped = process.isInit && this.#ending && !this.#ending.killed && status === 128 + SIGKILL;
-    return dumped ? this.#ending!.status : status;
-  }
-
-  /** @returns false when it can't be checkpointed now: then the signal is all there is */
-  #beginEnding(ending: Omit<EndingRecord, "killed">): boolean {
-    if (this.#ending) return true; // a second signal changes nothing
-    if (this.init.exit || (this.init.state !== "running" && this.init.state !== "paused")) return false;
-    this.#ending = { ...ending, killed: false };
-    this.record();
-    void this.#end(async () => {
-      const { checkpointAtEnd } = await import("./triggered.ts");
-      await checkpointAtEnd(this, this.#endingGivenUp.signal);
-    });
-    return true;
-  }
-
-  #giveUpEnding(): void {
-    if (!this.#isBeingCheckpointed) return;
-    this.#ending = { ...this.#ending!, killed: true };
-    this.#endingGivenUp.abort(new Cancelled(`task ${this.id} is killed`));
-    this.record();
-  }
-
-  async #end(checkpoint: () => Promise<void>): Promise<void> {
-    const { signal, escalation } = this.#ending!;
-    try {
-      await checkpoint();
-    } catch (error) {
-      const ended = this.init.exit !== undefined || this.init.heldExit !== undefined;
-      if (!ended) this.#ending = undefined;
-      this.#log.warn(
-        { err: error, signal },
-        ended ? "not checkpointed at its end" : "not checkpointed instead of a signal: it gets the signal",
-      );
-      if (!ended) {
-        this.record();
-        const { keeper } = this.#pod;
-        await this.undo("send the signal", this.#signal(keeper.ownTag("signal"), this.init, signal));
-        this.#escalations.begin("", escalation);
-      }
-    } finally {
-      this.#endingIsOver = true;
-      this.#releaseHeldExits();
-    }
-  }
-
-  /** @param resumed  when a checkpoint that was cut off by a crash has come to its end */
-  async #resumeEnding(resumed: Promise<void> | undefined): Promise<void> {
-    await this.#end(async () => {
-      await resumed;
-      const deadline = resumed ? Date.now() + END_AFTER_DUMP_MS : 0;
-      while (!this.init.exit && !this.init.heldExit) {
-        if (isAlive(this.init.pid) && Date.now() > deadline)
-          throw new Cancelled("cedanad ended before the checkpoint was whole");
-        await delay(10);
-      }
-    });
   }
 
   /** @param work  its request tells this pause from another of the task's */
@@ -1033,7 +994,7 @@ export class Task {
         .then(({ resumeCheckpoint }) => resumeCheckpoint(this, turn.resolve))
         .finally(turn.resolve);
     }
-    if (this.#ending && !this.init.exit) void this.#resumeEnding(resumed);
+    if (!this.init.exit) this.#ending.resume(resumed);
   }
 
   async resizePty(work: Work, process: Process, width: number, height: number): Promise<void> {
@@ -1089,11 +1050,11 @@ export class Task {
     process.move("delete");
     if (process.pid === 0) process.neverRan();
     this.execs.delete(process.execId);
-    const { serial } = this.#execSpecs.get(process.execId)!;
+    const { serial } = this.#execFacts.get(process.execId)!;
     this.#pod.afterResponse(work.request, () => {
       for (const suffix of ["json", "pid", "log"]) rmSync(this.#execFile(serial, suffix), { force: true });
     });
-    this.#execSpecs.delete(process.execId);
+    this.#execFacts.delete(process.execId);
     return { pid: process.pid, exit: process.exit };
   }
 
@@ -1103,7 +1064,8 @@ export class Task {
    */
   async destroy(): Promise<Exit> {
     const { keeper } = this.#pod;
-    if (this.init.state === "createdFromCheckpoint") await this.#giveClaimBack();
+    // Of one that is being restored, its start knows.
+    if (this.init.state === "createdFromCheckpoint" && !this.init.starting) await this.#giveClaimBack();
     if (this.init.state !== "deleted") {
       await this.#engineDelete(keeper.ownTag("destroy"), true).catch((error) =>
         this.#log.warn({ err: error }, "delete the container of an abandoned task"),
@@ -1142,22 +1104,9 @@ export class Task {
   // ---- parts ---------------------------------------------------------------------------------------------------------
 
   async #mountRootfs(work: Work, mounts: CreateRequest["rootfs"], step = "mount"): Promise<void> {
-    const root = join(this.bundle, "rootfs");
-    for (const [index, mount] of mounts.entries()) {
-      this.#rootfsMounted = true;
-      const target = await pathInRoot(root, mount.target);
-      const plan = planMount(mount, target);
-      if (plan.helper) {
-        const exit = await this.#pod.keeper.run(work.tag(`${step}:${index}`), { argv: plan.helper.argv });
-        if (exit.exitStatus !== 0)
-          throw new RuntimeFailed(`mount ${mount.type} at ${target}: ${plan.helper.argv[0]} failed`, {
-            exitStatus: exit.exitStatus,
-          });
-        continue;
-      }
-      for (const [part, call] of mountCalls(plan).entries())
-        await this.#pod.keeper.mount(work.tag(`${step}:${index}.${part}`), call);
-    }
+    if (mounts.length === 0) return;
+    this.#rootfsMounted = true;
+    await mountAll(this.#pod.keeper, mounts, join(this.bundle, "rootfs"), (at) => work.tag(`${step}:${at}`));
   }
 
   async #createContainer(work: Work): Promise<void> {
@@ -1207,20 +1156,25 @@ export class Task {
   }
 
   async #undoCreate(work: Work): Promise<void> {
-    const undo = async (what: string, action: Promise<unknown>) => {
-      await action.catch((error) => {
+    const undo = async (what: string, action: Promise<unknown>): Promise<boolean> => {
+      try {
+        await action;
+        return true;
+      } catch (error) {
         if (!(error instanceof Unavailable)) this.#log.error({ err: error }, `undo a failed create: ${what}`);
-      });
+        return false;
+      }
     };
     this.#use?.[Symbol.dispose]();
     await this.#giveClaimBack();
-    await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
+    const deleted = await undo("delete", this.#engineDelete(work.tag("undo-create"), true));
     await undo("remove the cgroup", this.removeCgroup());
     await undo("close stdio", this.#pod.keeper.ioFree(work.tag("undo-io"), this.init.io));
     if (this.#rootfsMounted)
       await undo("unmount", this.#pod.keeper.unmount(work.tag("undo-mount"), join(this.bundle, "rootfs")));
     await undo("remove what was unpacked", this.discardRestore());
-    await rm(join(this.bundle, "cedana-engine"), { force: true });
+    // Where the keeper has gone, the launcher's `delete` finds the container by it.
+    if (deleted) await rm(join(this.bundle, "cedana-engine"), { force: true });
     this.#pod.keeper.taskGone(this.id); // it may watch for out-of-memory kills
     if (this.init.heldExit) this.#pod.keeper.acknowledge(this.init.heldExit.sequence); // told to nobody
   }
@@ -1282,10 +1236,11 @@ function execIo(id: string, serial: number): string {
   return `${id}/${serial}`;
 }
 
-/** An exec's OCI process. One that is none is the engine's to refuse, in its own words. */
+/** What signals depend on in an exec's OCI process. One that is none is the engine's to refuse, in its own words. */
 function processOf(spec: string): OciProcess {
   try {
-    return (JSON.parse(spec) as OciProcess | null) ?? {};
+    const { env } = (JSON.parse(spec) as OciProcess | null) ?? {};
+    return Array.isArray(env) ? { env: env.filter((entry) => String(entry).startsWith("CEDANA_KILL_")) } : {};
   } catch {
     return {};
   }

@@ -9,12 +9,12 @@ import { thawNoted } from "../checkpoint/freeze-marker.ts";
 import { MANIFEST_NAME, readManifest } from "../checkpoint/manifest.ts";
 import { offerCheckpoint } from "../checkpoint/resume.ts";
 import { CheckpointStore, type StoredCheckpoint, type StoreOwner } from "../checkpoint/store.ts";
-import { endOfWriters } from "../checkpoint/writers.ts";
+import { endOfWriters } from "../criu/leftovers.ts";
 import { InvalidRequest, NotFound, RuntimeFailed, WrongState } from "../errors/index.ts";
 import { startTime } from "../linux/proc.ts";
 import { allowedAnnotations } from "../runtime/annotated-checkpoint.ts";
 import { checkpointNameOf as nameOf, rootfsOf } from "../runtime/checkpoint-on.ts";
-import { readConfiguration } from "../runtime/configuration.ts";
+import { type Configuration, readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { cedanaAnnotations, type OciSpec, podNamespaceOf } from "../runtime/spec.ts";
 import { dumpTarget, engineCheckpoint, withFeatures } from "./checkpoint.ts";
@@ -139,6 +139,11 @@ export function checkpointNameOf(task: Task, spec: OciSpec): string {
   return nameOf({ ...cedanaAnnotations(spec), autoResume: undefined }, spec, task.id);
 }
 
+/** What encrypts the checkpoints that the node takes by itself. */
+export async function secretOf({ keyFile }: Configuration["checkpoints"]): Promise<Uint8Array | undefined> {
+  return keyFile === undefined ? undefined : await readFile(keyFile);
+}
+
 async function alone<T>(task: Task, work: () => Promise<T>): Promise<T> {
   if (busy.has(task)) throw new WrongState(`a checkpoint of task ${task.id} is being taken already`);
   busy.add(task);
@@ -170,7 +175,12 @@ export async function resumeCheckpoint(task: Task, onDumped: () => void): Promis
         await giveUp(task, record);
         return;
       }
-      const done = await finish(task, record, { trigger: record.trigger }, onDumped);
+      // The node's own key is there still; a caller's went with the cedanad that was told it.
+      const secret =
+        record.encrypted && record.trigger === "schedule"
+          ? await secretOf((await readConfiguration()).checkpoints)
+          : undefined;
+      const done = await finish(task, record, { trigger: record.trigger, secret }, onDumped);
       task.log.info({ path: done.path }, "finished a checkpoint that a crash of cedanad had cut off");
     } catch (error) {
       task.log.error({ err: error }, "a checkpoint that a crash of cedanad had cut off came to nothing");
@@ -316,8 +326,10 @@ async function checkpointOnce(
     if (await has("stats-dump")) return;
     if (await has("dump.log"))
       throw new RuntimeFailed(`checkpoint of ${task.id} failed while cedanad was away`, {});
+    // Sent away from the gate with the end of the cedanad that had started it.
+    if (engineDump.atGate) throw new RuntimeFailed(`checkpoint of ${task.id} had not begun`, {});
   }
-  await engineCheckpoint(task, task.pod.keeper.ownTag("checkpoint"), engine, engineDump);
+  await engineCheckpoint(task, (step) => task.pod.keeper.ownTag(step), engine, engineDump);
 }
 
 /** A dump that took cedanad along again and again: what it left is undone, or kept where it is the container's last. */

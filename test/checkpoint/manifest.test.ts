@@ -220,13 +220,26 @@ describe("verifyFiles", () => {
     fs.symlinkSync("../before", path.join(images, "parent"));
     await writeManifest(images, written, { digests: true });
     const digests = (await readManifest(images))!.files.map((file) => [file.path, file.digest]);
-    const sha256 = (text: string) => `sha256:${createHash("sha256").update(text).digest("hex")}`;
-    expect(digests).toEqual([
-      ["dump.log", sha256("log")],
-      ["pages-1.img", sha256("12345")],
-      ["sub/empty", sha256("")],
-    ]);
+    const names = ["dump.log", "pages-1.img", "sub/empty"];
+    const sums = execFileSync("xxh128sum", names, { cwd: images, encoding: "utf8" });
+    expect(sums).toBe(
+      digests.map(([name, digest]) => `${digest!.replace("xxh128:", "")}  ${name}\n`).join(""),
+    );
     expect(await verify()).toEqual([]);
+  });
+
+  it("compares with SHA-256 where a manifest has it, as those of older checkpoints do", async () => {
+    await writeManifest(images, written, { digests: true });
+    const manifest = (await readManifest(images))!;
+    const sha256 = (path_: string) =>
+      `sha256:${createHash("sha256")
+        .update(fs.readFileSync(path.join(images, path_)))
+        .digest("hex")}`;
+    for (const file of manifest.files) file.digest = sha256(file.path);
+    fs.writeFileSync(path.join(images, "cedana.json"), JSON.stringify(manifest));
+    expect(await verify()).toEqual([]);
+    fs.writeFileSync(path.join(images, "pages-1.img"), "12346");
+    expect(await verify()).toMatchObject([{ path: "pages-1.img", kind: "digest" }]);
   });
 
   it("names each fault by its file and kind", async () => {
@@ -306,7 +319,8 @@ describe("the schema in the repository", () => {
     name: "web",
     trigger: "command",
     rootfsDiff: {
-      source: "overlay",
+      source: "snapshot",
+      snapshotter: "native",
       bytes: 1024,
       members: 0,
       deleted: 0,

@@ -22,7 +22,7 @@ function cedana(...args: string[]) {
     cwd: directory,
     encoding: "utf8",
   });
-  return { status, stdout, stderr: stderr.replaceAll(/\s+›?\s*/g, " ") };
+  return { status, stdout, stderr };
 }
 
 describe.skipIf(!built)("cedana archive (needs `npm run build`)", () => {

@@ -3,7 +3,8 @@ import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { formatOfName } from "../../src/criu/image/format.ts";
 import { encodeMessage, type Message } from "../../src/criu/image/message.ts";
-import { findUnsuitable, installedPlugins } from "../../src/criu/suitability.ts";
+import { installedPlugins } from "../../src/criu/plugins.ts";
+import { findUnsuitable } from "../../src/criu/suitability.ts";
 import { CriuWorker } from "../../src/criu/worker.ts";
 import { Workplace, whyNoDump } from "./harness.ts";
 import { imageWords, sized } from "./synthetic.ts";
@@ -60,7 +61,8 @@ describe.skipIf(reason)(`images for this machine${reason ? ` (${reason})` : ""}`
     mkdirSync(directory);
     copyFileSync(join(place.path, "core-1.img"), join(directory, "cuda_plugin.so"));
     writeFileSync(join(directory, "README"), "");
-    expect([...(await installedPlugins({ CRIU_LIBS_DIR: directory }))]).toEqual(["cuda_plugin"]);
-    expect([...(await installedPlugins({ CRIU_LIBS_DIR: join(place.path, "none") }))]).toEqual([]);
+    for (const told of ["CRIU_LIBS_DIR", "CEDANA_CRIU_PLUGINS"])
+      expect([...installedPlugins({ [told]: directory })], told).toEqual([["cuda_plugin", directory]]);
+    expect([...installedPlugins({ CRIU_LIBS_DIR: join(place.path, "none") })]).toEqual([]);
   });
 });

@@ -1,6 +1,7 @@
 // The addon's calls in the helper process, and the rules of the stand-in driver, without any container.
 
-import { readFileSync, writeFileSync } from "node:fs";
+import { execFileSync } from "node:child_process";
+import { chmodSync, copyFileSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { TimedOut, Unavailable, Unsupported } from "../../src/errors/index.ts";
@@ -41,7 +42,7 @@ describe("the driver's calls, by the helper, on the stand-in driver", () => {
     const { pid } = client;
     expect(await means.restoreThread(pid)).toBeGreaterThan(pid);
     expect(await means.state(pid)).toBe("running");
-    await expect(means.unlock(pid)).rejects.toThrow(/401.*another state/);
+    await expect(means.unlock(pid)).rejects.toThrow(/\(CUDA_ERROR_ILLEGAL_STATE, 401\): .*another state/);
     await expect(means.checkpoint(pid)).rejects.toThrow(/401/);
     await means.lock(pid, 1000);
     expect(await means.state(pid)).toBe("locked");
@@ -184,6 +185,20 @@ describe("the driver's calls, by the helper, on the stand-in driver", () => {
     await expect(chooseMeans(new HelperKeeper(), limits, who)).rejects.toThrow(/cannot open shared object/);
   });
 
+  it("are told from what a driver's library writes to its stdout", async () => {
+    using place = new Gpus();
+    const library = join(place.path, "libcuda.so.1");
+    execFileSync("cc", ["-shared", "-fPIC", "-x", "c", "-", "-o", library], {
+      input: '#include <unistd.h>\n__attribute__((constructor)) void f(void) { if (write(1, "{\\n", 2)) {} }',
+    });
+    using _ = withEnvironment({ CEDANA_GPU_DRIVER: library, CEDANA_GPU_MEANS: "driver" });
+    await using helpers = new HelperKeeper();
+    await expect(chooseMeans(helpers, limits, who)).rejects.toThrow(
+      /driver \(of unknown version\) can't checkpoint/,
+    );
+    expect(helpers.helper().isAlive).toBe(true);
+  });
+
   it("are made by the means that the administrator has chosen, and no other", async () => {
     using _ = withEnvironment({
       CEDANA_GPU_MEANS: "criu-plugin",
@@ -191,11 +206,11 @@ describe("the driver's calls, by the helper, on the stand-in driver", () => {
     });
     await using helpers = new HelperKeeper();
     await expect(chooseMeans(helpers, limits, who)).rejects.toThrow(
-      "the GPU state can't be checkpointed: CRIU has no CUDA plugin",
+      /^the GPU state can't be checkpointed: CRIU has no CUDA plugin/,
     );
     using place = new Gpus();
     writeFileSync(join(place.path, "cuda_plugin.so"), "");
-    using _plugin = withEnvironment({ CRIU_LIBS_DIR: place.path });
+    using _plugin = withEnvironment({ CEDANA_CRIU_PLUGINS: place.path });
     expect(await chooseMeans(helpers, limits, who)).toBe("criu-plugin");
     using _program = withEnvironment({ CEDANA_GPU_MEANS: "cuda-checkpoint" });
     expect(await chooseMeans(helpers, limits, who)).toBeInstanceOf(ProgramMeans);
@@ -232,6 +247,16 @@ describe("the driver's calls, by the helper, on the stand-in driver", () => {
     expect(means).toBeInstanceOf(ProgramMeans);
     expect(await means.restoreThread(client.pid)).toBeGreaterThan(0);
     expect(await means.restoreThread(process.pid)).toBeUndefined();
+    {
+      // A program that can't be run says nothing of the process.
+      using place = new Gpus();
+      const program = join(place.path, "cuda-checkpoint");
+      copyFileSync(join(directory, "cuda-checkpoint"), program);
+      using _program = withEnvironment({ CEDANA_GPU_PROGRAM: program, CEDANA_GPU_MEANS: "cuda-checkpoint" });
+      const broken = (await chooseMeans(helpers, limits, who)) as Means;
+      chmodSync(program, 0o644);
+      await expect(broken.restoreThread(client.pid)).rejects.toThrow(/EACCES/);
+    }
     await means.lock(client.pid, 1000);
     await means.checkpoint(client.pid);
     expect(await means.state(client.pid)).toBe("checkpointed");
@@ -270,6 +295,12 @@ describe("the driver's calls, by the helper, on the stand-in driver", () => {
       ],
     });
     if (answer.error !== undefined) throw new Error(answer.error);
-    expect(answer.devices[0]!.processes.map(({ pid }) => pid)).toContain(client.pid);
+    const mine = answer.devices[0]!.processes.find(({ pid }) => pid === client.pid);
+    expect(mine).toEqual({ pid: client.pid, usedBytes: 1 << 20 });
+    gpus.faults("memory=unknown");
+    const vague = await askNvml(helpers, limits);
+    gpus.faults();
+    if (vague.error !== undefined) throw new Error(vague.error);
+    expect(vague.devices[0]!.processes).toContainEqual({ pid: client.pid });
   });
 });

@@ -12,9 +12,12 @@ import { until } from "../live/harness/until.ts";
 const run = promisify(execFile);
 const sources = import.meta.dirname;
 
-/** Directory with libcuda.so.1, r550/libcuda.so.1, libnvidia-ml.so.1, cuda-checkpoint, the clients, and in rt/ all that these load. */
+/**
+ * Directory with libcuda.so.1, r550/libcuda.so.1, libnvidia-ml.so.1, cuda-checkpoint, criu-plugin/cuda_plugin.so, the clients, and in rt/ all
+ * that these load.
+ */
 export function standIn(): Promise<string> {
-  const inputs = ["libcuda", "clients", "nvml"].flatMap((name) =>
+  const inputs = ["libcuda", "clients", "nvml", "criu-plugin"].flatMap((name) =>
     readdirSync(join(sources, name))
       .filter((file) => /\.[ch]$/.test(file))
       .map((file) => join(sources, name, file)),

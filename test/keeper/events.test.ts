@@ -215,6 +215,17 @@ describe.concurrent("events", () => {
     expect(service.got).toEqual(count(50));
   });
 
+  it("go out before the keeper leaves, also when cedanad is gone by then", async () => {
+    await using pod = await Pod.start();
+    await using service = new EventService(pod);
+    await service.listen();
+    for (const event of count(50)) send(pod, event);
+    pod.link.send(type.LEAVE);
+    pod.link.socket.end();
+    await pod.gone();
+    expect(service.got).toEqual(count(50));
+  });
+
   it("without an address, or without a key, are refused with a word", async () => {
     await using pod = await Pod.start({ TTRPC_ADDRESS: "" });
     send(pod, "a");

@@ -340,3 +340,14 @@ describe.concurrent("-v and -info", () => {
     expect([code, [...stdout], stderr]).toEqual([0, [0, 1, 2], ""]);
   });
 });
+
+describe.concurrent("cedana-loopback", () => {
+  it("doesn't wait for ever for a state that nobody writes", async () => {
+    await using ground = new Ground({ CEDANA_LOOPBACK_PATIENCE_MS: "50" });
+    const program = ground.path("cedana-loopback");
+    fs.symlinkSync(keeperBinary, program);
+    const { code, stderr } = await ground.launch([], { program, stdin: "open" });
+    expect(code).toBe(1);
+    expect(stderr).toMatch(/cedana-loopback: read the container's state from stdin: .*timed out/i);
+  });
+});

@@ -10,6 +10,7 @@ import { BUILD_TIMEOUT_MS, buildKeeper, isRoot, Pod, type } from "./harness.ts";
 beforeAll(buildKeeper, BUILD_TIMEOUT_MS);
 
 const MS_RDONLY = 1;
+const MS_NOSYMFOLLOW = 256;
 const MS_BIND = 4096;
 
 const mountsBelow = (dir: string) =>
@@ -105,12 +106,13 @@ describe.skipIf(!isRoot)("mounts", () => {
         mountType: "overlay",
         source: "overlay",
         target: p.path(name),
-        mountFlags: MS_RDONLY,
+        mountFlags: MS_RDONLY | MS_NOSYMFOLLOW,
         mountData,
         cwd: base,
       });
       expect(result.string("message")).toBe("");
       expect(fs.readdirSync(p.path(name)).length).toBe(count);
+      expect(mountsBelow(p.path(name))[0]!.split(" ")[5]).toBe("ro,relatime,nosymfollow");
       expect((await p.link.operate(type.UNMOUNT, { target: p.path(name) })).int("errno")).toBe(0);
     }
     expect((await p.link.operate(type.UNMOUNT, { target: base })).int("errno")).toBe(0);
@@ -155,6 +157,23 @@ describe.skipIf(!isRoot)("mounts", () => {
       expect(p.link.count(type.EXIT)).toBe(0);
     },
   );
+
+  it("that take long hold nothing of the keeper's open", async () => {
+    await using p = await pod();
+    await p.client();
+    await p.link.operate(type.IO_OPEN, { io: "x", stdoutKind: 1, stdout: p.mkfifo("out") });
+    // Whoever opens a FIFO for reading waits for a writer.
+    const source = p.mkfifo("image");
+    const mount = { mountType: "ext4", source, target: p.path("target"), loop: 1, mountFlags: MS_RDONLY };
+    p.link.send(type.MOUNT, { request: 0, step: "slow", ...mount });
+    const children = () => fs.readFileSync(`/proc/${p.pid}/task/${p.pid}/children`, "utf8").trim();
+    const helper = await until(() => children() || undefined, { what: () => "the helper" });
+    await until(() => fs.readdirSync(`/proc/${helper}/fd`).join(" ") === "0 1 2 3", {
+      what: () => `the helper's descriptors: ${fs.readdirSync(`/proc/${helper}/fd`)}`,
+    });
+    fs.closeSync(fs.openSync(source, "w"));
+    expect((await p.link.result(0, "slow")).string("message")).toMatch(/attach .*\/image to a loop device/);
+  });
 
   it("bind a directory", async () => {
     await using p = await pod();

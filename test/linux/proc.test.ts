@@ -10,9 +10,9 @@ import {
   namespaceInode,
   ownMountNamespace,
   parseStat,
-  pidNamespaceShared,
+  pidsInNamespaces,
   processStat,
-  sameNamespace,
+  processTree,
   startTime,
   tracerPid,
 } from "../../src/linux/proc.ts";
@@ -57,7 +57,7 @@ describe("a process", () => {
     expect(processStat(noProcess)).toBeUndefined();
     expect(isAlive(noProcess)).toBe(false);
     expect(namespaceInode(noProcess, "mnt")).toBeUndefined();
-    expect(pidNamespaceShared(noProcess)).toBeUndefined();
+    expect(pidsInNamespaces(noProcess)).toEqual([]);
     expect(tracerPid(noProcess)).toBeUndefined();
     expect(childrenOf(noProcess)).toEqual([]);
   });
@@ -80,13 +80,12 @@ describe("a process", () => {
     await once(child, "spawn");
     expect(childrenOf(process.pid)).toContain(child.pid);
     expect(tracerPid(child.pid!)).toBe(0);
-    expect(pidNamespaceShared(child.pid!)).toBe(true);
-    expect(sameNamespace(child.pid!, "self", "pid")).toBe(true);
+    expect(pidsInNamespaces(child.pid!)).toEqual([child.pid]);
     child.kill("SIGKILL");
     await once(child, "exit");
   });
 
-  it.skipIf(process.getuid?.() !== 0)("that is pid 1 of its own namespace doesn't share it", async () => {
+  it.skipIf(process.getuid?.() !== 0)("has a pid in each namespace that it is in", async () => {
     const child = spawn("unshare", ["--pid", "--fork", "--kill-child", "sleep", "60"], { stdio: "ignore" });
     await once(child, "spawn");
     let inner: number | undefined;
@@ -94,8 +93,7 @@ describe("a process", () => {
       await new Promise((resolve) => setTimeout(resolve, 5));
       inner = childrenOf(child.pid!)[0];
     }
-    expect(pidNamespaceShared(inner)).toBe(false);
-    expect(sameNamespace(inner, "self", "pid")).toBe(false);
+    expect(pidsInNamespaces(inner!)).toEqual([inner, 1]);
     child.kill("SIGKILL");
     await once(child, "exit");
   });
@@ -109,4 +107,27 @@ it("names namespaces by their inode", () => {
 
 it("knows this boot", () => {
   expect(bootId()).toMatch(/^[0-9a-f]{8}-[0-9a-f-]{27}$/);
+});
+
+describe("a tree of processes", () => {
+  it("is listed parents first, and others have their turn meanwhile", async () => {
+    const script = "for i in 1 2 3; do sh -c 'sleep 1000 & sleep 1000 & echo; wait' & done; wait";
+    const child = spawn("sh", ["-c", script], { stdio: ["ignore", "pipe", "ignore"], detached: true });
+    try {
+      for (let lines = 0; lines < 3; ) lines += (await once(child.stdout, "data"))[0].length;
+      let turns = 0;
+      const tree = await processTree(child.pid!, () => {
+        turns += 1;
+        return new Promise((resolve) => setImmediate(resolve));
+      });
+      expect(tree).toHaveLength(1 + 3 + 6);
+      expect(turns).toBe(tree.length);
+      for (const [at, { parentPid }] of tree.entries())
+        if (at > 0) expect(tree.slice(0, at).map(({ pid }) => pid)).toContain(parentPid);
+    } finally {
+      process.kill(-child.pid!, "SIGKILL");
+      await once(child, "exit");
+    }
+    expect(await processTree(noProcess, () => undefined)).toEqual([]);
+  });
 });

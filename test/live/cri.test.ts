@@ -45,6 +45,28 @@ for (const containerd of ["1.7", "2.1"] satisfies ContainerdVersion[]) {
       await expect(pod.run(["/no/such/program"])).rejects.toThrow(/no such file/);
     });
 
+    // As the kubelet does at a drain: the pod goes, and another one of the same template comes, here or where the store is mounted, too.
+    it("is checkpointed when it is stopped, and its successor in another pod goes on, once", async () => {
+      const annotations = { "cedana.io/checkpoint-on": "SIGTERM", "cedana.io/auto-resume": "drained" };
+      let last: number;
+      {
+        await using pod = await Pod.run(live, { annotations });
+        const container = await pod.run(COUNTER);
+        await container.numberAfter(5);
+        await container.stop(60);
+        last = Number(container.lines().at(-1));
+        expect(await container.status()).toMatchObject({ state: "EXITED", exitCode: 143 }); // not the 7 of its handler
+        await container.remove();
+      }
+      await using pod = await Pod.run(live, { annotations });
+      const successor = await pod.run(COUNTER);
+      await successor.numberAfter(last);
+      expect(Number(successor.lines()[0])).toBe(last + 1);
+      const other = await pod.run(COUNTER);
+      await other.numberAfter(-1);
+      expect(other.lines()[0]).toBe("0");
+    });
+
     // CRI's CheckpointContainer came with containerd 2.0. Its restore (until 2.4) pulls the base image from a registry, always.
     it.skipIf(containerd === "1.7")("is checkpointed into an archive while it runs on", async () => {
       const archive = join(live.dir, "checkpoint.tar");

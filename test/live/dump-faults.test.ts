@@ -14,7 +14,7 @@ const boundaries = boundariesOf("dump", dumpSteps);
 
 describe("a crash of cedanad in a dump", () => {
   // Two crashes within a second each: the keeper waits between its attempts, some 2 s a boundary.
-  it("leaves a whole checkpoint, at each boundary of its steps", { timeout: 240_000 }, async () => {
+  it("leaves a whole checkpoint, at each boundary of its steps", { timeout: 300_000 }, async () => {
     using daemon = new BreakableDaemon();
     // 1.7 can't store two checkpoints of a container within one second.
     await using live = await Live.start({

@@ -302,7 +302,7 @@ describe("a crash of cedanad while it takes a checkpoint of its own will", () =>
   ];
 
   it("leaves the container running, and the next cedanad finishes, at each boundary", {
-    timeout: 180_000,
+    timeout: 420_000,
   }, async () => {
     using daemon = new BreakableDaemon();
     await using live = await Live.start({ engine: "runc", env: { CEDANA_DAEMON: daemon.program } });
@@ -350,6 +350,70 @@ describe("a crash of cedanad while it takes a checkpoint of its own will", () =>
       const [last] = (await storeOf(live).generations({ namespace: live.namespace }, "last")).slice(-1);
       expect((await verifyDirectory(last!.path)).manifest.containerId, boundary).toBe(task.id);
       expectNothingLeft(task);
+    }
+  });
+
+  it("never leaves unencrypted what runs on, and encrypts again where the node has the key", async () => {
+    using daemon = new BreakableDaemon();
+    const directory = mkdtempSync(join(tmpdir(), "encrypted-"));
+    try {
+      const keyFile = join(directory, "key");
+      writeFileSync(keyFile, "the key of this node", { mode: 0o600 });
+      const configuration = join(directory, "config.json");
+      writeFileSync(
+        configuration,
+        JSON.stringify({ checkpoints: { compression: "zstd", keyFile, shortestInterval: "1s" } }),
+        {
+          mode: 0o600,
+        },
+      );
+      await using live = await Live.start({
+        engine: "runc",
+        env: { CEDANA_DAEMON: daemon.program, CEDANA_CONFIG: configuration },
+      });
+      const all = (name: string) => storeOf(live).generations({ namespace: live.namespace }, name);
+      const crash = async (task: LiveTask) => {
+        daemon.crashNextAt("triggered.archive.before");
+        await live.killCedanad();
+        await task.status();
+      };
+      const ended = (task: LiveTask) =>
+        until(() => !existsSync(join(task.bundle, "cedana-dump")), { what: () => "the end of a dump" });
+      const flags = ["--name", "web", "--compression", "zstd", "--encrypt-key-file", keyFile];
+      {
+        await using task = await live.run(COUNTER);
+        await task.nextNumber();
+        await crash(task);
+        await expect(dump(task, ...flags)).rejects.toThrow();
+        await ended(task);
+        expect(await all("web")).toEqual([]);
+        await expectGoesOn(task);
+        expectNothingLeft(task);
+        await crash(task);
+        await expect(dump(task, "--exit", ...flags)).rejects.toThrow();
+        expect(await task.wait()).toBe(137);
+        await ended(task);
+        const [last] = await all("web"); // all that is left of it
+        expect((await verifyDirectory(last!.path)).manifest.archive).toBeUndefined();
+        expect(live.cedanadLog()).toContain("it is there unencrypted");
+      }
+      await using task = await live.run(COUNTER, {
+        annotations: { "cedana.io/checkpoint-every": "1s", "cedana.io/checkpoint-name": "every" },
+      });
+      await crash(task);
+      const [first] = await until(
+        async () => ((await all("every")).length > 0 ? await all("every") : undefined),
+        {
+          what: () => "a checkpoint of the schedule",
+        },
+      );
+      await until(async () => (await readManifest(first!.path))?.archive !== undefined, {
+        what: () => "its archive",
+      });
+      expect((await readManifest(first!.path))!.archive).toMatchObject({ encrypted: true });
+      expect(live.cedanadLog()).toContain("finished a checkpoint that a crash of cedanad had cut off");
+    } finally {
+      rmSync(directory, { recursive: true });
     }
   });
 });

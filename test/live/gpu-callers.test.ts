@@ -3,6 +3,7 @@
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { allPids } from "../../src/linux/proc.ts";
 import { countsOn, gpuOptions, runClient } from "../gpu/container.ts";
 import { driverEnvironment, Gpus, LINKER, standIn, UUIDS } from "../gpu/harness.ts";
 import { CallerPlace, missingCallers, Podman } from "./harness/callers.ts";
@@ -10,9 +11,18 @@ import { Live } from "./harness/live.ts";
 import { missingFor } from "./harness/matrix.ts";
 import { IMAGE } from "./harness/programs.ts";
 import { containerSpec } from "./harness/spec.ts";
+import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
 
 const numbersIn = (text: string) => (text.match(/(?<=\bclient )\d+/g) ?? []).map(Number);
+
+function commandOf(pid: number): string {
+  try {
+    return readFileSync(`/proc/${pid}/cmdline`, "utf8");
+  } catch {
+    return ""; // it has ended
+  }
+}
 
 /** One by one, without a gap. */
 function expectCounted(text: string, beyond: number): void {
@@ -20,6 +30,13 @@ function expectCounted(text: string, beyond: number): void {
   const all = numbersIn(text);
   expect(all.at(-1)).toBeGreaterThan(beyond);
   expect(all).toEqual(all.map((_, index) => all[0]! + index));
+}
+
+/** Nothing comes for a while, in which several lines would. */
+async function expectStill(task: LiveTask): Promise<void> {
+  const before = task.stdout.text.length;
+  await new Promise((resolve) => setTimeout(resolve, 100));
+  expect(task.stdout.text.length).toBe(before);
 }
 
 const missingRunc = missingFor({ containerd: "1.7", engine: "runc" });
@@ -40,9 +57,7 @@ describe.skipIf(missingRunc)(`GPUs by ctr${missingRunc ? ` (${missingRunc})` : "
     await task.pause();
     const image = await task.checkpoint();
     expect(await task.status()).toBe("PAUSED");
-    const before = task.stdout.text.length;
-    await new Promise((resolve) => setTimeout(resolve, 100));
-    expect(task.stdout.text.length).toBe(before);
+    await expectStill(task);
     await task.resume();
     await countsOn(task);
     await task[Symbol.asyncDispose]();
@@ -76,6 +91,62 @@ describe.skipIf(missingRunc)(`GPUs by ctr${missingRunc ? ` (${missingRunc})` : "
       annotations: { "cedana.io/gpu-map": "0=1,1=0" },
     });
     await countsOn(after);
+  });
+
+  it("are checkpointed by CRIU's plugin where the administrator wants that", async () => {
+    const directory = await standIn();
+    using gpus = new Gpus("/run");
+    // The stand-in for it, or a real one's directory; that one also wants CRIU_FAULT=138 where there is no GPU.
+    const plugins = process.env.CEDANA_TEST_CUDA_PLUGIN ?? join(directory, "criu-plugin");
+    await using live = await Live.start({
+      containerd: "2.1",
+      engine: "runc",
+      path: directory, // CRIU's plugin looks for cuda-checkpoint there
+      env: {
+        ...driverEnvironment(directory, gpus),
+        CEDANA_GPU_DRIVER: join(directory, "r550/libcuda.so.1"),
+        CEDANA_GPU_PROGRAM: join(directory, "cuda-checkpoint"),
+        CEDANA_GPU_MEANS: "criu-plugin",
+        CEDANA_CRIU_PLUGINS: plugins,
+      },
+    });
+    const both = ["client", "client2"];
+    const countOn = async (task: LiveTask) => {
+      for (const name of both) {
+        task.stdout.skip();
+        await countsOn(task, name);
+      }
+    };
+    const task = await runClient(live, directory, gpus, ["--devices", "2", "--fork"]);
+    await countOn(task);
+    const calls = gpus.watchCalls();
+    await task.checkpoint();
+    for (const name of both)
+      expect(calls().filter((call) => call.endsWith(` ${name}`))).toEqual(
+        ["lock", "checkpoint", "restore", "unlock"].map((call) => `${call} ${name}`),
+      );
+    await countOn(task);
+    await task.pause();
+    await task.checkpoint(); // CRIU lets it run for the plugin
+    expect(await task.status()).toBe("PAUSED");
+    await expectStill(task);
+    await task.resume();
+    await countOn(task);
+    const image = await task.checkpoint({ exit: true });
+    await task.exited;
+    await task[Symbol.asyncDispose]();
+    const { gpu } = JSON.parse(readFileSync(join(image, "cedana.json"), "utf8"));
+    expect(gpu).toMatchObject({ means: "criu-plugin" });
+    gpus.wipe();
+    await expect(
+      runClient(live, directory, gpus, [], {
+        criuImagePath: image,
+        annotations: { "cedana.io/gpu-map": "0=1,1=0" },
+      }),
+    ).rejects.toThrow(/CRIU's CUDA plugin.*can't give them other GPUs.*cedana\.io\/gpu-map/);
+    await using after = await runClient(live, directory, gpus, [], { criuImagePath: image });
+    await countOn(after);
+    expect([gpus.allocations(UUIDS[0]), gpus.allocations(UUIDS[1])]).toEqual([6, 6]);
   });
 
   it("cost a container without any nothing: nothing is started, nothing loaded", async () => {
@@ -113,7 +184,10 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
     directory = await standIn();
     gpus = new Gpus("/run");
   }, 60_000);
-  afterEach(() => gpus.wipe());
+  afterEach(() => {
+    gpus.faults();
+    gpus.wipe();
+  });
   afterAll(() => gpus?.[Symbol.dispose]());
 
   it("come back in a runc container by cedana-runtime", async () => {
@@ -160,6 +234,36 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
       process.kill(Number(readFileSync(join(place.runDir, pidFile), "utf8")), "SIGKILL");
       expect((await cut).status).not.toBe(0);
       gpus.faults();
+      // The wrapper is killed in the middle, and the driver can't give the GPU back at first.
+      const counted = numbersIn(read()).at(-1)!;
+      await until(() => numbersIn(read()).at(-1)! > counted + 2, { what: () => "to go on before" });
+      gpus.faults("checkpoint=slow:700", "restore=error:46");
+      const seenNow = gpus.watchCalls();
+      const killed = join(place.dir, "killed");
+      const ended = place
+        .run(runtime("checkpoint", "--leave-running", "--image-path", killed, "c"), { env })
+        .then(
+          ({ status }) => status,
+          () => "killed", // by a signal
+        );
+      await until(() => seenNow().includes("checkpoint client"), {
+        everyMs: 2,
+        what: () => "the driver's call for the wrapper",
+      });
+      const wrapper = allPids().find(
+        (pid) => commandOf(pid).includes(`cedana-runtime\0`) && commandOf(pid).includes(killed),
+      );
+      process.kill(wrapper!, "SIGKILL");
+      expect(await ended).not.toBe(0);
+      await until(() => seenNow().includes("restore client"), {
+        what: () => `to be given back: ${seenNow()}`,
+      });
+      const stopped = numbersIn(read()).at(-1)!;
+      gpus.faults();
+      await until(() => numbersIn(read()).at(-1)! > stopped + 2, {
+        timeoutMs: 20_000,
+        what: () => "to go on after the wrapper's end",
+      });
       const whole = runtime("checkpoint", "--leave-running", "--image-path", join(place.dir, "whole"), "c");
       await place.ok(whole, { env });
       const afterCrash = numbersIn(read()).at(-1)!;

@@ -5,10 +5,11 @@ import { execFileSync } from "node:child_process";
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmdirSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
-import { childrenOf, processStat } from "../../src/linux/proc.ts";
+import { childrenOf } from "../../src/linux/proc.ts";
 import { countsOn, gpuOptions, runClient } from "../gpu/container.ts";
 import { driverEnvironment, Gpus, standIn, UUIDS } from "../gpu/harness.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
+import { DeadlyCriu, dumpMoments, restoreMoments } from "./harness/deadly-criu.ts";
 import { Live } from "./harness/live.ts";
 import { missingFor } from "./harness/matrix.ts";
 import type { LiveTask } from "./harness/task.ts";
@@ -19,20 +20,54 @@ const combination = { containerd: "2.1", engine: "runc" } as const;
 const missing = missingFor(combination);
 const both = ["--devices", "2", "--fork"];
 
+/*
+ * What the tests of this file go through, all of it: each fault switch of the stand-in (RULES.md) at each of the driver's calls, and the end of
+ * each process that takes part in the middle of each call. The last test compares. `state` is what is asked before anything is touched, and at
+ * each step; that it hangs is test/gpu/driver.test.ts's.
+ */
+const faultsOf = {
+  lock: ["never", "error", "hang", "slow", "die"],
+  checkpoint: ["error", "hang", "slow", "die", "alloc", "broken"],
+  restore: ["error", "hang", "slow", "die"],
+  unlock: ["error", "hang", "slow", "die"],
+  state: ["error"],
+} as const;
+/** Of a dump that leaves the container running, which gives all back. */
+const callsOfDump = ["lock", "checkpoint", "restore", "unlock"] as const;
+const callsOfRestore = ["restore", "unlock"] as const;
+const everything = [
+  ...[...callsOfDump, "state" as const].flatMap((call) =>
+    faultsOf[call].map((fault) => `dump: ${call} ${fault}`),
+  ),
+  ...[...callsOfRestore, "state" as const].flatMap((call) =>
+    faultsOf[call].map((fault) => `restore: ${call} ${fault}`),
+  ),
+  ...callsOfDump.flatMap((call) => ["helper", "cedanad"].map((killed) => `dump: ${call}, ${killed} killed`)),
+  ...callsOfRestore.flatMap((call) =>
+    ["helper", "cedanad"].map((killed) => `restore: ${call}, ${killed} killed`),
+  ),
+  ...dumpMoments.map((moment) => `dump: CRIU killed at ${moment}`),
+  ...restoreMoments.map((moment) => `restore: CRIU killed at ${moment}`),
+];
+const tried = new Set<string>();
+
 describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
   let live: Live;
   let directory: string;
   let gpus: Gpus;
   let daemon: BreakableDaemon;
+  let deadly: DeadlyCriu;
   let disk: string;
   beforeAll(async () => {
     directory = await standIn();
     gpus = new Gpus("/run");
     daemon = new BreakableDaemon();
+    deadly = new DeadlyCriu();
     disk = mkdtempSync("/run/cd-");
     execFileSync("mount", ["-t", "tmpfs", "-o", "size=256k", "cedana-live", disk]);
     live = await Live.start({
       ...combination,
+      path: deadly.directory,
       env: {
         ...driverEnvironment(directory, gpus),
         CEDANA_GPU_DEADLINES: "lock=1500,checkpoint=1500,restore=1500,unlock=1500,ask=8000",
@@ -52,10 +87,45 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
   afterAll(async () => {
     await live?.stop();
     daemon?.[Symbol.dispose]();
+    deadly?.[Symbol.dispose]();
     gpus?.[Symbol.dispose]();
     execFileSync("umount", [disk]);
     rmdirSync(disk);
   });
+
+  /** Sets fault switches, and notes them. */
+  function fail(during: "dump" | "restore", ...switches: string[]): void {
+    gpus.faults(...switches);
+    for (const one of switches) {
+      const [, call, fault] = /^(\w+)(?:@\w+)?=(\w+)/.exec(one) ?? [];
+      tried.add(`${during}: ${call} ${fault}`);
+    }
+  }
+
+  /** Kills one of ours in the middle of a call of the driver that `act` leads to. */
+  async function killAt(
+    during: "dump" | "restore",
+    call: string,
+    killed: "helper" | "cedanad",
+    act: () => Promise<unknown>,
+  ): Promise<unknown> {
+    fail(during, `${call}@client2=slow:700`);
+    tried.add(`${during}: ${call}, ${killed} killed`);
+    const seen = gpus.watchCalls();
+    const outcome = act().then(
+      () => undefined,
+      (error: Error) => error,
+    );
+    await until(() => seen().includes(`${call} client2`), { everyMs: 2, what: () => `${call}: ${seen()}` });
+    if (killed === "cedanad") await live.killCedanad();
+    else {
+      const helper = childrenOf(live.cedanad()!.pid).find((pid) => commandOf(pid).includes("gpu-helper"));
+      process.kill(helper!, "SIGKILL");
+    }
+    const error = await outcome;
+    gpus.faults();
+    return error;
+  }
 
   const journals = () => (existsSync(join(live.runDir, "gpu")) ? readdirSync(join(live.runDir, "gpu")) : []);
 
@@ -82,13 +152,14 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
     ["checkpoint@client2=alloc:3", /not enough host memory/],
     ["checkpoint@client2=error:46", /GPU is not available/],
     ["nvml=off mig=on lock@client=error:401", /another state/],
+    ["state=error:999", /the GPU state of process \d+ .*can't be asked for.*999.*\(step lockDevices\)/],
   ];
   it("fails by name, and both processes run on, when one of the driver's calls does", async () => {
     await using task = await runClient(live, directory, gpus, both);
     await countsOn(task, "client2");
     const image = mkdtempSync(join(live.dir, "image-"));
     for (const [fault, message] of failing) {
-      gpus.faults(...fault.split(" "));
+      fail("dump", ...fault.split(" "));
       await expect(task.checkpoint({ imagePath: image }), fault).rejects.toThrow(message);
       expect(readdirSync(image), fault).toEqual([]);
       gpus.faults();
@@ -108,7 +179,7 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
       ["unlock@client2=error:999", /did not get their GPU back.*unlock/],
       ["unlock@client=hang", /did not get their GPU back.*unlock on process/],
     ] as [string, RegExp][]) {
-      gpus.faults(fault);
+      fail("dump", fault);
       await expect(task.checkpoint({ imagePath: image }), fault).rejects.toThrow(message);
       expect(readdirSync(image), fault).toEqual([]);
       gpus.faults();
@@ -127,6 +198,8 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
     gpus.faults("memory=huge");
     await expect(task.checkpoint()).rejects.toThrow(/must fit into host memory/);
     expect(calls()).toEqual([]);
+    gpus.faults("memory=unknown"); // NVML doesn't say: no reason to refuse
+    await task.checkpoint();
     gpus.faults();
     await bothRun(task, "refusals");
     const made = await task.execToEnd([
@@ -135,14 +208,15 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
       "mkdir -p /tmp/nvidia-mps && mkfifo /tmp/nvidia-mps/control",
     ]);
     expect(made.status).toBe(0);
+    const since = calls().length;
     await expect(task.checkpoint()).rejects.toThrow(/through MPS \(\/tmp\/nvidia-mps\/control\)/);
-    expect(calls()).toEqual([]);
+    expect(calls()).toHaveLength(since);
   });
 
   it("fails when a process begins to use a GPU in the middle of it, and all run on", async () => {
     await using task = await runClient(live, directory, gpus, both);
     await countsOn(task, "client2");
-    gpus.faults("lock@client2=slow:900");
+    fail("dump", "lock@client2=slow:900");
     const seen = gpus.watchCalls();
     const failed = task.checkpoint().then(
       () => undefined,
@@ -165,7 +239,7 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
   it("says that a process is lost when the driver says so, and the other one runs on", async () => {
     await using task = await runClient(live, directory, gpus, both);
     await countsOn(task, "client2");
-    gpus.faults("checkpoint@client2=broken");
+    fail("dump", "checkpoint@client2=broken");
     await expect(task.checkpoint()).rejects.toThrow(
       /managed \(UVM\) memory.*marked it as failed: its GPU state is lost/,
     );
@@ -177,12 +251,24 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
   it("goes on without a process that dies in the middle of it", async () => {
     await using task = await runClient(live, directory, gpus, both);
     await countsOn(task, "client2");
-    gpus.faults("checkpoint@client2=die");
-    await expect(task.checkpoint()).rejects.toThrow(/client2/);
-    gpus.faults();
-    await until(() => journals().length === 0, { what: () => "the end of the journal" });
-    task.stdout.skip();
-    await countsOn(task, "client");
+    for (const call of callsOfDump) {
+      await using victim = await task.exec([`${directory}/client-dlsym`, "--name", "victim"], {
+        env: [`LD_LIBRARY_PATH=${directory}/rt`, `CEDANA_TEST_GPU_DIR=${gpus.path}`],
+      });
+      await victim.stdout.lineMatching(/^victim \d+/);
+      fail("dump", `${call}@victim=die`);
+      const outcome = await task.checkpoint().then(
+        () => "a checkpoint",
+        (error: Error) => error.message,
+      );
+      // Of one that was in the dump, the images have all. Before that it is missing in them.
+      expect(outcome, call).toMatch(
+        call === "restore" || call === "unlock" ? "a checkpoint" : /\(victim\)|has ended/,
+      );
+      gpus.faults();
+      await victim.exited;
+      await bothRun(task, `death at ${call}`);
+    }
   });
 
   it("gives the GPUs back when CRIU fails, and when it is killed", async () => {
@@ -192,40 +278,23 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
       /step criuDump|ENOSPC|space/,
     );
     await bothRun(task, "a full disk");
-    const image = mkdtempSync(join(live.dir, "image-"));
-    const failed = task.checkpoint({ imagePath: image }).then(
-      () => undefined,
-      (error: Error) => error,
-    );
-    // The one that dumps: runc asks another one for its version before.
-    const log = join(task.bundle, "criu-work/dump.log");
-    const criu = await until(() => existsSync(log) && findBelow(live.shimOf(task.id).pid, "criu"), {
-      everyMs: 1,
-      what: () => "CRIU at work",
-    });
-    process.kill(criu, "SIGKILL");
-    expect(await failed).toBeInstanceOf(Error);
-    await bothRun(task, "CRIU killed");
+    for (const moment of dumpMoments) {
+      const image = mkdtempSync(join(live.dir, "image-"));
+      deadly.killNextAt(moment, "criu");
+      await expect(task.checkpoint({ imagePath: image }), moment).rejects.toThrow();
+      expect(deadly.killed(), moment).toBe("criu");
+      tried.add(`dump: CRIU killed at ${moment}`);
+      expect(readdirSync(image), moment).toEqual([]);
+      await bothRun(task, `CRIU killed at ${moment}`);
+    }
   });
-
-  /** In the middle of each call of the driver. */
-  const calls = ["lock", "checkpoint", "restore", "unlock"];
 
   it("gives the GPUs back when the helper is killed, at each of the driver's calls", async () => {
     await using task = await runClient(live, directory, gpus, both);
     await countsOn(task, "client2");
-    for (const call of calls) {
-      gpus.faults(`${call}@client2=slow:700`);
-      const seen = gpus.watchCalls();
-      const failed = task.checkpoint().then(
-        () => undefined,
-        (error: Error) => error,
-      );
-      await until(() => seen().includes(`${call} client2`), { everyMs: 2, what: () => `${call}: ${seen()}` });
-      const helper = childrenOf(live.cedanad()!.pid).find((pid) => commandOf(pid).includes("gpu-helper"));
-      process.kill(helper!, "SIGKILL");
-      expect(String(await failed), call).toMatch(/the GPU helper has ended \(SIGKILL\)/);
-      gpus.faults();
+    for (const call of callsOfDump) {
+      const error = await killAt("dump", call, "helper", () => task.checkpoint());
+      expect(String(error), call).toMatch(/the GPU helper has ended \(SIGKILL\)/);
       await bothRun(task, `helper killed at ${call}`);
     }
   });
@@ -233,16 +302,11 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
   it("finishes the checkpoint when cedanad is killed, at each of the driver's calls", async () => {
     await using task = await runClient(live, directory, gpus, both);
     await countsOn(task, "client2");
-    for (const call of calls) {
-      gpus.faults(`${call}@client2=slow:700`);
-      const seen = gpus.watchCalls();
+    for (const call of callsOfDump) {
       const image = mkdtempSync(join(live.dir, "image-"));
-      const done = task.checkpoint({ imagePath: image });
-      done.catch(() => {}); // looked at below
-      await until(() => seen().includes(`${call} client2`), { everyMs: 2, what: () => `${call}: ${seen()}` });
-      await live.killCedanad();
-      await done;
-      gpus.faults();
+      expect(
+        await killAt("dump", call, "cedanad", () => task.checkpoint({ imagePath: image })),
+      ).toBeUndefined();
       const manifest = JSON.parse(readFileSync(join(image, "cedana.json"), "utf8"));
       expect(manifest.gpu.processes, call).toHaveLength(2);
       await bothRun(task, `cedanad killed at ${call}`);
@@ -257,8 +321,11 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
       "freeze.before", // locked
       "checkpointDevices.before",
       "takeRootfs.before", // checkpointed
+      "criuDump.before",
       "checkpointDevices.after", // dumped
+      "freeze.after",
       "lockDevices.after", // given back
+      "findDevices.after",
     ];
     for (const boundary of boundaries) {
       const image = mkdtempSync(join(live.dir, "image-"));
@@ -295,72 +362,108 @@ describe.skipIf(missing)(`GPU faults${missing ? ` (${missing})` : ""}`, () => {
     await bothRun(task, "nobody repeats");
   });
 
-  it("kills what it has restored when the driver can't give the GPUs, and keeps the images", async () => {
+  describe("at a restore", () => {
     let image: string;
-    {
+    let files: string[];
+    beforeAll(async () => {
+      gpus.plug([a0, "one", 16], [a1, "one", 16]);
       await using task = await runClient(live, directory, gpus, both);
       await countsOn(task, "client2");
       image = await task.checkpoint({ exit: true });
       await task.exited;
+      files = readdirSync(image).sort();
+    }, 30_000);
+
+    const create = () =>
+      live.create([`${directory}/client-dlsym`], gpuOptions(directory, gpus, { criuImagePath: image }));
+
+    /** Nothing of the container is left, and all of the images. */
+    async function expectUndone(task: LiveTask, what: string): Promise<void> {
+      expect(await task.status(), what).toBe("STOPPED");
+      const left = live.leftovers().filter((line) => /^cgroup|^engine state|\(container,/.test(line));
+      expect(left, what).toEqual([]);
+      expect(readdirSync(image).sort(), what).toEqual(files);
     }
-    const files = readdirSync(image).sort();
-    for (const [fault, message] of [
-      ["restore@client2=error:46", /restore .*\(client2\).*46.*\(step restoreDevices\)/],
-      ["restore@client2=hang", /restore on process \d+ did not return/],
-      ["restore@client2=die", /client2/],
-      ["unlock@client2=error:999", /unlock .*\(client2\)/],
-      ["unlock@client=hang", /unlock on process/],
-    ] as [string, RegExp][]) {
+
+    /** Both run with what they had, and go. */
+    async function expectRestored(task: LiveTask): Promise<void> {
+      await countsOn(task, "client");
+      await countsOn(task, "client2");
+      await task[Symbol.asyncDispose]();
       gpus.wipe();
-      gpus.faults(fault);
-      const task = await live.create(
-        [`${directory}/client-dlsym`],
-        gpuOptions(directory, gpus, { criuImagePath: image }),
-      );
-      try {
+    }
+
+    it("kills what it has restored when the driver can't give the GPUs, and keeps the images", async () => {
+      for (const [fault, message] of [
+        ["restore@client2=error:46", /restore .*\(client2\).*46.*\(step restoreDevices\)/],
+        ["restore@client2=hang", /restore on process \d+ did not return/],
+        ["restore@client2=die", /client2/],
+        ["unlock@client2=error:999", /unlock .*\(client2\)/],
+        ["unlock@client=hang", /unlock on process/],
+        ["unlock@client2=die", /client2/],
+        ["state=error:999", /can't be asked for.*999.*\(step restoreDevices\)/],
+      ] as [string, RegExp][]) {
+        gpus.wipe();
+        fail("restore", fault);
+        await using task = await create();
         await expect(task.start(), fault).rejects.toThrow(message);
-        expect(await task.status(), fault).toBe("STOPPED");
-        const left = live.leftovers().filter((line) => /^cgroup|^engine state|\(container,/.test(line));
-        expect(left, fault).toEqual([]);
-      } finally {
-        await task[Symbol.asyncDispose]();
+        gpus.faults();
+        await expectUndone(task, fault);
       }
-      expect(readdirSync(image).sort(), fault).toEqual(files);
-    }
-    gpus.faults();
-    gpus.wipe();
-    // Crashes of cedanad in the restore: it is gone on with.
-    for (const boundary of ["prepareDevices.after", "criuRestore.before", "restoreDevices.before"]) {
-      await using task = await live.create(
-        [`${directory}/client-dlsym`],
-        gpuOptions(directory, gpus, { criuImagePath: image }),
-      );
-      daemon.crashNextAt(`restore.${boundary}`);
-      await live.killCedanad();
-      await task.status();
-      await task.start();
-      await countsOn(task, "client");
-      await countsOn(task, "client2");
-      await task[Symbol.asyncDispose]();
+    }, 60_000);
+
+    it("kills what it has restored when the helper or CRIU is killed, and keeps the images", async () => {
+      for (const call of callsOfRestore) {
+        gpus.wipe();
+        await using task = await create();
+        const error = await killAt("restore", call, "helper", () => task.start());
+        expect(String(error), call).toMatch(/the GPU helper has ended \(SIGKILL\)/);
+        await expectUndone(task, `helper killed at ${call}`);
+      }
+      for (const moment of restoreMoments) {
+        gpus.wipe();
+        await using task = await create();
+        deadly.killNextAt(moment, "criu");
+        await expect(task.start(), moment).rejects.toThrow();
+        expect(deadly.killed(), moment).toBe("criu");
+        tried.add(`restore: CRIU killed at ${moment}`);
+        await expectUndone(task, `CRIU killed at ${moment}`);
+      }
+    }, 60_000);
+
+    it("is gone on with when cedanad ends between the steps, and in the middle of the driver's calls", async () => {
       gpus.wipe();
-    }
-    for (const call of ["restore", "unlock"]) {
-      gpus.faults(`${call}@client2=slow:700`);
-      const seen = gpus.watchCalls();
-      await using task = await live.create(
-        [`${directory}/client-dlsym`],
-        gpuOptions(directory, gpus, { criuImagePath: image }),
-      );
-      const started = task.start();
-      await until(() => seen().includes(`${call} client2`), { everyMs: 2, what: () => `${call}: ${seen()}` });
-      await live.killCedanad();
-      await started;
-      await countsOn(task, "client");
-      await countsOn(task, "client2");
-      await task[Symbol.asyncDispose]();
-      gpus.wipe();
-    }
-  }, 120_000);
+      for (const boundary of [
+        "prepareDevices.after",
+        "criuRestore.before",
+        "restoreDevices.before",
+        "tellContainer.before",
+        "restoreDevices.after",
+      ]) {
+        await using task = await create();
+        daemon.crashNextAt(`restore.${boundary}`);
+        await live.killCedanad();
+        await task.status();
+        await task.start();
+        await expectRestored(task);
+      }
+      for (const call of callsOfRestore) {
+        await using task = await create();
+        expect(await killAt("restore", call, "cedanad", () => task.start()), call).toBeUndefined();
+        await expectRestored(task);
+      }
+    }, 60_000);
+  });
+
+  it("has tried every fault at every step", ({ skip, task }) => {
+    const others = task.suite!.tasks.flatMap((one) => (one.type === "suite" ? one.tasks : [one]));
+    skip(
+      others.some(({ mode }) => mode === "skip"),
+      "only a part of the tests was run",
+    );
+    expect(everything.filter((one) => !tried.has(one))).toEqual([]);
+    expect(everything).toHaveLength(20 + 9 + 8 + 4 + 3 + 6);
+  });
 });
 
 function commandOf(pid: number): string {
@@ -369,13 +472,4 @@ function commandOf(pid: number): string {
   } catch {
     return ""; // it has ended
   }
-}
-
-function findBelow(pid: number, comm: string): number | undefined {
-  for (const child of childrenOf(pid)) {
-    if (processStat(child)?.comm === comm) return child;
-    const found = findBelow(child, comm);
-    if (found !== undefined) return found;
-  }
-  return undefined;
 }

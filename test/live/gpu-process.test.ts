@@ -3,7 +3,7 @@
 
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { closeSync, existsSync, mkdtempSync, openSync, readFileSync, rmSync } from "node:fs";
+import { closeSync, mkdtempSync, openSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { deadlines } from "../../src/gpu/deadlines.ts";
@@ -19,9 +19,11 @@ import {
   UUIDS,
   withEnvironment,
 } from "../gpu/harness.ts";
+import { machineWithGpu } from "../gpu/machine.ts";
 import { until } from "./harness/until.ts";
 
-const missing = whyNoDump() ?? (onRealGpu && !existsSync("/dev/nvidiactl") ? "no NVIDIA driver" : undefined);
+const machine = onRealGpu ? machineWithGpu() : undefined;
+const missing = whyNoDump() ?? (typeof machine === "string" ? machine : undefined);
 const driver = onRealGpu ? "this machine's driver" : "the stand-in driver";
 
 describe.skipIf(missing)(`a process with a GPU, ${driver} and CRIU${missing ? ` (${missing})` : ""}`, () => {

@@ -96,7 +96,9 @@ for (const combination of enginesForCheckpoints) {
       await using task = await live.run(["counter"]);
       await task.nextNumber();
       deadly.killNextAt("start", "criu");
-      expect(await outcomeOf(task.checkpoint())).not.toBe("done");
+      const outcome = await outcomeOf(task.checkpoint());
+      // It is CRIU asked for its version, without which crun goes on, to one that lives.
+      if (combination.engine === "runc") expect(outcome).not.toBe("done");
       expect(deadly.killed()).toBe("criu");
       expect(await task.status()).toBe("RUNNING");
       task.stdout.skip();

@@ -69,6 +69,20 @@ for (const combination of enginesForCheckpoints) {
       await live.ctr("containers", "delete", "copy");
     });
 
+    it("can be checkpointed again, though nobody reads its output and it has no input", async () => {
+      await using task = await live.run(["counter"]);
+      await task.nextNumber();
+      await live.cedana("dump", "containerd", task.id);
+      await restore(task.id, "--id", "again");
+      await live.cedana("dump", "containerd", "again", "--exit");
+      await until(async () => /^again .*STOPPED/m.test(await live.ctr("task", "ls")), {
+        what: () => "its end",
+      });
+      expect(await restore("again")).toMatchObject({ id: "again", created: false });
+      await live.ctr("task", "delete", "--force", "again");
+      await live.ctr("containers", "delete", "again");
+    });
+
     it("leaves nothing of a container whose restore fails", async () => {
       const store = new CheckpointStore(join(live.dir, "var/checkpoints"));
       await using task = await live.run(["counter"]);

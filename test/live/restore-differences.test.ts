@@ -1,7 +1,7 @@
 // What differs between a checkpoint and the container that is to be restored from it: said before CRIU runs, all of it, or no obstacle.
 
 import { execFileSync } from "node:child_process";
-import { mkdtempSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import type { CheckpointManifest } from "../../src/checkpoint/manifest.ts";
@@ -56,6 +56,28 @@ describe("a restore", () => {
       expect(said).toMatch(expected);
     await live.expectNoLeftovers();
   });
+
+  it.for(["runc", "crun"] as const)(
+    "follows the links that %s's container has for sources of bind mounts",
+    async (engine) => {
+      await using live = await Live.start({ containerd: "1.7", engine });
+      const source = mkdtempSync(join(live.dir, "data-"));
+      const link = join(live.dir, "link");
+      symlinkSync(source, link);
+      const mounts = [{ destination: "/data", type: "bind", source: link, options: ["rbind", "rw"] }];
+      const before = await live.run(["counter"], { mounts });
+      await before.nextNumber();
+      const image = await before.checkpoint();
+      await before.destroy();
+      await using after = await live.restore(image, ["counter"], { mounts });
+      await after.nextNumber();
+      writeFileSync(join(source, "seen"), "");
+      expect((await after.execToEnd(["busybox", "ls", "/data"])).stdout).toBe("seen\n");
+      expect(
+        (JSON.parse(readFileSync(join(after.bundle, "config.json"), "utf8")) as Spec).mounts,
+      ).toContainEqual(mounts[0]);
+    },
+  );
 
   it("gives a container its own host name, and closes connections from an address that it hasn't", async () => {
     const networks = ["192.0.2.1", "192.0.2.2"].map((address, at) => ({

@@ -26,7 +26,12 @@ describe("the administrator's configuration", () => {
         rootfsExclude: [],
         rootfsMaxBytes: 4 * 2 ** 30,
       },
-      gpu: { tracing: false, traceMaxBytes: 64 * 2 ** 20 },
+      gpu: {
+        tracing: false,
+        traceMaxBytes: 64 * 2 ** 20,
+        tracesMaxBytes: 8 * 2 ** 30,
+        tracesMaxAgeMs: 30 * 86_400_000,
+      },
       restore: { verifyDigests: false, ignoreCpu: false },
     });
   });
@@ -59,6 +64,8 @@ describe("the administrator's configuration", () => {
     ["no size", `{ "checkpoints": { "rootfsMaxBytes": "much" } }`, /not a size/],
     ["a text for the switch of tracing", `{ "gpu": { "tracing": "yes" } }`, /gpu.tracing is neither/],
     ["no size of traces", `{ "gpu": { "traceMaxBytes": 5 } }`, /gpu.traceMaxBytes is not a string/],
+    ["no size of all traces", `{ "gpu": { "tracesMaxBytes": "all" } }`, /gpu.tracesMaxBytes is not a size/],
+    ["no age of traces", `{ "gpu": { "tracesMaxAge": "old" } }`, /gpu.tracesMaxAge is not a time/],
     ["a text for a switch", `{ "restore": { "ignoreCpu": "yes" } }`, /ignoreCpu is neither/],
     ["a key that is nowhere", `{ "restore": { "keyFile": "key" } }`, /"key" is not an absolute path/],
     ["nothing to keep", `{ "checkpoints": { "keepLast": 0 } }`, /from 1 to 1000/],

@@ -1,7 +1,7 @@
 import { chmodSync, copyFileSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterEach, beforeEach, expect, it } from "vitest";
+import { afterEach, beforeEach, expect, it, vi } from "vitest";
 import { SealedEngines } from "../../src/runtime/sealed-engines.ts";
 import { until } from "../live/harness/until.ts";
 
@@ -33,6 +33,21 @@ it("copies runc and crun at their first use, and again when the file is another 
   expect(engines.of(at("runc"))).toBeUndefined();
   await until(() => warnings.length === 1, { what: () => "a warning" });
   expect(engines.of(at("runc"))).toBeUndefined();
+});
+
+it("tries again after a while, so that an upgrade's moment without a file costs no more than that", async () => {
+  expect(engines.of(at("runc"))).toBeUndefined();
+  await until(() => warnings.length === 1, { what: () => "a warning" });
+  copyFileSync("/bin/true", at("runc"));
+  chmodSync(at("runc"), 0o755);
+  expect(engines.of(at("runc"))).toBeUndefined();
+  const now = performance.now();
+  vi.spyOn(performance, "now").mockReturnValue(now + 61_000);
+  try {
+    await until(() => engines.of(at("runc")), { what: () => "a copy" });
+  } finally {
+    vi.restoreAllMocks();
+  }
 });
 
 it("leaves other programs alone", () => {

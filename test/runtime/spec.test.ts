@@ -19,7 +19,6 @@ import {
   processLike,
   readSpec,
   sharesPidNamespace,
-  withHook,
 } from "../../src/runtime/spec.ts";
 
 let bundle: string;
@@ -120,28 +119,6 @@ it("groups containers of a pod", () => {
   expect(groupOf({})).toBeUndefined();
 });
 
-describe("a hook added to a spec", () => {
-  const hook = { path: "/bin/new", args: ["new"] };
-
-  it("comes first in its stage, and leaves limits beyond 2^53 exactly as they were written", () => {
-    const text = `{"process":{"rlimits":[{"type":"RLIMIT_AS","hard":18446744073709551615,"soft":1.5}]},
-      "hooks":{"createRuntime":[{"path":"/bin/old"}],"poststop":[{"path":"/bin/end"}]}}`;
-    const changed = withHook(text, "createRuntime", hook);
-    expect(changed).toContain('"hard":18446744073709551615,"soft":1.5');
-    expect(JSON.parse(changed).hooks).toEqual({
-      createRuntime: [hook, { path: "/bin/old" }],
-      poststop: [{ path: "/bin/end" }],
-    });
-  });
-
-  it("makes the first hooks of a spec without any", () => {
-    expect(JSON.parse(withHook('{"hooks":null}', "createRuntime", hook)).hooks).toEqual({
-      createRuntime: [hook],
-    });
-    expect(() => withHook("[]", "createRuntime", hook)).toThrow(InvalidRequest);
-  });
-});
-
 describe("a process like the container's first", () => {
   it("has its user, directory, limits and environment, but no terminal", () => {
     const text = `{"process":{"terminal":true,"consoleSize":{"width":80,"height":25},"user":{"uid":1000,"gid":5},"cwd":"/app",
@@ -238,6 +215,29 @@ describe("checkpoint policy in annotations", () => {
   ])("names what is wrong with %j", (annotations, message) => {
     expect(() => policy(annotations as Record<string, string>)).toThrow(InvalidRequest);
     expect(() => policy(annotations as Record<string, string>)).toThrow(message);
+  });
+
+  it("is refused where the administrator denies a key, whatever the key says", () => {
+    const web = (key: string) => ({
+      annotations: { "io.kubernetes.cri.container-name": "web", [`cedana.io/${key}`]: "TERM" },
+    });
+    for (const key of [
+      "kill-signal",
+      "exec-kill-signal",
+      "kill-signal.web",
+      "checkpoint-on",
+      "hook.pre-dump.web",
+    ])
+      expect(() => cedanaAnnotations(web(key), { denied: [key.replace(/\.web$/, "")] }), key).toThrow(
+        `annotation cedana.io/${key} is denied by this node's configuration`,
+      );
+    const others = { denied: ["kill-signal", "tcp"] };
+    expect(cedanaAnnotations(web("kill-signal.db"), others)).toEqual({}); // another container's
+    expect(cedanaAnnotations(web("kill-grace"), others)).toEqual({});
+    const sandbox = {
+      annotations: { ...web("tcp").annotations, "io.kubernetes.cri.container-type": "sandbox" },
+    };
+    expect(cedanaAnnotations(sandbox, others)).toEqual({});
   });
 
   it("names the annotation that it read", () => {

@@ -1,4 +1,5 @@
 import { describe, expect, it } from "vitest";
+import { InvalidRequest } from "../../src/errors/index.ts";
 import {
   encodeMessage,
   exitStatusOf,
@@ -27,6 +28,12 @@ describe("the keeper's protocol", () => {
         .join("")
         .replaceAll(" ", ""),
     );
+  });
+
+  it("takes no string with a NUL, but for a message to people", () => {
+    expect(() => encodeMessage(messageType.SPAWN, { argv: ["runc", "a\0b"] })).toThrow(InvalidRequest);
+    const [message] = read(encodeMessage(messageType.RUNTIME_ANSWER, { message: "a\0b" }));
+    expect(message!.string("message")).toBe("a\ufffdb");
   });
 
   it("reads back what it writes, however the stream is cut", () => {

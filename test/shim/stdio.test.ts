@@ -28,6 +28,13 @@ describe("stdio of a process", () => {
     expect(plan({ stdout: "file:///a", terminal: true })).toMatchObject({ stderrKind: stdioKind.none });
   });
 
+  it.each(["file:///a%", "fifo:///a%00b", "binary:///%ff"])(
+    "refuses %s, which decodes to no path",
+    (stdout) => {
+      expect(() => plan({ stdout })).toThrow(InvalidRequest);
+    },
+  );
+
   it("gives a log program the query as arguments and the container as environment", () => {
     expect(
       plan({ stdout: "binary:///bin/log?id=x&level=a%26b", stderr: "binary:///bin/log?id=x" }),

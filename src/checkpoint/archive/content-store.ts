@@ -118,7 +118,11 @@ export async function extractContentStore(
       createWriteStream(path, { flags: "wx", mode: 0o600 }),
       { signal },
     );
-    const [hashed] = await hashFiles(staging.path, [{ path: name, size: blob.size }], signal);
+    const [hashed] = await hashFiles(
+      staging.path,
+      [{ path: name, size: blob.size, algorithm: "sha256" }],
+      signal,
+    );
     if (hashed!.digest !== blob.digest || hashed!.size !== blob.size)
       throw new BrokenImage(
         `checkpoint index: blob ${blob.digest} has ${hashed!.size} bytes and the digest ${hashed!.digest}`,

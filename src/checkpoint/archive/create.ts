@@ -1,4 +1,3 @@
-import { createHash } from "node:crypto";
 import {
   closeSync,
   constants,
@@ -13,12 +12,13 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { promisify } from "node:util";
-import { BrokenImage, InvalidRequest, WrongState } from "../../errors/index.ts";
+import { BrokenImage, InvalidRequest, Unavailable, WrongState } from "../../errors/index.ts";
 import { flock, openBeneath } from "../../linux/addon.ts";
 import { listFilesHere, openDirectory } from "../digest.ts";
+import { algorithmOf, FileHash } from "../file-hash.ts";
 import { MANIFEST_NAME } from "../manifest.ts";
+import { WHITEOUT, writeAll } from "../rootfs-diff/layer.ts";
 import { ROOTFS_DIFF_NAME } from "../rootfs-diff/names.ts";
-import { WHITEOUT, writeAll } from "../rootfs-diff/pack.ts";
 import { findExtents } from "../tar/extents.ts";
 import { encodeHeader, endOfTar, padding, rawName, type TarEntry, tarEntry } from "../tar/format.ts";
 import { splitPath } from "../tar/path.ts";
@@ -43,7 +43,7 @@ export interface CreateInput {
   omit: string[];
   /** deletions are in deleted.files alone, as Podman and CRI-O want it */
   dropWhiteouts: boolean;
-  /** `sha256:…` by path: what is read must have it */
+  /** by path, as the manifest has them: what is read must have it */
   digests: Record<string, string>;
 }
 
@@ -60,7 +60,11 @@ const FLUSH_BYTES = 32 * 1024 * 1024;
 /** A checkpoint as one file, in constant memory. What it is made of must not change meanwhile. */
 export async function createArchive(input: CreateInput, context: JobContext): Promise<CreateOutput> {
   const out = openSync(input.archive, "wx", 0o600);
-  flock(out, "exclusive"); // it is being written: nobody sweeps it
+  if (!flock(out, "exclusive")) {
+    // Whoever has it takes it for what a killed writer left, and removes it.
+    closeSync(out);
+    throw new Unavailable(`archive ${input.archive} is being swept by another writer of it: try again`);
+  }
   const scratch = `${input.archive}.diff`;
   let done = false;
   const flusher = new Flusher(out);
@@ -195,7 +199,7 @@ function* packFile(
   if (!info.isFile()) throw new BrokenImage(`${path} is not a regular file`);
   const extents = digest === undefined ? findExtents(fd, size, Number(info.blocks)) : undefined;
   yield encodeHeader(entryOf(path, { size, extents, mtimeNs: info.mtimeNs }));
-  const hash = digest === undefined ? undefined : createHash("sha256");
+  const hash = digest === undefined ? undefined : new FileHash(algorithmOf(digest));
   let written = 0;
   for (const extent of extents ?? [{ offset: 0, size }]) {
     for (let offset = extent.offset; offset < extent.offset + extent.size; ) {
@@ -210,7 +214,7 @@ function* packFile(
     }
   }
   yield padding(written);
-  if (hash && `sha256:${hash.digest("hex")}` !== digest)
+  if (hash && hash.digest() !== digest)
     throw new BrokenImage(`${path} is not as the manifest says: its digest is another one`);
 }
 
@@ -232,10 +236,11 @@ async function repackWithoutWhiteouts(directory: string, to: string, context: Jo
     join(directory, ROOTFS_DIFF_NAME),
     constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK,
   );
+  const source = new ByteSource(decompress(readChunks(from, context)));
   try {
     const out = openSync(to, "wx", 0o600);
     await usingFd(out, async () => {
-      for await (const member of readTar(new ByteSource(decompress(readChunks(from, context))))) {
+      for await (const member of readTar(source)) {
         const { entry } = member;
         if (splitPath(entry.name).base.startsWith(WHITEOUT)) continue;
         writeAll(out, encodeHeader(entry));
@@ -250,6 +255,7 @@ async function repackWithoutWhiteouts(directory: string, to: string, context: Jo
       writeAll(out, endOfTar());
     });
   } finally {
+    await source.close(); // with the program that may be decompressing
     closeSync(from);
   }
 }

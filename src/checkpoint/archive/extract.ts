@@ -1,4 +1,3 @@
-import { createHash } from "node:crypto";
 import {
   closeSync,
   constants,
@@ -9,11 +8,13 @@ import {
   statfsSync,
   symlinkSync,
 } from "node:fs";
-import { dirname } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { BrokenImage, InvalidRequest, PermissionDenied, ResourceExhausted } from "../../errors/index.ts";
 import { openBeneath } from "../../linux/addon.ts";
 import { openDirectory } from "../digest.ts";
-import { entryPath, writeAll } from "../rootfs-diff/pack.ts";
+import { algorithmOf, type DigestAlgorithm, FileHash } from "../file-hash.ts";
+import { MANIFEST_NAME, parseManifest } from "../manifest.ts";
+import { entryPath, writeAll } from "../rootfs-diff/layer.ts";
 import { pathBytes, type RawName, rawName, showName } from "../tar/format.ts";
 import { confinedPath, splitPath } from "../tar/path.ts";
 import { ByteSource, readTar, type TarMember } from "../tar/reader.ts";
@@ -46,12 +47,14 @@ export interface ExtractOutput {
   encrypted: boolean;
   /** of the archive */
   archiveBytes: number;
-  files: { path: string; size: number; digest: string }[];
+  /** Of those that a manifest names, with their digest as it has it; of those before the manifest, with both. */
+  files: { path: string; size: number; digests: string[] }[];
   contents: Record<string, string>;
 }
 
-/** No checkpoint has as many files as that. */
+/** No checkpoint has as many files as that, nor as deep ones. */
 const MAX_MEMBERS = 100_000;
+const MAX_DEPTH = 32;
 /**
  * zstd makes a byte out of some ten thousand that repeat, so a small archive can fill a disk. Memory images are nothing like that but
  * for their zeros, which are not counted and not written.
@@ -65,7 +68,7 @@ const zeroPage = Buffer.alloc(PAGE);
 
 /**
  * Extracts an archive of a checkpoint: regular files and directories and nothing else, 0600 and 0700 whatever it says, each made anew below
- * the destination. Each file is hashed on its way. Zeros become holes. When it throws, what was written is the caller's to remove.
+ * the destination. Each file that a manifest names is hashed on its way. Zeros become holes. When it throws, what was written is the caller's to remove.
  */
 export async function extractArchive(input: ExtractInput, context: JobContext): Promise<ExtractOutput> {
   const fd = openArchive(input.archive);
@@ -98,6 +101,8 @@ class Extractor {
     files: [],
     contents: {},
   };
+  /** digests of the manifest, when it was read; ours is the first member */
+  #named: Map<string, string> | undefined;
   #bytes = 0;
   #written = 0;
   /** of the archive, read so far */
@@ -156,6 +161,8 @@ class Extractor {
     const shown = showName(path);
     const text = pathBytes(path).toString("utf8");
     if (rawName(text) !== path) throw new BrokenImage(`archive member ${shown}: its name is not UTF-8`);
+    if (path.split("/").length > MAX_DEPTH)
+      throw new BrokenImage(`archive member ${shown} is deeper than a checkpoint's files are`);
     const before = this.#seen.get(path);
     if (before && !(before === "directory" && entry.type === "directory"))
       throw new BrokenImage(`archive member ${shown} is in it twice`);
@@ -222,29 +229,39 @@ class Extractor {
       this.#root === undefined
         ? undefined
         : this.#inDirectory(parent, (directory) => openBeneath(directory, pathBytes(base), flags, 0o600));
-    const hash = createHash("sha256");
+    const hashes = this.#algorithmsFor(text).map((algorithm) => new FileHash(algorithm));
     const wanted = this.#input.wanted.includes(text) ? ([] as Buffer[]) : undefined;
     if (wanted && entry.size > MAX_WANTED_BYTES)
       throw new ResourceExhausted(`archive member ${text} is too big`);
     let end = 0;
     try {
       for await (const { data, offset } of member.contents()) {
-        hashZeros(hash, offset - end);
-        hash.update(data);
+        for (const hash of hashes) {
+          hashZeros(hash, offset - end);
+          hash.update(data);
+        }
         wanted?.push(Buffer.alloc(offset - end), Buffer.from(data));
         end = offset + data.length;
         this.#write(fd, data, offset, text);
       }
-      hashZeros(hash, entry.size - end);
+      for (const hash of hashes) hashZeros(hash, entry.size - end);
       if (fd !== undefined) ftruncateSync(fd, entry.size); // a hole at the end
     } finally {
       if (fd !== undefined) closeSync(fd);
     }
-    if (wanted)
-      this.#output.contents[text] = Buffer.concat([...wanted, Buffer.alloc(entry.size - end)]).toString(
-        "utf8",
-      );
-    this.#output.files.push({ path: text, size: entry.size, digest: `sha256:${hash.digest("hex")}` });
+    this.#output.files.push({ path: text, size: entry.size, digests: hashes.map((hash) => hash.digest()) });
+    if (!wanted) return;
+    const contents = Buffer.concat([...wanted, Buffer.alloc(entry.size - end)]).toString("utf8");
+    this.#output.contents[text] = contents;
+    if (basename(text) === MANIFEST_NAME) this.#named ??= digestsIn(contents, dirname(text));
+  }
+
+  /** Nothing is compared where the caller doesn't ask for the manifest. */
+  #algorithmsFor(path: string): DigestAlgorithm[] {
+    if (!this.#input.wanted.some((wanted) => basename(wanted) === MANIFEST_NAME)) return [];
+    if (!this.#named) return ["xxh128", "sha256"];
+    const digest = this.#named.get(path);
+    return digest === undefined ? [] : [algorithmOf(digest)];
   }
 
   /** What isn't zero, in runs of pages. */
@@ -273,9 +290,19 @@ class Extractor {
   }
 }
 
+/** By the files' paths in the archive. Whoever reads the manifest later says what is wrong with it. */
+function digestsIn(manifest: string, directory: string): Map<string, string> | undefined {
+  try {
+    const { files } = parseManifest(manifest, MANIFEST_NAME);
+    return new Map(files.flatMap(({ path, digest }) => (digest ? [[join(directory, path), digest]] : [])));
+  } catch {
+    return undefined;
+  }
+}
+
 const zeros = Buffer.alloc(1024 * 1024);
 
-function hashZeros(hash: ReturnType<typeof createHash>, count: number): void {
+function hashZeros(hash: FileHash, count: number): void {
   for (let left = count; left > 0; left -= zeros.length)
     hash.update(left >= zeros.length ? zeros : zeros.subarray(0, left));
 }

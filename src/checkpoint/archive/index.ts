@@ -2,9 +2,10 @@ import { randomUUID } from "node:crypto";
 import { closeSync, fsyncSync, openSync } from "node:fs";
 import { access, lstat, open, readdir, rename, rm, stat } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
-import { AlreadyExists, BrokenImage, InvalidRequest, NotFound } from "../../errors/index.ts";
+import { AlreadyExists, BrokenImage, InvalidRequest, NotFound, SyscallFailed } from "../../errors/index.ts";
 import { flock, renameAt } from "../../linux/addon.ts";
 import { listTree, openDirectory, withFd } from "../digest.ts";
+import { algorithmOf } from "../file-hash.ts";
 import {
   type CheckpointManifest,
   compareFiles,
@@ -217,7 +218,7 @@ async function read(archive: string, into: string | undefined, options: ReadOpti
   }
   const { manifest } = description;
   if (manifest) {
-    const faults = compareFiles(manifest, inManifest(output), generatedNames);
+    const faults = compareFiles(manifest, inManifest(manifest, output), generatedNames);
     if (faults.length > 0)
       throw new BrokenImage(
         `archive ${archive} is not as its manifest says: ${faults.map(({ message }) => message).join(", ")}`,
@@ -237,11 +238,21 @@ async function read(archive: string, into: string | undefined, options: ReadOpti
 /** An archive has these for other tools, though the directory that it was made of may not. */
 const generatedNames: readonly string[] = ["config.dump", "spec.dump"];
 
-/** The files as the manifest names them: by their path beside it. */
-function inManifest({ files, contents }: ExtractOutput): ExtractOutput["files"] {
-  if (contents[MANIFEST_NAME] !== undefined) return files;
-  return files.map((file) => ({ ...file, path: file.path.replace(/^checkpoint\//, "") }));
+/** The files as the manifest names them: by their path beside it, and with a digest of the kind that it has. */
+function inManifest(manifest: CheckpointManifest, { files, contents }: ExtractOutput): FoundInArchive[] {
+  const prefix = contents[MANIFEST_NAME] === undefined ? /^checkpoint\// : /^$/;
+  const named = new Map(manifest.files.map(({ path, digest }) => [path, digest]));
+  return files.map(({ path, size, digests }) => {
+    const name = path.replace(prefix, "");
+    const expected = named.get(name);
+    // None of that kind, in an archive with two manifests: it is not what it should be, rather than not looked at.
+    const digest =
+      expected && (digests.find((one) => algorithmOf(one) === algorithmOf(expected)) ?? "unknown");
+    return { path: name, size, digest };
+  });
 }
+
+type FoundInArchive = { path: string; size: number; digest: string | undefined };
 
 async function describeContents({ files, contents }: ExtractOutput): Promise<CheckpointDescription> {
   const text = contents[MANIFEST_NAME] ?? contents[`checkpoint/${MANIFEST_NAME}`];
@@ -316,8 +327,9 @@ async function sweepPartials(archive: string): Promise<void> {
     let fd: number;
     try {
       fd = openSync(path, "r");
-    } catch {
-      await rm(join(dirname(archive), name), { force: true }); // ENOENT: the scratch file of one that has gone
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw SyscallFailed.from(error);
+      await rm(join(dirname(archive), name), { force: true }); // the scratch file of one that has gone
       continue;
     }
     try {

@@ -198,8 +198,8 @@ export class PageDaemon {
   async stop(): Promise<void> {
     this.#stopped = true;
     const { guard, daemon, directory } = this.record;
-    if (!(await this.#end(guard, SIGTERM))) await this.#end(guard, SIGKILL);
-    await this.#end(daemon, SIGKILL); // its guard was killed: it is on its own
+    if (!(await end(this.#host, guard, SIGTERM))) await end(this.#host, guard, SIGKILL);
+    await end(this.#host, daemon, SIGKILL); // its guard was killed: it is on its own
     await rm(directory, { recursive: true, force: true });
   }
 
@@ -215,21 +215,6 @@ export class PageDaemon {
       await delay(END_LOOKS_MS);
     }
   }
-
-  /** @returns whether it is there no longer */
-  async #end({ pid, started }: ProcessRecord, signal: number): Promise<boolean> {
-    if (!isAlive(pid, started)) return true;
-    await this.#signal(pid, signal);
-    const limit = performance.now() + STOP_LIMIT_MS;
-    while (isAlive(pid, started) && performance.now() < limit) await delay(STOP_LOOKS_MS);
-    return !isAlive(pid, started);
-  }
-
-  async #signal(pid: number, signal: number): Promise<void> {
-    await this.#host.signal(pid, signal).catch((error: unknown) => {
-      if (!(error instanceof SyscallFailed && error.code === "ESRCH")) throw error; // it has just ended
-    });
-  }
 }
 
 const SIGTERM = 15;
@@ -237,12 +222,21 @@ const SIGKILL = 9;
 const LOG_NAME = "lazy-pages.log";
 
 /** Ends what was spawned, and with it what it has started. A guard takes its daemon along, CRIU alone is only that. */
-async function kill(host: PageDaemonHost, pid: number): Promise<void> {
-  if (pid === 0) return;
-  const started = startTime(pid);
-  await host.signal(pid, SIGTERM).catch(() => {}); // ESRCH: it has ended
+async function kill(host: Signaller, pid: number): Promise<void> {
+  const started = pid === 0 ? undefined : startTime(pid);
+  if (started === undefined) return; // it was never started, or has ended
+  if (!(await end(host, { pid, started }, SIGTERM))) await end(host, { pid, started }, SIGKILL);
+}
+
+/** @returns whether it is there no longer */
+async function end(host: Signaller, { pid, started }: ProcessRecord, signal: number): Promise<boolean> {
+  if (!isAlive(pid, started)) return true;
+  await host.signal(pid, signal).catch((error: unknown) => {
+    if (!(error instanceof SyscallFailed && error.code === "ESRCH")) throw error; // it has just ended
+  });
   const limit = performance.now() + STOP_LIMIT_MS;
   while (isAlive(pid, started) && performance.now() < limit) await delay(STOP_LOOKS_MS);
+  return !isAlive(pid, started);
 }
 
 /** A program that was executed by what the library had divided has a table of its own. */

@@ -1,12 +1,7 @@
-import {
-  type AnyNamespaceKind,
-  type Inventory,
-  type OpenFile,
-  type ProcessInventory,
-  Slices,
-} from "../../linux/inventory.ts";
+import type { AnyNamespaceKind, Inventory, OpenFile, ProcessInventory } from "../../linux/inventory.ts";
 import type { MountInfo } from "../../linux/mount-options.ts";
 import { inodeInBrackets } from "../../linux/proc.ts";
+import { Slices } from "../../linux/slices.ts";
 import type { DiagnosedSocket } from "../../linux/sock-diag.ts";
 import { catalogue, type Finding, type FindingId, type Requirement } from "./catalogue.ts";
 

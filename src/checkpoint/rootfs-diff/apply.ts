@@ -33,7 +33,7 @@ import { pathBytes, type RawName, rawName, showName, type TarEntry } from "../ta
 import { confinedPath, splitPath } from "../tar/path.ts";
 import { ByteSource, readTar, type TarMember } from "../tar/reader.ts";
 import type { JobContext } from "../worker/jobs.ts";
-import { entryPath, isForeignAttribute, OPAQUE, WHITEOUT, writeAll } from "./pack.ts";
+import { entryPath, isForeignAttribute, OPAQUE, WHITEOUT, writeAll } from "./layer.ts";
 
 export interface ApplyInput {
   /** plain, or compressed with gzip, zstd or lz4; undefined: there are only deletions */

@@ -2,20 +2,19 @@ import { access } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { NotFound } from "../../errors/index.ts";
 import { readMountInfo, unescapeOctal } from "../../linux/mount-options.ts";
+import { rawName } from "../tar/format.ts";
 import { runJob } from "../worker/pool.ts";
 import type { ApplyOutput } from "./apply.ts";
+import { excluder } from "./exclude.ts";
+import type { PackOutput } from "./layer.ts";
 import { DELETED_FILES_NAME, ROOTFS_DIFF_NAME } from "./names.ts";
-import type { PackOutput } from "./pack.ts";
+import type { Layers } from "./overlay.ts";
+import type { Changes } from "./pack.ts";
+import type { Snapshot } from "./snapshot.ts";
 
 // What a container has changed in its root file system, as a layer: `rootfs-diff.tar` and `deleted.files`.
 
-export { DELETED_FILES_NAME, ROOTFS_DIFF_NAME };
-
-export interface Layers {
-  upper: string;
-  /** the topmost first; undefined when their paths are not known */
-  lowers: string[] | undefined;
-}
+export { type Changes, DELETED_FILES_NAME, type Layers, ROOTFS_DIFF_NAME };
 
 /**
  * The layers of the overlay that is mounted at a path.
@@ -37,6 +36,28 @@ export async function overlayLayers(rootfs: string, pid: number | "self" = "self
     withoutBackslashes,
   );
   return { upper: withoutBackslashes(upper), lowers: await findAll(lowers, withoutBackslashes(upper)) };
+}
+
+/** What a root file system was made of, for as long as it isn't disposed of. */
+export interface RootfsBase extends AsyncDisposable {
+  /** directory */
+  readonly path: string;
+  readonly snapshotter: string;
+  /** when the root was the same, at the earliest, nanoseconds since 1970 */
+  readonly sameAtNs: bigint;
+}
+
+/**
+ * A root file system that keeps its changes in no layer of their own, beside what it was made of.
+ * @param base      directory that is as the root was
+ * @param sameAtNs  when they were the same, at the earliest
+ */
+export async function snapshotOf(root: string, base: string, sameAtNs: bigint): Promise<Snapshot> {
+  const mounted = (await readMountInfo("self"))
+    .map(({ mountPoint }) => mountPoint)
+    .filter((mountPoint) => mountPoint.startsWith(`${root}/`))
+    .map((mountPoint) => rawName(mountPoint.slice(root.length + 1)));
+  return { root, base, mounted, sameAtNs };
 }
 
 /** Overlay writes a comma in a path as `\,`, which cuts an option in two. */
@@ -96,12 +117,12 @@ async function firstThatExists(paths: string[]): Promise<string | undefined> {
  * @throws ResourceExhausted, Unsupported, WrongState when something changes; nothing is left then
  */
 export async function takeRootfsDiff(
-  layers: Layers,
+  changes: Changes,
   directory: string,
   options: { exclude?: readonly string[]; maxBytes?: number; whiteouts?: boolean; signal?: AbortSignal } = {},
 ): Promise<PackOutput> {
   const input = {
-    ...layers,
+    changes,
     tar: join(directory, ROOTFS_DIFF_NAME),
     deletedFiles: join(directory, DELETED_FILES_NAME),
     exclude: [...(options.exclude ?? [])],
@@ -111,9 +132,17 @@ export async function takeRootfsDiff(
   return await runJob("packRootfsDiff", input, options.signal);
 }
 
-/** Has a thread ready that `takeRootfsDiff` will use: for who is about to freeze a container, and would wait for its start. */
-export async function prepareRootfsDiff(signal?: AbortSignal): Promise<void> {
-  await runJob("prepareRootfsDiff", undefined, signal);
+/**
+ * For who is about to freeze a container: has a thread ready that `takeRootfsDiff` will use, and what that will look at in memory.
+ * @throws InvalidRequest for patterns that it wouldn't take
+ */
+export async function prepareRootfsDiff(
+  changes: Changes,
+  exclude: readonly string[],
+  signal?: AbortSignal,
+): Promise<void> {
+  excluder(exclude);
+  await runJob("prepareRootfsDiff", { changes }, signal);
 }
 
 /** Whether a checkpoint's directory has changes to apply. */

@@ -1,8 +1,8 @@
 import { BrokenImage } from "../../errors/index.ts";
 import { type RawName, showName } from "./format.ts";
 
-/** A path that Linux takes. */
-const MAX_PATH_BYTES = 4095;
+/** A path that Linux takes: a tree may be deeper, but who extracts it opens it by its path. */
+export const MAX_PATH_BYTES = 4095;
 const MAX_NAME_BYTES = 255;
 
 /**

@@ -5,14 +5,10 @@
 export const jobs = {
   listFiles: async () => (await import("../digest.ts")).listFilesHere,
   hashFiles: async () => (await import("../digest.ts")).hashFilesHere,
-  followFiles: async () => (await import("../digest.ts")).followFilesHere,
   createArchive: async () => (await import("../archive/create.ts")).createArchive,
   extractArchive: async () => (await import("../archive/extract.ts")).extractArchive,
   packRootfsDiff: async () => (await import("../rootfs-diff/pack.ts")).packRootfsDiff,
-  prepareRootfsDiff: async () => {
-    await import("../rootfs-diff/pack.ts");
-    return () => {};
-  },
+  prepareRootfsDiff: async () => (await import("../rootfs-diff/pack.ts")).prepareRootfsDiff,
   applyRootfsDiff: async () => (await import("../rootfs-diff/apply.ts")).applyRootfsDiff,
   syncTree: async () => (await import("../digest.ts")).syncTreeHere,
 } as const satisfies Record<string, () => Promise<Job>>;

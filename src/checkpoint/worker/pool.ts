@@ -25,11 +25,7 @@ interface Thread {
  * Jobs for which a container stands still, or a caller of containerd's waits, have threads of their own: an archive takes its time, and as
  * many as there are cores may be in work.
  */
-const urgentJobs: ReadonlySet<JobName> = new Set([
-  "packRootfsDiff",
-  "prepareRootfsDiff",
-  "followFiles",
-] as const);
+const urgentJobs: ReadonlySet<JobName> = new Set(["packRootfsDiff", "prepareRootfsDiff"] as const);
 
 class Lane {
   running = 0;

@@ -1,7 +1,8 @@
 import { randomUUID } from "node:crypto";
 import { CheckpointStore } from "../../checkpoint/store.ts";
 import { WrongState } from "../../errors/index.ts";
-import { childrenOf, pidsInNamespaces, processStat } from "../../linux/proc.ts";
+import { pidsInNamespaces, processTree } from "../../linux/proc.ts";
+import { Slices } from "../../linux/slices.ts";
 import type {
   FreezeContainerRequest,
   FreezeContainerResponseInit,
@@ -74,18 +75,22 @@ async function query(task: Task): Promise<QueriedContainerInit> {
     pid,
     engine: task.engine.binary,
     bundle: task.bundle,
-    processes: pid === 0 ? [] : [...processesBelow(pid)],
+    processes: pid === 0 ? [] : await processesOf(pid),
     checkpoints: await checkpointsOf(task),
   };
 }
 
-/** By parentage: what was exec'd in the container is the keeper's child, and not below init. */
-function* processesBelow(pid: number): Generator<QueriedProcessInit> {
-  const stat = processStat(pid);
-  if (!stat) return; // it has ended meanwhile
-  const pidInContainer = pidsInNamespaces(pid).at(-1) ?? 0;
-  yield { pid, parentPid: stat.parentPid, pidInContainer, command: stat.comm, state: stat.state };
-  for (const child of childrenOf(pid)) yield* processesBelow(child);
+/** What was exec'd in the container is the keeper's child, and not below init. */
+async function processesOf(initPid: number): Promise<QueriedProcessInit[]> {
+  const { breathe } = new Slices();
+  const processes: QueriedProcessInit[] = [];
+  for (const { pid, parentPid, comm, state } of await processTree(initPid, breathe)) {
+    const pause = breathe();
+    if (pause) await pause;
+    const pidInContainer = pidsInNamespaces(pid).at(-1) ?? 0;
+    processes.push({ pid, parentPid, pidInContainer, command: comm, state });
+  }
+  return processes;
 }
 
 async function checkpointsOf(task: Task) {

@@ -48,7 +48,7 @@ export function findTask(shim: ShimServer, id: string, namespace: string): Task 
   const [task] = found;
   if (!task)
     throw new NotFound(
-      `cedanad has no container ${id}${namespace === "" ? "" : ` in namespace ${namespace}`}`,
+      `cedanad has no container ${id}${namespace === "" ? "" : ` in namespace ${namespace}`}: \`cedana query containerd\` shows those it has`,
     );
   if (found.length > 1)
     throw new InvalidRequest(

@@ -2,7 +2,7 @@ import { isDirectory } from "../../checkpoint/archive/index.ts";
 import { findArchive, openDirectoryOf } from "../../checkpoint/open.ts";
 import { InvalidRequest } from "../../errors/index.ts";
 import type { RestoreContainerEventInit, RestoreContainerRequest } from "../../proto/generated/cedana_api.ts";
-import { CONTAINERD_SOCKET, Containerd } from "../containerd/client.ts";
+import { CONTAINERD_SOCKET, Containerd } from "../../shim/containerd.ts";
 import { restoreInContainerd } from "../containerd/restore.ts";
 import { directoryOf } from "./checkpoints.ts";
 import type { ApiCall } from "./context.ts";
@@ -21,7 +21,7 @@ export async function restoreContainer(
     throw new InvalidRequest(
       `checkpoint ${checkpoint} doesn't say of which container it is: name one (--id), and whom a new one is like (--like)`,
     );
-  using containerd = await Containerd.open(request.address || CONTAINERD_SOCKET, namespace);
+  using containerd = new Containerd(request.address || CONTAINERD_SOCKET, namespace);
   const { pid, created } = await restoreInContainerd(containerd, {
     checkpoint,
     id,

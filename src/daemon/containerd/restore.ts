@@ -6,7 +6,7 @@ import { Status, Tasks } from "../../proto/generated/containerd_tasks.ts";
 import { Options } from "../../proto/generated/runc_options.ts";
 import type { Mount } from "../../proto/generated/types.ts";
 import { isOfType, pack, unpack } from "../../proto/wellknown.ts";
-import type { Containerd } from "./client.ts";
+import type { Containerd } from "../../shim/containerd.ts";
 
 /*
  * A checkpoint as a container of containerd's, by containerd's own calls: it makes the bundle and mounts the root file system, our shim
@@ -73,7 +73,7 @@ export async function restoreInContainerd(
 
 async function find(containerd: Containerd, id: string, signal: AbortSignal): Promise<Container | undefined> {
   try {
-    return (await containerd.call(Containers, "Get", { id }, signal)).container;
+    return (await containerd.call(Containers, "Get", { id }, { signal })).container;
   } catch (error) {
     if (error instanceof NotFound) return undefined;
     throw error;
@@ -82,7 +82,7 @@ async function find(containerd: Containerd, id: string, signal: AbortSignal): Pr
 
 async function removeStoppedTask(containerd: Containerd, id: string, signal: AbortSignal): Promise<void> {
   try {
-    const { process } = await containerd.call(Tasks, "Get", { containerId: id }, signal);
+    const { process } = await containerd.call(Tasks, "Get", { containerId: id }, { signal });
     if (process && process.status !== Status.STOPPED)
       throw new WrongState(
         `container ${id} has a task, of pid ${process.pid}: end it first, or restore as another container (--id)`,
@@ -91,7 +91,7 @@ async function removeStoppedTask(containerd: Containerd, id: string, signal: Abo
     if (error instanceof NotFound) return;
     throw error;
   }
-  await containerd.call(Tasks, "Delete", { containerId: id }, signal);
+  await containerd.call(Tasks, "Delete", { containerId: id }, { signal });
 }
 
 /** The record first: a snapshot that no container has would be garbage to containerd. */
@@ -104,12 +104,17 @@ async function make(containerd: Containerd, restore: ContainerRestore, undos: Un
     );
   optionsFor(model, restore.checkpoint); // what can't be restored is said before anything is made
   const { snapshotter } = model;
-  const { info } = await containerd.call(Snapshots, "Stat", { snapshotter, key: model.snapshotKey }, signal);
+  const { info } = await containerd.call(
+    Snapshots,
+    "Stat",
+    { snapshotter, key: model.snapshotKey },
+    { signal },
+  );
   const container: Container = { ...model, id, snapshotKey: id, spec: specFor(model, id) };
-  await containerd.call(Containers, "Create", { container }, signal);
+  await containerd.call(Containers, "Create", { container }, { signal });
   undos.push(["container", () => containerd.call(Containers, "Delete", { id })]);
   const parent = info?.parent ?? "";
-  await containerd.call(Snapshots, "Prepare", { snapshotter, key: id, parent }, signal);
+  await containerd.call(Snapshots, "Prepare", { snapshotter, key: id, parent }, { signal });
   undos.push(["snapshot", () => containerd.call(Snapshots, "Remove", { snapshotter, key: id })]);
   return container;
 }
@@ -155,5 +160,5 @@ async function mountsOf(
   signal: AbortSignal,
 ): Promise<Mount[]> {
   if (snapshotKey === "") return []; // a root file system of its own, named in the configuration
-  return (await containerd.call(Snapshots, "Mounts", { snapshotter, key: snapshotKey }, signal)).mounts;
+  return (await containerd.call(Snapshots, "Mounts", { snapshotter, key: snapshotKey }, { signal })).mounts;
 }

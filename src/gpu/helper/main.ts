@@ -1,11 +1,19 @@
-import { readdirSync } from "node:fs";
+import { Socket } from "node:net";
 import { createInterface } from "node:readline";
 import { type CudaDevice, cuda } from "../../linux/cuda.ts";
-import type { HelperAnswer, HelperCall, HelperCalls, HelperRequest } from "./messages.ts";
+import { threadsOf } from "../../linux/proc.ts";
+import {
+  ANSWERS_FD,
+  type Coded,
+  type HelperAnswer,
+  type HelperCall,
+  type HelperCalls,
+  type HelperRequest,
+} from "./messages.ts";
 
 /*
  * The helper process: the only one of ours that loads a GPU driver. It does what it is told, a line of JSON on stdin for each call and one
- * on stdout for each answer, and ends when its stdin does, that is with cedanad. A call of the driver that never returns holds a thread of
+ * on a descriptor of its own for each answer, and ends when its stdin does, that is with cedanad. A call of the driver that never returns holds a thread of
  * the pool, not the others' calls; who asked ends the process.
  *
  * Threads that it holds by ptrace(2) are let go by the kernel when it ends, however it ends.
@@ -19,32 +27,36 @@ const calls: { [C in HelperCall]: (input: HelperCalls[C]["input"]) => Promise<He
     const symbols = addon.cudaOpen(path);
     return { symbols, version: symbols.cuDriverGetVersion ? await addon.cudaDriverVersion() : 0 };
   },
-  init: async () => ({ code: await addon.cudaInit() }),
+  init: async () => coded(await addon.cudaInit()),
   devices: async () => {
     const found = await addon.cudaDevices();
-    if (typeof found === "number") return { code: found, devices: [] };
+    if (typeof found === "number") return { ...coded(found), devices: [] };
     return { code: 0, devices: found.map(describe) };
   },
   state: async ({ pid }) => pair(await addon.cudaState(pid)),
   restoreThread: async ({ pid }) => pair(await addon.cudaRestoreThread(pid)),
-  lock: async ({ pid, timeoutMs }) => ({ code: await addon.cudaLock(pid, timeoutMs) }),
-  checkpoint: async ({ pid }) => ({ code: await addon.cudaCheckpoint(pid) }),
-  restore: async ({ pid, pairs }) => ({
-    code: await addon.cudaRestore(pid, Buffer.from(pairs.flat().join(""), "hex")),
-  }),
-  unlock: async ({ pid }) => ({ code: await addon.cudaUnlock(pid) }),
+  lock: async ({ pid, timeoutMs }) => coded(await addon.cudaLock(pid, timeoutMs)),
+  checkpoint: async ({ pid }) => coded(await addon.cudaCheckpoint(pid)),
+  restore: async ({ pid, pairs }) =>
+    coded(await addon.cudaRestore(pid, Buffer.from(pairs.flat().join(""), "hex"))),
+  unlock: async ({ pid }) => coded(await addon.cudaUnlock(pid)),
   nvml: ({ path }) => addon.nvmlQuery(path),
   holdThreads: async ({ pid, except }) => {
     const before = held.size;
     // A frozen process makes no threads; one that isn't may, until the list has nothing new.
     for (let found = true; found; ) {
       found = false;
-      for (const name of readdirSync(`/proc/${pid}/task`)) {
-        const tid = Number(name);
+      for (const tid of threadsOf(pid)) {
         if (tid === except || held.has(tid)) continue;
-        addon.ptraceSeize(tid);
-        held.add(tid);
-        addon.ptraceInterrupt(tid);
+        try {
+          addon.ptraceSeize(tid);
+          held.add(tid);
+          addon.ptraceInterrupt(tid);
+        } catch (error) {
+          if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error;
+          held.delete(tid); // it has ended
+          continue;
+        }
         found = true;
       }
     }
@@ -87,12 +99,19 @@ function describe({ uuid, name, memoryBytes, pciBusId }: CudaDevice) {
   return { uuid: uuid.toString("hex"), name, memoryBytes, pciBusId };
 }
 
-function pair([code, value]: [number, number]) {
-  return { code, value };
+function coded(code: number): Coded {
+  return code === 0 ? { code } : { code, name: addon.cudaErrorName(code) };
 }
 
+function pair([code, value]: [number, number]) {
+  return { ...coded(code), value };
+}
+
+const answers = new Socket({ fd: ANSWERS_FD });
+answers.on("error", () => {}); // EPIPE: cedanad has ended, which stdin tells, too
+
 function answer(message: HelperAnswer): void {
-  process.stdout.write(`${JSON.stringify(message)}\n`);
+  answers.write(`${JSON.stringify(message)}\n`);
 }
 
 const lines = createInterface({ input: process.stdin });

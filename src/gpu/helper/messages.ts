@@ -1,24 +1,32 @@
 import type { NvmlAnswer } from "../../linux/cuda.ts";
 
-/** What the helper is asked, a line of JSON each; answers come in any order. */
+/** Not stdout: that a library of the driver's may write to. */
+export const ANSWERS_FD = 3;
+
+/** A driver's answer; the driver's own name of a code that isn't success. */
+export interface Coded {
+  code: number;
+  name?: string;
+}
+
+/** What the helper is asked, a line of JSON each on its stdin; answers come on descriptor ANSWERS_FD, in any order. */
 export interface HelperCalls {
   /** Loads the driver's library. */
   open: { input: { path: string }; output: { symbols: Record<string, boolean>; version: number } };
-  init: { input: object; output: { code: number } };
+  init: { input: object; output: Coded };
   devices: {
     input: object;
-    output: {
-      code: number;
+    output: Coded & {
       devices: { uuid: string; name: string; memoryBytes: number; pciBusId: string }[];
     };
   };
-  state: { input: { pid: number }; output: { code: number; value: number } };
-  restoreThread: { input: { pid: number }; output: { code: number; value: number } };
-  lock: { input: { pid: number; timeoutMs: number }; output: { code: number } };
-  checkpoint: { input: { pid: number }; output: { code: number } };
+  state: { input: { pid: number }; output: Coded & { value: number } };
+  restoreThread: { input: { pid: number }; output: Coded & { value: number } };
+  lock: { input: { pid: number; timeoutMs: number }; output: Coded };
+  checkpoint: { input: { pid: number }; output: Coded };
   /** pairs: UUIDs of 32 hexadecimal digits, old and new */
-  restore: { input: { pid: number; pairs: [string, string][] }; output: { code: number } };
-  unlock: { input: { pid: number }; output: { code: number } };
+  restore: { input: { pid: number; pairs: [string, string][] }; output: Coded };
+  unlock: { input: { pid: number }; output: Coded };
   nvml: { input: { path: string }; output: NvmlAnswer };
   /** Holds every thread of a process but one, which may be frozen; they stand still however the cgroup is. */
   holdThreads: { input: { pid: number; except: number }; output: { held: number } };

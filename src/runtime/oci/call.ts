@@ -33,6 +33,8 @@ export interface Conversation {
   readonly log: Logger;
   /** aborted when the wrapper has gone */
   readonly signal: AbortSignal;
+  /** Path of our native program, which the wrapper is. */
+  program(): Promise<string>;
   /**
    * Runs a program as the wrapper's child, and waits for its end.
    * @returns exit status, 128 + signal for one that was killed

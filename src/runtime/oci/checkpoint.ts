@@ -1,16 +1,20 @@
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
 import {
+  type CriuSettings,
   type DumpRequest,
   type DumpTarget,
   dump as dumpContainer,
   type EngineDump,
 } from "../../checkpoint/dump.ts";
+import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
+import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
 import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
+import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { criuLines, type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
@@ -56,6 +60,7 @@ export async function checkpoint(
     return undefined;
   }
   const spec = await readSpec(state.bundle);
+  await allowedAnnotations(spec);
   const parentPath = options.value("parent-path");
   if (parentPath && isAbsolute(parentPath))
     throw new InvalidRequest(`--parent-path ${parentPath} must be relative to the image path`);
@@ -78,10 +83,10 @@ export async function checkpoint(
     // A pre-dump is no checkpoint yet, and CRIU stops the processes for it by itself, for a moment. With lazy pages the caller reads the
     // images while CRIU still serves the memory, as --status-fd tells him: they can't be put in their place afterwards.
     if (preDump || options.has("lazy-pages")) {
-      await withImagePath(
-        dump.imagePath,
-        async () => await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath }),
-      );
+      await withImagePath(dump.imagePath, async () => {
+        const env = await criuConfigFile(join(scratch, "criu.conf"), await criuConfigLines(dump, {}));
+        await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath, env });
+      });
       return { status: 0 };
     }
     const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id, features.name));
@@ -113,6 +118,13 @@ export async function checkpoint(
         return hook && (() => runHook({ call, wrapper }, container, hook, [], scratch));
       },
       cgroup: async () => cgroup,
+      // runc's --criu names one past PATH.
+      gate: async () =>
+        call.globalArgv.some((argument) => /^--?criu(=|$)/.test(argument))
+          ? undefined
+          : criuBelow(call.pid, await wrapper.program()),
+      criuConfig: async (settings) =>
+        (await criuConfigLines(dump, settings)).map((line) => `${line}\n`).join(""),
       engineCheckpoint: async (engineDump) => {
         await runEngine(dump, wrapper, engineDump);
         if (!dump.leaveRunning) await waitForEnd(pid, started);
@@ -143,31 +155,40 @@ export async function checkpoint(
   return { status: 0 };
 }
 
+/** Options of the caller's that the chain has. */
+const chainOptions = ["image-path", "work-path", "parent-path"]; // the last one from where the images are made
+
+/** Lines of CRIU's configuration file for what the engine has no option for. */
+async function criuConfigLines(
+  { options, features, policy, pid }: Dump,
+  { workPath, networkLock = "default", externalMounts = [], withoutPlugins = false }: Partial<CriuSettings>,
+): Promise<string[]> {
+  const { criuConfig } = engineArguments("checkpoint", features, options, policy, chainOptions);
+  return [
+    ...criuConfig,
+    ...(networkLock !== "default" && !options.has("network-lock") ? [`network-lock ${networkLock}`] : []),
+    ...criuLines({
+      externalMounts,
+      cgroupRoots: await foreignHierarchies(pid),
+      pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
+    }),
+  ];
+}
+
 async function runEngine(
-  { call, options, features, policy, pid }: Dump,
+  { call, options, features, policy }: Dump,
   wrapper: Conversation,
   {
     imagePath,
     workPath,
     parentPath,
-    networkLock = "default",
-    externalMounts = [],
-    withoutPlugins = false,
+    env,
   }: Pick<EngineDump, "imagePath" | "parentPath"> & Partial<EngineDump>,
 ): Promise<void> {
   const scratch = scratchOf(call);
   const work = workPath ?? resolve(call.cwd, options.value("work-path") ?? join(scratch, "work"));
-  const { argv, criuConfig } = engineArguments("checkpoint", features, options, policy, [
-    "image-path",
-    "work-path",
-    "parent-path", // from where the images are made
-  ]);
-  if (networkLock !== "default" && !options.has("network-lock"))
-    criuConfig.push(`network-lock ${networkLock}`);
-  criuConfig.push(...criuLines({ externalMounts, cgroupRoots: await foreignHierarchies(pid) }));
+  const { argv } = engineArguments("checkpoint", features, options, policy, chainOptions);
   await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
-  if (withoutPlugins) criuConfig.push(`libdir "${work}"`);
-  const env = await criuConfigFile(join(scratch, "criu.conf"), criuConfig);
   const outputPath = join(scratch, "output");
   const command = [
     call.engine,

@@ -3,15 +3,15 @@ import { closeSync, openSync } from "node:fs";
 import { join } from "node:path";
 import type { Logger } from "pino";
 import { offerCheckpoint, withdrawOffer } from "../../checkpoint/resume.ts";
-import { NotFound, RuntimeFailed, SyscallFailed, TimedOut } from "../../errors/index.ts";
+import { NotFound, RuntimeFailed, SyscallFailed, TimedOut, WrongState } from "../../errors/index.ts";
 import type { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive } from "../../linux/proc.ts";
-import { placeForSignal } from "../checkpoint-on.ts";
+import { placeForSignal, type SignalCheckpoint } from "../checkpoint-on.ts";
 import { readSpec } from "../spec.ts";
 import { type Conversation, type OciCall, type RunOptions, withoutLog } from "./call.ts";
 import { checkpoint } from "./checkpoint.ts";
 import { cgroupOf } from "./endings.ts";
-import type { Marker } from "./marker.ts";
+import { type EndingRecord, type Marker, readMarker, writeMarker } from "./marker.ts";
 import { namespaceOf } from "./state.ts";
 
 /** cedana-exit needs the time in which the kernel stops a thread, or thaws it. */
@@ -19,11 +19,7 @@ const exitPatienceMs = 10_000;
 
 export interface Ending {
   readonly call: OciCall;
-  readonly marker: Marker;
-  /** the caller's signal, which the status is to tell of */
-  readonly sent: number;
-  /** path of our native program */
-  readonly helper: string;
+  readonly marker: Marker & { ending: EndingRecord };
   readonly log: Logger;
   readonly signal: AbortSignal;
 }
@@ -33,27 +29,25 @@ export interface Ending {
  * @throws what keeps it from that; it may be frozen then
  */
 export async function end(ending: Ending): Promise<void> {
-  const { call, marker, sent, log, signal } = ending;
-  const { pid, startTime: started } = marker.ending!;
-  const spec = await readSpec(marker.bundle!);
-  const wanted = await placeForSignal(spec, namespaceOf(call.root), call.id);
-  if (!wanted) throw new NotFound(`container ${call.id} no longer asks for a checkpoint`);
-  const cgroup = await cgroupOf(marker, pid);
-  if (!(await cgroup.isFrozen())) await cgroup.freeze(undefined, signal);
-  const { directory, generation } = wanted.place;
-  const path = join(directory, generation);
-  // The caller's `--log` is the kill's, whose answer has gone out.
-  const globalArgv = withoutLog(call.globalArgv);
-  const argv = [`--image-path=${path}`, "--leave-running", "--", call.id];
-  const dumping = { ...call, command: "checkpoint", globalArgv, argv, cwd: "/", pid: process.pid };
-  await checkpoint(dumping, new OwnConversation(log, signal), wanted);
+  const { call, marker, log, signal } = ending;
+  const { pid, startTime: started, sent, whole } = marker.ending;
+  let path = whole;
+  let wanted: SignalCheckpoint | undefined;
   try {
+    signal.throwIfAborted();
+    const cgroup = await cgroupOf(marker, pid);
+    wanted = await placeForSignal(await readSpec(marker.bundle!), namespaceOf(call.root), call.id);
+    if (!wanted) throw new NotFound(`container ${call.id} no longer asks for a checkpoint`);
+    path ??= join(wanted.place.directory, wanted.place.generation);
+    if (whole === undefined) await dumpFrozen(ending, cgroup, wanted, path);
+    else if (!(await cgroup.isFrozen()))
+      throw new WrongState(`container ${call.id} has run on after its checkpoint`);
     if (wanted.resumable) await offerCheckpoint(path, { pid, startTime: started });
     signal.throwIfAborted();
     await endFrozen(ending, cgroup, 128 + sent);
   } catch (error) {
     if (!isAlive(pid, started)) throw error; // by somebody else: it goes on where it was dumped all the same
-    await withdrawOffer(path);
+    if (path !== undefined) await withdrawOffer(path);
     throw error;
   }
   log.info({ path, signal: sent }, "checkpointed instead of being sent the signal");
@@ -62,9 +56,27 @@ export async function end(ending: Ending): Promise<void> {
     .catch((error) => log.warn({ err: error }, "remove older checkpoints"));
 }
 
+/** From here on no instruction of the container's is executed; that the checkpoint is whole comes on record. */
+async function dumpFrozen(
+  ending: Ending,
+  cgroup: Cgroup,
+  wanted: SignalCheckpoint,
+  path: string,
+): Promise<void> {
+  const { call, marker, signal } = ending;
+  if (!(await cgroup.isFrozen())) await cgroup.freeze(undefined, signal);
+  // The caller's `--log` is the kill's, whose answer has gone out.
+  const globalArgv = withoutLog(call.globalArgv);
+  const argv = [`--image-path=${path}`, "--leave-running", "--", call.id];
+  const dumping = { ...call, command: "checkpoint", globalArgv, argv, cwd: "/", pid: process.pid };
+  await checkpoint(dumping, new OwnConversation(ending), wanted);
+  if (readMarker(call.marker))
+    writeMarker(call.marker, { ...marker, ending: { ...marker.ending, whole: path } });
+}
+
 /** Ends the frozen container with a status of our choice; what fails ends it with SIGKILL's. */
-async function endFrozen({ marker, helper, log }: Ending, cgroup: Cgroup, status: number): Promise<void> {
-  const { pid, startTime: started } = marker.ending!;
+async function endFrozen({ marker, log }: Ending, cgroup: Cgroup, status: number): Promise<void> {
+  const { helper, pid, startTime: started } = marker.ending;
   try {
     for (const other of await cgroup.pids()) if (other !== pid) killIfThere(other);
     await exitFrozen(helper, pid, status, async () => await cgroup.thaw());
@@ -130,10 +142,16 @@ async function endOf(child: ChildProcess): Promise<number> {
 class OwnConversation implements Conversation {
   readonly log: Logger;
   readonly signal: AbortSignal;
+  readonly #helper: string;
 
-  constructor(log: Logger, signal: AbortSignal) {
+  constructor({ marker, log, signal }: Ending) {
+    this.#helper = marker.ending.helper;
     this.log = log;
     this.signal = signal;
+  }
+
+  async program(): Promise<string> {
+    return this.#helper;
   }
 
   async run(argv: readonly string[], { env, outputPath }: RunOptions = {}): Promise<number> {

@@ -8,7 +8,7 @@ import type { KillPlan } from "../kill-policy.ts";
 import { cgroupName, type OciSpec, readSpec } from "../spec.ts";
 import type { OciCall } from "./call.ts";
 import type { Escalator } from "./escalator.ts";
-import { type Marker, markersIn, readMarker, writeMarker } from "./marker.ts";
+import { type EndingRecord, type Marker, markersIn, readMarker, writeMarker } from "./marker.ts";
 import { containerState } from "./state.ts";
 
 /*
@@ -21,8 +21,13 @@ import { containerState } from "./state.ts";
  *
  * Whatever fails before 3, the container is thawed and gets the signal as if there were no annotation, with what follows it. A SIGKILL
  * of the caller's, whose patience is over, ends container and dump: what is half made is removed, older checkpoints stay. That a
- * container is being ended is on record in its marker: after a crash of cedanad the next one thaws it and sends the signal.
+ * container is being ended is on record in its marker, and its cgroup stays frozen without us: after a crash of cedanad the next one, whom
+ * the next command for a container of ours starts, takes a whole checkpoint to its end, and makes a new one where it isn't whole. A
+ * dump that has taken two cedanads along is not begun a third time: then there is the signal.
  */
+
+/** cedanads that may begin the end of a container. */
+const TRIES = 2;
 
 export class Endings {
   readonly #log: Logger;
@@ -50,31 +55,45 @@ export class Endings {
   async begin(call: OciCall, marker: Marker, sent: number, plan: KillPlan): Promise<boolean> {
     if (this.#jobs.has(call.marker)) return true;
     const job = new AbortController();
-    this.#jobs.set(call.marker, job);
+    this.#jobs.set(call.marker, job); // a second signal at this moment finds it
+    let begun = false;
     try {
       const state = await containerState(call);
       const started = state && state.pid > 0 ? startTime(state.pid) : undefined;
       if (!state || started === undefined || !["running", "paused"].includes(state.status)) return false;
-      const ending = { pid: state.pid, startTime: started, signal: plan.signal, escalation: plan.escalation };
-      const noted: Marker = { ...marker, ending };
-      const helper = await programOf(call.pid); // while the wrapper is there
-      writeMarker(call.marker, noted);
-      const log = this.#log.child({ container: call.id, command: "kill" });
-      const wasPaused = state.status === "paused";
-      // Loaded with the first: on a node without such containers it would only take memory.
-      void import("./ending.ts")
-        .then(({ end }) => end({ call, marker: noted, sent, helper, log, signal: job.signal }))
-        .catch((error) => this.#fallBack(call.marker, noted, wasPaused, error, log))
-        .finally(() => {
-          const now = readMarker(call.marker); // undefined: deleted meanwhile
-          if (now?.ending) writeMarker(call.marker, { ...now, ending: undefined });
-          this.#jobs.delete(call.marker);
-          this.#done();
-        });
+      const ending: EndingRecord = {
+        pid: state.pid,
+        startTime: started,
+        sent,
+        signal: plan.signal,
+        escalation: plan.escalation,
+        helper: await programOf(call.pid), // while the wrapper is there
+        wasPaused: state.status === "paused",
+        tries: 1,
+      };
+      writeMarker(call.marker, { ...marker, ending });
+      begun = true;
+      this.#run(call, { ...marker, ending }, job);
       return true;
     } finally {
-      if (readMarker(call.marker)?.ending === undefined) this.#jobs.delete(call.marker);
+      if (!begun) this.#jobs.delete(call.marker);
     }
+  }
+
+  #run(call: OciCall, marker: Marker & { ending: EndingRecord }, job: AbortController): void {
+    const path = call.marker;
+    const log = this.#log.child({ container: call.id, command: "kill" });
+    // Loaded with the first: on a node without such containers it would only take memory.
+    void import("./ending.ts")
+      .then(({ end }) => end({ call, marker, log, signal: job.signal }))
+      .catch((error) => this.#fallBack(path, marker, error, log))
+      .finally(() => {
+        const now = readMarker(path); // undefined: deleted meanwhile
+        if (now?.ending) writeMarker(path, { ...now, ending: undefined });
+        this.#jobs.delete(path);
+        this.#done();
+      })
+      .catch((error) => log.error({ err: error }, "note the end of a container"));
   }
 
   /** Nobody wants the checkpoint any more: the container is being killed, or has been deleted. */
@@ -82,15 +101,35 @@ export class Endings {
     this.#jobs.get(path)?.abort(new Cancelled("the container is killed"));
   }
 
-  /** What an earlier cedanad has left in the middle. */
-  async revive(runDirectory: string): Promise<void> {
+  /**
+   * What an earlier cedanad has left in the middle.
+   * @param undone  of a container's marker: when the dump of that cedanad has come to its end, and what it made is gone
+   */
+  revive(runDirectory: string, undone: (path: string) => Promise<void>): void {
     for (const path of markersIn(runDirectory)) {
       try {
         const marker = readMarker(path);
-        if (!marker?.ending) continue;
-        const log = this.#log.child({ container: marker.id });
-        await this.#fallBack(path, marker, false, new Cancelled("cedanad ended in the middle of it"), log);
-        writeMarker(path, { ...marker, ending: undefined });
+        const ending = marker?.ending;
+        if (!marker || !ending) continue;
+        const { id, root, engine, globalArgv } = marker;
+        const call = {
+          command: "kill",
+          argv: [],
+          globalArgv,
+          engine,
+          root,
+          id,
+          marker: path,
+          cwd: "/",
+          pid: process.pid,
+        };
+        const job = new AbortController();
+        this.#jobs.set(path, job);
+        const next = { ...marker, ending: { ...ending, tries: (ending.tries ?? TRIES) + 1 } }; // none: of an older cedanad, which noted less
+        writeMarker(path, next);
+        const tooMany = new Cancelled(`cedanad ended in the middle of it ${TRIES} times`);
+        if (next.ending.tries > TRIES) job.abort(tooMany);
+        void undone(path).then(() => this.#run(call, next, job));
       } catch (error) {
         this.#log.error({ err: error, path }, "take up a container that was being checkpointed at its end");
       }
@@ -99,12 +138,11 @@ export class Endings {
 
   async #fallBack(
     path: string,
-    marker: Marker,
-    wasPaused: boolean,
+    marker: Marker & { ending: EndingRecord },
     why: unknown,
     log: Logger,
   ): Promise<void> {
-    const { pid, startTime: started, signal, escalation } = marker.ending!;
+    const { pid, startTime: started, signal, escalation, wasPaused } = marker.ending;
     if (!isAlive(pid, started)) {
       log.warn({ err: why }, "not checkpointed at its end: it has ended");
       return;

@@ -3,6 +3,8 @@ import { dirname, join } from "node:path";
 import type { Logger } from "pino";
 import { thawWherever } from "../../checkpoint/freeze-marker.ts";
 import { Cgroup, type CgroupPaths } from "../../linux/cgroup.ts";
+import { mountsBelow, unmountLazily } from "../../linux/mount-options.ts";
+import { isAlive, startTime } from "../../linux/proc.ts";
 
 // Containers that a checkpoint holds frozen, on disk: a cedanad that is killed in the middle leaves none that stands still for ever.
 
@@ -45,8 +47,14 @@ async function writeWhole(path: string, content: object): Promise<void> {
   await rename(`${path}.new`, path);
 }
 
-/** At the start of a cedanad: what an earlier one has left frozen. */
-export async function thawLeftovers(runDirectory: string, log: Logger): Promise<void> {
+/**
+ * At the start of a cedanad: what an earlier one has left frozen.
+ * @returns of a container's marker: when the dump that was in work has come to its end, and what it made is gone
+ */
+export async function thawLeftovers(
+  runDirectory: string,
+  log: Logger,
+): Promise<(marker: string) => Promise<void>> {
   const directory = join(runDirectory, "oci");
   const names = await readdir(directory).catch((): string[] => []); // ENOENT: nothing was ever frozen
   for (const name of names.filter((one) => one.endsWith(suffix))) {
@@ -60,8 +68,46 @@ export async function thawLeftovers(runDirectory: string, log: Logger): Promise<
     }
     await rm(note, { force: true });
   }
-  for (const name of names.filter((one) => one.endsWith(dumpSuffix)))
-    void undoDump(join(directory, name), log); // not waited for: the engine may be at work for long
+  const undone = new Map<string, Promise<void>>();
+  for (const name of names.filter((one) => one.endsWith(dumpSuffix))) {
+    const marker = join(directory, name.slice(0, -dumpSuffix.length));
+    undone.set(marker, undoDump(join(directory, name), log)); // not waited for here: the engine may be at work for long
+  }
+  await sweepScratches(runDirectory, log);
+  return async (marker) => await undone.get(marker);
+}
+
+/** Directories of an earlier cedanad's calls, but those of dumps, which are in their notes. */
+async function sweepScratches(runDirectory: string, log: Logger): Promise<void> {
+  const directory = join(runDirectory, "c");
+  const names = await readdir(directory).catch((): string[] => []); // ENOENT: there was never a call
+  for (const name of names) {
+    const pid = /^oci-[0-9a-f]{16}-(\d+)$/.exec(name)?.[1];
+    const scratch = join(directory, name);
+    if (pid !== undefined && !(await isDumps(scratch)))
+      void sweepScratch(scratch, Number(pid)).catch((error) =>
+        log.error({ err: error, scratch }, "remove what a command of cedana-runtime has left"),
+      );
+  }
+}
+
+const WRAPPER_POLL_MS = 100;
+
+async function sweepScratch(scratch: string, wrapper: number): Promise<void> {
+  const started = startTime(wrapper);
+  // Its engine may be at work there; they end one after the other.
+  while (started !== undefined && isAlive(wrapper, started))
+    await new Promise((resolve) => setTimeout(resolve, WRAPPER_POLL_MS).unref());
+  // CRIU mounts every cgroup hierarchy in its work path: to remove what is below would remove the host's cgroups.
+  for (const { mountPoint } of await mountsBelow(scratch)) await unmountLazily(mountPoint);
+  await rm(scratch, { recursive: true, force: true });
+}
+
+/** A dump's attempt, or a device's, is undone by others. */
+async function isDumps(scratch: string): Promise<boolean> {
+  return (await readdir(scratch).catch(() => [])).some(
+    (name) => !/^(?:criu|restore-|hook\.|output$)/.test(name),
+  );
 }
 
 /**

@@ -28,13 +28,30 @@ export interface Marker {
   /** of the checkpoint that it is restored from, until its processes may run */
   claim?: Claim | undefined;
   /** it is being checkpointed instead of being sent this signal */
-  ending?:
-    | { pid: number; startTime: number; signal: number; escalation: readonly EscalationStep[] }
-    | undefined;
+  ending?: EndingRecord | undefined;
   /** signals that are still to be sent, to the init with this pid and start time */
   escalation?:
     | { pid: number; startTime: number; dueAtMs: number; steps: readonly EscalationStep[] }
     | undefined;
+}
+
+/** Of a container that is checkpointed instead of being signalled: for whoever goes on after a crash. */
+export interface EndingRecord {
+  readonly pid: number;
+  readonly startTime: number;
+  /** the caller's, which the status is to tell of */
+  readonly sent: number;
+  /** what it gets where it can't be checkpointed, and what follows */
+  readonly signal: number;
+  readonly escalation: readonly EscalationStep[];
+  /** path of our native program */
+  readonly helper: string;
+  /** its cgroup's owner had paused it */
+  readonly wasPaused: boolean;
+  /** how many cedanads have begun it */
+  readonly tries: number;
+  /** the checkpoint, once it is whole: the container stands still since then, and only its end is missing */
+  readonly whole?: string | undefined;
 }
 
 export function writeMarker(path: string, marker: Marker): void {
@@ -77,7 +94,7 @@ export function markersIn(runDirectory: string): string[] {
   const directory = join(runDirectory, "oci");
   try {
     return readdirSync(directory)
-      .filter((name) => /^[0-9a-f]{16}-/.test(name) && !/\.(new|frozen)$/.test(name))
+      .filter((name) => /^[0-9a-f]{16}-/.test(name) && !/\.(new|frozen|dumping)$/.test(name))
       .map((name) => join(directory, name));
   } catch {
     return []; // ENOENT: no container was ever ours

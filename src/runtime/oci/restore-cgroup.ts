@@ -1,5 +1,7 @@
 import { mkdir, readFile, rmdir } from "node:fs/promises";
-import { hostCgroupVersion, parseMembership, unifiedPath } from "../../linux/cgroup.ts";
+import { kill } from "../../criu/leftovers.ts";
+import { TimedOut } from "../../errors/index.ts";
+import { Cgroup, hostCgroupVersion, parseMembership, unifiedPath } from "../../linux/cgroup.ts";
 import { criuLines } from "../engine.ts";
 import { cgroupPathV2, type OciSpec } from "../spec.ts";
 
@@ -47,4 +49,46 @@ export async function restoreCgroup(
       if (made) await rmdir(directory).catch(() => {}); // EBUSY, ENOENT: the engine's to remove, or done by it
     },
   };
+}
+
+const EMPTY_MS = 5_000;
+
+/**
+ * What a failed restore has left in the container's cgroup: of a CRIU that was killed at its end, the engine finds no process that is the
+ * container's already. A cgroup may be others', too: who was there before stays.
+ */
+export class CgroupOfRestore {
+  readonly #path: string | undefined;
+  readonly #before: ReadonlySet<number>;
+  readonly #isNew: boolean;
+
+  private constructor(path: string | undefined, before: ReadonlySet<number>, isNew: boolean) {
+    this.#path = path;
+    this.#before = before;
+    this.#isNew = isNew;
+  }
+
+  /** Before the engine starts. */
+  static async before(spec: OciSpec, id: string, globalArgv: readonly string[]): Promise<CgroupOfRestore> {
+    const path = cgroupPathV2(spec, id, globalArgv.includes("--systemd-cgroup"));
+    const cgroup = path === undefined ? undefined : await Cgroup.at(path);
+    const isNew = cgroup === undefined || cgroup.paths.size === 0;
+    return new CgroupOfRestore(path, new Set(isNew ? [] : await cgroup.pids()), isNew);
+  }
+
+  /** @throws TimedOut when something stays */
+  async empty(): Promise<void> {
+    if (this.#path === undefined) return; // an engine's own way to name it
+    const cgroup = await Cgroup.at(this.#path);
+    if (cgroup.paths.size === 0) return;
+    await cgroup.thaw().catch(() => {}); // NotFound: removed meanwhile; else what is frozen shows below
+    for (const until = Date.now() + EMPTY_MS; ; await new Promise((resolve) => setTimeout(resolve, 10))) {
+      const left = (await cgroup.pids()).filter((pid) => !this.#before.has(pid));
+      if (left.length === 0) break;
+      if (Date.now() >= until)
+        throw new TimedOut(`processes ${left} of a failed restore don't end, in cgroup ${this.#path}`);
+      for (const pid of left) kill(pid);
+    }
+    if (this.#isNew) await cgroup.removeLeft();
+  }
 }

@@ -1,32 +1,30 @@
 import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
+import { isThere } from "../../checkpoint/open.ts";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
-import { killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
+import { criuBelow } from "../../criu/gate.ts";
+import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
-import { NotFound, Unsupported } from "../../errors/index.ts";
+import { toldPluginDirectory } from "../../criu/plugins.ts";
+import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
-import { isAlive, programOf, startTime } from "../../linux/proc.ts";
-import { criuLines, engineVersion } from "../engine.ts";
+import { unmountLazily } from "../../linux/mount-options.ts";
+import { isAlive, processStat, startTime } from "../../linux/proc.ts";
+import { allowedAnnotations } from "../annotated-checkpoint.ts";
+import { criuLines, engineVersion, lastErrorIn } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
+import { configForRestore } from "../restore-configuration.ts";
 import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
-import {
-  cedanaAnnotations,
-  cgroupName,
-  identityOf,
-  movedFrom,
-  ownsNetworkNamespace,
-  readSpec,
-  withHook,
-} from "../spec.ts";
+import { cedanaAnnotations, cgroupName, identityOf, movedFrom, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
 import { noteGeneration } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
-import { restoreCgroup } from "./restore-cgroup.ts";
+import { CgroupOfRestore, restoreCgroup } from "./restore-cgroup.ts";
 import { containerState, namespaceOf } from "./state.ts";
 
 export interface RestoreExtra {
@@ -55,7 +53,8 @@ export async function restore(
   const options = new Options(call.argv);
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
-  const [features, spec] = [await engineVersion(call.engine), await readSpec(bundle)];
+  const [features, spec] = await Promise.all([engineVersion(call.engine), readSpec(bundle)]);
+  await allowedAnnotations(spec);
   const rootfs = resolve(bundle, spec.root?.path ?? "rootfs");
   const scratch = scratchOf(call);
   const workPath = options.value("work-path");
@@ -64,6 +63,8 @@ export async function restore(
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
+  const existed = await isThere(join(root, id)); // another container's: what fails is not to be deleted
+  const within = await CgroupOfRestore.before(spec, id, globalArgv);
   const detached = options.has("detach");
   const hook = extra.standsStill ? undefined : await hookOf(spec, "post-restore");
   if (hook && !detached)
@@ -88,7 +89,7 @@ export async function restore(
       return init.pid;
     },
     get hasEnded() {
-      return init.pid === 0 || !isAlive(init.pid, init.started);
+      return init.started === undefined || !isAlive(init.pid, init.started);
     },
     postRestoreHook:
       hook && ((env) => runHook({ call, wrapper }, { initPid: init.pid, bundle, spec }, hook, env, scratch)),
@@ -103,12 +104,19 @@ export async function restore(
         cgroupsMode: policy.cgroupsMode ?? "",
       };
     },
-    prepareNetwork: async () => {
-      if (features.name !== "runc" || !ownsNetworkNamespace(spec)) return;
-      engineBundle = await copyWithLoopback(call, bundle);
+    prepareConfiguration: async () => {
+      const file = join(bundle, "config.json");
+      const text = await configForRestore(spec, await readFile(file, "utf8"), {
+        bundle,
+        path: file,
+        engine: features.name,
+        program: await wrapper.program(),
+      });
+      if (text === undefined) return;
+      engineBundle = await copyOfBundle(call, bundle, text);
       writeMarker(call.marker, { ...marker(), bundle, copied: true });
     },
-    putNetworkBack: async () => {}, // the copy goes with the container
+    putConfigurationBack: async () => {}, // the copy goes with the container
     prepareCgroup: async (policy) => {
       if (policy.cgroupsMode !== (mode ?? ""))
         cgroup = await restoreCgroup(spec, policy.cgroupsMode || undefined, call.pid);
@@ -138,7 +146,7 @@ export async function restore(
         ...criuConfig,
         ...cgroup.lines,
         ...(extra.criuConfig ?? []),
-        ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : undefined }),
+        ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : toldPluginDirectory() }),
       ]);
       const command = [
         engine,
@@ -148,7 +156,8 @@ export async function restore(
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
-      const run = async () => await wrapper.run([...command, ...argv, id], { env });
+      const { path: PATH } = await criuBelow(call.pid, await wrapper.program());
+      const run = async () => await wrapper.run([...command, ...argv, id], { env: { PATH, ...env } });
       const onDeath = async (pids: number[]) => {
         for (const pid of pids) killProcess(pid);
         await killCriu(work, call.pid);
@@ -158,7 +167,7 @@ export async function restore(
         ? await whileWatchingCriu({ parent: call.pid, workPath: work, onDeath, log: wrapper.log }, run)
         : await run();
       if (status === 0) {
-        const pid = detached ? ((await containerState(call))?.pid ?? 0) : 0; // in the foreground it is over
+        const pid = detached ? await restoredPid(call, options) : 0; // in the foreground it is over
         init = { pid, started: startTime(pid) };
         return;
       }
@@ -177,22 +186,26 @@ export async function restore(
         ofThis ? log : undefined,
       );
     },
-    // What the engine failed to restore it has undone itself.
     // A directory of the caller's may have another CRIU at work in it.
     endCriu: async (work) => {
       if (workPath === undefined) await killCriu(work);
+      else await killOrphans(work, engine);
     },
     get criuRoots() {
       return [join(engineBundle, "criu-root"), join(bundle, "criu-root"), join(root, id, "criu-root")];
     },
     undoEngineRestore: async () => {
-      if (status !== 0) return;
-      const outputPath = join(scratch, "output");
-      await wrapper.run([engine, ...globalArgv, "delete", "--force", id], { outputPath });
+      // One that failed has undone what it did, but not one that was killed.
+      if (status === 0 || (!existed && (await isThere(join(root, id))))) {
+        const outputPath = join(scratch, "output");
+        const deleted = await wrapper.run([engine, ...globalArgv, "delete", "--force", id], { outputPath });
+        const words = lastErrorIn(await readFile(outputPath, "utf8").catch(() => "")); // ENOENT: it was not even started
+        if (deleted !== 0)
+          wrapper.log.error({ status: deleted, words }, "delete what a failed restore has left");
+      }
+      await within.empty();
     },
-    unmount: async (mountPoint) => {
-      await wrapper.run(["umount", "--lazy", mountPoint], { outputPath: join(scratch, "output") });
-    },
+    unmount: unmountLazily, // we are in the caller's mount namespace
   };
 
   if (cedanaAnnotations(spec).lazy)
@@ -225,16 +238,39 @@ export async function restore(
   return { status };
 }
 
-/**
- * A bundle with a copy of the caller's configuration, which stays as it is. runc restores into an empty network namespace where lo is
- * down; a hook of the copy, which it runs between CRIU's making of the namespaces and of the sockets, sets it up.
- */
-async function copyWithLoopback(call: OciCall, bundle: string): Promise<string> {
+/** A bundle for the engine's restore alone: the caller's stays as it is. @param text  of its config.json */
+async function copyOfBundle(call: OciCall, bundle: string, text: string): Promise<string> {
   const copy = bundleCopyOf(call.marker);
-  const path = join(bundle, "config.json");
-  const hook = { path: await programOf(call.pid), args: ["cedana-loopback"], timeout: 10 };
-  const text = withHook(movedFrom(bundle, await readFile(path, "utf8")), "createRuntime", hook, path);
   await mkdir(copy, { recursive: true, mode: 0o700 });
-  await writeFile(join(copy, "config.json"), text, { mode: 0o600 });
+  await writeFile(join(copy, "config.json"), movedFrom(bundle, text), { mode: 0o600 });
   return copy;
+}
+
+/** Of the init; 0 when it has ended. The engine has just written it where its caller wants it. */
+async function restoredPid(call: OciCall, options: Options): Promise<number> {
+  const file = options.value("pid-file");
+  const pid =
+    file === undefined ? 0 : Number(await readFile(resolve(call.cwd, file), "utf8").catch(() => "")); // a FIFO's reader has it
+  return pid > 0 ? pid : ((await containerState(call))?.pid ?? 0);
+}
+
+const ORPHANS_END_MS = 5_000;
+
+/** CRIUs at work in a directory whose engine has been killed. */
+async function killOrphans(workPath: string, engine: string): Promise<void> {
+  const hasEngine = async (pid: number): Promise<boolean> => {
+    let at = processStat(pid);
+    while (at && /^criu/.test(at.comm)) at = processStat(at.parentPid);
+    return (
+      at !== undefined &&
+      (await readFile(`/proc/${at.pid}/cmdline`, "utf8").catch(() => "")).startsWith(`${engine}\0`)
+    ); // it has ended
+  };
+  for (const until = Date.now() + ORPHANS_END_MS; ; await new Promise((resolve) => setTimeout(resolve, 20))) {
+    const left: number[] = [];
+    for (const pid of await criuProcesses(workPath)) if (!(await hasEngine(pid))) left.push(pid);
+    if (left.length === 0) return;
+    if (Date.now() >= until) throw new TimedOut(`CRIU (pids ${left}) of a failed restore doesn't end`);
+    for (const pid of left) killProcess(pid);
+  }
 }

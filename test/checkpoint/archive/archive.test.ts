@@ -157,6 +157,34 @@ describe("an archive", () => {
     expect(await verifyArchive(at("parts.tar"))).toMatchObject({ compression, verified: 4 });
   });
 
+  it("of an older checkpoint, whose digests are SHA-256, is compared with these, wherever the manifest is in it", async () => {
+    await makeCheckpoint();
+    const manifest = JSON.parse(fs.readFileSync(path.join(checkpoint, "cedana.json"), "utf8"));
+    for (const file of manifest.files)
+      file.digest = `sha256:${createHash("sha256")
+        .update(fs.readFileSync(path.join(checkpoint, file.path)))
+        .digest("hex")}`;
+    fs.writeFileSync(path.join(checkpoint, "cedana.json"), JSON.stringify(manifest));
+    await createArchive(checkpoint, at("ours.tar"), { verify: true });
+    const members = [
+      "checkpoint/inventory.img",
+      "checkpoint/empty.img",
+      "checkpoint/pages-1.img",
+      "checkpoint/sub",
+    ];
+    execFileSync("tar", ["-C", checkpoint, "-cf", at("last.tar"), ...members, "cedana.json"]);
+    for (const archive of ["ours.tar", "last.tar"])
+      expect(await verifyArchive(at(archive))).toMatchObject({ verified: 4 });
+    fs.writeFileSync(path.join(checkpoint, "checkpoint/inventory.img"), "Inventory");
+    execFileSync("tar", ["-C", checkpoint, "-cf", at("wrong.tar"), ...members, "cedana.json"]);
+    await expect(verifyArchive(at("wrong.tar"))).rejects.toThrow(
+      /inventory.img has the digest sha256:[0-9a-f]{64} instead of sha256:/,
+    );
+    await expect(createArchive(checkpoint, at("wrong.tar.zst"), { verify: true })).rejects.toThrow(
+      BrokenImage,
+    );
+  });
+
   it("of images without a directory around them has them in checkpoint/", async () => {
     fs.mkdirSync(checkpoint);
     fs.writeFileSync(path.join(checkpoint, "inventory.img"), "1");
@@ -354,6 +382,11 @@ describe("a hostile archive is refused by what is wrong with it, and leaves noth
     ["a device", /null is a char/, [[entry({ name: "null", type: "char", major: 1, minor: 3 })]]],
     ["a FIFO", /fifo is a fifo/, [[entry({ name: "fifo", type: "fifo" })]]],
     ["a member twice", /inventory.img is in it twice/, [inventory, inventory]],
+    [
+      "a member in very many directories",
+      /deeper than a checkpoint's files are/,
+      [[entry({ name: `${"d/".repeat(40)}x`, size: 1 }), "x"]],
+    ],
     [
       "a file below a file",
       /below a, a file/,

@@ -3,7 +3,14 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { applyRootfsDiff, overlayLayers, takeRootfsDiff } from "../../../src/checkpoint/rootfs-diff/index.ts";
+import {
+  applyRootfsDiff,
+  overlayLayers,
+  prepareRootfsDiff,
+  snapshotOf,
+  takeRootfsDiff,
+} from "../../../src/checkpoint/rootfs-diff/index.ts";
+import { Cancelled } from "../../../src/errors/index.ts";
 import { makeNode, setTimes, setXattr } from "../../../src/linux/addon.ts";
 import { describeTree } from "./tree.ts";
 
@@ -239,6 +246,26 @@ describe.skipIf(missing)(`a rootfs diff${missing ? ` (${missing})` : ""}`, () =>
     await expect(take()).rejects.toThrow(/of file only the metadata/);
   });
 
+  it("with a path that nobody could put back is refused, and where", async () => {
+    mount();
+    // Longer than any path that a program may name: step by step.
+    execFileSync(
+      "sh",
+      [
+        "-c",
+        `i=0; while [ $i -lt 18 ]; do mkdir ${"d".repeat(240)} && cd -P ${"d".repeat(240)} || exit 1; i=$((i+1)); done`,
+      ],
+      {
+        cwd: at("merged"),
+      },
+    );
+    await expect(takeRootfsDiff(await overlayLayers(at("merged")), at("checkpoint"))).rejects.toThrow(
+      /d… is longer than 4095 bytes/,
+    );
+    expect(fs.readdirSync(at("checkpoint"))).toEqual([]);
+    execFileSync("rm", ["-r", at("merged", "d".repeat(240))]);
+  });
+
   it("names the sockets that it can't hold", async () => {
     mount();
     execFileSync(
@@ -256,5 +283,158 @@ describe.skipIf(missing)(`a rootfs diff${missing ? ` (${missing})` : ""}`, () =>
   it("is there only for an overlay", async () => {
     await expect(overlayLayers(at("merged"))).rejects.toThrow(/no mount point/);
     await expect(overlayLayers("/proc")).rejects.toThrow(/of type proc/);
+  });
+});
+
+describe.skipIf(missing)(`a root file system without layers${missing ? ` (${missing})` : ""}`, () => {
+  const root = () => at("copy");
+  /** As the native snapshotter: a copy, in which things are changed. */
+  async function takeFrom(exclude: string[] = [], sameAtNs = 0n) {
+    return await takeRootfsDiff(await snapshotOf(root(), at("lower"), sameAtNs), at("checkpoint"), {
+      exclude,
+    });
+  }
+  const listed = () =>
+    execFileSync("tar", ["-tf", at("checkpoint/rootfs-diff.tar")], { encoding: "utf8" })
+      .trim()
+      .split("\n");
+  const deleted = () => JSON.parse(fs.readFileSync(at("checkpoint/deleted.files"), "utf8"));
+  const now = () => BigInt(Date.now()) * 1_000_000n;
+
+  it.each(Array.from({ length: 12 }, (_, seed) => seed))(
+    "is made again of what it was made of and its changes, whatever changed (seed %i)",
+    async (seed) => {
+      const random = randomOf(seed * 104_729 + 3);
+      change(at("lower"), 150, random);
+      copyLower("copy");
+      await new Promise((resolve) => setTimeout(resolve, 20)); // a file system's clock is coarse
+      const sameAtNs = seed % 2 === 0 ? 0n : now();
+      await new Promise((resolve) => setTimeout(resolve, 20));
+      change(root(), seed % 3 === 0 ? 15 : 120, random);
+      await takeFrom([], sameAtNs);
+      const fresh = copyLower("fresh");
+      await applyRootfsDiff(at("checkpoint"), fresh);
+      expect(describeTree(fresh)).toEqual(describeTree(root()));
+    },
+  );
+
+  it("has nothing in its layer when nothing changed", async () => {
+    change(at("lower"), 150, randomOf(5));
+    copyLower("copy");
+    expect(await takeFrom([], now())).toMatchObject({ members: 0, deleted: 0, sockets: [] });
+  });
+
+  it("has in its layer what changed, the directories around it, and nothing else", async () => {
+    for (const name of ["etc", "etc/deep", "usr", "gone"]) fs.mkdirSync(at("lower", name));
+    for (const name of ["etc/deep/a", "etc/b", "usr/c", "gone/d", "e"])
+      fs.writeFileSync(at("lower", name), "x");
+    copyLower("copy");
+    fs.writeFileSync(at("copy/etc/deep/a"), "yy");
+    fs.rmSync(at("copy/gone"), { recursive: true });
+    fs.rmSync(at("copy/e"));
+    await takeFrom();
+    expect(listed()).toEqual(["./", ".wh.e", "etc/deep/", "etc/deep/a", ".wh.gone"]);
+    expect(deleted()).toEqual(["/e", "/gone"]);
+  });
+
+  it("is compared by its contents where a program has set size and time back", async () => {
+    fs.writeFileSync(at("lower/a"), "one");
+    const times = fs.statSync(at("lower/a"), { bigint: true });
+    copyLower("copy");
+    const before = now() - 1_000_000_000n;
+    fs.writeFileSync(at("copy/a"), "two");
+    setTimes(at("copy/a"), times.mtimeNs);
+    setTimes(root(), fs.statSync(at("lower"), { bigint: true }).mtimeNs);
+    await takeFrom([], before);
+    expect(listed()).toContain("a");
+  });
+
+  it("is compared by its contents where directories have changed places, and files are alike by size and time", async () => {
+    const time = 1_700_000_000_000_000_000n;
+    for (const name of ["v1", "v2"]) {
+      fs.mkdirSync(at("lower", name, "deep"), { recursive: true });
+      fs.writeFileSync(at("lower", name, "deep/file"), name);
+      for (const path of [`${name}/deep/file`, `${name}/deep`, name]) setTimes(at("lower", path), time);
+    }
+    copyLower("copy");
+    await new Promise((resolve) => setTimeout(resolve, 20)); // a file system's clock is coarse
+    const before = now();
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    for (const [from, to] of [
+      ["v1", "v3"],
+      ["v2", "v1"],
+      ["v3", "v2"],
+    ] as const)
+      fs.renameSync(at("copy", from), at("copy", to));
+    await takeFrom([], before);
+    const fresh = copyLower("fresh");
+    await applyRootfsDiff(at("checkpoint"), fresh);
+    expect(describeTree(fresh)).toEqual(describeTree(root()));
+  });
+
+  it("keeps files of several names one file, and others apart", async () => {
+    for (const name of ["a", "c"]) {
+      fs.writeFileSync(at("lower", name), name.repeat(9));
+      fs.linkSync(at("lower", name), at("lower", `${name}2`));
+    }
+    fs.writeFileSync(at("lower/single"), "single");
+    copyLower("copy");
+    fs.linkSync(at("copy/a"), at("copy/0-before")); // a new name, before the old ones
+    fs.linkSync(at("copy/single"), at("copy/z-after")); // and one after it
+    fs.rmSync(at("copy/c2")); // no longer linked, and otherwise the same
+    execFileSync("cp", ["-a", at("copy/c"), at("copy/c2")]);
+    await takeFrom();
+    const fresh = copyLower("fresh");
+    await applyRootfsDiff(at("checkpoint"), fresh);
+    expect(describeTree(fresh)).toEqual(describeTree(root()));
+    const inode = (name: string) => fs.statSync(path.join(fresh, name)).ino;
+    expect(inode("0-before")).toBe(inode("a2"));
+    expect(inode("single")).toBe(inode("z-after"));
+    expect(inode("c")).not.toBe(inode("c2"));
+    expect(listed()).not.toContain("single"); // it is there: its new name is a link to it
+  });
+
+  it("leaves out what is excluded, and what is mounted in it from elsewhere", async () => {
+    fs.mkdirSync(at("lower/mnt"));
+    fs.writeFileSync(at("lower/old.log"), "");
+    copyLower("copy");
+    fs.rmSync(at("copy/old.log"));
+    fs.writeFileSync(at("copy/new.log"), "");
+    fs.writeFileSync(at("copy/kept"), "");
+    execFileSync("mount", ["-t", "tmpfs", "none", at("copy/mnt")]);
+    try {
+      fs.writeFileSync(at("copy/mnt/x"), "");
+      await takeFrom(["*.log"]);
+    } finally {
+      execFileSync("umount", [at("copy/mnt")]);
+    }
+    expect(listed()).toEqual(["./", "kept"]);
+    expect(deleted()).toEqual([]);
+  });
+
+  it("is read ahead while the container goes on changing it", async () => {
+    for (let i = 0; i < 300; i++) fs.mkdirSync(at("lower", `${i}`, "below"), { recursive: true });
+    copyLower("copy");
+    const changes = await snapshotOf(root(), at("lower"), 0n);
+    let ready = false;
+    const reading = prepareRootfsDiff(changes, []).then(() => {
+      ready = true;
+    });
+    for (let i = 0; i < 300 || !ready; i++) {
+      fs.rmSync(at("copy", `${i}`), { recursive: true, force: true });
+      fs.writeFileSync(at("copy", `${i % 7}`), "");
+      await new Promise((next) => setImmediate(next));
+    }
+    await reading;
+    await expect(prepareRootfsDiff(changes, ["/"])).rejects.toThrow(/names nothing below the root/);
+    await expect(prepareRootfsDiff(changes, [], AbortSignal.abort())).rejects.toBeInstanceOf(Cancelled);
+  });
+
+  it("with a layer of an overlay of the container's own is refused by name", async () => {
+    copyLower("copy");
+    fs.mkdirSync(at("copy/upper"));
+    setXattr(at("copy/upper"), "trusted.overlay.opaque", Buffer.from("y"));
+    await expect(takeFrom()).rejects.toThrow(/upper belongs to the layer of an overlay in the container/);
+    expect(fs.readdirSync(at("checkpoint"))).toEqual([]);
   });
 });

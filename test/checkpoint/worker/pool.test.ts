@@ -2,7 +2,6 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { followFiles, hashFiles } from "../../../src/checkpoint/digest.ts";
 import { receiveError, sendError } from "../../../src/checkpoint/worker/messages.ts";
 import { MAX_WORKERS, runJob } from "../../../src/checkpoint/worker/pool.ts";
 import { BrokenImage, Cancelled, SyscallFailed } from "../../../src/errors/index.ts";
@@ -17,7 +16,7 @@ beforeEach(() => {
 afterEach(() => fs.rmSync(directory, { recursive: true }));
 
 const hash = (name: string, signal?: AbortSignal) =>
-  runJob("hashFiles", { directory, paths: [name] }, signal);
+  runJob("hashFiles", { directory, files: [{ path: name, algorithm: "xxh128" }] }, signal);
 
 describe("the pool of worker threads", () => {
   it("does many jobs, few at a time", async () => {
@@ -83,31 +82,8 @@ describe("an error that crosses threads", () => {
     const busy = Promise.allSettled(
       Array.from({ length: MAX_WORKERS * 2 }, () => hash("endless", stop.signal)),
     );
-    await runJob("prepareRootfsDiff", undefined);
+    await runJob("prepareRootfsDiff", { changes: { upper: "/", lowers: undefined } });
     stop.abort();
     await busy;
-  });
-});
-
-describe("files that grow", () => {
-  it("are hashed as they are in the end, and are their owner's alone", async () => {
-    fs.rmSync(path.join(directory, "endless"));
-    const pages = path.join(directory, "pages-1.img");
-    const follower = followFiles(directory);
-    for (let round = 0; round < 20; round++) {
-      fs.appendFileSync(pages, Buffer.alloc(300_000, round), { mode: 0o644 });
-      await new Promise((resolve) => setTimeout(resolve, 3));
-    }
-    fs.mkdirSync(path.join(directory, "sub"));
-    fs.writeFileSync(path.join(directory, "sub/pages-2.img"), "below");
-    const files = await follower.finish();
-    expect(files.map((file) => file.path)).toEqual(["pages-1.img", "small", "sub/pages-2.img"]);
-    expect(files).toEqual(await hashFiles(directory, files));
-    for (const file of files) expect(fs.statSync(path.join(directory, file.path)).mode & 0o777).toBe(0o600);
-  });
-
-  it("are let go when nobody asks for the end", async () => {
-    followFiles(directory).abandon();
-    expect(await hash("small")).toHaveLength(1);
   });
 });

@@ -34,7 +34,7 @@ int main(int argc, char **argv) {
   int pid = 0, timeout = 0, state = 0, tid = 0;
   for (int i = 1; i < argc; i++) {
     const char *value = i + 1 < argc ? argv[i + 1] : "";
-    if (!strcmp(argv[i], "--help")) return puts("--get-state --get-restore-tid --action --pid --timeout --device-map"), 0;
+    if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return puts("--get-state --get-restore-tid --action --pid --timeout --device-map"), 0;
     if (!strcmp(argv[i], "--get-state")) state = 1;
     else if (!strcmp(argv[i], "--get-restore-tid")) tid = 1;
     else if (!strcmp(argv[i], "--action")) action = value, i++;

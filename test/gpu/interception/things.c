@@ -6,9 +6,12 @@
  *   close      closes every descriptor but stdout, then says "ready"
  *   none       calls nothing
  *   error      calls that fail
+ *   imports    memory of others, by cuMemImportFromShareableHandle: at each line less of it
+ *   given      calls cuDriverGetVersion and cuDeviceGetCount as cuGetProcAddress gives them: a line for each call that has returned
  *   impostor   a mailbox that is none: it can be cut off, or has another's pid
  */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -118,6 +121,51 @@ static void things(void) {
   wait_for_line();
 }
 
+/* Not every driver has these: by dlsym. */
+static int call(const char *name, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e) {
+  int (*function)(uint64_t, uint64_t, uint64_t, uint64_t, uint64_t);
+  void *found = dlsym(RTLD_DEFAULT, name);
+  memcpy(&function, &found, sizeof function);
+  return function ? function(a, b, c, d, e) : -1;
+}
+#define ADDRESS(index) (0x700000000000 + (index) * 2 * MIB)
+
+static void imports(void) {
+  CUmemGenericAllocationHandle handle[3], multicast;
+  for (int i = 0; i < 3; i++) NEED(call("cuMemImportFromShareableHandle", (uint64_t)&handle[i], 3, 1, 0, 0));
+  NEED(call("cuMulticastCreate", (uint64_t)&multicast, 0, 0, 0, 0));
+  for (uint64_t i = 0; i < 2; i++) NEED(call("cuMemMap", ADDRESS(i), 2 * MIB, 0, handle[i], 0));
+  say("ready"); /* two mapped, one not */
+  wait_for_line();
+  NEED(call("cuMemRelease", handle[0], 0, 0, 0, 0)); /* mapped still */
+  NEED(call("cuMemUnmap", ADDRESS(1), 2 * MIB, 0, 0, 0)); /* a handle still */
+  NEED(call("cuMemRelease", handle[2], 0, 0, 0, 0));
+  NEED(call("cuMemRelease", multicast, 0, 0, 0, 0));
+  say("ready");
+  wait_for_line();
+  NEED(call("cuMemUnmap", ADDRESS(0), 2 * MIB, 0, 0, 0));
+  NEED(call("cuMemRelease", handle[1], 0, 0, 0, 0));
+  say("ready");
+  wait_for_line();
+}
+
+/* Each in a thread of its own. */
+static void *given(void *argument) {
+  const char *name = argument;
+  int (*get)(const char *, void **, int, uint64_t, int *), (*function)(int *), value = 0;
+  void *found = dlsym(RTLD_DEFAULT, "cuGetProcAddress_v2");
+  memcpy(&get, &found, sizeof get);
+  NEED(get(name, &found, 12080, 0, NULL));
+  memcpy(&function, &found, sizeof function);
+  for (;;) {
+    NEED(function(&value));
+    printf("%s %d\n", name, value);
+    fflush(stdout);
+    nanosleep(&(struct timespec){.tv_nsec = 5000000}, NULL);
+  }
+  return NULL;
+}
+
 static uint64_t rounds;
 
 static void *busy(void *context) {
@@ -176,6 +224,15 @@ int main(int argc, char **argv) {
     return 0;
   }
   NEED(result);
+  if (!strcmp(mode, "imports")) {
+    imports();
+    return 0;
+  }
+  if (!strcmp(mode, "given")) {
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, given, "cuDeviceGetCount")) return 1;
+    given("cuDriverGetVersion");
+  }
   NEED(cuDevicePrimaryCtxRetain(&context, 0));
   if (!strcmp(mode, "busy")) {
     for (int i = atoi(argv[2]); i > 0; i--) {

@@ -96,7 +96,7 @@ EXPORT int nvmlDeviceGetComputeRunningProcesses_v3(struct device *device, unsign
       if (n <= 0) continue;
       link[n] = 0;
       if (strncmp(link, "/memfd:cedana-test-gpu", 22)) continue;
-      if (found < *room) processes[found] = (struct process){(unsigned)atoi(entry->d_name), has("memory=huge") ? 1ull << 50 : 1 << 20, 0, 0};
+      if (found < *room) processes[found] = (struct process){(unsigned)atoi(entry->d_name), has("memory=unknown") ? ~0ull : has("memory=huge") ? 1ull << 50 : 1 << 20, 0, 0};
       found++;
       break;
     }

@@ -57,6 +57,7 @@ export class CallerPlace {
   // Podman and conmon pass on nothing that would keep a cedanad from it.
   readonly #forgetKernelCache = forgetKernelCacheLater();
   #daemonEnv: Record<string, string> = {};
+  #path = systemPath;
   #holder: ChildProcess | undefined;
   #reaper: ChildProcess | undefined;
 
@@ -77,23 +78,38 @@ export class CallerPlace {
     };
   }
 
-  /** @param daemonEnv  of the cedanad that cedana-runtime starts here */
-  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<CallerPlace> {
+  /**
+   * @param daemonEnv  of the cedanad that cedana-runtime starts here
+   * @param first      a directory that comes first in everybody's PATH
+   */
+  static async start(
+    engine: EngineName,
+    daemonEnv: Record<string, string> = {},
+    first?: string,
+  ): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
     place.#daemonEnv = daemonEnv;
-    for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg"])
+    if (first !== undefined) {
+      place.#path = `${first}:${systemPath}`;
+      place.env.PATH = `${first}:${place.env.PATH}`;
+    }
+    for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg", "etc/cedana", "etc-work"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
-    writeFileSync(
-      place.config,
-      JSON.stringify({
-        engine,
-        runDirectory: place.runDir,
-        stateDirectory: place.env.CEDANA_STATE_DIR,
-        configuration: place.env.CEDANA_CONFIG,
-      }),
-    );
+    for (const path of [place.config, join(place.dir, "etc/cedana/runtime.json")])
+      writeFileSync(
+        path,
+        JSON.stringify({
+          engine,
+          runDirectory: place.runDir,
+          stateDirectory: place.env.CEDANA_STATE_DIR,
+          configuration: place.env.CEDANA_CONFIG,
+        }),
+      );
     const v2 = engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers");
-    const script = `${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
+    // Podman's clean-up after a container passes neither environment nor runtime flags on: what it needs to know stands in /etc.
+    const layers = `lowerdir=/etc,upperdir=${join(place.dir, "etc")},workdir=${join(place.dir, "etc-work")}`;
+    const etc = `mount -t overlay -o ${layers} etc /etc && `;
+    const script = `${etc}${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
     place.#holder = spawn("unshare", ["--mount", "--propagation", "private", "sh", "-c", script], {
       stdio: ["ignore", "pipe", "inherit"],
       env: place.env,
@@ -192,16 +208,12 @@ export class CallerPlace {
     });
   }
 
-  /** cedana-runtime with our configuration, for Podman: its clean-up after a container passes neither environment nor runtime flags on. */
+  /** cedana-runtime; where a cedanad gets an environment of its own, in a script that Podman's clean-up runs, too. */
   #configuredWrapper(): string {
+    if (Object.keys(this.#daemonEnv).length === 0) return wrapper;
     const path = join(this.dir, "wrapper");
-    const environment = { CEDANA_STATE_DIR: this.env.CEDANA_STATE_DIR!, ...this.#daemonEnv };
-    const exports = Object.entries(environment).map(([name, value]) => `export ${name}='${value}'\n`);
-    writeFileSync(
-      path,
-      `#!/bin/sh\n${exports.join("")}exec ${wrapper} --cedana-config ${this.config} "$@"\n`,
-      { mode: 0o755 },
-    );
+    const exports = Object.entries(this.#daemonEnv).map(([name, value]) => `export ${name}='${value}'\n`);
+    writeFileSync(path, `#!/bin/sh\n${exports.join("")}exec ${wrapper} "$@"\n`, { mode: 0o755 });
     return path;
   }
 
@@ -225,7 +237,7 @@ export class CallerPlace {
         `conmon_path = ${quoted([caller("conmon")])}`,
         `helper_binaries_dir = ${quoted([join(callers, "usr/lib/podman"), join(callers, "usr/bin")])}`,
         // conmon gets nothing else of podman's environment. The run directory is how leftovers are recognised.
-        `conmon_env_vars = ${quoted([`PATH=${systemPath}`, `LD_LIBRARY_PATH=${this.env.LD_LIBRARY_PATH}`, `CEDANA_RUN_DIR=${this.runDir}`])}`,
+        `conmon_env_vars = ${quoted([`PATH=${this.#path}`, `LD_LIBRARY_PATH=${this.env.LD_LIBRARY_PATH}`, `CEDANA_RUN_DIR=${this.runDir}`])}`,
         "[engine.runtimes]",
         `engine = ${quoted([engine])}`,
         `wrapper = ${quoted([this.#configuredWrapper()])}`,
@@ -266,8 +278,12 @@ export class Podman {
     this.#dir = place.dir;
   }
 
-  static async start(engine: EngineName, daemonEnv: Record<string, string> = {}): Promise<Podman> {
-    const place = await CallerPlace.start(engine, daemonEnv);
+  static async start(
+    engine: EngineName,
+    daemonEnv: Record<string, string> = {},
+    first?: string,
+  ): Promise<Podman> {
+    const place = await CallerPlace.start(engine, daemonEnv, first);
     const podman = new Podman(place);
     try {
       place.configureContainers();

@@ -15,7 +15,8 @@ export const restoreMoments = [
   "post-resume",
 ] as const;
 export type Moment = (typeof dumpMoments)[number] | (typeof restoreMoments)[number];
-export type Victim = "criu" | "engine";
+/** … or any process, by its pid. */
+export type Victim = "criu" | "engine" | number;
 
 export class DeadlyCriu {
   /** to go before the others in PATH */
@@ -54,8 +55,10 @@ export class DeadlyCriu {
       `[ "$CRTOOLS_SCRIPT_ACTION" = "$moment" ] || exit 0`,
       `rm ${this.#plan}`,
       "pid=$PPID",
-      `[ "$victim" = criu ] || pid=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)`,
-      `echo "$(cat /proc/$pid/comm)" >${this.#done}`,
+      `[ "$victim" != engine ] || pid=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)`,
+      '[ "$victim" = criu ] || [ "$victim" = engine ] || pid=$victim',
+      // By its arguments: an engine that runs from a sealed copy is called after that in comm. CRIU's go on behind a colon.
+      `basename "$(tr '\\0' '\\n' </proc/$pid/cmdline | sed '1{s/:.*//;q}')" >${this.#done}`,
       "kill -9 $pid",
     ];
     writeFileSync(join(directory, "criu"), `${criu.join("\n")}\n`, { mode: 0o755 });

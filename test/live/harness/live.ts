@@ -48,6 +48,8 @@ export interface LiveOptions {
   env?: Record<string, string>;
   /** a directory that goes before the others in PATH */
   path?: string;
+  /** containerd's, of the test image and of containers */
+  snapshotter?: "overlayfs" | "native" | "blockfile";
   /** containerd's, and its shims': `debug` makes them say more than they do in normal service */
   logLevel?: "debug" | "info";
 }
@@ -90,6 +92,8 @@ export interface RunOptions extends Omit<SpecOptions, "args">, StdioOptions {
   rootfs?: Mount[];
   /** false: no snapshot below `rootfs` */
   snapshot?: boolean;
+  /** false: containerd isn't told of the container's snapshot */
+  recordSnapshot?: boolean;
   /** the text of config.json */
   rawSpec?: string;
 }
@@ -131,6 +135,7 @@ export class Live {
       cri: options.cri ?? false,
       env: options.env ?? {},
       path: options.path ?? "",
+      snapshotter: options.snapshotter ?? "overlayfs",
       logLevel: options.logLevel ?? "debug",
     };
     this.binaries = binaries;
@@ -210,6 +215,7 @@ export class Live {
         `  address = "${this.address}.ttrpc"`,
         "[debug]",
         `  level = "${this.options.logLevel}"`,
+        ...(this.options.snapshotter === "blockfile" ? this.#blockfileConfig() : []),
         ...(this.options.cri ? this.#criConfig() : []),
         "",
       ].join("\n"),
@@ -243,6 +249,18 @@ export class Live {
     ];
     for (const name of ["address", "loopback"])
       writeFileSync(join(programs, name), `${script.join("\n")}\n`, { mode: 0o755 });
+  }
+
+  /** Each snapshot is a file with a file system, the first one an empty one. */
+  #blockfileConfig(): string[] {
+    const scratch = join(this.dir, "scratch.img");
+    execFileSync("mkfs.ext4", ["-q", scratch, "32M"], { stdio: "ignore" });
+    return [
+      `[plugins."io.containerd.snapshotter.v1.blockfile"]`,
+      `  root_path = "${this.dir}/root/blockfile"`,
+      `  scratch_file = "${scratch}"`,
+      `  fs_type = "ext4"`,
+    ];
   }
 
   #criConfig(): string[] {
@@ -372,7 +390,10 @@ export class Live {
   }
 
   async #importImage(): Promise<void> {
-    await this.ctr("images", "import", await imageTar());
+    const { containerd, snapshotter } = this.options;
+    // 2.x imports by its transfer service, which unpacks for the snapshotter of its configuration alone.
+    const local = containerd === "2.1" && snapshotter !== "overlayfs" ? ["--local"] : [];
+    await this.ctr("images", "import", ...local, "--snapshotter", snapshotter, await imageTar());
     if (this.options.cri)
       for (const tar of [await imageTar(), await pauseImageTar()])
         await this.ctr("--namespace", CRI_NAMESPACE, "images", "import", tar);
@@ -464,7 +485,7 @@ export class Live {
       cgroupsPath: `/${this.namespace}/${options.id}`,
       programs: this.programs,
     });
-    const mounts = await this.client.snapshots.prepare("overlayfs", options.id, this.#chainId);
+    const mounts = await this.client.snapshots.prepare(this.options.snapshotter, options.id, this.#chainId);
     try {
       await this.client.containers.create({
         id: options.id,
@@ -477,11 +498,11 @@ export class Live {
           name: options.runtime ?? this.options.runtime,
           options: options.runtimeOptions ?? this.engineOptions(),
         },
-        snapshotter: "overlayfs",
-        snapshotKey: options.id,
+        snapshotter: this.options.snapshotter,
+        snapshotKey: options.recordSnapshot === false ? "" : options.id,
       });
     } catch (error) {
-      await this.client.snapshots.remove("overlayfs", options.id).catch(() => {});
+      await this.client.snapshots.remove(this.options.snapshotter, options.id).catch(() => {});
       throw error;
     }
     return mounts;
@@ -489,7 +510,7 @@ export class Live {
 
   async removeContainer(id: string): Promise<void> {
     await this.client.containers.delete(id).catch(() => {});
-    await this.client.snapshots.remove("overlayfs", id).catch(() => {});
+    await this.client.snapshots.remove(this.options.snapshotter, id).catch(() => {});
   }
 
   /** Creates a task and leaves it CREATED. On failure nothing of it is left but what the shim leaks. */

@@ -1,0 +1,153 @@
+import { once } from "node:events";
+import {
+  closeSync,
+  existsSync,
+  mkdtempSync,
+  openSync,
+  renameSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
+import { createServer, type Server, type Socket } from "node:net";
+import { join } from "node:path";
+import { environmentOf, programOf } from "../linux/proc.ts";
+import { criuPath } from "./tools.ts";
+import { versionAnswer } from "./version-answer.ts";
+
+/*
+ * A gate at which the CRIU waits that an engine starts for a dump (addon/keeper/criu-gate.c). The engine can be started while the
+ * container still runs, and has done all that comes before CRIU when it stands still; what CRIU is to be told by its configuration
+ * file can be decided until the gate is opened.
+ *
+ * A gate is a directory. As long as `closed.conf` is in it, no CRIU has gone through: whoever finds it after a crash knows by that
+ * whether anything was begun. A cedanad that ends takes the other end of CRIU's connection along, and CRIU doesn't start.
+ */
+
+export interface GateOptions {
+  /** our native program, which is the gate when it is called `criu` */
+  readonly program: string;
+  /** PATH of whoever starts the engine, with our tools for CRIU */
+  readonly path: string;
+}
+
+/** The gate for an engine whose parent has our native program, and whose environment the engine gets. */
+export async function gateBelow(parent: number): Promise<GateOptions> {
+  return await criuBelow(parent, await programOf(parent));
+}
+
+/** The same for a parent that isn't our native program. */
+export async function criuBelow(parent: number, program: string): Promise<GateOptions> {
+  return { program, path: await criuPath(program, environmentOf(parent).PATH || DEFAULT_PATH) };
+}
+
+const DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const CLOSED = "closed.conf";
+/** No option of CRIU's, so that it refuses to start with it. */
+const CLOSED_CONFIG = "cedana-gate-is-closed\n";
+
+export class Gate implements Disposable {
+  readonly directory: string;
+  /** added to the engine's environment */
+  readonly env: Readonly<Record<string, string>>;
+  /** CRIU stands at the gate. Never rejects; pending for ever where the engine ends before */
+  readonly arrived: Promise<void>;
+  readonly #server: Server;
+  readonly #fd: number;
+  #criu: Socket | undefined;
+  #closed = false;
+
+  private constructor(directory: string, env: Record<string, string>, server: Server, fd: number) {
+    this.directory = directory;
+    this.env = env;
+    this.#server = server;
+    this.#fd = fd;
+    this.arrived = new Promise((resolve) =>
+      server.on("connection", (socket) => {
+        socket.on("error", () => {}); // it has ended, as its engine will tell
+        if (this.#criu || this.#closed) {
+          socket.destroy();
+          return;
+        }
+        this.#criu = socket;
+        resolve();
+      }),
+    );
+  }
+
+  /** @param inside  where its directory is made, under a name that no gate has had */
+  static async make(inside: string, { program, path }: GateOptions): Promise<Gate> {
+    // At once: some 100 us, where each trip through a busy thread pool may take as long.
+    const directory = mkdtempSync(join(inside, "criu-gate-"));
+    symlinkSync(program, join(directory, "criu"));
+    writeFileSync(join(directory, CLOSED), CLOSED_CONFIG, { mode: 0o600 });
+    writeFileSync(join(directory, "criu.conf"), "", { mode: 0o600 });
+    const version = versionAnswer(path);
+    if (version)
+      writeFileSync(
+        join(directory, "version"),
+        Buffer.concat([Buffer.from(`${version.of}\n`), version.answer]),
+        {
+          mode: 0o600,
+        },
+      );
+    const fd = openSync(directory, "r");
+    const server = createServer();
+    const gate = new Gate(directory, gateEnvironment(directory, path), server, fd);
+    try {
+      // A socket's address has 107 bytes; a bundle's path may have more.
+      server.listen(`/proc/self/fd/${fd}/socket`);
+      await once(server, "listening");
+    } catch (error) {
+      gate[Symbol.dispose]();
+      throw error;
+    }
+    return gate;
+  }
+
+  /**
+   * Lets CRIU go, once it has arrived. Where its engine has been killed meanwhile, nobody is there.
+   * @param config  of CRIU, as lines of its configuration file
+   */
+  open(config: string): void {
+    writeFileSync(join(this.directory, "criu.conf.new"), config, { mode: 0o600 });
+    renameSync(join(this.directory, "criu.conf.new"), join(this.directory, "criu.conf"));
+    this.#criu?.end("g");
+  }
+
+  /** The engine has asked for CRIU here, for whatever: it finds CRIU by the PATH that it was given. */
+  get isSeen(): boolean {
+    return existsSync(join(this.directory, "seen"));
+  }
+
+  /** CRIU has gone through. */
+  get isPassed(): boolean {
+    return isPassed(this.directory);
+  }
+
+  /** Whoever stands at it or comes to it is sent away. The directory is left: `removeGate`. */
+  [Symbol.dispose](): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    this.#criu?.destroy();
+    this.#server.close(() => {}); // unlinks the socket, by the path below our descriptor
+    closeSync(this.#fd);
+  }
+}
+
+function gateEnvironment(directory: string, path: string): Record<string, string> {
+  return {
+    PATH: `${directory}:${path}`,
+    CEDANA_CRIU_GATE: directory,
+    CRIU_CONFIG_FILE: join(directory, CLOSED),
+  };
+}
+
+/** Of a gate of a cedanad before us: whether CRIU has gone through. */
+export function isPassed(directory: string): boolean {
+  return !existsSync(join(directory, CLOSED));
+}
+
+export function removeGate(directory: string): void {
+  rmSync(directory, { recursive: true, force: true });
+}

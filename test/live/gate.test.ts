@@ -1,0 +1,174 @@
+// CRIU's gate: the engine starts while the container runs, and its CRIU waits until it stands still. Whoever dies meanwhile, the
+// container runs on, and nothing is left.
+
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { join } from "node:path";
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { readManifest } from "../../src/checkpoint/manifest.ts";
+import { childrenOf, processStat } from "../../src/linux/proc.ts";
+import { isControl, Live } from "./harness/live.ts";
+import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
+import { anyOf } from "./harness/proto.ts";
+import { entries } from "./harness/system.ts";
+import type { LiveTask } from "./harness/task.ts";
+import { until } from "./harness/until.ts";
+
+/** Holds a dump on the frozen container, once, where there is a file `hold` beside it. */
+const HOLDER = `
+import { existsSync, renameSync } from "node:fs";
+import { join } from "node:path";
+const at = (name) => join(import.meta.dirname, name);
+export const plugin = { name: "holder", features: { dumpMiddlewareLate: [{ name: "hold", async run(dump, next) {
+  if (existsSync(at("hold"))) {
+    renameSync(at("hold"), at("held"));
+    while (existsSync(at("held"))) await new Promise((resolve) => setTimeout(resolve, 5));
+  }
+  await next();
+} }] } };
+`;
+
+const REAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+for (const combination of enginesForCheckpoints) {
+  const missing = isControl ? "the Go shim has none" : missingFor(combination);
+  describe.skipIf(missing)(`${combination.engine}${missing ? ` (${missing})` : ""}`, () => {
+    let live: Live;
+    let path: string;
+    let holder: string;
+    const configuration = `/run/cedana-gate-test-${combination.engine}.json`;
+
+    beforeAll(async () => {
+      path = mkdtempSync("/run/cg-");
+      // A criu that notes whether the container stands still when it is started.
+      const criu = [
+        "#!/bin/sh",
+        `if pid=$(cat ${path}/pid 2>/dev/null); then`,
+        "  state=/sys/fs/cgroup/freezer$(sed -n 's/^[0-9]*:freezer://p' /proc/$pid/cgroup)/freezer.state",
+        "  [ -e $state ] || state=/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/$pid/cgroup)/cgroup.freeze",
+        `  case $(cat $state) in FROZEN | 1) echo frozen ;; *) echo runs ;; esac >>${path}/states`,
+        `  env | grep -E "GATE|criu-gate.*:/" >>${path}/states`,
+        "fi",
+        `PATH=${REAL_PATH} exec criu "$@"`,
+      ];
+      writeFileSync(join(path, "criu"), `${criu.join("\n")}\n`, { mode: 0o755 });
+      live = await Live.start({ ...combination, path, env: { CEDANA_CONFIG: configuration } });
+      holder = join(live.dir, "plugins/node_modules/cedana-plugin-holder");
+      mkdirSync(holder, { recursive: true, mode: 0o755 });
+      const description = { name: "cedana-plugin-holder", version: "1.0.0", type: "module" };
+      const cedana = { apiVersion: 1, entry: "index.js" };
+      writeFileSync(join(holder, "package.json"), JSON.stringify({ ...description, cedana }), {
+        mode: 0o644,
+      });
+      writeFileSync(join(holder, "index.js"), HOLDER, { mode: 0o644 });
+      const plugins = { load: ["cedana-plugin-holder"], directory: join(live.dir, "plugins") };
+      writeFileSync(configuration, JSON.stringify({ plugins }), { mode: 0o600 });
+    });
+    afterEach(() => live.expectNoLeftovers());
+    afterAll(async () => {
+      await live?.stop();
+      for (const one of [configuration, path]) rmSync(one, { recursive: true, force: true });
+    });
+
+    /** Begins a checkpoint, and comes back when it holds the container frozen, with the engine and its CRIU at the gate. */
+    async function heldAtGate(task: LiveTask, imagePath: string) {
+      writeFileSync(join(holder, "hold"), "");
+      const outcome = task.checkpoint({ imagePath }).then(
+        () => "done",
+        (error: Error) => error.message,
+      );
+      await until(() => existsSync(join(holder, "held")), { what: () => "the held dump" });
+      const engine = entries("/proc")
+        .filter((name) => /^\d+$/.test(name))
+        .map(Number)
+        .find((pid) => commandOf(pid).includes("checkpoint\0") && commandOf(pid).includes(task.bundle))!;
+      const [criu] = childrenOf(engine).filter((pid) => processStat(pid)?.comm === "criu");
+      expect(commandOf(criu!)).toMatch(/^criu\0swrk\0/);
+      return { outcome, engine, criu: criu!, release: () => rmSync(join(holder, "held")) };
+    }
+
+    function commandOf(pid: number): string {
+      try {
+        return readFileSync(`/proc/${pid}/cmdline`, "utf8");
+      } catch {
+        return ""; // it has ended
+      }
+    }
+
+    /** The container runs, and the bundle is as before. */
+    async function isUnharmed(task: LiveTask): Promise<void> {
+      expect(await task.status()).toBe("RUNNING");
+      task.stdout.skip();
+      const before = await task.nextNumber();
+      expect(await task.nextNumber()).toBe(before + 1);
+      expect(readdirSync(task.bundle).filter((name) => /gate|criu-|frozen|attempt/.test(name))).toEqual(
+        ["criu-dump.log"].filter((name) => existsSync(join(task.bundle, name))),
+      );
+    }
+
+    it("asks CRIU for its version while the container runs, and has it dump when it stands still", async () => {
+      await using task = await live.run(["counter"]);
+      await task.nextNumber();
+      writeFileSync(join(path, "pid"), String(task.pid));
+      try {
+        const image = await task.checkpoint();
+        // Behind the first dump, cedanad asks it for its version by itself.
+        expect(readFileSync(join(path, "states"), "utf8")).toMatch(/^(runs\n)*frozen\n(runs\n)?$/);
+        // Decided behind the engine's start: it has come to CRIU all the same.
+        expect((await readManifest(image))!.options.networkLock).toBe("skip");
+      } finally {
+        for (const name of ["pid", "states"]) rmSync(join(path, name), { force: true });
+      }
+      await isUnharmed(task);
+    });
+
+    it.each(["engine", "criu"] as const)(
+      "leaves the container running when the %s is killed at the gate",
+      async (victim) => {
+        await using task = await live.run(["counter"]);
+        await task.nextNumber();
+        const imagePath = mkdtempSync(join(live.dir, "image-"));
+        const held = await heldAtGate(task, imagePath);
+        process.kill(held[victim], "SIGKILL");
+        await until(() => commandOf(held.criu) === "", { what: () => "the end of CRIU" });
+        held.release();
+        expect(await held.outcome).toMatch(/checkpoint|criu/i);
+        expect(readdirSync(imagePath)).toEqual([]);
+        await isUnharmed(task);
+      },
+    );
+
+    it("goes on after cedanad is killed while CRIU waits at the gate of the frozen container", async () => {
+      await using task = await live.run(["counter"]);
+      await task.nextNumber();
+      const imagePath = mkdtempSync(join(live.dir, "image-"));
+      const held = await heldAtGate(task, imagePath);
+      await live.killCedanad();
+      await until(() => commandOf(held.engine) === "", { what: () => "the end of the engine" });
+      held.release();
+      expect(await held.outcome).toBe("done");
+      expect((await readManifest(imagePath))?.options.leaveRunning).toBe(true);
+      await isUnharmed(task);
+    });
+
+    it("runs an engine that finds its CRIU past PATH without a gate", async () => {
+      const binaryName = join(path, combination.engine);
+      const engine = `#!/bin/sh\nPATH=${REAL_PATH} exec ${combination.engine} "$@"\n`;
+      writeFileSync(binaryName, engine, { mode: 0o755 });
+      const runtimeOptions = anyOf("containerd.runc.v1.Options", { binaryName });
+      await using task = await live.run(["counter"], { runtimeOptions });
+      await task.nextNumber();
+      const image = await task.checkpoint();
+      expect((await readManifest(image))!.options.networkLock).toBe("skip");
+      expect(live.cedanadLog()).toContain("started again without");
+      await isUnharmed(task);
+    });
+  });
+}
