@@ -92,11 +92,13 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
       if (cgroup !== undefined && !engine.systemdCgroup && !["full", "strict"].includes(cgroupsMode))
         await makeCgroup(cgroup);
     },
-    removeCgroup: () => task.undo("remove the cgroup of a failed restore", removeCgroups(task, spec)),
+    removeCgroup: async () =>
+      void (await task.undo("remove the cgroup of a failed restore", removeCgroups(task, spec))),
     deviceMap: cedanaAnnotations(spec).gpuMap,
     cgroup: () => task.cgroup(),
     engineRestore: (options) => engineRestore(task, work, engine, spec, options),
-    endCriu: (workPath) => task.undo("end what is left of CRIU", endCriu(task, spec, workPath)),
+    endCriu: async (workPath) =>
+      void (await task.undo("end what is left of CRIU", endCriu(task, spec, workPath))),
     undoEngineRestore: ({ lazy }) => task.undoEngineRestore(work, lazy),
     criuRoots: [join(task.bundle, "criu-root"), join(engine.root, task.id, "criu-root")], // crun's, runc's
     unmount: (mountPoint) => task.pod.keeper.unmount(task.pod.keeper.ownTag("unmount-criu"), mountPoint),

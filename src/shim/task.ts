@@ -127,6 +127,8 @@ export class Task {
   #use: Disposable | undefined;
   /** a failed restore is given up: its files are (reset), or are to be, as before it */
   #afresh: "begun" | "reset" | undefined;
+  /** no container of the engine's is left of a restore that failed */
+  #isDeleted = true;
   /** what was mounted at the rootfs, where it may have to be mounted again */
   #rootfs: RootfsMount[] = [];
   #parentCheckpoint: string | undefined;
@@ -490,9 +492,9 @@ export class Task {
     }
   }
 
-  /** Whether a failed restore has left nothing behind. Without a keeper its engine may be at work still, and end well. */
+  /** Whether a failed restore has left nothing that runs. Without a keeper its engine may be at work still, and end well. */
   get #isUndone(): boolean {
-    return this.#pod.keeper.connected;
+    return this.#pod.keeper.connected && this.#isDeleted;
   }
 
   /** The engine's part of a restore. When it returns, the container runs and the init's pid is known. */
@@ -527,7 +529,7 @@ export class Task {
   async undoEngineRestore(work: Work, lazy: boolean): Promise<void> {
     const { init } = this;
     const tag = work.tag(lazy ? "undo-restore-lazily" : "undo-restore");
-    await this.undo("delete what a failed restore left", this.#engineDelete(tag, true));
+    this.#isDeleted = await this.undo("delete what a failed restore left", this.#engineDelete(tag, true));
     if (lazy) await this.#reopenStdio(work, "lazily"); // an eager one may follow
     if (init.pid === 0) return;
     if (init.heldExit) this.#pod.keeper.acknowledge(init.heldExit.sequence); // told to nobody
@@ -580,9 +582,15 @@ export class Task {
     await this.undo("give back the claim on a checkpoint", returnClaim(claim));
   }
 
-  /** Waits for something that may fail without anybody's call failing: it is logged then. */
-  async undo(what: string, action: Promise<unknown>): Promise<void> {
-    await action.catch((cause) => this.#log.warn({ err: cause }, what));
+  /** Waits for something that may fail without anybody's call failing: it is logged then. @returns whether it succeeded */
+  async undo(what: string, action: Promise<unknown>): Promise<boolean> {
+    try {
+      await action;
+      return true;
+    } catch (cause) {
+      this.#log.warn({ err: cause }, what);
+      return false;
+    }
   }
 
   /**
