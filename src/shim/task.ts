@@ -314,6 +314,7 @@ export class Task {
   /** What a record doesn't hold is found again. */
   async revived(): Promise<void> {
     await this.undo("lock the checkpoint that a task is to be restored from", this.#useCheckpoint());
+    if (this.init.state === "running") await this.discardRestore(); // a crash may have come between the record and this
     if (this.init.pid === 0 || this.init.exit) return;
     try {
       this.#spec = await readSpec(this.bundle);
