@@ -1,4 +1,6 @@
-import { closeSync, constants, fstatSync, fsyncSync, openSync, readdirSync } from "node:fs";
+import { closeSync, constants, fstatSync, openSync, readdirSync } from "node:fs";
+import { open, readdir } from "node:fs/promises";
+import { join } from "node:path";
 import { BrokenImage } from "../errors/index.ts";
 import { openBeneath } from "../linux/addon.ts";
 import { type DigestAlgorithm, FileHash } from "./file-hash.ts";
@@ -71,9 +73,32 @@ export async function hashFiles(
   return files.map(({ path }) => byPath.get(path)!);
 }
 
-/** Writes everything below a directory, and itself, to the disk (fsync(2)). */
+/** How many threads of libuv's pool may wait for the disk; the others are for everybody. */
+const SYNC_LANES = 2;
+
+/**
+ * Writes everything below a directory, and itself, to the disk (fsync(2)). In the thread pool: starting a worker of ours takes longer than
+ * to sync a small checkpoint.
+ */
 export async function syncTree(directory: string, signal?: AbortSignal): Promise<void> {
-  await runJob("syncTree", { directory }, signal);
+  const entries = await readdir(directory, { withFileTypes: true });
+  const files = entries.filter((entry) => entry.isFile()).values();
+  const lane = async () => {
+    for (const { name } of files) {
+      signal?.throwIfAborted();
+      await syncPath(join(directory, name));
+    }
+  };
+  await Promise.all(Array.from({ length: SYNC_LANES }, lane));
+  for (const { name } of entries.filter((entry) => entry.isDirectory()))
+    await syncTree(join(directory, name), signal);
+  await syncPath(directory);
+}
+
+/** fsync(2), of what no link is followed to. */
+export async function syncPath(path: string): Promise<void> {
+  await using file = await open(path, constants.O_RDONLY | constants.O_NOFOLLOW);
+  await file.sync();
 }
 
 /** Between two looks whether the caller has given up. */
@@ -86,7 +111,7 @@ export function listFilesHere({ directory }: { directory: string }, context: Job
 }
 
 /** Depth first; a directory after what is in it. */
-function walk(directory: string, context: JobContext, visit: (entry: FoundFile, fd?: number) => void): void {
+function walk(directory: string, context: JobContext, visit: (entry: FoundFile) => void): void {
   const into = (fd: number, prefix: string) => {
     for (const entry of readdirSync(`/proc/self/fd/${fd}`, { withFileTypes: true })) {
       context.checkCancelled();
@@ -94,11 +119,11 @@ function walk(directory: string, context: JobContext, visit: (entry: FoundFile, 
       if (entry.isDirectory()) {
         withFd(openBeneath(fd, entry.name, constants.O_RDONLY | constants.O_DIRECTORY), (child) => {
           into(child, `${path}/`);
-          visit({ path, type: "directory", size: 0 }, child);
+          visit({ path, type: "directory", size: 0 });
         });
       } else if (entry.isFile()) {
         withFd(openFile(fd, entry.name, path), (child) =>
-          visit({ path, type: "file", size: fstatSync(child).size }, child),
+          visit({ path, type: "file", size: fstatSync(child).size }),
         );
       } else visit({ path, type: entry.isSymbolicLink() ? "symlink" : "other", size: 0 });
     }
@@ -123,11 +148,6 @@ export function hashFilesHere(
       }),
     ),
   );
-}
-
-export function syncTreeHere({ directory }: { directory: string }, context: JobContext): void {
-  walk(directory, context, (_entry, fd) => fd !== undefined && fsyncSync(fd));
-  withFd(openDirectory(directory), fsyncSync);
 }
 
 export function openDirectory(path: string): number {

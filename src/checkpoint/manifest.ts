@@ -3,7 +3,7 @@ import { lstat, open, readdir, stat } from "node:fs/promises";
 import { join, relative } from "node:path";
 import { BrokenImage, Unsupported } from "../errors/index.ts";
 import type { CpuFacts } from "./cpu.ts";
-import { hashFiles, listTree } from "./digest.ts";
+import { hashFiles, listTree, syncPath } from "./digest.ts";
 import { algorithmOf } from "./file-hash.ts";
 import schema from "./manifest.schema.json" with { type: "json" };
 import { findFault, type Schema } from "./schema.ts";
@@ -171,12 +171,6 @@ export async function writeManifest(
     throw error;
   }
   if (synced) await syncPath(imagePath); // the rename itself
-}
-
-/** fsync(2), of what no link is followed to. */
-export async function syncPath(path: string): Promise<void> {
-  await using file = await open(path, constants.O_RDONLY | constants.O_NOFOLLOW);
-  await file.sync();
 }
 
 /** Regular files only: CRIU's `parent` is a link to another checkpoint. */

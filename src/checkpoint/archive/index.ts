@@ -4,7 +4,7 @@ import { access, lstat, open, readdir, rename, rm, stat } from "node:fs/promises
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
 import { AlreadyExists, BrokenImage, InvalidRequest, NotFound, SyscallFailed } from "../../errors/index.ts";
 import { flock, renameAt } from "../../linux/addon.ts";
-import { listTree, openDirectory, withFd } from "../digest.ts";
+import { listTree, openDirectory, syncPath, withFd } from "../digest.ts";
 import { algorithmOf } from "../file-hash.ts";
 import {
   type CheckpointManifest,
@@ -12,7 +12,6 @@ import {
   MANIFEST_NAME,
   parseManifest,
   readManifest,
-  syncPath,
   verifyFiles,
 } from "../manifest.ts";
 import { Staging } from "../staging.ts";

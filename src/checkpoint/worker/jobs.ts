@@ -10,7 +10,6 @@ export const jobs = {
   packRootfsDiff: async () => (await import("../rootfs-diff/pack.ts")).packRootfsDiff,
   prepareRootfsDiff: async () => (await import("../rootfs-diff/pack.ts")).prepareRootfsDiff,
   applyRootfsDiff: async () => (await import("../rootfs-diff/apply.ts")).applyRootfsDiff,
-  syncTree: async () => (await import("../digest.ts")).syncTreeHere,
 } as const satisfies Record<string, () => Promise<Job>>;
 
 // biome-ignore lint/suspicious/noExplicitAny: the table's own types say what each job takes
