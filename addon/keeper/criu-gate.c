@@ -1,5 +1,10 @@
 /*
- * criu: the gate at which an engine's CRIU waits until a container stands still.
+ * criu: what engines take for CRIU, which it becomes. It answers for the version, and is the gate at which the CRIU of a dump waits until
+ * a container stands still.
+ *
+ * In a directory of cedanad's that comes first in an engine's PATH (src/criu/tools.ts) it is asked for CRIU's version, for which both
+ * engines start CRIU once more. What CRIU has answered stands in there:
+ *   version      behind a line that says of which file (PROTOCOL.md, sealedOf). Not there, or another file's: CRIU is asked itself
  *
  * An engine takes its time until CRIU runs: it starts, asks CRIU for its version, looks for what it has mounted. So cedanad starts it
  * while the container still runs, with a PATH in which this program is the first `criu`; it stops the CRIU that is to dump, and lets it
@@ -12,14 +17,12 @@
  *   closed.conf  what the engine's environment names as CRIU_CONFIG_FILE: an option that CRIU doesn't know, so that no CRIU begins that
  *                an engine has started past us. We remove it when we let CRIU go: while it is there, nothing was begun
  *   criu.conf    what CRIU gets for CRIU_CONFIG_FILE from us; the last word on it is written before the gate is opened
- *   version      what CRIU answers when it is asked for its version, behind a line that says of which file (PROTOCOL.md, sealedOf). Not
- *                there: CRIU is asked itself
  *   seen         we make it: the engine's way to CRIU leads here
  *
  * Contract: we become the first other `criu` in PATH, with the same arguments, descriptors and environment, less what is said above.
- * Requests that only ask (version, features) go through at once; that for the version is answered by us where we can. Exit 1, and a message on stderr, where CRIU is not to start:
- * cedanad says no or has ended, the engine has ended, an hour has passed, there is no other `criu`. The engine takes that for a CRIU
- * that failed. Source of the numbers: CRIU images/rpc.proto, criu_req.
+ * Requests that only ask (version, features) go through at once; that for the version is answered by us where we can. Exit 1, and a
+ * message on stderr, where CRIU is not to start: cedanad says no or has ended, the engine has ended, an hour has passed, there is no other
+ * `criu`. The engine takes that for a CRIU that failed. Source of the numbers: CRIU images/rpc.proto, criu_req.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -73,6 +76,20 @@ static char *path_without(const char *path, const char *directory) {
 static bool is_ourselves(const char *path) {
   struct stat it, us;
   return stat(path, &it) == 0 && stat("/proc/self/exe", &us) == 0 && it.st_dev == us.st_dev && it.st_ino == us.st_ino;
+}
+
+/* The first criu in PATH that isn't we; the caller frees. NULL: none. *tools: the directory in PATH where we are, where there is one. */
+static char *find_real(const char *path, char **tools) {
+  for (const char *at = path; *at;) {
+    size_t length = strcspn(at, ":");
+    autofree char *directory = format("%.*s", (int)length, at);
+    char *candidate = *directory ? find_program("criu", directory) : NULL;
+    if (candidate && !is_ourselves(candidate)) return candidate;
+    if (candidate && !*tools) *tools = copy_string(directory);
+    free(candidate);
+    at += length + (at[length] == ':');
+  }
+  return NULL;
 }
 
 /* What the engine asks for; -errno: nobody will ask any more; UNKNOWN: it can't be read. */
@@ -148,25 +165,31 @@ static int stop_at_gate(const char *directory, int engine) {
 
 int criu_main(int argc, char **argv) {
   const char *gate = getenv("CEDANA_CRIU_GATE");
-  if (!gate || *gate != '/') return failed("CEDANA_CRIU_GATE names no directory: it is for engines that cedanad starts");
-  autofree char *directory = copy_string(gate);
-  autofree char *path = path_without(getenv("PATH") ? getenv("PATH") : "", directory);
-  autofree char *real = find_program("criu", path);
-  if (!real || is_ourselves(real)) return failed("there is no criu in PATH (%s)", path);
-  autofree char *seen = format("%s/seen", directory);
-  autofd mark = open(seen, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
-  if (mark < 0) return failed("make %s: %s", seen, strerror(errno));
+  if (gate && *gate != '/') return failed("CEDANA_CRIU_GATE names no directory: it is for engines that cedanad starts");
+  autofree char *directory = gate ? copy_string(gate) : NULL;
+  const char *given = getenv("PATH") ? getenv("PATH") : "";
+  autofree char *path = directory ? path_without(given, directory) : copy_string(given);
+  autofree char *tools = NULL;
+  autofree char *real = find_real(path, &tools);
+  if (!real) return failed("there is no criu in PATH (%s)", path);
+  if (directory) {
+    autofree char *seen = format("%s/seen", directory);
+    autofd mark = open(seen, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    if (mark < 0) return failed("make %s: %s", seen, strerror(errno));
+  }
   int64_t engine = argc == 3 && !strcmp(argv[1], "swrk") ? parse_number(argv[2]) : -1;
   if (engine >= 0) {
     int kind = kind_of_request((int)engine);
     if (kind < 0) return failed("read the engine's request: %s", strerror(-kind));
-    if (kind == VERSION && answer_version(directory, real, (int)engine)) return 0;
-    if (!only_asks(kind) && stop_at_gate(directory, (int)engine)) return 1;
+    if (kind == VERSION && tools && answer_version(tools, real, (int)engine)) return 0;
+    if (directory && !only_asks(kind) && stop_at_gate(directory, (int)engine)) return 1;
   }
-  autofree char *config = format("%s/criu.conf", directory);
-  if (setenv("PATH", path, 1) < 0 || setenv("CRIU_CONFIG_FILE", config, 1) < 0) return failed("set the environment: %s", strerror(errno));
-  unsetenv("CEDANA_CRIU_GATE");
-  unsetenv("CEDANA_CRIU_GATE_MS");
+  if (directory) {
+    autofree char *config = format("%s/criu.conf", directory);
+    if (setenv("PATH", path, 1) < 0 || setenv("CRIU_CONFIG_FILE", config, 1) < 0) return failed("set the environment: %s", strerror(errno));
+    unsetenv("CEDANA_CRIU_GATE");
+    unsetenv("CEDANA_CRIU_GATE_MS");
+  }
   execve(real, argv, environ);
   return failed("execute %s: %s", real, strerror(errno));
 }

@@ -285,10 +285,7 @@ export async function dump(
   await pluginsLoaded();
   await runChain("dump", dumpSteps.flatMap(withAdapters), context);
   keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
-  if (context.enginePath !== undefined)
-    learnVersionAnswer(context.enginePath, (error) =>
-      target.log.info({ err: error }, "CRIU's answer for its version is not kept"),
-    );
+  if (context.enginePath !== undefined) learnVersionAnswer(context.enginePath, target.log);
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),

@@ -13,7 +13,6 @@ import { createServer, type Server, type Socket } from "node:net";
 import { join } from "node:path";
 import { environmentOf, programOf } from "../linux/proc.ts";
 import { criuPath } from "./tools.ts";
-import { versionAnswer } from "./version-answer.ts";
 
 /*
  * A gate at which the CRIU waits that an engine starts for a dump (addon/keeper/criu-gate.c). The engine can be started while the
@@ -82,15 +81,6 @@ export class Gate implements Disposable {
     symlinkSync(program, join(directory, "criu"));
     writeFileSync(join(directory, CLOSED), CLOSED_CONFIG, { mode: 0o600 });
     writeFileSync(join(directory, "criu.conf"), "", { mode: 0o600 });
-    const version = versionAnswer(path);
-    if (version)
-      writeFileSync(
-        join(directory, "version"),
-        Buffer.concat([Buffer.from(`${version.of}\n`), version.answer]),
-        {
-          mode: 0o600,
-        },
-      );
     const fd = openSync(directory, "r");
     const server = createServer();
     const gate = new Gate(directory, gateEnvironment(directory, path), server, fd);

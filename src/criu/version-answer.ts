@@ -1,53 +1,59 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { closeSync } from "node:fs";
+import { readFile, rename, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import type { Logger } from "pino";
 import { Seqpacket } from "../linux/addon.ts";
 import { fileIdentity } from "../linux/file-identity.ts";
+import { toolsDirectory } from "./tools.ts";
 
 /*
- * What CRIU answers when an engine asks for its version, byte for byte. Both engines start CRIU for that before each dump; the gate
- * gives the answer in its place, as long as CRIU is the file that gave it.
+ * What CRIU answers when an engine asks for its version, byte for byte. Both engines start CRIU for that before each dump and restore; our
+ * `criu` (tools.ts) gives the answer in its place, as long as CRIU is the file that gave it.
  */
 
 const TIMEOUT_MS = 10_000;
 /** A request of nothing but its type, VERSION. Source: CRIU images/rpc.proto, criu_req. */
 const QUESTION = new Uint8Array([0x08, 0x0a]);
 
-export interface VersionAnswer {
-  /** the file of CRIU, as `fileIdentity` says it */
-  readonly of: string;
-  readonly answer: Uint8Array;
-}
-
-let known: VersionAnswer | undefined;
+/** The file of CRIU whose answer is there, as `fileIdentity` says it. */
+let known: string | undefined;
 let underWay = false;
 
-/** undefined until it has been learned of the CRIU that is first in this PATH. */
-export function versionAnswer(path: string): VersionAnswer | undefined {
-  return known?.of === criuIn(path)?.of ? known : undefined;
-}
-
 /**
- * Asks the first CRIU of a PATH, where its answer isn't known yet: in its own time, for the dumps to come.
- * @param failed  told why it doesn't answer; nothing depends on it
+ * Asks the CRIU of an engine's PATH, where its answer isn't there yet: in its own time, for the dumps and restores to come.
+ * @param path    as `criuPath` gave it
+ * @param log     told why it doesn't answer; nothing depends on it
  */
-export function learnVersionAnswer(path: string, failed: (error: Error) => void): void {
-  const criu = criuIn(path);
-  if (!criu || underWay || known?.of === criu.of) return;
+export function learnVersionAnswer(path: string, log: Pick<Logger, "info">): void {
+  const [tools, ...others] = path.split(":");
+  if (tools !== toolsDirectory()) return; // left out
+  const criu = criuIn(others);
+  if (!criu || underWay || known === criu.of) return;
   underWay = true;
-  void ask(criu.file)
-    .then((answer) => {
-      if (fileIdentity(criu.file) === criu.of) known = { of: criu.of, answer };
-    })
-    .catch(failed)
+  void learn(criu, join(tools, "version"))
+    .catch((error) => log.info({ err: error }, "CRIU's answer for its version is not kept"))
     .finally(() => {
       underWay = false;
     });
 }
 
-function criuIn(path: string): { file: string; of: string } | undefined {
-  for (const directory of path.split(":")) {
+async function learn({ file, of }: { file: string; of: string }, place: string): Promise<void> {
+  const there = await readFile(place, "latin1").catch(() => ""); // ENOENT: the first in this run directory
+  if (!there.startsWith(`${of}\n`)) {
+    const answer = await ask(file);
+    if (fileIdentity(file) !== of) return; // an upgrade meanwhile
+    await writeFile(`${place}.${process.pid}`, Buffer.concat([Buffer.from(`${of}\n`), answer]), {
+      mode: 0o600,
+    });
+    await rename(`${place}.${process.pid}`, place);
+  }
+  known = of;
+}
+
+function criuIn(directories: readonly string[]): { file: string; of: string } | undefined {
+  for (const directory of directories) {
     const file = join(directory || ".", "criu");
     const of = fileIdentity(file);
     if (of !== undefined) return { file, of };

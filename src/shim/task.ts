@@ -4,6 +4,7 @@ import { join } from "node:path";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { freezeMarker, hookNote, thawNoted } from "../checkpoint/freeze-marker.ts";
 import { gateBelow } from "../criu/gate.ts";
+import { learnVersionAnswer } from "../criu/version-answer.ts";
 import {
   AlreadyExists,
   BrokenImage,
@@ -519,9 +520,11 @@ export class Task {
     });
     const step = options.lazyPages ? "restore-lazily" : "restore"; // the one may follow on the other
     const { keeper } = this.#pod;
-    env.push(`PATH=${(await gateBelow(keeper.pid)).path}`);
+    const { path } = await gateBelow(keeper.pid);
+    env.push(`PATH=${path}`);
     const exit = await keeper.run(work.tag(step), { argv, env, io: this.init.io, consoleSocket });
     if (exit.exitStatus !== 0) throw await engineFailure("restore", this.id, exit.exitStatus, logFile);
+    learnVersionAnswer(path, this.#log);
     this.#adopt(work, this.init, readPidFile(pidFile));
     await this.#attachCgroup(work);
   }

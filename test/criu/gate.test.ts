@@ -15,9 +15,11 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
+import type { Logger } from "pino";
 import { afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { Gate, isPassed, removeGate } from "../../src/criu/gate.ts";
-import { learnVersionAnswer, versionAnswer } from "../../src/criu/version-answer.ts";
+import { criuPath } from "../../src/criu/tools.ts";
+import { learnVersionAnswer } from "../../src/criu/version-answer.ts";
 import { Seqpacket } from "../../src/linux/addon.ts";
 import { Request, RequestType } from "../../src/proto/generated/criu_rpc.ts";
 import { BUILD_TIMEOUT_MS, buildKeeper, keeperBinary } from "../keeper/harness.ts";
@@ -72,6 +74,9 @@ function start(args: string[], env: NodeJS.ProcessEnv = {}): Promise<Ended> {
   );
 }
 
+/** Of the variables by which an engine is told of a gate. */
+const withoutGate = { CEDANA_CRIU_GATE: undefined, CRIU_CONFIG_FILE: undefined };
+
 const ask = (type: RequestType) => engine.send(Request.encode({ type }));
 /** What the script says when it is CRIU. */
 const criuSays = (args: string, request?: string) =>
@@ -109,30 +114,53 @@ describe("the gate", () => {
     expect(gate.isPassed).toBe(false);
   });
 
-  it("answers for the version what this CRIU has answered, and asks another one", async () => {
-    const path = `${work}/bin:/usr/bin:/bin`;
+  it("answers for the version what this CRIU has answered, with a gate and without, and asks another one", async () => {
+    process.env.CEDANA_RUN_DIR = work;
+    const tools = join(work, "criu-tools");
     const criu = join(work, "bin/criu");
     const says = '#!/bin/sh\ndd bs=4096 count=1 <&3 >/dev/null 2>&1\nprintf "\\010\\012\\020\\001" >&3\n';
     writeFileSync(criu, says);
     const answer = Buffer.from([0x08, 0x0a, 0x10, 0x01]);
     const failures: Error[] = [];
-    learnVersionAnswer(path, (error) => failures.push(error));
-    const learned = await until(() => versionAnswer(path), { what: () => "CRIU's answer" });
-    expect([learned.answer, failures]).toEqual([answer, []]);
-    gate[Symbol.dispose]();
-    gate = await Gate.make(work, { program: keeperBinary, path });
-    const answered = start(["swrk", "3"]);
-    ask(RequestType.VERSION);
-    expect(await answered).toEqual({ status: 0, stdout: "", stderr: "" });
-    expect(engine.receive()?.data).toEqual(answer);
+    const log = { info: ({ err }: { err: Error }) => void failures.push(err) } as unknown as Pick<
+      Logger,
+      "info"
+    >;
+    try {
+      const path = await criuPath(keeperBinary, `${work}/bin:/usr/bin:/bin`);
+      learnVersionAnswer(path, log);
+      await until(() => existsSync(join(tools, "version")), { what: () => `CRIU's answer (${failures})` });
+      gate[Symbol.dispose]();
+      gate = await Gate.make(work, { program: keeperBinary, path });
+      for (const env of [gate.env, { PATH: path }]) {
+        const answered = start(["swrk", "3"], { ...withoutGate, ...env });
+        ask(RequestType.VERSION);
+        expect(await answered).toEqual({ status: 0, stdout: "", stderr: "" });
+        expect(engine.receive()?.data).toEqual(answer);
+      }
 
-    writeFileSync(criu, `${says}exit 9\n`); // an upgrade
-    const asked = start(["swrk", "3"]);
-    ask(RequestType.VERSION);
-    expect((await asked).status).toBe(9);
-    learnVersionAnswer(path, (error) => failures.push(error));
-    await until(() => failures.length > 0, { what: () => "the failure" });
-    expect(failures[0]!.message).toMatch(/bin\/criu does not say its version: it ended with status 9/);
+      writeFileSync(criu, `${says}exit 9\n`); // an upgrade
+      const asked = start(["swrk", "3"]);
+      ask(RequestType.VERSION);
+      expect((await asked).status).toBe(9);
+      learnVersionAnswer(path, log);
+      await until(() => failures.length > 0, { what: () => "the failure" });
+      expect(failures[0]!.message).toMatch(/bin\/criu does not say its version: it ended with status 9/);
+    } finally {
+      delete process.env.CEDANA_RUN_DIR;
+    }
+  });
+
+  it("is not there for what an engine asks without one: a restore goes through, with its environment as it is", async () => {
+    const path = `${gate.directory}:${work}/bin:/usr/bin:/bin`;
+    const ended = start(["swrk", "3"], { ...withoutGate, PATH: path, CRIU_CONFIG_FILE: "/its/own" });
+    ask(RequestType.RESTORE);
+    const said = criuSays("swrk 3", " 08 02").replace(`${gate.directory}/criu.conf`, "/its/own");
+    expect(await ended).toEqual({
+      status: 7,
+      stdout: said.replace(`PATH=${work}`, `PATH=${gate.directory}:${work}`),
+      stderr: "",
+    });
   });
 
   it.each([
@@ -204,7 +232,7 @@ describe("the gate", () => {
       if (child.exitCode === null) await once(child, "exit");
       expect(child.exitCode).toBe(1);
     }
-    const child = spawn(join(gate.directory, "criu"), [], { env: {} });
+    const child = spawn(join(gate.directory, "criu"), [], { env: { CEDANA_CRIU_GATE: "here" } });
     expect(await text(child.stderr)).toMatch(/CEDANA_CRIU_GATE names no directory/);
   });
 

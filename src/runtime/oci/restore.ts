@@ -6,6 +6,7 @@ import { criuBelow } from "../../criu/gate.ts";
 import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
+import { learnVersionAnswer } from "../../criu/version-answer.ts";
 import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { unmountLazily } from "../../linux/mount-options.ts";
@@ -167,6 +168,7 @@ export async function restore(
         ? await whileWatchingCriu({ parent: call.pid, workPath: work, onDeath, log: wrapper.log }, run)
         : await run();
       if (status === 0) {
+        learnVersionAnswer(PATH, wrapper.log);
         const pid = detached ? await restoredPid(call, options) : 0; // in the foreground it is over
         init = { pid, started: startTime(pid) };
         return;
