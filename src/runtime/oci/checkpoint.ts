@@ -1,3 +1,4 @@
+import { mkdirSync, rmSync } from "node:fs";
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
 import {
@@ -78,7 +79,7 @@ export async function checkpoint(
   const { pid } = state;
   const started = startTime(pid);
   const scratch = scratchOf(call);
-  await mkdir(scratch, { recursive: true, mode: 0o700 });
+  mkdirSync(scratch, { recursive: true, mode: 0o700 });
   try {
     // A pre-dump is no checkpoint yet, and CRIU stops the processes for it by itself, for a moment. With lazy pages the caller reads the
     // images while CRIU still serves the memory, as --status-fd tells him: they can't be put in their place afterwards.
@@ -150,7 +151,7 @@ export async function checkpoint(
       await dumpContainer(target, request, { signal: wrapper.signal });
     });
   } finally {
-    await rm(scratch, { recursive: true, force: true });
+    rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
   }
   return { status: 0 };
 }

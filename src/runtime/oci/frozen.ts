@@ -1,4 +1,5 @@
-import { mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { mkdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { readdir, readFile, rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import type { Logger } from "pino";
 import { thawWherever } from "../../checkpoint/freeze-marker.ts";
@@ -31,20 +32,21 @@ export async function noteFrozen(
   work: () => Promise<void>,
 ): Promise<void> {
   const paused = await cgroup.isFrozen();
-  await mkdir(dirname(marker), { recursive: true, mode: 0o700 });
+  mkdirSync(dirname(marker), { recursive: true, mode: 0o700 });
   const dumpNote: DumpNote = { cgroup: cgroup.toJSON(), paused, scratch };
-  await writeWhole(`${marker}${dumpSuffix}`, dumpNote);
-  if (!paused) await writeWhole(`${marker}${suffix}`, cgroup);
+  writeWhole(`${marker}${dumpSuffix}`, dumpNote);
+  if (!paused) writeWhole(`${marker}${suffix}`, cgroup);
   try {
     await work();
   } finally {
-    for (const one of [suffix, dumpSuffix]) await rm(`${marker}${one}`, { force: true });
+    for (const one of [suffix, dumpSuffix]) rmSync(`${marker}${one}`, { force: true });
   }
 }
 
-async function writeWhole(path: string, content: object): Promise<void> {
-  await writeFile(`${path}.new`, JSON.stringify(content), { mode: 0o600 });
-  await rename(`${path}.new`, path);
+/** At once, like what is removed: it is below the run directory, in memory, and the caller waits. */
+function writeWhole(path: string, content: object): void {
+  writeFileSync(`${path}.new`, JSON.stringify(content), { mode: 0o600 });
+  renameSync(`${path}.new`, path);
 }
 
 /**
