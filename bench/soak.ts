@@ -88,15 +88,21 @@ async function expectEvents(live: Live, id: string, round: number): Promise<void
   live.events.all.length = 0;
 }
 
+/** Links are not followed, as Node's own recursion does: those in a root file system lead out of it, and back. */
+function entriesBelow(directory: string): number {
+  let count = 0;
+  try {
+    for (const entry of readdirSync(directory, { withFileTypes: true }))
+      count += 1 + (entry.isDirectory() ? entriesBelow(join(directory, entry.name)) : 0);
+  } catch {
+    return 0; // not there: nothing in it
+  }
+  return count;
+}
+
 /** Everything of ours that may pile up. */
 function inventory(live: Live): Record<string, number> {
-  const below = (...path: string[]) => {
-    try {
-      return readdirSync(join(live.dir, ...path), { recursive: true }).length;
-    } catch {
-      return 0; // not there: nothing in it
-    }
-  };
+  const below = (...path: string[]) => entriesBelow(join(live.dir, ...path));
   const processes = live.processes();
   const fds = (kind: string) =>
     processes.filter((info) => info.kind === kind).reduce((sum, info) => sum + fdsOf(info.pid).size, 0);

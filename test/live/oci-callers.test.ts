@@ -338,6 +338,10 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
         what: () => `output of run (${run.exitCode}): ${said}\n${place.cedanadLog().slice(-3000)}`,
       });
       expect(Number(said.split("\n")[0]), said).toBeGreaterThan(1);
+      // It speaks before crun has noted that it is there.
+      await until(async () => /"running"/.test((await box("state", "box")).stdout), {
+        what: () => "the state of run's container",
+      });
       expect((await box("kill", "box", "15")).status).toBe(0);
       expect(await new Promise((resolve) => run.once("exit", resolve))).toBe(7);
       expect(await box("state", "box"), place.cedanadLog().slice(-1500)).toMatchObject({ status: 1 });
