@@ -52,6 +52,7 @@ export const features = {
   checkpointDecode: handler("Checkpoint decode"),
   checkpointEncode: handler("Checkpoint encode"),
   checkpointStorage: handler("Checkpoint storage"),
+  slurmJobs: handler("Slurm"),
   asyncCheckpoint: handler("Asynchronous checkpoint"),
   healthChecks: new Feature<readonly HealthCheck[]>(
     "Health checks",

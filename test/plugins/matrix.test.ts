@@ -37,7 +37,7 @@ const rows = [
   ],
   ...["Restore handler", "Restore middleware (late)", "Run middleware (late)", "Run handler (serverless)"],
   ...["Custom cleanup", "Custom reaper", "GPU interception restore", "GPU tracing", "GPU tracing restore"],
-  ...["Checkpoint storage", "Asynchronous checkpoint", "Dump VM command"],
+  ...["Checkpoint storage", "Slurm", "Asynchronous checkpoint", "Dump VM command"],
 ];
 
 describe("the feature matrix", () => {
