@@ -22,7 +22,7 @@ import {
   WrongState,
 } from "../errors/index.ts";
 import { pluginsLoaded, pluginVersion } from "../features/registry.ts";
-import type { Cgroup } from "../linux/cgroup.ts";
+import { type Cgroup, cgroupYard } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
 import { adapterSteps } from "./adapters.ts";
 import { IMAGES_DIRECTORY } from "./archive/layout.ts";
@@ -115,6 +115,8 @@ export interface CriuSettings extends Pick<DumpRequest, "policy"> {
   readonly networkLock: NetworkLock;
   /** mounts that the engine doesn't know to come from outside, and what CRIU is to call them */
   readonly externalMounts: readonly { readonly key: string; readonly source: string }[];
+  /** where all hierarchies of cgroups are mounted, so that CRIU needs to mount none */
+  readonly cgroupYard: string | undefined;
 }
 
 /** What is dumped, as its owner has it: the shim a task, the OCI runtime a container. */
@@ -917,6 +919,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
         networkLock,
         externalMounts: gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key })),
         withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
+        cgroupYard: await yardOf(context),
       });
       engine?.gate?.open(config);
       await (engine ? engine.end : runEngine(context, config));
@@ -942,6 +945,13 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
   context.ended = !leaveRunning;
   noteAttempt(context, { phase: "dumped" });
   await next();
+}
+
+const CGROUP_YARD_SINCE = "3.14";
+
+async function yardOf({ target, criu }: DumpContext): Promise<string | undefined> {
+  if (target.hasEnded || criu === undefined || isOlder(criu, CGROUP_YARD_SINCE)) return undefined;
+  return await cgroupYard(target.initPid);
 }
 
 /** Without a gate. */

@@ -355,6 +355,8 @@ export function criuConfig(options: {
   readonly externalMounts?: readonly { readonly key: string; readonly source: string }[] | undefined;
   /** What cgroups are restored below instead of where they were, by controller; that of version 2 is "". */
   readonly cgroupRoots?: readonly (readonly [controller: string, path: string])[] | undefined;
+  /** Where all hierarchies of cgroups are mounted, so that CRIU needs to mount none. */
+  readonly cgroupYard?: string | undefined;
 }): string {
   return [
     options.tcpClose && "tcp-close",
@@ -368,6 +370,8 @@ export function criuConfig(options: {
       ({ key, source }) => `external ${quoted(`mnt[${key}]:${source}`, "mount")}`,
     ),
     ...(options.cgroupRoots ?? []).map(([controller, path]) => cgroupRoot(controller, path)),
+    options.cgroupYard !== undefined &&
+      `cgroup-yard "${absolute("directory of cgroups", options.cgroupYard)}"`,
   ]
     .filter(Boolean)
     .map((line) => `${line}\n`)

@@ -162,7 +162,13 @@ const chainOptions = ["image-path", "work-path", "parent-path"]; // the last one
 /** Lines of CRIU's configuration file for what the engine has no option for. */
 async function criuConfigLines(
   { options, features, policy, pid }: Dump,
-  { workPath, networkLock = "default", externalMounts = [], withoutPlugins = false }: Partial<CriuSettings>,
+  {
+    workPath,
+    networkLock = "default",
+    externalMounts = [],
+    withoutPlugins = false,
+    cgroupYard,
+  }: Partial<CriuSettings>,
 ): Promise<string[]> {
   const { criuConfig } = engineArguments("checkpoint", features, options, policy, chainOptions);
   return [
@@ -171,6 +177,7 @@ async function criuConfigLines(
     ...criuLines({
       externalMounts,
       cgroupRoots: await foreignHierarchies(pid),
+      cgroupYard,
       pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
     }),
   ];
