@@ -31,14 +31,14 @@ extern char **environ;
 /* Stops that a child takes by itself (the terminal's), and those that mean us. */
 static const int passed_on[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH, SIGCONT};
 
-static const char *state_root(void) {
+const char *runtime_state_root(void) {
   if (runtime.root && *runtime.root) return runtime.root;
   return starts_with(base_name(runtime.engine_path), "crun") ? "/run/crun" : "/run/runc";
 }
 
 char *runtime_marker(const char *id) {
   if (!*id || strchr(id, '/') || strlen(id) > 200) return NULL; /* no container has such an id */
-  autofree char *root = copy_string(state_root());
+  autofree char *root = copy_string(runtime_state_root());
   for (size_t length = strlen(root); length > 1 && root[length - 1] == '/';) root[--length] = 0;
   const char *directory = runtime_run_directory ? runtime_run_directory : run_directory();
   return format("%s/oci/%016llx-%s", directory, (unsigned long long)fnv1a(root, strlen(root)), id);
@@ -78,7 +78,7 @@ static void put_request(struct buffer *out) {
   for (int i = 1; i < runtime.command; i++) put_string(out, FIELD_GLOBAL_ARGV, runtime.argv[i]);
   for (int i = runtime.command; i < runtime.argc; i++) put_string(out, FIELD_ARGV, runtime.argv[i]);
   put_string(out, FIELD_PATH, runtime.engine_path);
-  put_string(out, FIELD_ROOT, state_root());
+  put_string(out, FIELD_ROOT, runtime_state_root());
   const char *id = runtime_container_id();
   autofree char *marker = id ? runtime_marker(id) : NULL;
   if (!marker) runtime_fail("%s: %s is no container id", runtime.argv[runtime.command], id ? id : "nothing");
