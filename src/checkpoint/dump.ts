@@ -286,14 +286,17 @@ export async function dump(
   };
   await pluginsLoaded();
   await runChain("dump", dumpSteps.flatMap(withAdapters), context);
-  keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
-  if (context.enginePath !== undefined) learnVersionAnswer(context.enginePath, target.log);
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
     frozenMs: inHundredths(context.frozenMs),
   };
-  target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
+  // When whoever waits for this dump has been answered: it is for others.
+  setImmediate(() => {
+    target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
+    keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
+    if (context.enginePath !== undefined) learnVersionAnswer(context.enginePath, target.log);
+  });
   return outcome;
 }
 
@@ -700,7 +703,7 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
       target.log.warn({ err: error }, "put the freezer back after a dump"),
     );
     if (frozen) context.frozenMs = performance.now() - since;
-    await rm(freezeMarker(target.directory), { force: true });
+    rmSync(freezeMarker(target.directory), { force: true });
   }
 }
 

@@ -91,7 +91,7 @@ export async function checkpoint(
       return { status: 0 };
     }
     const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id, features.name));
-    const generation = await generationOf(call, pid);
+    const generation = generationOf(call, pid);
     const target: DumpTarget = {
       what: `container ${call.id}`,
       initPid: pid,
@@ -149,6 +149,7 @@ export async function checkpoint(
         },
       };
       await dumpContainer(target, request, { signal: wrapper.signal });
+      wrapper.answer({ status: 0 }); // what was noted on the way is removed at once, in this turn of the event loop
     });
   } finally {
     rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
@@ -196,7 +197,7 @@ async function runEngine(
   const scratch = scratchOf(call);
   const work = workPath ?? resolve(call.cwd, options.value("work-path") ?? join(scratch, "work"));
   const { argv } = engineArguments("checkpoint", features, options, policy, chainOptions);
-  await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
+  mkdirSync(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
   const outputPath = join(scratch, "output");
   const command = [
     call.engine,
