@@ -1,5 +1,6 @@
 // Containers in scopes that systemd makes, as Kubernetes and Podman have them on a host where systemd is process 1 and all cgroups
-// are of version 2: what Debian is. Continuous integration has no systemd: boot a machine for these.
+// are of version 2: what Debian is. Elsewhere scripts/with-systemd.sh makes such a host; `npm test` runs these in it. A limit is
+// only asked for where the host's version 2 has its controller.
 
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -11,6 +12,14 @@ import { until } from "./harness/until.ts";
 
 const MEMORY = 64 << 20;
 const slice = "/sys/fs/cgroup/system.slice";
+
+const controllers = existsSync("/sys/fs/cgroup/cgroup.controllers")
+  ? readFileSync("/sys/fs/cgroup/cgroup.controllers", "utf8").trim().split(" ")
+  : [];
+const limits = {
+  ...(controllers.includes("memory") && { memoryLimit: MEMORY }),
+  ...(controllers.includes("pids") && { pidsLimit: 40 }),
+};
 
 const lacks = !existsSync("/run/systemd/system")
   ? "systemd doesn't run here"
@@ -32,26 +41,32 @@ for (const combination of enginesForCheckpoints) {
     const own = combination.engine === "crun" ? "/container" : "";
     const scopeOf = (id: string) => `${live.namespace}-${id}.scope`;
     const readOf = (id: string, file: string) => readFileSync(join(slice, scopeOf(id), file), "utf8").trim();
-    const cgroupOf = (pid: number) => readFileSync(`/proc/${pid}/cgroup`, "utf8").trim();
+    // Of version 2; a host in namespaces has its machine's hierarchies of version 1 in there, too.
+    const unified = (text: string) => text.match(/^0::.*$/gm) ?? [];
+    const cgroupOf = (pid: number) => unified(readFileSync(`/proc/${pid}/cgroup`, "utf8"))[0];
     const inScope = (id: string, runtimeOptions: { criuImagePath?: string } = {}): RunOptions => ({
       id,
-      memoryLimit: MEMORY,
-      pidsLimit: 40,
+      ...limits,
       runtimeOptions: live.engineOptions({ systemdCgroup: true, ...runtimeOptions }),
       edit: (spec) => {
         spec.linux.cgroupsPath = `system.slice:${live.namespace}:${id}`;
       },
     });
+    const expectLimits = (id: string) => {
+      if (limits.memoryLimit) expect(readOf(id, "memory.max")).toBe(`${MEMORY}`);
+      if (limits.pidsLimit) expect(readOf(id, "pids.max")).toBe("40");
+    };
     const scopeIsGone = (id: string) =>
       until(() => !existsSync(join(slice, scopeOf(id))), { what: () => `the end of ${scopeOf(id)}` });
 
     it("lives in its scope: limits, execs, pause and resume, exit code", async () => {
       await using task = await live.run(["counter"], inScope("life"));
       expect(cgroupOf(task.pid)).toBe(`0::/system.slice/${scopeOf("life")}${own}`);
-      expect(readOf("life", "memory.max")).toBe(`${MEMORY}`);
+      expectLimits("life");
       const { status, stdout } = await task.execToEnd(["cat", "/proc/1/cgroup", "/proc/self/cgroup"]);
       expect(status).toBe(0);
-      expect(new Set(stdout.trim().split("\n")).size).toBe(1); // the exec's is the container's
+      const [init, exec] = unified(stdout);
+      expect(exec).toBe(init);
       await task.pause();
       expect(readOf("life", `.${own}/cgroup.events`)).toMatch(/^frozen 1$/m);
       expect(await task.status()).toBe("PAUSED");
@@ -77,8 +92,7 @@ for (const combination of enginesForCheckpoints) {
         task = await live.restore(image, ["counter"], inScope(id, { criuImagePath: image }));
         expect(await task.nextNumber()).toBe(last + 1);
         expect(cgroupOf(task.pid)).toBe(`0::/system.slice/${scopeOf(id)}${own}`);
-        expect(readOf(id, "memory.max")).toBe(`${MEMORY}`);
-        expect(readOf(id, "pids.max")).toBe("40");
+        expectLimits(id);
       }
       expect((await task.execToEnd(["true"])).status).toBe(0);
       await task.kill(9);

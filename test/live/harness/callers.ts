@@ -16,7 +16,7 @@ import { basename, join } from "node:path";
 import { cleanUp } from "./cleanup.ts";
 import type { EngineName } from "./live.ts";
 import { imageTar, repository } from "./programs.ts";
-import { cgroupsOf, forgetKernelCacheLater, isAlive, processesOf } from "./system.ts";
+import { cgroupsOf, forgetKernelCacheLater, hasController, isAlive, processesOf, systemdRuns } from "./system.ts";
 import { until } from "./until.ts";
 
 const callers = "/var/cache/cedana/callers";
@@ -50,7 +50,9 @@ export class CallerPlace {
   readonly engine: EngineName;
   readonly dir = mkdtempSync("/run/cp-");
   /** Name of the cgroup that everything of it is in. */
-  readonly namespace = basename(this.dir).toLowerCase();
+  readonly namespace = systemdRuns
+    ? `${basename(this.dir).toLowerCase().replace("-", "")}.slice`
+    : basename(this.dir).toLowerCase();
   readonly runDir = join(this.dir, "run");
   readonly config = join(this.dir, "runtime.json");
   readonly env: Record<string, string>;
@@ -131,6 +133,21 @@ export class CallerPlace {
     return place;
   }
 
+  /** That cgroup as callers name it. */
+  get cgroupParent(): string {
+    return systemdRuns ? this.namespace : `/${this.namespace}`;
+  }
+
+  /** `cgroupsPath` of a container's configuration. */
+  cgroupsPath(name: string): string {
+    return systemdRuns ? `${this.namespace}:test:${name}` : `/${this.namespace}/${name}`;
+  }
+
+  /** Whether containers' cgroups can have a controller. */
+  hasController(name: string): boolean {
+    return (this.engine === "runc" || systemdRuns) && hasController(name);
+  }
+
   /** A command line that runs in our mount namespace. */
   inside(argv: string[]): string[] {
     return ["nsenter", `--mount=/proc/${this.#holder!.pid}/ns/mnt`, "--", ...argv];
@@ -197,7 +214,8 @@ export class CallerPlace {
   /** After every container was removed: no process is left, and no container's cgroup that the engine itself never leaves. */
   async expectNoLeftovers(allowed: (argv: string) => boolean = () => false): Promise<void> {
     // Podman leaves conmon's and pods' cgroups on a hybrid host, crun now and then a container's: with and without us.
-    const isContainer = (path: string) => this.engine === "runc" && /\/libpod-[0-9a-f]{64}$/.test(path);
+    const isContainer = (path: string) =>
+      this.engine === "runc" && /\/libpod-[0-9a-f]{64}(\.scope)?$/.test(path);
     const left = () => [
       ...this.living().filter((argv) => !allowed(argv)),
       ...cgroupsOf(this.namespace).filter(isContainer),
@@ -219,7 +237,7 @@ export class CallerPlace {
 
   /** Configuration of Podman and Buildah, both with the two sides as runtimes `engine` and `wrapper`. */
   configureContainers(): void {
-    const quoted = (values: string[]) => JSON.stringify(values);
+    const quoted = (values: string | string[]) => JSON.stringify(values);
     const engine = ["/usr/sbin", "/usr/bin"].map((path) => join(path, this.engine)).find(existsSync)!;
     writeFileSync(
       join(this.dir, "containers.conf"),
@@ -232,7 +250,7 @@ export class CallerPlace {
         "[network]",
         `network_config_dir = "${this.dir}/net"`,
         "[engine]",
-        `cgroup_manager = "cgroupfs"`, // there is no systemd
+        `cgroup_manager = ${quoted(systemdRuns ? "systemd" : "cgroupfs")}`,
         `events_logger = "file"`,
         `conmon_path = ${quoted([caller("conmon")])}`,
         `helper_binaries_dir = ${quoted([join(callers, "usr/lib/podman"), join(callers, "usr/bin")])}`,
@@ -309,7 +327,7 @@ export class Podman {
       ["run", "create"].indexOf(args[0]!) >= 0 ? 1 : args[0] === "pod" && args[1] === "create" ? 2 : 0;
     const cgroup =
       at > 0
-        ? [...args.slice(0, at), "--cgroup-parent", `/${this.place.namespace}`, ...args.slice(at)]
+        ? [...args.slice(0, at), "--cgroup-parent", this.place.cgroupParent, ...args.slice(at)]
         : args;
     return await this.place.run(this.argv(side, cgroup));
   }
@@ -360,8 +378,8 @@ export class Docker {
       "ip-forward": false,
       "userland-proxy": false,
       "storage-driver": "overlay2",
-      "exec-opts": ["native.cgroupdriver=cgroupfs"],
-      "cgroup-parent": `/${place.namespace}`,
+      "exec-opts": [`native.cgroupdriver=${systemdRuns ? "systemd" : "cgroupfs"}`],
+      "cgroup-parent": place.cgroupParent,
       "init-path": join(callers, "usr/bin/catatonit"),
       experimental: true, // `docker checkpoint`
       runtimes: {
