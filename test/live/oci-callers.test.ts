@@ -42,7 +42,7 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
       const args = ["sh", "-c", `read line; echo got $line; ${loop}`];
       const spec = containerSpec({
         args,
-        cgroupsPath: `/${place.namespace}/${side}`,
+        cgroupsPath: place.cgroupsPath(side),
         programs: testPrograms,
       });
       writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
@@ -58,7 +58,8 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
 
   /** conmon as CRI-O starts it: pipes by _OCI_SYNCPIPE and _OCI_STARTPIPE. @returns what conmon says of the container */
   async function conmon(side: Side, ...args: string[]): Promise<Record<string, unknown>> {
-    const [program, ...own] = place.runtime(side, "--root", root(side));
+    const [program, ...rest] = place.runtime(side, "--root", root(side));
+    const own = rest.filter((arg) => arg !== "--systemd-cgroup"); // conmon has an option of its own for that
     const argv = [
       caller("conmon"),
       ...[
@@ -74,11 +75,12 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
         program === engine ? enginePath() : program!,
       ],
       ...["-l", at(side, "log"), "--log-level", "info", "--socket-dir-path", join(place.dir, side[0]!)],
+      ...(rest.length > own.length ? ["--systemd-cgroup"] : []),
       ...["--persist-dir", join(place.dir, side), ...own.flatMap((arg) => ["--runtime-arg", arg]), ...args],
     ];
     mkdirSync(join(place.dir, side[0]!), { recursive: true });
-    const [file, ...rest] = place.inside(argv);
-    const child = spawn(file!, rest, {
+    const [file, ...others] = place.inside(argv);
+    const child = spawn(file!, others, {
       env: { ...place.env, _OCI_SYNCPIPE: "3", _OCI_STARTPIPE: "4" },
       cwd: join(place.dir, side),
       stdio: ["ignore", "ignore", "pipe", "pipe", "pipe"],

@@ -16,7 +16,14 @@ import { basename, join } from "node:path";
 import { cleanUp } from "./cleanup.ts";
 import type { EngineName } from "./live.ts";
 import { imageTar, repository } from "./programs.ts";
-import { cgroupsOf, forgetKernelCacheLater, hasController, isAlive, processesOf, systemdRuns } from "./system.ts";
+import {
+  cgroupsOf,
+  forgetKernelCacheLater,
+  hasController,
+  isAlive,
+  processesOf,
+  systemdRuns,
+} from "./system.ts";
 import { until } from "./until.ts";
 
 const callers = "/var/cache/cedana/callers";
@@ -193,7 +200,8 @@ export class CallerPlace {
 
   /** Argv of an engine's own command line on either side, as callers begin it. */
   runtime(side: Side, ...args: string[]): string[] {
-    return side === "engine" ? [this.engine, ...args] : [wrapper, "--cedana-config", this.config, ...args];
+    const program = side === "engine" ? [this.engine] : [wrapper, "--cedana-config", this.config];
+    return [...program, ...(systemdRuns ? ["--systemd-cgroup"] : []), ...args];
   }
 
   cedanadLog(): string {
@@ -326,9 +334,7 @@ export class Podman {
     const at =
       ["run", "create"].indexOf(args[0]!) >= 0 ? 1 : args[0] === "pod" && args[1] === "create" ? 2 : 0;
     const cgroup =
-      at > 0
-        ? [...args.slice(0, at), "--cgroup-parent", this.place.cgroupParent, ...args.slice(at)]
-        : args;
+      at > 0 ? [...args.slice(0, at), "--cgroup-parent", this.place.cgroupParent, ...args.slice(at)] : args;
     return await this.place.run(this.argv(side, cgroup));
   }
 
