@@ -7,7 +7,7 @@ import {
   readSync,
   write as writeToFd,
 } from "node:fs";
-import { mkdir, readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
+import { readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
 import { posix } from "node:path";
 import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
 import { NotFound, SyscallFailed, TimedOut, Unsupported, WrongState } from "../errors/index.ts";
@@ -541,15 +541,6 @@ function readIfThere(path: string): string | undefined {
 function ignoreGone(err: unknown): undefined {
   if (removed(err)) return undefined;
   throw SyscallFailed.from(err);
-}
-
-/**
- * Makes a cgroup of version 2.
- * @param path  in the hierarchy, with a leading slash
- * @throws Unsupported on a host of version 1
- */
-export async function makeCgroup(path: string): Promise<void> {
-  await mkdir(await unifiedPath(path), { recursive: true });
 }
 
 /**

@@ -220,9 +220,9 @@ export function hasUserNamespace(spec: OciSpec): boolean {
 
 /**
  * Path of the container's cgroup in the version 2 hierarchy, as both engines make it; undefined where that depends on the
- * cgroup that the engine runs in (a relative path, or none).
+ * cgroup that the engine runs in (a relative path, or none), and for a scope that is named after an engine which isn't given.
  * @param engine  absent: of a scope the whole, without crun's cgroup in it
- * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); systemd.slice(5) for the nesting of slices.
+ * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); systemd.slice(5) for the nesting of slices; runc and crun, tried.
  */
 export function cgroupPathV2(
   spec: OciSpec,
@@ -234,13 +234,16 @@ export function cgroupPathV2(
   if (!systemd)
     return path.startsWith("/") && path !== "/" ? posix.normalize(path).replace(/\/$/, "") : undefined;
   const [slice = "", , name = ""] = path.split(":");
-  if (name === "" || name.endsWith(".slice")) return undefined;
+  const named = name !== "" || (path === "" && engine !== undefined);
+  if (!named || name.endsWith(".slice")) return undefined;
   const parts = (slice || "system.slice")
     .replace(/\.slice$/, "")
     .split("-")
     .filter(Boolean);
   const slices = parts.map((_part, at) => `/${parts.slice(0, at + 1).join("-")}.slice`);
-  return `${slices.join("")}/${cgroupName(spec, id, engine)}`;
+  // Without a path both take their own name and the container's.
+  const scope = path === "" ? { ...spec, linux: { ...spec.linux, cgroupsPath: `:${engine}:${id}` } } : spec;
+  return `${slices.join("")}/${cgroupName(scope, id, engine)}`;
 }
 
 /** The spec's annotations; empty when it has none. */
