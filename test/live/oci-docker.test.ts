@@ -66,10 +66,11 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
     expect((await all("exec", "@", "sh", "-c", "exit 9")).status).toBe(9);
     expect((await all("exec", "--tty", "@", "tty")).stdout).toMatch(/pts/);
     expect((await all("exec", "@", "no-such-program")).status).toBe(126); // docker says so of an exec
+    const counted = docker.place.hasController("pids");
     for (const runtime of runtimes)
       expect(
         await docker.ok("stats", "--no-stream", "--format", "{{.Name}} {{.PIDs}}", `c-${runtime}`),
-      ).toMatch(/^c-\w+ [1-9]/);
+      ).toMatch(counted ? /^c-\w+ [1-9]/ : /^c-\w+ 0/);
     expect((await docker.ok("top", "c-wrapper", "-o", "pid,args")).includes("trap")).toBe(true);
     expect((await all("pause", "@")).status).toBe(0);
     expect(await inspect("{{.State.Status}}")).toBe("paused");
@@ -86,7 +87,7 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
           "cat /sys/fs/cgroup/pids/pids.max /sys/fs/cgroup/pids.max 2>/dev/null; true",
         )
       ).stdout,
-    ).toBe("77\n");
+    ).toBe(counted ? "77\n" : "");
     expect((await all("restart", "--time", "10", "@")).status).toBe(0);
     expect((await all("stop", "--time", "10", "@")).status).toBe(0);
     expect(await inspect("{{.State.Status}} {{.State.ExitCode}}")).toBe("exited 7");
