@@ -11,7 +11,7 @@ die() { printf 'with-systemd: %s\n' "$*" >&2; exit 1; }
 
 [ $# -gt 0 ] || { sed -n '2,/^set -eu/s/^# \{0,1\}//p' "$0" | sed '$d' >&2; exit 2; }
 [ "$(id -u)" = 0 ] || die "needs root"
-for program in /lib/systemd/systemd dbus-daemon systemd-run unshare nsenter; do
+for program in /lib/systemd/systemd dbus-daemon systemd-run unshare nsenter setpriv; do
   command -v "$program" >/dev/null || die "$program is not on this machine: scripts/setup.sh --with-callers"
 done
 
@@ -44,9 +44,9 @@ if [ "${WITH_SYSTEMD:-}" != inside ]; then
     echo "+$controller" >"$top/cgroup.subtree_control" 2>/dev/null || : # in use elsewhere: not there, then
   done
   mkfifo "$dir/up"
-  # unshare waits for its child, and ends it with itself. Only the child is in the cgroup: its own has to be empty for a cgroup below
+  # unshare waits for its child, and ends it with itself, as it ends with us. Only the child is in the cgroup: its own has to be empty for a cgroup below
   # to get controllers.
-  WITH_SYSTEMD=inside unshare --mount --uts --pid --fork --kill-child --propagation private \
+  WITH_SYSTEMD=inside setpriv --pdeathsig KILL unshare --mount --uts --pid --fork --kill-child --propagation private \
     sh -c 'echo 0 >"$1/cgroup.procs" && exec unshare --cgroup sh "$2" "$3"' sh "$cgroup" "$0" "$dir" \
     >"$dir/log" 2>&1 </dev/null &
   host=$!
