@@ -12,8 +12,8 @@ import { hasNetworkNamespace, identityOf, type OciSpec } from "../runtime/spec.t
 import { dumpPolicy, policyOptions } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
 import { runHook } from "./hooks.ts";
-import type { Tag } from "./keeper.ts";
-import type { Task, Work } from "./task.ts";
+import type { Tag, Work } from "./keeper.ts";
+import type { Task } from "./task.ts";
 
 /** Dump as containerd's Task API asks for it: the chain of src/checkpoint, with a task for its target. */
 

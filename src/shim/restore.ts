@@ -28,8 +28,9 @@ import { withFeatures } from "./checkpoint.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
 import { runHook } from "./hooks.ts";
-import type { RestoreSource } from "./restore-source.ts";
-import type { Task, Work } from "./task.ts";
+import type { Work } from "./keeper.ts";
+import type { Restoration } from "./restoration.ts";
+import type { Task } from "./task.ts";
 
 /*
  * Restore as containerd's Task API asks for it: the chain of src/checkpoint, with a task for its target.
@@ -46,7 +47,8 @@ import type { Task, Work } from "./task.ts";
  * Restores a task that was created from a checkpoint; see `restore` of src/checkpoint. The engine runs as an operation of the keeper,
  * whose tag comes from the request: a repetition after a crash waits for the engine that was started before, or finds how it ended.
  */
-export async function restore(task: Task, work: Work, source: RestoreSource): Promise<void> {
+export async function restore(task: Task, restoration: Restoration, work: Work): Promise<void> {
+  const { source } = restoration;
   const spec = await task.spec();
   const engine = await withFeatures(task);
   const config = new BundleConfig(task.bundle);
@@ -66,7 +68,7 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
     },
     log: task.log,
     identity: identityOf(spec, task.id, task.namespace),
-    why: task.restoreAsked,
+    why: source.why,
     get initPid() {
       return task.init.pid;
     },
@@ -93,13 +95,13 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
         await makeCgroup(cgroup);
     },
     removeCgroup: async () =>
-      void (await task.undo("remove the cgroup of a failed restore", removeCgroups(task, spec))),
+      void (await task.logFailure("remove the cgroup of a failed restore", removeCgroups(task, spec))),
     deviceMap: cedanaAnnotations(spec).gpuMap,
     cgroup: () => task.cgroup(),
-    engineRestore: (options) => engineRestore(task, work, engine, spec, options),
+    engineRestore: (options) => engineRestore(task, restoration, work, engine, spec, options),
     endCriu: async (workPath) =>
-      void (await task.undo("end what is left of CRIU", endCriu(task, spec, workPath))),
-    undoEngineRestore: ({ lazy }) => task.undoEngineRestore(work, lazy),
+      void (await task.logFailure("end what is left of CRIU", endCriu(task, spec, workPath))),
+    undoEngineRestore: ({ lazy }) => restoration.undoEngineRestore(work, lazy),
     criuRoots: [join(task.bundle, "criu-root"), join(engine.root, task.id, "criu-root")], // crun's, runc's
     unmount: (mountPoint) => task.pod.keeper.unmount(task.pod.keeper.ownTag("unmount-criu"), mountPoint),
     lazy: (await wantsLazy(spec))
@@ -161,7 +163,7 @@ async function containerCgroup(task: Task, spec: OciSpec): Promise<Cgroup | unde
 }
 
 async function removeCgroups(task: Task, spec: OciSpec): Promise<void> {
-  await task.removeCgroup();
+  await task.containerCgroup.remove();
   const left = await (await containerCgroup(task, spec))?.removeLeft();
   if (left && left.length > 0) task.log.warn({ left }, "cgroups of a failed restore are still busy");
 }
@@ -227,6 +229,7 @@ export async function takeFilesBack(
 
 async function engineRestore(
   task: Task,
+  restoration: Restoration,
   work: Work,
   engine: Engine,
   spec: OciSpec,
@@ -248,7 +251,7 @@ async function engineRestore(
     await whileWatchingCriu(
       { parent: task.pod.keeper.pid, workPath, onDeath, log: task.log },
       async () =>
-        await task.engineRestore(work, engine, {
+        await restoration.engineRestore(work, engine, {
           imagePath,
           workPath,
           ...policyOptions(policy),

@@ -21,7 +21,8 @@ import { dumpTarget, engineCheckpoint, withFeatures } from "./checkpoint.ts";
 import { dumpPolicy } from "./criu-policy.ts";
 import * as events from "./events.ts";
 import { crashIfTold, reachBoundary } from "./fault.ts";
-import { type Task, TRIGGERED_DIRECTORY } from "./task.ts";
+import { TRIGGERED_DIRECTORY } from "./journal.ts";
+import type { Task } from "./task.ts";
 
 /*
  * Checkpoints that we take by ourselves, into the store: for `cedana dump` and for `cedana.io/checkpoint-every`. The container stands
