@@ -1,9 +1,11 @@
 import type { Logger } from "pino";
+import type { Cgroup } from "../linux/cgroup.ts";
 import type { Engine } from "../runtime/engine.ts";
 import type { RuntimeOptions } from "../runtime/options.ts";
 import type { OciSpec } from "../runtime/spec.ts";
 import type { Event } from "./events.ts";
 import type { AdoptedExit, Keeper } from "./keeper.ts";
+import type { LazyMemory } from "./lazy-memory.ts";
 import type { Process } from "./process.ts";
 import type { TaskLogger } from "./task-log.ts";
 
@@ -21,10 +23,15 @@ export interface Container {
   readonly init: Process;
   readonly log: TaskLogger;
   readonly pod: TaskPod;
+  readonly memory: LazyMemory;
+  /** how many restores it has behind it */
+  generation: number;
   /** its config.json; undefined: not read yet */
   readonly knownSpec: OciSpec | undefined;
   /** its config.json, read with the first call. @throws what `readSpec` throws */
   spec(): Promise<OciSpec>;
+  /** @throws NotFound once it has no cgroup */
+  cgroup(): Promise<Cgroup>;
   /** Queues an event for containerd. One whose key was taken before is dropped. */
   publish(key: string, event: Event): void;
   /**

@@ -3,7 +3,6 @@ import type { Container } from "./container.ts";
 import type { ContainerCgroup } from "./container-cgroup.ts";
 import * as events from "./events.ts";
 import type { AdoptedExit, Work } from "./keeper.ts";
-import type { LazyMemory } from "./lazy-memory.ts";
 import type { Process } from "./process.ts";
 import type { Signals } from "./signals.ts";
 
@@ -13,7 +12,6 @@ const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 interface Owner extends Container {
   readonly execs: { values(): Iterable<Process> };
   readonly containerCgroup: ContainerCgroup;
-  readonly memory: LazyMemory;
   readonly signals: Signals;
 }
 

@@ -11,7 +11,6 @@ import type { EngineCalls } from "./engine-calls.ts";
 import type { Exits } from "./exits.ts";
 import type { RestorationRecord } from "./journal.ts";
 import { ALL_PIPES, stdioKind, type Work } from "./keeper.ts";
-import type { LazyMemory } from "./lazy-memory.ts";
 import { nowNs } from "./process.ts";
 import type { RestoreSource } from "./restore-source.ts";
 import { planStdio } from "./stdio.ts";
@@ -19,13 +18,10 @@ import { planStdio } from "./stdio.ts";
 /** How long a restore whose page daemon has ended may go on: it fails within milliseconds where it can. */
 const ABANDONED_RESTORE_MS = 3_000;
 
-interface Owner extends Container {
-  /** how many restores the container has behind it */
-  generation: number;
+export interface RestoredTask extends Container {
   readonly containerCgroup: ContainerCgroup;
   readonly engineCalls: EngineCalls;
   readonly exits: Exits;
-  readonly memory: LazyMemory;
   /** As `record`. @throws SyscallFailed when it can't be written */
   writeRecord(): void;
 }
@@ -56,7 +52,7 @@ export interface RestorationState {
  * from it.
  */
 export class Restoration {
-  readonly #owner: Owner;
+  readonly #owner: RestoredTask;
   readonly #actions: Actions;
   readonly #state: RestorationState;
   /** the lock on its checkpoint */
@@ -64,7 +60,7 @@ export class Restoration {
   /** no container of the engine's is left of a restore that failed */
   #isDeleted = true;
 
-  constructor(owner: Owner, state: RestorationState, actions: Actions) {
+  constructor(owner: RestoredTask, state: RestorationState, actions: Actions) {
     this.#owner = owner;
     this.#state = state;
     this.#actions = actions;
@@ -244,7 +240,7 @@ export class Restoration {
   /** Before the record says that the files are back nothing runs on them, so a repetition may do this again. */
   async #resetRootfs(work: Work): Promise<void> {
     const { bundle, pod } = this.#owner;
-    const { takeFilesBack } = await import("./restore.ts");
+    const { takeFilesBack } = await import("./fresh-upper.ts");
     await takeFilesBack(bundle, async (empty) => {
       await pod.keeper.unmount(work.tag("unmount-restore"), join(bundle, "rootfs"));
       await empty();

@@ -81,7 +81,6 @@ export class Task implements Container {
   readonly signals: Signals;
   /** of one that was created from a checkpoint */
   readonly restoration: Restoration | undefined;
-  /** how many restores the container has behind it */
   generation = 0;
   #answers: TaskRecord["answers"] = [];
   #spec: OciSpec | undefined;
@@ -342,7 +341,6 @@ export class Task implements Container {
     return this.#spec;
   }
 
-  /** @throws NotFound once the container has no cgroup */
   async cgroup(): Promise<Cgroup> {
     return await this.containerCgroup.get();
   }
