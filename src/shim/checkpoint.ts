@@ -3,7 +3,7 @@ import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../chec
 import { gateBelow } from "../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
 import { toldPluginDirectory } from "../criu/plugins.ts";
-import { foreignHierarchies } from "../linux/cgroup.ts";
+import { foreignHierarchies } from "../linux/cgroup-hierarchy.ts";
 import { criuConfig, Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
 import { pluginsOf, specFacts } from "../runtime/manifest-facts.ts";

@@ -1,6 +1,7 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { NotFound } from "../errors/index.ts";
-import { Cgroup, hostCgroupVersion, removeCgroup } from "../linux/cgroup.ts";
+import { Cgroup, removeCgroup } from "../linux/cgroup.ts";
+import { hostCgroupVersion } from "../linux/cgroup-hierarchy.ts";
 import { cgroupName, cgroupPathV2 } from "../runtime/spec.ts";
 import type { Container } from "./container.ts";
 import * as events from "./events.ts";

@@ -1,10 +1,11 @@
 import { sharesPidNamespace } from "../runtime/spec.ts";
 import type { Container } from "./container.ts";
 import type { ContainerCgroup } from "./container-cgroup.ts";
+import type { Ending } from "./ending.ts";
+import type { Escalations } from "./escalation.ts";
 import * as events from "./events.ts";
 import type { AdoptedExit, Work } from "./keeper.ts";
 import type { Process } from "./process.ts";
-import type { Signals } from "./signals.ts";
 
 /** How long Delete waits for output that a background child may hold open: as the Go shim, unless a test is in a hurry. */
 const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
@@ -12,7 +13,7 @@ const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 interface Owner extends Container {
   readonly execs: { values(): Iterable<Process> };
   readonly containerCgroup: ContainerCgroup;
-  readonly signals: Signals;
+  readonly signals: { readonly ending: Ending; readonly escalations: Escalations };
 }
 
 /**

@@ -7,7 +7,8 @@ import {
 } from "../checkpoint/restore.ts";
 import { descendsFrom, kill, killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
 import { toldPluginDirectory } from "../criu/plugins.ts";
-import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
+import { Cgroup, makeCgroup } from "../linux/cgroup.ts";
+import { hostCgroupVersion, parseMembership } from "../linux/cgroup-hierarchy.ts";
 import { isAlive, programOf } from "../linux/proc.ts";
 import { readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";

@@ -1,7 +1,8 @@
 import { mkdir, readFile, rmdir } from "node:fs/promises";
 import { kill } from "../../criu/leftovers.ts";
 import { TimedOut } from "../../errors/index.ts";
-import { Cgroup, hostCgroupVersion, parseMembership, unifiedPath } from "../../linux/cgroup.ts";
+import { Cgroup } from "../../linux/cgroup.ts";
+import { hostCgroupVersion, parseMembership, unifiedPath } from "../../linux/cgroup-hierarchy.ts";
 import { criuLines } from "../engine.ts";
 import { cgroupPathV2, type OciSpec } from "../spec.ts";
 

@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { InvalidRequest } from "../../../src/errors/index.ts";
-import { hostCgroupVersion } from "../../../src/linux/cgroup.ts";
+import { hostCgroupVersion } from "../../../src/linux/cgroup-hierarchy.ts";
 import { criuConfig } from "../../../src/runtime/engine.ts";
 import { restoreCgroup } from "../../../src/runtime/oci/restore-cgroup.ts";
 
