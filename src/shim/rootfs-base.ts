@@ -1,9 +1,9 @@
 import { closeSync } from "node:fs";
 import { mkdir, rmdir } from "node:fs/promises";
 import { join } from "node:path";
-import { openDirectory } from "../checkpoint/digest.ts";
 import type { RootfsBase } from "../checkpoint/rootfs-diff/index.ts";
 import { NotFound, Unsupported } from "../errors/index.ts";
+import { openDirectory } from "../linux/fd.ts";
 import { Containers } from "../proto/generated/containerd_containers.ts";
 import { Leases } from "../proto/generated/containerd_leases.ts";
 import { Snapshots } from "../proto/generated/containerd_snapshots.ts";
