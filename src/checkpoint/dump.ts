@@ -40,7 +40,8 @@ import {
   writeFreezeNote,
 } from "./freeze-marker.ts";
 import { findGpuMounts } from "./gpu-mounts.ts";
-import { type CheckpointManifest, type GpuFacts, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
+import type { CheckpointManifest, GpuFacts, RootfsDiffFacts } from "./manifest.ts";
+import { writeManifest } from "./manifest-files.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";

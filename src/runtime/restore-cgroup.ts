@@ -1,6 +1,6 @@
 import { mkdir, readFile, rmdir } from "node:fs/promises";
 import { dirname } from "node:path";
-import { hostCgroupVersion, parseMembership, unifiedPath } from "../linux/cgroup.ts";
+import { hostCgroupVersion, parseMembership, unifiedPath } from "../linux/cgroup-hierarchy.ts";
 import type { EngineName } from "./engine.ts";
 import { cgroupPathV2, type OciSpec } from "./spec.ts";
 

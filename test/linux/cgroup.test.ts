@@ -6,7 +6,8 @@ import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { afterEach, describe, expect, it } from "vitest";
 import { NotFound, TimedOut, Unsupported, WrongState } from "../../src/errors/index.ts";
-import { Cgroup, findHierarchies, parseMembership, resolve, upTo } from "../../src/linux/cgroup.ts";
+import { Cgroup } from "../../src/linux/cgroup.ts";
+import { findHierarchies, parseMembership, resolve, upTo } from "../../src/linux/cgroup-hierarchy.ts";
 import { parseMountInfoLine } from "../../src/linux/mount-options.ts";
 
 const mounts = (text: string) =>

@@ -2,7 +2,7 @@ import { existsSync, mkdirSync, rmdirSync } from "node:fs";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import { InvalidRequest } from "../../src/errors/index.ts";
-import { hostCgroupVersion, unifiedPath } from "../../src/linux/cgroup.ts";
+import { hostCgroupVersion, unifiedPath } from "../../src/linux/cgroup-hierarchy.ts";
 import { criuConfig } from "../../src/runtime/engine.ts";
 import { usesSystemd } from "../../src/runtime/oci/call.ts";
 import { RestoreCgroup } from "../../src/runtime/restore-cgroup.ts";

@@ -4,16 +4,11 @@ import { access, lstat, open, readdir, rename, rm, stat } from "node:fs/promises
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
 import { AlreadyExists, BrokenImage, InvalidRequest, NotFound, SyscallFailed } from "../../errors/index.ts";
 import { flock, renameAt } from "../../linux/addon.ts";
-import { listTree, openDirectory, syncPath, withFd } from "../digest.ts";
+import { openDirectory, withFd } from "../../linux/fd.ts";
+import { listTree, syncPath } from "../digest.ts";
 import { algorithmOf } from "../file-hash.ts";
-import {
-  type CheckpointManifest,
-  compareFiles,
-  MANIFEST_NAME,
-  parseManifest,
-  readManifest,
-  verifyFiles,
-} from "../manifest.ts";
+import { type CheckpointManifest, MANIFEST_NAME, parseManifest, readManifest } from "../manifest.ts";
+import { compareFiles, verifyFiles } from "../manifest-files.ts";
 import { Staging } from "../staging.ts";
 import { runJob } from "../worker/pool.ts";
 import type { Compression } from "./compression.ts";

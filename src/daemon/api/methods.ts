@@ -1,4 +1,4 @@
-import type { ApiMethods } from "./server.ts";
+import type { ApiMethods } from "./context.ts";
 
 /** The methods of proto/cedana_api.proto. Each loads what it needs: a cedanad that is asked for its status has no use for archives. */
 export const methods: ApiMethods = {
