@@ -188,15 +188,21 @@ static const char *bundle_option(void) {
   return bundle;
 }
 
+bool runtime_in_user_namespace(void) {
+  autofree char *map = NULL;
+  if (read_file("/proc/self/uid_map", 64 * KIB, &map, NULL) < 0) return false; /* a kernel without user namespaces */
+  unsigned long inside, outside, count;
+  return sscanf(map, "%lu %lu %lu", &inside, &outside, &count) != 3 || inside != 0 || outside != 0 || count != 4294967295;
+}
+
 /* Root in the first user namespace; podman's rootless callers are root in one of their own. */
 static const char *rootless(void) {
   if (geteuid() != 0) return "it is not root";
-  autofree char *map = NULL;
-  if (read_file("/proc/self/uid_map", 64 * KIB, &map, NULL) < 0) return NULL; /* a kernel without user namespaces */
-  unsigned long inside, outside, count;
-  if (sscanf(map, "%lu %lu %lu", &inside, &outside, &count) == 3 && inside == 0 && outside == 0 && count == 4294967295) return NULL;
-  return "it is in a user namespace";
+  return runtime_in_user_namespace() ? "it is in a user namespace" : NULL;
 }
+
+/* No container has it, and the engine has the words for that. */
+static bool engine_refuses(const char *id) { return !id || !*id || strchr(id, '/'); }
 
 /* Whether cedanad has to decide. */
 static bool is_ours(void) {
@@ -210,7 +216,7 @@ static bool is_ours(void) {
     return true;
   }
   if (!strcmp(command, "create") || !strcmp(command, "run")) {
-    if (!annotated(bundle_option())) return false;
+    if (engine_refuses(runtime_container_id()) || !annotated(bundle_option())) return false;
     const char *why = rootless();
     if (why)
       runtime_fail("the container has annotations cedana.io/… that need cedanad, and this caller can't reach it: %s. Leave them out, or run "
@@ -220,7 +226,7 @@ static bool is_ours(void) {
   }
   if (strcmp(command, "start") && strcmp(command, "state") && strcmp(command, "kill") && strcmp(command, "delete")) return false;
   const char *id = runtime_container_id();
-  if (!id) return false;
+  if (engine_refuses(id)) return false;
   autofree char *marker = runtime_marker(id);
   struct stat st;
   return marker && stat(marker, &st) == 0;

@@ -255,15 +255,44 @@ describe("checkpoint and restore", () => {
   });
 
   it.each([
-    ["checkpoint", [], /exactly one container id/],
-    ["checkpoint", ["a", "b"], /exactly one container id/],
-    ["restore", ["--detach=perhaps", "a"], /invalid boolean value/],
+    ["checkpoint", [], /"checkpoint" requires exactly 1 argument/],
+    ["checkpoint", ["a", "b"], /"checkpoint" requires exactly 1 argument/],
+    ["checkpoint", [""], /container id is empty/],
+    ["restore", ["--detach=perhaps", "a"], /^invalid boolean value "perhaps" for -detach: parse error$/m],
+    ["restore", ["--image-path", "x", "--work-path"], /^flag needs an argument: -work-path$/m],
     ["checkpoint", ["--detach", "a"], /not defined: -detach/],
     ["restore", ["--leave-running", "a"], /not defined: -leave-running/],
   ])("%s %j is refused before anything is started", (command, args, words) => {
     const outcome = wrapped("--engine", "/bin/false", command, ...args);
     expect(outcome.status).toBe(1);
     expect(outcome.stderr).toMatch(words);
+  });
+
+  it("take what Go and what argp take for options, in either form", () => {
+    // The checks are over, when cedanad is asked: nobody can be reached there.
+    const env = {
+      CEDANA_DAEMON: "/bin/false",
+      CEDANA_KEEPER_PATIENCE_MS: "1",
+      CEDANA_RUN_DIR: join(work, "unreachable"),
+    };
+    for (const args of [
+      ["checkpoint", "-leave-running", "--tcp-established=1", "--file-locks=False", "--image-path=x", "a"],
+      ["checkpoint", "--pre-dump=t", "-parent-path", "../x", "--status-fd", "-1", "a"],
+      // go-runc at a restore: a single dash, and what it adds twice.
+      ["restore", "--image-path", "i", "-no-subreaper", "--detach", "--no-subreaper", "--detach", "-b", "b", "a"],
+      ["restore", "-d", "--bundle=b", "--pid-file", "p", "--", "a"],
+    ]) {
+      const { status, stderr } = call(
+        [wrapper, "--cedana-config", config, "--engine", "/bin/false", ...args],
+        env,
+      );
+      expect(status, args.join(" ")).toBe(1);
+      if (isRoot) expect(stderr, args.join(" ")).toMatch(/cedanad .*(?:could not be reached|gave no answer)/);
+    }
+    for (const flag of ["-h", "--help", "-?", "--usage"]) {
+      const { status, stdout } = wrapped("--engine", "/bin/false", "restore", flag);
+      expect([status, stdout.includes("--lsm-profile value")], flag).toEqual([0, true]);
+    }
   });
 
   it.runIf(isRoot)("say to a rootless caller why not, and pass the rest of its commands through", () => {
@@ -298,6 +327,30 @@ describe("checkpoint and restore", () => {
       "x",
     ]);
     expect(inNamespace.stderr).toMatch(/restore needs root on the host.*user namespace/s);
+  });
+
+  it.runIf(isRoot)("and a rootless caller's commands go by root's configuration, also in a user namespace", () => {
+    const place = mkdtempSync(join(tmpdir(), "cedana-rootless-"));
+    chmodSync(place, 0o755);
+    const [program, settings] = [join(place, "cedana-runtime"), join(place, "runtime.json")];
+    writeFileSync(program, readFileSync(wrapper), { mode: 0o755 });
+    writeFileSync(settings, '{"engine": "/bin/echo"}', { mode: 0o644 });
+    // As Podman's are: of another user, who is root in a namespace of his own where the host's root is nobody.
+    const asUser = (...argv: string[]) =>
+      spawnSync(argv[0]!, argv.slice(1), {
+        env: { PATH: process.env.PATH! },
+        uid: 65533,
+        gid: 65533,
+        cwd: "/",
+        encoding: "utf8",
+      });
+    const inNamespace = () => asUser("unshare", "-Ur", program, "--cedana-config", settings, "ps", "x");
+    if (asUser("unshare", "-Ur", "true").status !== 0) return rmSync(place, { recursive: true }); // the kernel forbids it
+    expect(asUser(program, "--cedana-config", settings, "ps", "x").stdout).toBe("ps x\n");
+    expect(inNamespace().stdout, inNamespace().stderr).toBe("ps x\n");
+    chmodSync(settings, 0o666); // who may write it is no matter of who is nobody
+    expect(inNamespace().stderr).toMatch(/may be written by others/);
+    rmSync(place, { recursive: true });
   });
 });
 
