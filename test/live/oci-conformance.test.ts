@@ -12,9 +12,17 @@ import { cgroupsOf } from "./harness/system.ts";
 
 const cases = [
   { engine: "runc", kind: "an unannotated container", annotations: {} },
-  { engine: "runc", kind: "a container that has our marker", annotations: { "cedana.io/kill-signal": "TERM" } },
+  {
+    engine: "runc",
+    kind: "a container that has our marker",
+    annotations: { "cedana.io/kill-signal": "TERM" },
+  },
   { engine: "crun", kind: "an unannotated container", annotations: {} },
-  { engine: "crun", kind: "a container that has our marker", annotations: { "cedana.io/kill-signal": "TERM" } },
+  {
+    engine: "crun",
+    kind: "a container that has our marker",
+    annotations: { "cedana.io/kill-signal": "TERM" },
+  },
 ] as const;
 
 describe.each(cases)("cedana-runtime over $engine, with $kind", ({ engine, annotations }) => {
@@ -195,7 +203,7 @@ describe.each(cases)("cedana-runtime over $engine, with $kind", ({ engine, annot
       const input = "line\n".repeat(50_000);
       const out = spawnSync(file!, rest, {
         env,
-          input,
+        input,
         encoding: "utf8",
         maxBuffer: 1 << 20,
       });

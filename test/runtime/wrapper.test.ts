@@ -145,6 +145,57 @@ describe("an engine behind cedana-runtime", () => {
   });
 });
 
+const traced = spawnSync("strace", ["-o", "/dev/null", "true"]).status === 0;
+
+describe.skipIf(!traced)(`what is passed through${traced ? "" : " (no strace here, or no ptrace)"}`, () => {
+  const bundle = join(work, "traced");
+  mkdirSync(bundle);
+  writeFileSync(join(bundle, "config.json"), JSON.stringify({ annotations: { "cedana.io/tcp": "keep" } }));
+
+  /** System calls between the start of cedana-runtime and that of the engine: on files, on the network, of processes. */
+  function callsOf(...args: string[]): string[] {
+    const trace = join(work, "trace");
+    const argv = [wrapper, "--cedana-config", config, "--engine", "/bin/true", "--root", "/nowhere", ...args];
+    const strace = ["strace", "-f", "-o", trace, "-e", "trace=file,network,process", ...argv];
+    expect(call(strace).status, args.join(" ")).toBe(0);
+    const lines = readFileSync(trace, "utf8").split("\n");
+    const starts = lines.flatMap((line, at) => (/ execve\(.*= 0$/.test(line) ? [at] : []));
+    expect(starts.length, lines.join("\n")).toBe(2);
+    return lines.slice(starts[0]! + 1, starts[1]).map((line) => line.replace(/^\d+ +/, ""));
+  }
+  const pathIn = (line: string) => /"([^"]*)"/.exec(line)?.[1] ?? line;
+  const opened = (calls: string[]) => calls.filter((line) => /^open/.test(line)).map(pathIn);
+  const looked = (calls: string[]) => calls.filter((line) => !/^open/.test(line)).map(pathIn);
+  const always = [work, "/bin/true", "/proc/self/exe"]; // the configuration's directory, the engine, ourselves
+
+  it.each([
+    ["exec", "x", "true"],
+    ["ps", "x"],
+    ["update", "x"],
+    ["--version"],
+    ["features"],
+    ["--unknown", "state", "x"],
+    ["unknown", "x"],
+  ])("opens the configuration, and nothing else: %s", (...args) => {
+    const calls = callsOf(...args);
+    expect(opened(calls)).toEqual([config]);
+    expect(looked(calls)).toEqual(always);
+  });
+
+  it.each(["start", "state", "kill", "delete"])("looks for the marker at %s, by one stat", (command) => {
+    const calls = callsOf(command, "x");
+    expect(opened(calls)).toEqual([config]);
+    const [marker, ...more] = looked(calls).filter((path) => !always.includes(path));
+    expect([marker, more]).toEqual([expect.stringMatching(/\/run\/oci\/[0-9a-f]{16}-x$/), []]);
+  });
+
+  it.each(["create", "run"])("reads the bundle's config.json at %s", (command) => {
+    const calls = callsOf(command, "--bundle", bundle, "x");
+    expect(opened(calls)).toEqual([config, join(bundle, "config.json")]);
+    expect(looked(calls)).toEqual(always);
+  });
+});
+
 describe("the configuration", () => {
   const refused: [name: string, text: string, words: RegExp][] = [
     ["empty", "", /an object is expected/],
@@ -279,7 +330,18 @@ describe("checkpoint and restore", () => {
       ["checkpoint", "-leave-running", "--tcp-established=1", "--file-locks=False", "--image-path=x", "a"],
       ["checkpoint", "--pre-dump=t", "-parent-path", "../x", "--status-fd", "-1", "a"],
       // go-runc at a restore: a single dash, and what it adds twice.
-      ["restore", "--image-path", "i", "-no-subreaper", "--detach", "--no-subreaper", "--detach", "-b", "b", "a"],
+      [
+        "restore",
+        "--image-path",
+        "i",
+        "-no-subreaper",
+        "--detach",
+        "--no-subreaper",
+        "--detach",
+        "-b",
+        "b",
+        "a",
+      ],
       ["restore", "-d", "--bundle=b", "--pid-file", "p", "--", "a"],
     ]) {
       const { status, stderr } = call(
@@ -329,29 +391,32 @@ describe("checkpoint and restore", () => {
     expect(inNamespace.stderr).toMatch(/restore needs root on the host.*user namespace/s);
   });
 
-  it.runIf(isRoot)("and a rootless caller's commands go by root's configuration, also in a user namespace", () => {
-    const place = mkdtempSync(join(tmpdir(), "cedana-rootless-"));
-    chmodSync(place, 0o755);
-    const [program, settings] = [join(place, "cedana-runtime"), join(place, "runtime.json")];
-    writeFileSync(program, readFileSync(wrapper), { mode: 0o755 });
-    writeFileSync(settings, '{"engine": "/bin/echo"}', { mode: 0o644 });
-    // As Podman's are: of another user, who is root in a namespace of his own where the host's root is nobody.
-    const asUser = (...argv: string[]) =>
-      spawnSync(argv[0]!, argv.slice(1), {
-        env: { PATH: process.env.PATH! },
-        uid: 65533,
-        gid: 65533,
-        cwd: "/",
-        encoding: "utf8",
-      });
-    const inNamespace = () => asUser("unshare", "-Ur", program, "--cedana-config", settings, "ps", "x");
-    if (asUser("unshare", "-Ur", "true").status !== 0) return rmSync(place, { recursive: true }); // the kernel forbids it
-    expect(asUser(program, "--cedana-config", settings, "ps", "x").stdout).toBe("ps x\n");
-    expect(inNamespace().stdout, inNamespace().stderr).toBe("ps x\n");
-    chmodSync(settings, 0o666); // who may write it is no matter of who is nobody
-    expect(inNamespace().stderr).toMatch(/may be written by others/);
-    rmSync(place, { recursive: true });
-  });
+  it.runIf(isRoot)(
+    "and a rootless caller's commands go by root's configuration, also in a user namespace",
+    () => {
+      const place = mkdtempSync(join(tmpdir(), "cedana-rootless-"));
+      chmodSync(place, 0o755);
+      const [program, settings] = [join(place, "cedana-runtime"), join(place, "runtime.json")];
+      writeFileSync(program, readFileSync(wrapper), { mode: 0o755 });
+      writeFileSync(settings, '{"engine": "/bin/echo"}', { mode: 0o644 });
+      // As Podman's are: of another user, who is root in a namespace of his own where the host's root is nobody.
+      const asUser = (...argv: string[]) =>
+        spawnSync(argv[0]!, argv.slice(1), {
+          env: { PATH: process.env.PATH! },
+          uid: 65533,
+          gid: 65533,
+          cwd: "/",
+          encoding: "utf8",
+        });
+      const inNamespace = () => asUser("unshare", "-Ur", program, "--cedana-config", settings, "ps", "x");
+      if (asUser("unshare", "-Ur", "true").status !== 0) return rmSync(place, { recursive: true }); // the kernel forbids it
+      expect(asUser(program, "--cedana-config", settings, "ps", "x").stdout).toBe("ps x\n");
+      expect(inNamespace().stdout, inNamespace().stderr).toBe("ps x\n");
+      chmodSync(settings, 0o666); // who may write it is no matter of who is nobody
+      expect(inNamespace().stderr).toMatch(/may be written by others/);
+      rmSync(place, { recursive: true });
+    },
+  );
 });
 
 describe("create and run", () => {

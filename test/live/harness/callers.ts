@@ -93,7 +93,7 @@ export class CallerPlace {
       place.#path = `${first}:${systemPath}`;
       place.env.PATH = `${first}:${place.env.PATH}`;
     }
-    for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg", "etc/cedana", "etc-work"])
+    for (const name of ["home", "tmp", "run", "var", "xdg", "etc/cedana", "etc/containers", "etc-work"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
     for (const path of [place.config, join(place.dir, "etc/cedana/runtime.json")])
       writeFileSync(
@@ -105,6 +105,11 @@ export class CallerPlace {
           configuration: place.env.CEDANA_CONFIG,
         }),
       );
+    // Of images; there is no flag for it where Podman makes one of a checkpoint.
+    writeFileSync(
+      join(place.dir, "etc/containers/policy.json"),
+      JSON.stringify({ default: [{ type: "insecureAcceptAnything" }] }),
+    );
     const v2 = engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers");
     // Podman's clean-up after a container passes neither environment nor runtime flags on: what it needs to know stands in /etc.
     const layers = `lowerdir=/etc,upperdir=${join(place.dir, "etc")},workdir=${join(place.dir, "etc-work")}`;
@@ -247,10 +252,6 @@ export class CallerPlace {
     writeFileSync(
       join(this.dir, "storage.conf"),
       `[storage]\ndriver = "overlay"\nrunroot = "${this.dir}/s"\ngraphroot = "${this.dir}/g"\n`,
-    );
-    writeFileSync(
-      join(this.dir, "home/.config/containers/policy.json"),
-      JSON.stringify({ default: [{ type: "insecureAcceptAnything" }] }),
     );
     this.env.CONTAINERS_CONF = join(this.dir, "containers.conf");
     this.env.CONTAINERS_STORAGE_CONF = join(this.dir, "storage.conf");
