@@ -58,6 +58,7 @@ export class CallerPlace {
   readonly #forgetKernelCache = forgetKernelCacheLater();
   #daemonEnv: Record<string, string> = {};
   #path = systemPath;
+  #ownNetwork = false;
   #holder: ChildProcess | undefined;
   #reaper: ChildProcess | undefined;
 
@@ -81,13 +82,16 @@ export class CallerPlace {
   /**
    * @param daemonEnv  of the cedanad that cedana-runtime starts here
    * @param first      a directory that comes first in everybody's PATH
+   * @param ownNetwork a network namespace, too: the machine's network is not ours to configure
    */
   static async start(
     engine: EngineName,
     daemonEnv: Record<string, string> = {},
     first?: string,
+    ownNetwork = false,
   ): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
+    place.#ownNetwork = ownNetwork;
     place.#daemonEnv = daemonEnv;
     if (first !== undefined) {
       place.#path = `${first}:${systemPath}`;
@@ -114,8 +118,10 @@ export class CallerPlace {
     // Podman's clean-up after a container passes neither environment nor runtime flags on: what it needs to know stands in /etc.
     const layers = `lowerdir=/etc,upperdir=${join(place.dir, "etc")},workdir=${join(place.dir, "etc-work")}`;
     const etc = `mount -t overlay -o ${layers} etc /etc && `;
-    const script = `${etc}${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
-    place.#holder = spawn("unshare", ["--mount", "--propagation", "private", "sh", "-c", script], {
+    const lo = ownNetwork ? "ip link set lo up && " : "";
+    const script = `${lo}${etc}${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
+    const namespaces = ["--mount", "--propagation", "private", ...(ownNetwork ? ["--net"] : [])];
+    place.#holder = spawn("unshare", [...namespaces, "sh", "-c", script], {
       stdio: ["ignore", "pipe", "inherit"],
       env: place.env,
     });
@@ -136,9 +142,11 @@ export class CallerPlace {
     return place;
   }
 
-  /** A command line that runs in our mount namespace. */
+  /** A command line that runs in our namespaces. */
   inside(argv: string[]): string[] {
-    return ["nsenter", `--mount=/proc/${this.#holder!.pid}/ns/mnt`, "--", ...argv];
+    const namespaces = `/proc/${this.#holder!.pid}/ns`;
+    const network = this.#ownNetwork ? [`--net=${namespaces}/net`] : [];
+    return ["nsenter", `--mount=${namespaces}/mnt`, ...network, "--", ...argv];
   }
 
   spawn(argv: string[], options: { input?: boolean } = {}): ChildProcess {
@@ -283,8 +291,9 @@ export class Podman {
     engine: EngineName,
     daemonEnv: Record<string, string> = {},
     first?: string,
+    ownNetwork = false,
   ): Promise<Podman> {
-    const place = await CallerPlace.start(engine, daemonEnv, first);
+    const place = await CallerPlace.start(engine, daemonEnv, first, ownNetwork);
     const podman = new Podman(place);
     try {
       place.configureContainers();
