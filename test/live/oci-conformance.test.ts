@@ -212,6 +212,29 @@ describe.each(cases)("cedana-runtime over $engine, with $kind", ({ engine, annot
     }
   });
 
+  it("hands fds on to the container: of socket activation, of --preserve-fds, and no others", () => {
+    const outcomes = sides.map((side) => {
+      const spec = JSON.parse(readFileSync(join(dir, side, "b/config.json"), "utf8"));
+      const look =
+        'for n in 3 4 5 6; do (eval ": <&$n") 2>/dev/null && echo fd $n; done; echo $LISTEN_FDS $LISTEN_PID';
+      spec.process.args = ["sh", "-c", look];
+      writeFileSync(join(dir, side, "b/config.json"), JSON.stringify(spec));
+      // As systemd and conmon do it: LISTEN_PID is the pid of whom they start.
+      const started =
+        'LISTEN_FDS=1 LISTEN_PID=$$; export LISTEN_FDS LISTEN_PID; exec "$@" 3</dev/null 4</dev/null 5</dev/null';
+      const [file, ...rest] = place.inside([
+        ...["env", "-C", join(dir, side), "sh", "-c", started, "sh"],
+        ...[side === "engine" ? engine : wrapper, "--root", join(dir, side, "root")],
+        ...["run", "--preserve-fds", "1", "--bundle", "b", "b"],
+      ]);
+      const { status, stdout, stderr } = spawnSync(file!, rest, { env, encoding: "utf8" });
+      return { status, stdout, stderr };
+    });
+    expect(outcomes[1]).toEqual(outcomes[0]);
+    const said = engine === "runc" ? "fd 3\nfd 4\n1 1\n" : "fd 3\nfd 4\n1\n"; // crun tells no LISTEN_PID
+    expect(outcomes[0]!.stdout, outcomes[0]!.stderr).toBe(said);
+  });
+
   it("runs in the foreground until a signal ends it", async () => {
     const outcomes = await Promise.all(
       sides.map(async (side) => {

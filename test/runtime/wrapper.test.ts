@@ -166,6 +166,7 @@ describe.skipIf(!traced)(`what is passed through${traced ? "" : " (no strace her
   const pathIn = (line: string) => /"([^"]*)"/.exec(line)?.[1] ?? line;
   const opened = (calls: string[]) => calls.filter((line) => /^open/.test(line)).map(pathIn);
   const looked = (calls: string[]) => calls.filter((line) => !/^open/.test(line)).map(pathIn);
+  const marker = /\/run\/oci\/[0-9a-f]{16}-x$/;
   const always = [work, "/bin/true", "/proc/self/exe"]; // the configuration's directory, the engine, ourselves
 
   it.each([
@@ -185,14 +186,40 @@ describe.skipIf(!traced)(`what is passed through${traced ? "" : " (no strace her
   it.each(["start", "state", "kill", "delete"])("looks for the marker at %s, by one stat", (command) => {
     const calls = callsOf(command, "x");
     expect(opened(calls)).toEqual([config]);
-    const [marker, ...more] = looked(calls).filter((path) => !always.includes(path));
-    expect([marker, more]).toEqual([expect.stringMatching(/\/run\/oci\/[0-9a-f]{16}-x$/), []]);
+    expect(looked(calls)).toEqual([...always, expect.stringMatching(marker)]);
   });
 
-  it.each(["create", "run"])("reads the bundle's config.json at %s", (command) => {
+  it("looks for it by the state directory that the engine goes by", () => {
+    const engines = join(work, "engines");
+    mkdirSync(engines);
+    for (const name of ["runc", "crun"]) call(["ln", "-s", "/bin/true", join(engines, name)]);
+    const markerOf = (engine: string, env: Record<string, string>, ...flags: string[]) => {
+      const argv = [
+        wrapper,
+        "--cedana-config",
+        config,
+        "--engine",
+        join(engines, engine),
+        ...flags,
+        "state",
+        "x",
+      ];
+      const trace = join(work, "trace");
+      call(["strace", "-o", trace, "-e", "trace=stat", ...argv], env);
+      return /"([^"]*-x)"/.exec(readFileSync(trace, "utf8"))?.[1];
+    };
+    const login = { XDG_RUNTIME_DIR: "/run/user/0" };
+    expect(markerOf("crun", {})).toBe(markerOf("crun", login, "--root", "/run/crun"));
+    expect(markerOf("crun", login)).toBe(markerOf("crun", {}, "--root=/run/user/0/crun/"));
+    // runc goes by it for others than root alone, who have no markers.
+    expect(markerOf("runc", login)).toBe(markerOf("runc", {}, "--root", "/run/runc"));
+    expect(markerOf("runc", {})).not.toBe(markerOf("crun", {}));
+  });
+
+  it.each(["create", "run"])("reads the bundle's config.json at %s, and looks for a marker", (command) => {
     const calls = callsOf(command, "--bundle", bundle, "x");
     expect(opened(calls)).toEqual([config, join(bundle, "config.json")]);
-    expect(looked(calls)).toEqual(always);
+    expect(looked(calls)).toEqual([...always, expect.stringMatching(marker)]);
   });
 });
 

@@ -61,6 +61,7 @@ export async function restore(
   const workPath = options.value("work-path");
   const mode = options.value("manage-cgroups-mode");
   let cgroup = await restoreCgroup(spec, mode, call.pid); // refuses a senseless path before anything is noted
+  if (readMarker(call.marker)?.endedAtMs !== undefined) removeMarker(call.marker); // of what its checkpoint has ended
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
