@@ -5,7 +5,7 @@ import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { CallerPlace, wrapper } from "./harness/callers.ts";
 import { programs } from "./harness/programs.ts";
 import { containerSpec } from "./harness/spec.ts";
-import { cgroupsOf } from "./harness/system.ts";
+import { cgroupsOf, entries } from "./harness/system.ts";
 
 // The same commands to the engine and to cedana-runtime, in a bundle and a state directory each: what they print, log and end with
 // must be the same, also of a container that is cedanad's to decide about. Nothing here knows what is right: the engine does.
@@ -253,6 +253,28 @@ describe.each(cases)("cedana-runtime over $engine, with $kind", ({ engine, annot
     expect(outcomes[1]).toEqual(outcomes[0]);
     for (const side of sides) run(side, "delete", "--force", "a");
   });
+
+  it.runIf("cedana.io/kill-signal" in annotations)(
+    "a container's policy ends with it, also where somebody deletes it past us",
+    async () => {
+      const file = join(dir, "wrapper/a/config.json");
+      const original = readFileSync(file, "utf8");
+      const annotate = (own: Record<string, string>) =>
+        writeFileSync(file, JSON.stringify({ ...JSON.parse(original), annotations: own }));
+      annotate({ "cedana.io/kill-signal": "HUP" }); // for which it has no handler
+      expect(run("wrapper", "create", "--bundle", "a", "a").status).toBe(0);
+      await place.ok([engine, "--root", join(dir, "wrapper/root"), "delete", "--force", "a"]);
+      annotate({});
+      expect(run("wrapper", "create", "--bundle", "a", "a").status).toBe(0);
+      expect(run("wrapper", "start", "a").status).toBe(0);
+      // Until it is heard, which the first process does from its trap on.
+      const again = setInterval(() => run("wrapper", "kill", "a", "TERM"), 50);
+      await ended("wrapper", "a").finally(() => clearInterval(again));
+      expect(run("wrapper", "delete", "a").status).toBe(0);
+      expect(entries(join(dir, "run/oci"))).toEqual([]);
+      writeFileSync(file, original);
+    },
+  );
 
   async function state(side: Side, id: string, wanted: string): Promise<void> {
     for (let attempt = 0; attempt < 500; attempt++) {
