@@ -2,6 +2,7 @@ import { spawnSync } from "node:child_process";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { verifyArchive } from "../../src/checkpoint/archive/index.ts";
 import { missingCallers, type Outcome, Podman, type Side } from "./harness/callers.ts";
 import type { EngineName } from "./harness/live.ts";
 import { IMAGE, programs } from "./harness/programs.ts";
@@ -121,6 +122,11 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       async (compression) => {
         await run("c");
         await ok("container", "checkpoint", "--export", file("c.tar"), "--compress", compression, "c");
+        if (side === "wrapper") {
+          const { description, verified } = await verifyArchive(file("c.tar"));
+          expect(description).toMatchObject({ layout: "podman", container: { name: "c", runtime: engine } });
+          expect(verified).toBeGreaterThan(5); // what Podman has put around it isn't taken for a fault
+        }
         const before = (await numbers("c")).length;
         await ok("rm", "c");
         if (compression === "gzip") {
