@@ -339,11 +339,12 @@ export class Docker {
     this.place = place;
   }
 
-  static async start(): Promise<Docker> {
+  /** @param runtimes  more of them, as daemon.json has them */
+  static async start(runtimes: Record<string, unknown> = {}): Promise<Docker> {
     const place = await CallerPlace.start("runc");
     const docker = new Docker(place);
     try {
-      await docker.#startDaemon();
+      await docker.#startDaemon(runtimes);
       await docker.ok("load", "--input", await imageTar());
     } catch (error) {
       await docker.stop();
@@ -356,7 +357,7 @@ export class Docker {
     return readFileSync(join(this.place.dir, "dockerd.log"), "utf8");
   }
 
-  async #startDaemon(): Promise<void> {
+  async #startDaemon(runtimes: Record<string, unknown>): Promise<void> {
     const { place } = this;
     const { dir } = place;
     const config = {
@@ -377,6 +378,7 @@ export class Docker {
       runtimes: {
         wrapper: { path: wrapper, runtimeArgs: ["--cedana-config", place.config] },
         shim: { runtimeType: "io.containerd.cedana.v2" },
+        ...runtimes,
       },
     };
     writeFileSync(join(dir, "daemon.json"), JSON.stringify(config));
