@@ -836,7 +836,12 @@ export class Task {
   // ---- signals, freezer, files ---------------------------------------------------------------------------------------
 
   /** A signal as the container wants it: TERM may become another one, and others may follow it. */
-  async kill(work: Work, process: Process, sent: number, all: boolean): Promise<void> {
+  async kill(
+    work: Pick<Work, "repeated" | "tag">,
+    process: Process,
+    sent: number,
+    all: boolean,
+  ): Promise<void> {
     if (process.pid === 0) {
       if (process.isInit) throw this.#goneError(process);
       throw new WrongState(`process not created: ${process.name} of task ${this.id} has not been started`);
