@@ -441,6 +441,8 @@ describe.each(engines)("containerd's own shim, with cedana-runtime over %s for a
     });
     await using task = await live.run(["counter", "20", "42"], { runtimeOptions });
     expect(await task.nextNumber()).toBe(0);
+    const asked = await task.execToEnd(["sh", "-c", "echo in; echo err >&2; exit 4"]);
+    expect(asked).toEqual({ status: 4, stdout: "in\n", stderr: "err\n" });
     await task.pause();
     expect(await task.state()).toMatchObject({ status: "PAUSED" });
     await task.resume();
@@ -450,5 +452,42 @@ describe.each(engines)("containerd's own shim, with cedana-runtime over %s for a
     await expect(live.run(["no-such-program"], { runtimeOptions })).rejects.toThrow(
       /OCI runtime create failed.*no-such-program/,
     );
+  });
+
+  // go-runc's way: options with one dash, some of them twice, the log read after the end, and the message's first line shown.
+  it("checkpoints and restores, and says why not", async () => {
+    const runtimeOptions = anyOf("containerd.runc.v1.Options", { binaryName: wrapper });
+    const task = await live.run(["counter", "20", "42"], { runtimeOptions });
+    let image: string;
+    let last: number;
+    try {
+      await task.nextNumber();
+      await task.checkpoint();
+      const before = await task.nextNumber();
+      expect(await task.nextNumber()).toBe(before + 1); // it runs on
+      image = await task.checkpoint({ exit: true });
+      expect(await task.wait()).toBe(137);
+      await task.stdout.end();
+      last = Number(task.stdout.text.trim().split("\n").at(-1));
+      await expect(task.checkpoint()).rejects.toThrow(/stopped|not running/);
+    } finally {
+      await task.destroy();
+    }
+    const options = { binaryName: wrapper, criuImagePath: image };
+    const restored = await live.run(["counter", "20", "42"], {
+      runtimeOptions: anyOf("containerd.runc.v1.Options", options),
+    });
+    try {
+      expect(await restored.nextNumber()).toBe(last + 1);
+      await restored.kill(15);
+      expect(await restored.wait()).toBe(42);
+      expect(await restored.delete()).toBe(42);
+    } finally {
+      await restored.destroy();
+    }
+    await using locks = await live.run(["locks"], { runtimeOptions });
+    await locks.nextNumber();
+    await expect(locks.checkpoint()).rejects.toThrow(/file-locks: .*cedana\.io\/file-locks/);
+    await locks.nextNumber();
   });
 });

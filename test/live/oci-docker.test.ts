@@ -170,6 +170,35 @@ describe.skipIf(missing)(`docker${missing ? ` (${missing})` : ""}`, () => {
     expect((await both("rm", "--force", "@")).status).toBe(0);
   });
 
+  it("leaves a container running that its shim checkpoints, lists it, and starts from there", {
+    timeout: 60_000,
+  }, async () => {
+    const counter = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.05; done";
+    const flags = ["--runtime", "shim", "--network", "none", "--security-opt", "seccomp=unconfined"];
+    await docker.ok("run", "--detach", "--name", "box", ...flags, IMAGE, "sh", "-c", counter);
+    const numbers = async () => (await docker.ok("logs", "box")).split("\n").map(Number);
+    await until(async () => (await numbers()).length > 2, { everyMs: 50 });
+    await docker.ok("checkpoint", "create", "--leave-running", "box", "first");
+    // Docker tells only runtimes of the type io.containerd.runc.v2 that a container is to end with its checkpoint.
+    await docker.ok("checkpoint", "create", "box", "second");
+    const before = (await numbers()).length;
+    await until(async () => (await numbers()).length > before + 1, { everyMs: 50 });
+    const listed = (await docker.ok("checkpoint", "ls", "box")).split("\n").map((line) => line.trim());
+    expect(listed).toEqual(["CHECKPOINT NAME", "first", "second"]);
+    await docker.ok("kill", "box");
+    await docker.ok("wait", "box");
+    const end = (await numbers()).length;
+    await docker.ok("start", "--checkpoint", "first", "box");
+    await until(async () => (await numbers()).length > end + 1, { everyMs: 50 });
+    const again = (await numbers())[end]!; // the log goes on with what it has had before
+    expect(again).toBeGreaterThan(1);
+    expect(again).toBeLessThan(end);
+    await docker.ok("checkpoint", "rm", "box", "first");
+    await docker.ok("checkpoint", "rm", "box", "second");
+    expect(await docker.ok("checkpoint", "ls", "box")).toBe("CHECKPOINT NAME");
+    await docker.ok("rm", "--force", "box");
+  });
+
   it("goes on after docker stop where it was, by checkpoint-on and auto-resume", {
     timeout: 60_000,
   }, async () => {

@@ -26,7 +26,7 @@ import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu
 import { noteFrozen } from "./frozen.ts";
 import { generationOf } from "./generation.ts";
 import { runHook } from "./hooks.ts";
-import { isUnstarted, readMarker } from "./marker.ts";
+import { isUnstarted, noteEnd, readMarker } from "./marker.ts";
 import { containerState, namespaceOf } from "./state.ts";
 
 /*
@@ -151,6 +151,9 @@ export async function checkpoint(
       };
       await dumpContainer(target, request, { signal: wrapper.signal });
     });
+    const { id, root, engine, globalArgv } = call;
+    if (!dump.leaveRunning && features.name === "crun")
+      noteEnd(call.marker, marker ?? { version: 1, id, root, engine, globalArgv, bundle: state.bundle });
   } finally {
     rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
   }

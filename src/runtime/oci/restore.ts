@@ -64,6 +64,7 @@ export async function restore(
   const parent = call.pid;
   const cgroup = await RestoreCgroup.of({ spec, id: call.id, engine: features.name, systemd, parent });
   const cgroupRoots = criuLines({ cgroupRoots: cgroup.roots }); // refuses a senseless path before anything is noted
+  if (readMarker(call.marker)?.endedAtMs !== undefined) removeMarker(call.marker); // of what its checkpoint has ended
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;

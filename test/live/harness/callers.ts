@@ -67,6 +67,7 @@ export class CallerPlace {
   readonly #forgetKernelCache = forgetKernelCacheLater();
   #daemonEnv: Record<string, string> = {};
   #path = systemPath;
+  #ownNetwork = false;
   #holder: ChildProcess | undefined;
   #reaper: ChildProcess | undefined;
 
@@ -90,19 +91,22 @@ export class CallerPlace {
   /**
    * @param daemonEnv  of the cedanad that cedana-runtime starts here
    * @param first      a directory that comes first in everybody's PATH
+   * @param ownNetwork a network namespace, too: the machine's network is not ours to configure
    */
   static async start(
     engine: EngineName,
     daemonEnv: Record<string, string> = {},
     first?: string,
+    ownNetwork = false,
   ): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
+    place.#ownNetwork = ownNetwork;
     place.#daemonEnv = daemonEnv;
     if (first !== undefined) {
       place.#path = `${first}:${systemPath}`;
       place.env.PATH = `${first}:${place.env.PATH}`;
     }
-    for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg", "etc/cedana", "etc-work"])
+    for (const name of ["home", "tmp", "run", "var", "xdg", "etc/cedana", "etc/containers", "etc-work"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
     for (const path of [place.config, join(place.dir, "etc/cedana/runtime.json")])
       writeFileSync(
@@ -114,12 +118,19 @@ export class CallerPlace {
           configuration: place.env.CEDANA_CONFIG,
         }),
       );
+    // Of images; there is no flag for it where Podman makes one of a checkpoint.
+    writeFileSync(
+      join(place.dir, "etc/containers/policy.json"),
+      JSON.stringify({ default: [{ type: "insecureAcceptAnything" }] }),
+    );
     const v2 = engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers");
     // Podman's clean-up after a container passes neither environment nor runtime flags on: what it needs to know stands in /etc.
     const layers = `lowerdir=/etc,upperdir=${join(place.dir, "etc")},workdir=${join(place.dir, "etc-work")}`;
     const etc = `mount -t overlay -o ${layers} etc /etc && `;
-    const script = `${etc}${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
-    place.#holder = spawn("unshare", ["--mount", "--propagation", "private", "sh", "-c", script], {
+    const lo = ownNetwork ? "ip link set lo up && " : "";
+    const script = `${lo}${etc}${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
+    const namespaces = ["--mount", "--propagation", "private", ...(ownNetwork ? ["--net"] : [])];
+    place.#holder = spawn("unshare", [...namespaces, "sh", "-c", script], {
       stdio: ["ignore", "pipe", "inherit"],
       env: place.env,
     });
@@ -155,9 +166,11 @@ export class CallerPlace {
     return (this.engine === "runc" || systemdRuns) && hasController(name);
   }
 
-  /** A command line that runs in our mount namespace. */
+  /** A command line that runs in our namespaces. */
   inside(argv: string[]): string[] {
-    return ["nsenter", `--mount=/proc/${this.#holder!.pid}/ns/mnt`, "--", ...argv];
+    const namespaces = `/proc/${this.#holder!.pid}/ns`;
+    const network = this.#ownNetwork ? [`--net=${namespaces}/net`] : [];
+    return ["nsenter", `--mount=${namespaces}/mnt`, ...network, "--", ...argv];
   }
 
   spawn(argv: string[], options: { input?: boolean } = {}): ChildProcess {
@@ -274,10 +287,6 @@ export class CallerPlace {
       join(this.dir, "storage.conf"),
       `[storage]\ndriver = "overlay"\nrunroot = "${this.dir}/s"\ngraphroot = "${this.dir}/g"\n`,
     );
-    writeFileSync(
-      join(this.dir, "home/.config/containers/policy.json"),
-      JSON.stringify({ default: [{ type: "insecureAcceptAnything" }] }),
-    );
     this.env.CONTAINERS_CONF = join(this.dir, "containers.conf");
     this.env.CONTAINERS_STORAGE_CONF = join(this.dir, "storage.conf");
   }
@@ -308,8 +317,9 @@ export class Podman {
     engine: EngineName,
     daemonEnv: Record<string, string> = {},
     first?: string,
+    ownNetwork = false,
   ): Promise<Podman> {
-    const place = await CallerPlace.start(engine, daemonEnv, first);
+    const place = await CallerPlace.start(engine, daemonEnv, first, ownNetwork);
     const podman = new Podman(place);
     try {
       place.configureContainers();
@@ -353,11 +363,12 @@ export class Docker {
     this.place = place;
   }
 
-  static async start(): Promise<Docker> {
+  /** @param runtimes  more of them, as daemon.json has them */
+  static async start(runtimes: Record<string, unknown> = {}): Promise<Docker> {
     const place = await CallerPlace.start("runc");
     const docker = new Docker(place);
     try {
-      await docker.#startDaemon();
+      await docker.#startDaemon(runtimes);
       await docker.ok("load", "--input", await imageTar());
     } catch (error) {
       await docker.stop();
@@ -370,7 +381,7 @@ export class Docker {
     return readFileSync(join(this.place.dir, "dockerd.log"), "utf8");
   }
 
-  async #startDaemon(): Promise<void> {
+  async #startDaemon(runtimes: Record<string, unknown>): Promise<void> {
     const { place } = this;
     const { dir } = place;
     const config = {
@@ -391,6 +402,7 @@ export class Docker {
       runtimes: {
         wrapper: { path: wrapper, runtimeArgs: ["--cedana-config", place.config] },
         shim: { runtimeType: "io.containerd.cedana.v2" },
+        ...runtimes,
       },
     };
     writeFileSync(join(dir, "daemon.json"), JSON.stringify(config));
