@@ -6,8 +6,7 @@
 
 #include <fcntl.h>
 #include <linux/openat2.h>
-#include <pthread.h>
-#include <signal.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/syscall.h>
@@ -21,76 +20,6 @@
 #include "unique-fd.h"
 
 namespace {
-
-// It calls the kernel and little else. Memory is taken only for what is touched.
-constexpr size_t kStackBytes = 128 * 1024;
-
-class Apart {
- public:
-  explicit Apart(Napi::Env env)
-      : deferred_(Napi::Promise::Deferred::New(env)),
-        done_(Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}), "cedana-apart", 1, 1)) {}
-  virtual ~Apart() = default;
-
-  // Owns itself from here on, and ends with the promise.
-  Napi::Promise Start(Napi::Env env) {
-    Napi::Promise promise = deferred_.Promise();
-    pthread_attr_t attributes;
-    pthread_attr_init(&attributes);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&attributes, kStackBytes);
-    // Signals are for the threads that expect them.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    pthread_t thread;
-    int error = pthread_create(&thread, &attributes, Run, this);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    pthread_attr_destroy(&attributes);
-    if (error != 0) {
-      done_.Release();
-      deferred_.Reject(SystemError(env, "pthread_create", error).Value());
-      delete this;
-    }
-    return promise;
-  }
-
- protected:
-  virtual void Execute() = 0;
-  virtual Napi::Value Result(Napi::Env env) = 0;
-
-  void Fail(const char* syscall, int error) {
-    failed_ = syscall;
-    error_ = error;
-  }
-
- private:
-  static void* Run(void* self) {
-    auto* job = static_cast<Apart*>(self);
-    job->Execute();
-    Napi::ThreadSafeFunction done = job->done_;
-    // Closing: the environment has gone, and nobody waits.
-    if (done.BlockingCall(job, [](Napi::Env env, Napi::Function, Apart* job) { job->Settle(env); }) != napi_ok) delete job;
-    done.Release();
-    return nullptr;
-  }
-
-  void Settle(Napi::Env env) {
-    if (env != nullptr) {
-      Napi::HandleScope scope(env);
-      if (failed_)
-        deferred_.Reject(SystemError(env, failed_, error_).Value());
-      else
-        deferred_.Resolve(Result(env));
-    }
-    delete this;
-  }
-
-  Napi::Promise::Deferred deferred_;
-  Napi::ThreadSafeFunction done_;
-  const char* failed_ = nullptr;
-  int error_ = 0;
-};
 
 class Open : public Apart {
  public:
@@ -169,6 +98,24 @@ class Stat : public Apart {
   struct stat found_ = {};
 };
 
+class Lock : public Apart {
+ public:
+  Lock(Napi::Env env, UniqueFd fd, int operation) : Apart(env), fd_(std::move(fd)), operation_(operation) {}
+
+ private:
+  void Execute() override {
+    if (RetryOnEintr([&] { return flock(fd_.get(), operation_ | LOCK_NB); }) == 0)
+      taken_ = true;
+    else if (errno != EWOULDBLOCK)
+      Fail("flock", errno);
+  }
+  Napi::Value Result(Napi::Env env) override { return Napi::Boolean::New(env, taken_); }
+
+  UniqueFd fd_;
+  int operation_;
+  bool taken_ = false;
+};
+
 // statfs(2) is what every server is asked for each time, whatever is cached. Of what isn't there yet, the nearest directory above it is.
 class FileSystem : public Apart {
  public:
@@ -209,6 +156,15 @@ Napi::Value OpenApart(const Napi::CallbackInfo& info) {
     if (!own.valid()) throw SystemError(env, "fcntl", errno);
   }
   return (new Open(env, std::move(own), std::move(path), how))->Start(env);
+}
+
+// flockApart(fd, operation): flock(2) without waiting for others; false when somebody else has it.
+Napi::Value FlockApart(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  // The lock is the open file's, whichever descriptor stands for it.
+  UniqueFd own(fcntl(IntArgument(info, 0, "fd"), F_DUPFD_CLOEXEC, 0));
+  if (!own.valid()) throw SystemError(env, "fcntl", errno);
+  return (new Lock(env, std::move(own), IntArgument(info, 1, "operation")))->Start(env);
 }
 
 // readApart(path, most): a regular file, whole. EISDIR, EINVAL for what is no file, EFBIG.

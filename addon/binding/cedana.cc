@@ -236,6 +236,7 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
       {"flock", Flock},
       {"openat2", Openat2},
       {"openApart", OpenApart},
+      {"flockApart", FlockApart},
       {"readApart", ReadApart},
       {"statApart", StatApart},
       {"fileSystemApart", FileSystemApart},

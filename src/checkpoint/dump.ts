@@ -23,6 +23,7 @@ import {
   WrongState,
 } from "../errors/index.ts";
 import { pluginsLoaded, pluginVersion } from "../features/registry.ts";
+import { expectAnswer } from "../linux/apart.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
 import { adapterSteps } from "./adapters.ts";
@@ -357,6 +358,10 @@ async function validateDumpRequest(context: DumpContext, next: () => Promise<voi
   }
   if (workPath && !isAbsolute(workPath))
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
+  // From here on, what is done on these paths may be done at once.
+  for (const path of ["imagePath" in place ? place.imagePath : place.directory, workPath])
+    if (path) await expectAnswer(path);
+  if (parentPath) await expectAnswer(absoluteParent(request));
   if (parentPath && !(await stat(join(absoluteParent(request), "inventory.img")).catch(() => undefined)))
     throw new NotFound(`parent ${parentPath} of the checkpoint of ${target.what} holds no images`);
   await next();

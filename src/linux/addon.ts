@@ -33,6 +33,7 @@ interface Addon {
   watchReadable(fd: number, callback: () => void): () => void;
   openat2(directory: number, path: PathLike, flags: number, mode: number, resolve: number): number;
   openApart(directory: number, path: PathLike, flags: number, mode: number, resolve: number): Promise<number>;
+  flockApart(fd: number, operation: number): Promise<boolean>;
   readApart(path: PathLike, most: number): Promise<Buffer>;
   statApart(path: PathLike): Promise<NumbersOfStat>;
   fileSystemApart(path: PathLike): Promise<number>;
@@ -189,16 +190,6 @@ export function kcmp(pid: number, otherPid: number, what: keyof typeof kcmpTypes
   return addon().kcmp(pid, otherPid, kcmpTypes[what]);
 }
 
-/**
- * Whether a file handle, as an inotify watch's fdinfo shows it, leads back to its file (open_by_handle_at(2)); off the
- * event loop, for it may read a disk.
- * @param mountPath  any path on the file system
- * @returns 0, or the errno
- */
-export function tryHandle(mountPath: string, type: number, handle: Buffer): Promise<number> {
-  return addon().tryHandle(mountPath, type, handle);
-}
-
 const lockOperations = { shared: 1, exclusive: 2, unlock: 8 } as const;
 
 /**
@@ -248,6 +239,11 @@ export const apart = {
   /** openat2(2). @param directory  duplicated; -1: none, the path is absolute. The caller closes what is opened */
   open: (directory: number, path: PathLike, flags: number, mode: number, resolve: number) =>
     addon().openApart(directory, path, flags, mode, resolve),
+  /** As `flock`: a server may be asked for the lock. */
+  flock: (fd: number, operation: keyof typeof lockOperations) =>
+    addon().flockApart(fd, lockOperations[operation]),
+  /** Whether a file handle leads back to its file (open_by_handle_at(2)): 0, or the errno. */
+  tryHandle: (mountPath: string, type: number, handle: Buffer) => addon().tryHandle(mountPath, type, handle),
   /** A regular file, whole. @throws EISDIR, EINVAL for what is no file, EFBIG for one with more than `most` bytes */
   read: (path: PathLike, most: number) => addon().readApart(path, most),
   stat: (path: PathLike) => addon().statApart(path),

@@ -106,6 +106,26 @@ export async function readApart(path: string, mostBytes: number): Promise<Buffer
   return await wait(`read ${path}`, () => apart.read(path, mostBytes));
 }
 
+/** flock(2) without waiting for who has it; a server may be asked. @param shown  for errors */
+export async function flockApart(fd: number, shown: string, how: "shared" | "exclusive"): Promise<boolean> {
+  return await wait(`lock ${shown}`, () => apart.flock(fd, how));
+}
+
+/**
+ * Whether a file handle, as an inotify watch's fdinfo shows it, leads back to its file (open_by_handle_at(2)).
+ * @param mountPath  any path on the file system
+ * @returns 0, or the errno
+ */
+export async function tryHandleApart(
+  mountPath: string,
+  type: number,
+  handle: Buffer,
+  timeoutMs: number,
+): Promise<number> {
+  const what = `find a watched file of ${mountPath}`;
+  return await wait(what, () => apart.tryHandle(mountPath, type, handle), { timeoutMs });
+}
+
 /** stat(2). */
 export async function statApart(path: string, timeoutMs?: number): Promise<NumbersOfStat> {
   return await wait(`stat ${path}`, () => apart.stat(path), { ...(timeoutMs && { timeoutMs }) });

@@ -565,7 +565,7 @@ export class Task {
   async #useCheckpoint(): Promise<void> {
     if (this.init.state !== "createdFromCheckpoint") return;
     const { CheckpointUse } = await import("../checkpoint/use.ts");
-    this.#use = CheckpointUse.use(this.#restoreSource!.path);
+    this.#use = await CheckpointUse.use(this.#restoreSource!.path);
   }
 
   /** The start is on record, or the task goes: a restore won't be repeated. */
