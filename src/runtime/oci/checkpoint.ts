@@ -13,6 +13,7 @@ import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
+import { expectAnswer } from "../../linux/apart.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { foreignHierarchies } from "../../linux/cgroup-hierarchy.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
@@ -77,6 +78,8 @@ export async function checkpoint(
     leaveRunning: preDump || options.has("leave-running"),
     pid: state.pid,
   };
+  const work = options.value("work-path");
+  for (const path of [dump.imagePath, work && resolve(call.cwd, work)]) if (path) await expectAnswer(path);
   const { pid } = state;
   const started = startTime(pid);
   const scratch = scratchOf(call);

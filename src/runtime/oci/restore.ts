@@ -8,7 +8,9 @@ import { restoreSucceeded } from "../../criu/log.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { learnVersionAnswer } from "../../criu/version-answer.ts";
 import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
+import { readApart } from "../../linux/apart.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
+import { commandLineOf, isFromHere } from "../../linux/command-line.ts";
 import { unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, processStat, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
@@ -251,8 +253,7 @@ async function copyOfBundle(call: OciCall, bundle: string, text: string): Promis
 /** Of the init; 0 when it has ended. The engine has just written it where its caller wants it. */
 async function restoredPid(call: OciCall, options: Options): Promise<number> {
   const file = options.value("pid-file");
-  const pid =
-    file === undefined ? 0 : Number(await readFile(resolve(call.cwd, file), "utf8").catch(() => "")); // a FIFO's reader has it
+  const pid = file === undefined ? 0 : Number(await readApart(resolve(call.cwd, file), 64).catch(() => "")); // a FIFO's reader has it
   return pid > 0 ? pid : ((await containerState(call))?.pid ?? 0);
 }
 
@@ -263,10 +264,7 @@ async function killOrphans(workPath: string, engine: string): Promise<void> {
   const hasEngine = async (pid: number): Promise<boolean> => {
     let at = processStat(pid);
     while (at && /^criu/.test(at.comm)) at = processStat(at.parentPid);
-    return (
-      at !== undefined &&
-      (await readFile(`/proc/${at.pid}/cmdline`, "utf8").catch(() => "")).startsWith(`${engine}\0`)
-    ); // it has ended
+    return at !== undefined && isFromHere(at.pid) && (await commandLineOf(at.pid)).startsWith(`${engine}\0`);
   };
   for (const until = Date.now() + ORPHANS_END_MS; ; await new Promise((resolve) => setTimeout(resolve, 20))) {
     const left: number[] = [];
