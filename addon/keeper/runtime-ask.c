@@ -32,7 +32,7 @@ extern char **environ;
 static const int passed_on[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH, SIGCONT};
 
 /* Where the engine keeps its state when nobody says. Of root's, crun alone goes by XDG_RUNTIME_DIR, which a login sets for root, too. */
-static const char *state_root(void) {
+const char *runtime_state_root(void) {
   if (runtime.root && *runtime.root) return runtime.root;
   if (!starts_with(base_name(runtime.engine_path), "crun")) return "/run/runc";
   const char *runtime_directory = getenv("XDG_RUNTIME_DIR");
@@ -41,7 +41,7 @@ static const char *state_root(void) {
 
 char *runtime_marker(const char *id) {
   if (!*id || strchr(id, '/') || strlen(id) > 200) return NULL;
-  autofree char *root = copy_string(state_root());
+  autofree char *root = copy_string(runtime_state_root());
   for (size_t length = strlen(root); length > 1 && root[length - 1] == '/';) root[--length] = 0;
   const char *directory = runtime_run_directory ? runtime_run_directory : run_directory();
   return format("%s/oci/%016llx-%s", directory, (unsigned long long)fnv1a(root, strlen(root)), id);
@@ -81,7 +81,7 @@ static void put_request(struct buffer *out) {
   for (int i = 1; i < runtime.command; i++) put_string(out, FIELD_GLOBAL_ARGV, runtime.argv[i]);
   for (int i = runtime.command; i < runtime.argc; i++) put_string(out, FIELD_ARGV, runtime.argv[i]);
   put_string(out, FIELD_PATH, runtime.engine_path);
-  put_string(out, FIELD_ROOT, state_root());
+  put_string(out, FIELD_ROOT, runtime_state_root());
   const char *id = runtime_container_id();
   autofree char *marker = id ? runtime_marker(id) : NULL;
   if (!marker)

@@ -6,6 +6,8 @@
  * start, state, kill and delete the marker of the container (one stat); for create and run the bundle's config.json, which must
  * not name any of the annotations that are ours. No daemon, no Node, no other file.
  *
+ * One call ends here: `delete --force` of a container of which runc has no state. runc succeeds then, and says nothing.
+ *
  * The rest is cedanad's to decide (runtime-ask.c): checkpoint, restore, create and run of an annotated container, and the life of a
  * container that has our marker. Rootless callers can't reach cedanad: everything of theirs that can be passed through is.
  *
@@ -237,6 +239,34 @@ static bool is_ours(void) {
   return has_marker(id);
 }
 
+/*
+ * `delete --force ID`, where runc has nothing of such a container: it was deleted before, by a checkpoint above all, in which runc removes what it
+ * has ended, and whose caller deletes it all the same (Podman, CRI-O). runc would take 3 to 4 ms to find nothing, without a word and with
+ * success; crun, which leaves that to its caller, takes less. Anything odd is left to runc: other options, a log to be made, an id that it may
+ * refuse. Source: runc 1.0 to 1.3, delete.go.
+ */
+static bool is_deleted_already(void) {
+  char **arguments = runtime.argv + runtime.command + 1;
+  if (strcmp(runtime.argv[runtime.command], "delete") || runtime.argc - runtime.command != 3) return false;
+  int forced = !strcmp(arguments[0], "--force") || !strcmp(arguments[0], "-f");
+  if (!forced && strcmp(arguments[1], "--force") && strcmp(arguments[1], "-f")) return false;
+  const char *id = arguments[forced];
+  static const char allowed[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-";
+  if (!*id || *id == '-' || strlen(id) > 200 || id[strspn(id, allowed)]) return false;
+  if (strcmp(base_name(runtime.engine_path), "runc") || rootless()) return false;
+  for (int i = 1; i < runtime.command; i++) {
+    size_t length;
+    const char *value;
+    const char *name = option_name(runtime.argv[i], &length, &value);
+    if (is(name, length, "systemd-cgroup")) continue;
+    if (!is(name, length, "root")) return false;
+    if (!value) i++;
+  }
+  autofree char *state = format("%s/%s", runtime_state_root(), id);
+  struct stat st;
+  return lstat(state, &st) < 0 && errno == ENOENT;
+}
+
 int runtime_main(char **argv) {
   int count = 0;
   while (argv[count]) count++;
@@ -245,5 +275,6 @@ int runtime_main(char **argv) {
   find_engine();
   runtime.argv[0] = (char *)runtime.engine; /* both engines begin some of their messages with it */
   if (runtime.command && is_ours()) runtime_ask();
+  if (runtime.command && is_deleted_already()) return 0;
   runtime_execute(runtime.engine_path, runtime.argv, environ);
 }

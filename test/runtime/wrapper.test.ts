@@ -129,6 +129,37 @@ describe("an engine behind cedana-runtime", () => {
     expect(await new Promise((ended) => child.once("exit", ended))).toBe(7);
   });
 
+  it.skipIf(!isRoot)("need not look for what it has deleted already", () => {
+    mkdirSync(join(work, "engines"));
+    mkdirSync(join(work, "state/there"), { recursive: true });
+    const [runc, crun] = ["runc", "crun"].map((name) =>
+      file(`engines/${name}`, '#!/bin/sh\necho asked "$@"\n', 0o755),
+    );
+    const root = join(work, "state");
+    const asked = (...args: string[]) => wrapped("--engine", runc!, "--root", root, ...args);
+    for (const args of [
+      ["--force", "gone"],
+      ["gone", "--force"],
+      ["-f", "gone"],
+    ])
+      expect(asked("delete", ...args)).toEqual({ status: 0, signal: null, stdout: "", stderr: "" });
+    expect(asked("--systemd-cgroup", "delete", "--force", "gone").stdout).toBe("");
+    // What is there, or not quite that call, is the engine's.
+    for (const args of [
+      ["delete", "--force", "there"],
+      ["delete", "gone"],
+      ["delete", "--force", "gone", "and another"],
+      ["delete", "--force", "../state"],
+      ["delete", "--force", ""],
+      ["delete", "--force", "--", "gone"],
+      ["--log", join(work, "log"), "delete", "--force", "gone"],
+      ["--debug", "delete", "--force", "gone"],
+      ["kill", "--force", "gone"],
+    ])
+      expect(asked(...args).stdout).toContain("asked");
+    expect(wrapped("--engine", crun!, "--root", root, "delete", "--force", "gone").stdout).toContain("asked");
+  });
+
   it("is found by --engine, then CEDANA_ENGINE, then the configuration", () => {
     const named = file("named.json", JSON.stringify({ engine: "/bin/echo" }));
     expect(call([wrapper, "--cedana-config", named, "from file"]).stdout).toBe("from file\n");

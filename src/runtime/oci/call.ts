@@ -41,6 +41,8 @@ export interface Conversation {
    * @throws SyscallFailed when it could not be started, Cancelled when the wrapper has gone
    */
   run(argv: readonly string[], options?: RunOptions): Promise<number>;
+  /** The caller has this answer at once, before what is left to do is done; what is answered at the end is dropped. */
+  answer(answer: OciAnswer): void;
   /** The wrapper becomes this program; nothing more is heard of it. */
   become(argv: readonly string[], options?: Pick<RunOptions, "env">): void;
 }

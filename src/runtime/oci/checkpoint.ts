@@ -95,7 +95,7 @@ export async function checkpoint(
       return { status: 0 };
     }
     const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id, features.name));
-    const generation = await generationOf(call, pid);
+    const generation = generationOf(call, pid);
     const target: DumpTarget = {
       what: `container ${call.id}`,
       initPid: pid,
@@ -153,6 +153,7 @@ export async function checkpoint(
         },
       };
       await dumpContainer(target, request, { signal: wrapper.signal });
+      wrapper.answer({ status: 0 }); // what was noted on the way is removed at once, in this turn of the event loop
     });
     const { id, root, engine, globalArgv } = call;
     if (!dump.leaveRunning && features.name === "crun")
@@ -169,7 +170,13 @@ const chainOptions = ["image-path", "work-path", "parent-path"]; // the last one
 /** Lines of CRIU's configuration file for what the engine has no option for. */
 async function criuConfigLines(
   { options, features, policy, pid }: Dump,
-  { workPath, networkLock = "default", externalMounts = [], withoutPlugins = false }: Partial<CriuSettings>,
+  {
+    workPath,
+    networkLock = "default",
+    externalMounts = [],
+    withoutPlugins = false,
+    cgroupYard,
+  }: Partial<CriuSettings>,
 ): Promise<string[]> {
   const { criuConfig } = engineArguments("checkpoint", features, options, policy, chainOptions);
   return [
@@ -178,6 +185,7 @@ async function criuConfigLines(
     ...criuLines({
       externalMounts,
       cgroupRoots: await foreignHierarchies(pid),
+      cgroupYard,
       pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
     }),
   ];
@@ -196,7 +204,7 @@ async function runEngine(
   const scratch = scratchOf(call);
   const work = workPath ?? resolve(call.cwd, options.value("work-path") ?? join(scratch, "work"));
   const { argv } = engineArguments("checkpoint", features, options, policy, chainOptions);
-  await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
+  mkdirSync(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
   const outputPath = join(scratch, "output");
   const command = [
     call.engine,
