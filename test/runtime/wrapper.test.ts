@@ -222,7 +222,7 @@ describe.skipIf(!traced)(`what is passed through${traced ? "" : " (no strace her
 
   it("looks for it by the state directory that the engine goes by", () => {
     const engines = join(work, "engines");
-    mkdirSync(engines);
+    mkdirSync(engines, { recursive: true });
     for (const name of ["runc", "crun"]) call(["ln", "-s", "/bin/true", join(engines, name)]);
     const markerOf = (engine: string, env: Record<string, string>, ...flags: string[]) => {
       const argv = [
