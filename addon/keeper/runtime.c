@@ -2,7 +2,7 @@
  * cedana-runtime: an OCI runtime in the place of runc or crun.
  *
  * Most commands become the engine's by execve(2): fds (LISTEN_FDS, --preserve-fds and all), environment, arguments, exit
- * status, signals and session are the caller's, as if we had not been there. Read before that: the configuration; for
+ * status, signals and session are the caller's, as if we had not been there. Read before that: the configuration; for create, run,
  * start, state, kill and delete the marker of the container (one stat); for create and run the bundle's config.json, which must
  * not name any of the annotations that are ours. No daemon, no Node, no other file.
  *
@@ -190,14 +190,26 @@ static const char *bundle_option(void) {
   return bundle;
 }
 
+bool runtime_in_user_namespace(void) {
+  autofree char *map = NULL;
+  if (read_file("/proc/self/uid_map", 64 * KIB, &map, NULL) < 0) return false; /* a kernel without user namespaces */
+  unsigned long inside, outside, count;
+  return sscanf(map, "%lu %lu %lu", &inside, &outside, &count) != 3 || inside != 0 || outside != 0 || count != 4294967295;
+}
+
 /* Root in the first user namespace; podman's rootless callers are root in one of their own. */
 static const char *rootless(void) {
   if (geteuid() != 0) return "it is not root";
-  autofree char *map = NULL;
-  if (read_file("/proc/self/uid_map", 64 * KIB, &map, NULL) < 0) return NULL; /* a kernel without user namespaces */
-  unsigned long inside, outside, count;
-  if (sscanf(map, "%lu %lu %lu", &inside, &outside, &count) == 3 && inside == 0 && outside == 0 && count == 4294967295) return NULL;
-  return "it is in a user namespace";
+  return runtime_in_user_namespace() ? "it is in a user namespace" : NULL;
+}
+
+/* No container has it, and the engine has the words for that. */
+static bool engine_refuses(const char *id) { return !id || !*id || strchr(id, '/'); }
+
+static bool has_marker(const char *id) {
+  autofree char *marker = runtime_marker(id);
+  struct stat st;
+  return marker && stat(marker, &st) == 0;
 }
 
 /* Whether cedanad has to decide. */
@@ -211,8 +223,11 @@ static bool is_ours(void) {
                    command, why, runtime.engine_path);
     return true;
   }
+  const char *id = runtime_container_id();
+  if (engine_refuses(id)) return false;
   if (!strcmp(command, "create") || !strcmp(command, "run")) {
-    if (!annotated(bundle_option())) return false;
+    /* A marker that is there already may be of one that was deleted past us: what it says must not be taken for this one's. */
+    if (!annotated(bundle_option())) return has_marker(id);
     const char *why = rootless();
     if (why)
       runtime_fail("the container has annotations cedana.io/… that need cedanad, and this caller can't reach it: %s. Leave them out, or run "
@@ -221,11 +236,7 @@ static bool is_ours(void) {
     return true;
   }
   if (strcmp(command, "start") && strcmp(command, "state") && strcmp(command, "kill") && strcmp(command, "delete")) return false;
-  const char *id = runtime_container_id();
-  if (!id) return false;
-  autofree char *marker = runtime_marker(id);
-  struct stat st;
-  return marker && stat(marker, &st) == 0;
+  return has_marker(id);
 }
 
 /*

@@ -21,6 +21,7 @@ extern struct runtime runtime;
 extern const char *runtime_run_directory;
 
 /* ---- runtime.c ---- */
+bool runtime_in_user_namespace(void);
 /* NULL: the command line names none. */
 const char *runtime_container_id(void);
 _Noreturn void runtime_execute(const char *path, char **argv, char **env);

@@ -4,6 +4,7 @@ import type { Logger } from "pino";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/index.ts";
 import { pluginsLoaded } from "../features/registry.ts";
+import { expectAnswer } from "../linux/apart.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { readMountInfo } from "../linux/mount-options.ts";
 import { adapterSteps } from "./adapters.ts";
@@ -26,7 +27,8 @@ import { makeMountPoint } from "./gpu-mounts.ts";
 import { adaptedImages, adaptHostname } from "./identity.ts";
 import { type ImageFacts, readImageFacts } from "./image-facts.ts";
 import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
-import { type CheckpointManifest, type ContainerIdentity, compareSizes, verifyFiles } from "./manifest.ts";
+import type { CheckpointManifest, ContainerIdentity } from "./manifest.ts";
+import { compareSizes, verifyFiles } from "./manifest-files.ts";
 import {
   findArchive,
   findFaultsOfFiles,
@@ -303,6 +305,7 @@ async function validateRestoreRequest(context: CheckContext, next: () => Promise
   if (!isAbsolute(path)) throw new InvalidRequest(`checkpoint ${path} is not an absolute path`);
   if (workPath && !isAbsolute(workPath))
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
+  for (const named of [path, workPath]) if (named) await expectAnswer(named);
   await next();
 }
 
@@ -535,7 +538,7 @@ async function makeDeviceNodes({ target }: RestoreContext, next: () => Promise<v
   // In the foreground the container has come and gone.
   if (nodes.length > 0 && !target.inForeground) {
     const { makeGpuNodes } = await import("./gpu-nodes.ts");
-    makeGpuNodes(await (await target.cgroup()).pids(), nodes, target.log);
+    await makeGpuNodes(await (await target.cgroup()).pids(), nodes, target.log);
   }
   await next();
 }

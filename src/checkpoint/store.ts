@@ -2,8 +2,8 @@ import { constants, type Stats } from "node:fs";
 import { lstat, mkdir, open, readdir, rename, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed, WrongState } from "../errors/index.ts";
+import { expectAnswer } from "../linux/apart.ts";
 import { MANIFEST_NAME } from "./manifest.ts";
-import { resumeSuffixes } from "./resume.ts";
 import { sweep } from "./staging.ts";
 import { CheckpointUse } from "./use.ts";
 
@@ -36,6 +36,9 @@ export interface StoredCheckpoint {
 const NAME = /^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$/;
 const GENERATION = /^\d{8}T\d{9}Z(-\d{1,4})?$/;
 const STAGING = "tmp";
+/** Files beside a generation, which go with it: resume.ts says what is in them. */
+export const offerSuffix = ".resume";
+export const claimSuffix = ".claim";
 /** In the staging directory: what is being removed, and is no checkpoint any more. */
 const REMOVED_PREFIX = "removed-";
 const NO_POD_NAMESPACE = "-";
@@ -59,6 +62,7 @@ export class CheckpointStore {
    */
   async directoryFor(owner: StoreOwner, name: string): Promise<string> {
     const parts = [...ownerParts(owner), checkedName(name)];
+    await expectAnswer(this.root);
     await mkdir(this.root, { recursive: true, mode: 0o700 });
     await this.#check(this.root);
     let path = this.root;
@@ -130,6 +134,7 @@ export class CheckpointStore {
   /** Who has checkpoints here. */
   async owners(): Promise<StoreOwner[]> {
     const owners: StoreOwner[] = [];
+    await expectAnswer(this.root);
     for (const namespace of await names(this.root))
       for (const pod of await names(join(this.root, namespace), [NO_POD_NAMESPACE]))
         owners.push(pod === NO_POD_NAMESPACE ? { namespace } : { namespace, podNamespace: pod });
@@ -160,14 +165,14 @@ export class CheckpointStore {
   }
 
   async #remove(checkpoint: StoredCheckpoint): Promise<boolean> {
-    using unused = CheckpointUse.remove(checkpoint.path);
+    using unused = await CheckpointUse.remove(checkpoint.path);
     if (!unused) return false;
     const staging = join(checkpoint.path, "..", STAGING);
     await mkdir(staging, { recursive: true, mode: 0o700 });
     await this.#check(staging);
     const aside = join(staging, `${REMOVED_PREFIX}${checkpoint.generation}-${process.pid}`);
     await rename(checkpoint.path, aside);
-    for (const suffix of resumeSuffixes) await rm(`${checkpoint.path}${suffix}`, { force: true });
+    for (const suffix of [offerSuffix, claimSuffix]) await rm(`${checkpoint.path}${suffix}`, { force: true });
     await rm(aside, { recursive: true });
     return true;
   }
@@ -196,6 +201,7 @@ export class CheckpointStore {
 
   /** Path of a directory below the root, or undefined when it isn't there. Every step of the way is checked. */
   async #existing(parts: readonly string[]): Promise<string | undefined> {
+    await expectAnswer(this.root);
     let path = this.root;
     for (const part of ["", ...parts]) {
       path = join(path, part);

@@ -6,7 +6,14 @@ import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { afterEach, describe, expect, it } from "vitest";
 import { NotFound, TimedOut, Unsupported, WrongState } from "../../src/errors/index.ts";
-import { Cgroup, findHierarchies, findYard, parseMembership, resolve, upTo } from "../../src/linux/cgroup.ts";
+import { Cgroup } from "../../src/linux/cgroup.ts";
+import {
+  findHierarchies,
+  findYard,
+  parseMembership,
+  resolve,
+  upTo,
+} from "../../src/linux/cgroup-hierarchy.ts";
 import { parseMountInfoLine } from "../../src/linux/mount-options.ts";
 
 const mounts = (text: string) =>

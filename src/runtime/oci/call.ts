@@ -69,6 +69,17 @@ export function withoutLog(globalArgv: readonly string[]): string[] {
   });
 }
 
+/** Whether the engine was told to have systemd make its cgroups. crun has an option of its own for it, too. */
+export function usesSystemd(globalArgv: readonly string[]): boolean {
+  let systemd = false;
+  for (const [at, argument] of globalArgv.entries()) {
+    const [, name, value] = /^--?([a-z-]+)(?:=(.*))?$/s.exec(argument) ?? [];
+    if (name === "systemd-cgroup") systemd = value === undefined || /^(1|t|true)$/i.test(value);
+    if (name === "cgroup-manager") systemd = (value ?? globalArgv[at + 1]) === "systemd";
+  }
+  return systemd;
+}
+
 /** Options of checkpoint and restore, as the wrapper has put them: a flag's value is `true`, an option may be given more than once. */
 export class Options {
   readonly #values = new Map<string, (string | true)[]>();

@@ -13,7 +13,9 @@ import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
-import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
+import { expectAnswer } from "../../linux/apart.ts";
+import { Cgroup } from "../../linux/cgroup.ts";
+import { foreignHierarchies } from "../../linux/cgroup-hierarchy.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { criuLines, type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
@@ -25,7 +27,7 @@ import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu
 import { noteFrozen } from "./frozen.ts";
 import { generationOf } from "./generation.ts";
 import { runHook } from "./hooks.ts";
-import { isUnstarted, readMarker } from "./marker.ts";
+import { isUnstarted, noteEnd, readMarker } from "./marker.ts";
 import { containerState, namespaceOf } from "./state.ts";
 
 /*
@@ -76,6 +78,8 @@ export async function checkpoint(
     leaveRunning: preDump || options.has("leave-running"),
     pid: state.pid,
   };
+  const work = options.value("work-path");
+  for (const path of [dump.imagePath, work && resolve(call.cwd, work)]) if (path) await expectAnswer(path);
   const { pid } = state;
   const started = startTime(pid);
   const scratch = scratchOf(call);
@@ -151,6 +155,9 @@ export async function checkpoint(
       await dumpContainer(target, request, { signal: wrapper.signal });
       wrapper.answer({ status: 0 }); // what was noted on the way is removed at once, in this turn of the event loop
     });
+    const { id, root, engine, globalArgv } = call;
+    if (!dump.leaveRunning && features.name === "crun")
+      noteEnd(call.marker, marker ?? { version: 1, id, root, engine, globalArgv, bundle: state.bundle });
   } finally {
     rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
   }

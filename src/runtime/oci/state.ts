@@ -4,7 +4,10 @@ import { join } from "node:path";
 import { Unavailable } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { startTime } from "../../linux/proc.ts";
+import { engineName } from "../engine.ts";
+import { cgroupName, type OciSpec, readSpec } from "../spec.ts";
 import type { OciCall } from "./call.ts";
+import type { Marker } from "./marker.ts";
 
 /** What the engine says of a container. Source: runtime-spec, runtime.md, "State"; `pid` is 0 for a stopped one. */
 export interface ContainerState {
@@ -80,4 +83,10 @@ export async function containerState(
 export function namespaceOf(root: string): string {
   const name = root.replace(/\/+$/, "").split("/").at(-1)!;
   return ["runc", "crun"].includes(name) || !/^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$/.test(name) ? "oci" : name;
+}
+
+/** The cgroup of a container of ours, as its spec names it. @param pid  of its init */
+export async function cgroupOf(marker: Marker, pid: number): Promise<Cgroup> {
+  const spec: OciSpec = marker.bundle ? await readSpec(marker.bundle) : {};
+  return await Cgroup.of(pid, cgroupName(spec, marker.id, engineName(marker.engine)));
 }
