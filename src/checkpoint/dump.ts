@@ -366,9 +366,12 @@ async function validateDumpRequest(context: DumpContext, next: () => Promise<voi
   if (workPath && !isAbsolute(workPath))
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
   // From here on, what is done on these paths may be done at once.
-  for (const path of ["imagePath" in place ? place.imagePath : place.directory, workPath])
-    if (path) await expectAnswer(path);
-  if (parentPath) await expectAnswer(absoluteParent(request));
+  const paths = [
+    "imagePath" in place ? place.imagePath : place.directory,
+    workPath,
+    parentPath && absoluteParent(request),
+  ];
+  await Promise.all(paths.map((path) => path && expectAnswer(path)));
   if (parentPath && !(await stat(join(absoluteParent(request), "inventory.img")).catch(() => undefined)))
     throw new NotFound(`parent ${parentPath} of the checkpoint of ${target.what} holds no images`);
   await next();
@@ -499,7 +502,7 @@ export async function abandonAttempt(
   const { staging: record, phase, leaveRunning, gate } = JSON.parse(text) as Attempt;
   const staging = Staging.resume(record);
   if (staging) await endOfWriters(staging.path);
-  if (gate) await removeGate(gate);
+  if (gate) removeGate(gate);
   const isLast = !leaveRunning && (phase !== "begun" || (await hasEnded()));
   const kept = staging && isLast && !staging.isEmpty ? staging.keep() : undefined;
   await staging?.[Symbol.asyncDispose]();
@@ -888,7 +891,7 @@ async function startEngine(context: DumpContext, next: () => Promise<void>): Pro
     const { gate, end } = context.engine ?? {};
     gate?.[Symbol.dispose]();
     await end?.catch(() => {}); // told where CRIU is waited for, or sent away
-    if (attempt.gate) await removeGate(attempt.gate);
+    if (attempt.gate) removeGate(attempt.gate);
   }
 }
 
@@ -920,7 +923,7 @@ async function findEngine(context: DumpContext): Promise<void> {
     (error: Error) => error, // nobody lets it go any more
   );
   if (failure === undefined) await wentPast(context);
-  else await unbar(attempt.gate); // one without a gate follows
+  else unbar(attempt.gate); // one without a gate follows
 }
 
 /** An engine that finds CRIU past the gate fails, as a rule, and is started once more when the container stands still. */
@@ -943,7 +946,7 @@ async function meetCriu(context: DumpContext, next: () => Promise<void>): Promis
       const isCrius = !gate.isSeen || /criu/i.test(met.message);
       if (!isCrius || !(met instanceof RuntimeFailed)) throw met;
       gate[Symbol.dispose]();
-      await gate.unbar();
+      gate.unbar();
       context.engine = undefined;
       target.log.warn(
         { err: met },
@@ -972,7 +975,7 @@ async function wentPast(context: DumpContext): Promise<void> {
       if (isCriuFile(name)) await rm(join(images, name), { recursive: true, force: true });
     for (const name of [CRIU_LOG, "stats-dump"])
       await rm(join(workPath, name), { recursive: true, force: true });
-    if (attempt.gate) await removeGate(attempt.gate);
+    if (attempt.gate) removeGate(attempt.gate);
     noteAttempt(context, { gate: undefined });
     target.log.warn(
       `the engine dumped ${target.what} past cedana's gate, while it ran: thrown away, and dumped again without. ${KEEP_ENVIRONMENT}`,
@@ -1023,7 +1026,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
         withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
         cgroupYard: await yardOf(context),
       });
-      await engine?.gate?.unbar();
+      engine?.gate?.unbar();
       engine?.gate?.open(config);
       await (engine ? engine.end : runEngine(context, config));
       if (engine?.gate && !engine.gate.isPassed) {
