@@ -1,4 +1,4 @@
-import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { mkdir, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join } from "node:path";
 import type { Logger } from "pino";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
@@ -6,6 +6,7 @@ import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/in
 import { pluginsLoaded } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { readMountInfo } from "../linux/mount-options.ts";
+import { readRecord, writeRecord } from "../linux/record-file.ts";
 import { adapterSteps } from "./adapters.ts";
 import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
 import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
@@ -457,9 +458,8 @@ async function earlierRestore(
   { key, repeated }: RestoreRequest,
 ): Promise<Omit<RestoreAttempt, "key"> | undefined> {
   if (!repeated) return undefined;
-  const text = await readFile(restoreAttemptFile(directory), "utf8").catch(() => undefined); // the crash came before it
-  const attempt = text === undefined ? undefined : (JSON.parse(text) as RestoreAttempt);
-  if (attempt?.key !== key) return undefined;
+  const attempt = await readRecord<RestoreAttempt>(restoreAttemptFile(directory));
+  if (attempt?.key !== key) return undefined; // the crash came before it
   const { checkpoint, policy, externalMounts, engineImages } = attempt;
   return { checkpoint, policy, externalMounts, engineImages };
 }
@@ -468,8 +468,7 @@ async function recordRestore(context: RestoreContext, next: () => Promise<void>)
   const { checkpoint, engineImages, externalMounts, policy, request, target } = context;
   const file = restoreAttemptFile(target.directory);
   const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts, engineImages };
-  await writeFile(`${file}.new`, JSON.stringify(attempt), { mode: 0o600 });
-  await rename(`${file}.new`, file);
+  await writeRecord(file, attempt);
   try {
     await next();
   } catch (error) {

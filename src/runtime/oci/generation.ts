@@ -1,6 +1,7 @@
-import { mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { mkdir, readdir, rm } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import { bootId, isAlive, startTime } from "../../linux/proc.ts";
+import { readRecord, writeRecord } from "../../linux/record-file.ts";
 import type { OciCall } from "./call.ts";
 
 // How many restores a container has behind it, for its next dump. A restored container needs no marker, whose price is a question to
@@ -18,12 +19,7 @@ function directoryOf(call: OciCall): string {
 }
 
 async function readNote(path: string): Promise<Note | undefined> {
-  const text = await readFile(path, "utf8").catch(() => undefined); // ENOENT: it was never restored
-  try {
-    return text === undefined ? undefined : (JSON.parse(text) as Note);
-  } catch {
-    return undefined; // half written by a cedanad that was killed
-  }
+  return await readRecord<Note>(path).catch(() => undefined); // nothing but a number would be lost with it
 }
 
 const isCurrent = (note: Note) => note.boot === bootId() && isAlive(note.pid, note.startTime);
@@ -39,8 +35,7 @@ export async function noteGeneration(call: OciCall, initPid: number, generation:
   if (started === undefined) return; // it has ended
   const path = join(directory, basename(call.marker));
   const note: Note = { boot: bootId(), pid: initPid, startTime: started, generation };
-  await writeFile(`${path}.new`, JSON.stringify(note), { mode: 0o600 });
-  await rename(`${path}.new`, path);
+  await writeRecord(path, note);
 }
 
 /** @returns 0 for a container that was started afresh */
