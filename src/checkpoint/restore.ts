@@ -605,7 +605,7 @@ async function prepareMountPoints(
 // ---- lazy pages ------------------------------------------------------------------------------------------------------
 
 /** Where a page daemon's guard and log are, below the owner's directory; whoever owns the daemon removes it. */
-export function pageDaemonDirectory(directory: string): string {
+function pageDaemonDirectory(directory: string): string {
   return join(directory, "lazy-pages");
 }
 

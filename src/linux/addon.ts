@@ -207,7 +207,7 @@ export function flock(fd: number, operation: keyof typeof lockOperations): boole
 }
 
 /** How openat2(2) walks a path. Source: linux/openat2.h. */
-export const RESOLVE = { NO_XDEV: 1, NO_MAGICLINKS: 2, NO_SYMLINKS: 4, BENEATH: 8, IN_ROOT: 16 } as const;
+const RESOLVE = { NO_XDEV: 1, NO_MAGICLINKS: 2, NO_SYMLINKS: 4, BENEATH: 8, IN_ROOT: 16 } as const;
 
 /**
  * Opens a path that can't lead out of a directory: no `..` above it, no absolute path, no symbolic link.

@@ -20,7 +20,7 @@ import {
 // on with by the other: same root, same flags. What an engine lacks is refused by name, never left out silently.
 
 /** Where containerd's shim for runc keeps the engines' state, by containerd namespace below it. */
-export const defaultRuncRoot = "/run/containerd/runc";
+const defaultRuncRoot = "/run/containerd/runc";
 
 /** One program to run, with the environment of whoever runs it, and `env` (`NAME=value`) besides. */
 export interface EngineCommand {
@@ -168,11 +168,6 @@ export class Engine {
     if (options.features) this.name = options.features.name;
   }
 
-  /** Directory of one container's state, of interest for looking into, never for writing. */
-  stateDirectory(id: string): string {
-    return `${this.root}/${checkId(id)}`;
-  }
-
   create(options: CreateCommand): EngineCommand {
     return this.#command(options, "create", [
       "--bundle",
@@ -209,24 +204,12 @@ export class Engine {
     return this.#command(options, "kill", options.all ? ["--all"] : [], [String(options.signal)]);
   }
 
-  pause(options: Common): EngineCommand {
-    return this.#command(options, "pause", []);
-  }
-
-  resume(options: Common): EngineCommand {
-    return this.#command(options, "resume", []);
-  }
-
   /** @param options.resourcesFile  JSON file of the OCI LinuxResources */
   update(options: Common & { readonly resourcesFile: string }): EngineCommand {
     return this.#command(options, "update", [
       "--resources",
       absolute("resources file", options.resourcesFile),
     ]);
-  }
-
-  state(options: Common): EngineCommand {
-    return this.#command(options, "state", []);
   }
 
   /**
