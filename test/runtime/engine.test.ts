@@ -4,6 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { criuConfig } from "../../src/criu/option-file.ts";
 import {
   AlreadyExists,
   CedanaError,
@@ -15,18 +16,14 @@ import {
   WrongState,
 } from "../../src/errors/index.ts";
 import {
-  criuConfig,
   Engine,
   type EngineCommand,
   type EngineFeatures,
-  engineFailure,
   engineVersion,
-  failureFrom,
-  lastErrorIn,
-  lastLogError,
   longOptions,
   parseVersion,
 } from "../../src/runtime/engine.ts";
+import { engineFailure, failureFrom, lastErrorIn, lastLogError } from "../../src/runtime/engine-failure.ts";
 
 const common = { id: "c1", logFile: "/b/log.json" };
 const runc = new Engine({ namespace: "k8s.io" });

@@ -1,9 +1,9 @@
 import { mkdir, readFile, rmdir } from "node:fs/promises";
 import { kill } from "../../criu/leftovers.ts";
+import { criuLines } from "../../criu/option-file.ts";
 import { TimedOut } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { hostCgroupVersion, parseMembership, unifiedPath } from "../../linux/cgroup-hierarchy.ts";
-import { criuLines } from "../engine.ts";
 import { cgroupPathV2, type OciSpec } from "../spec.ts";
 
 export interface RestoreCgroup {

@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
+import { criuConfig } from "../../../src/criu/option-file.ts";
 import { InvalidRequest } from "../../../src/errors/index.ts";
 import { hostCgroupVersion } from "../../../src/linux/cgroup-hierarchy.ts";
-import { criuConfig } from "../../../src/runtime/engine.ts";
 import { restoreCgroup } from "../../../src/runtime/oci/restore-cgroup.ts";
 
 const hostile = '/pod/x"\naction-script "/tmp/evil';
