@@ -54,7 +54,7 @@ export interface ExternalMount {
   readonly mountPoint?: string | undefined;
 }
 
-export interface Comparison {
+interface Comparison {
   readonly findings: Finding[];
   /** for CRIU, besides what the engine says */
   readonly externalMounts: ExternalMount[];

@@ -2,7 +2,7 @@ import { readFileSync, rmSync, writeFileSync } from "node:fs";
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { AlreadyExists, NotFound, WrongState } from "../errors/index.ts";
-import { engineFailure } from "../runtime/engine.ts";
+import { engineFailure } from "../runtime/engine-failure.ts";
 import { execKillPolicy } from "../runtime/kill-policy.ts";
 import { hasOurAnnotations, type OciProcess } from "../runtime/spec.ts";
 import type { Container } from "./container.ts";

@@ -11,6 +11,7 @@ import {
 import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
+import { criuLines } from "../../criu/option-file.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
 import { expectAnswer } from "../../linux/apart.ts";
@@ -18,7 +19,8 @@ import { Cgroup } from "../../linux/cgroup.ts";
 import { foreignHierarchies } from "../../linux/cgroup-hierarchy.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
-import { criuLines, type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
+import { type EngineFeatures, engineVersion } from "../engine.ts";
+import { failureFrom, lastErrorIn } from "../engine-failure.ts";
 import { hookOf } from "../hooks.ts";
 import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, identityOf, type OciSpec, readSpec } from "../spec.ts";

@@ -1,7 +1,7 @@
-import { existsSync, readFileSync } from "node:fs";
-import { mkdir, readdir, rename, rm, writeFile } from "node:fs/promises";
+import { mkdir, readdir, rm } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import { bootId, isAlive, startTime } from "../../linux/proc.ts";
+import { readRecordNow, writeRecord } from "../../linux/record-file.ts";
 import type { OciCall } from "./call.ts";
 
 // How many restores a container has behind it, for its next dump. A restored container needs no marker, whose price is a question to
@@ -18,13 +18,11 @@ function directoryOf(call: OciCall): string {
   return join(dirname(dirname(call.marker)), "oci-restored");
 }
 
-/** At once: a small file of ours in memory. @returns undefined also for one that a cedanad that was killed has half written */
 function readNote(path: string): Note | undefined {
-  if (!existsSync(path)) return undefined; // it was never restored
   try {
-    return JSON.parse(readFileSync(path, "utf8")) as Note;
+    return readRecordNow<Note>(path);
   } catch {
-    return undefined;
+    return undefined; // nothing but a number would be lost with it
   }
 }
 
@@ -41,8 +39,7 @@ export async function noteGeneration(call: OciCall, initPid: number, generation:
   if (started === undefined) return; // it has ended
   const path = join(directory, basename(call.marker));
   const note: Note = { boot: bootId(), pid: initPid, startTime: started, generation };
-  await writeFile(`${path}.new`, JSON.stringify(note), { mode: 0o600 });
-  await rename(`${path}.new`, path);
+  await writeRecord(path, note);
 }
 
 /** @returns 0 for a container that was started afresh */
