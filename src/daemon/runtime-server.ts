@@ -9,6 +9,7 @@ import type { Conversation, OciCall } from "../runtime/oci/call.ts";
 import { Endings } from "../runtime/oci/endings.ts";
 import { Escalator } from "../runtime/oci/escalator.ts";
 import { thawLeftovers } from "../runtime/oci/frozen.ts";
+import { inNameOf } from "../shim/culprit.ts";
 import {
   encodeMessage,
   exitStatusOf,
@@ -85,19 +86,28 @@ export class RuntimeServer {
       this.#checkSoon();
     });
     wrapper.log.debug({ argv: call.argv }, "cedana-runtime asks");
-    // Loaded with the first call: on a node without such callers it would only take memory.
-    const answered = import("../runtime/oci/commands.ts").then(({ runCommand }) =>
-      runCommand(call, wrapper, this.#escalator, this.#endings),
-    );
-    void answered.then((answer) => {
-      if (answer)
-        send(messageType.RUNTIME_ANSWER, {
-          status: answer.status,
-          message: answer.message,
-          answer: answer.output === undefined ? undefined : Buffer.from(answer.output),
-        });
-    });
+    const culprit = {
+      what: `cedana-runtime ${call.command} ${call.id}`,
+      fail: () => void socket.destroy(), // it says so, and nothing is begun anew
+    };
+    void inNameOf(culprit, () => this.#answer(call, wrapper, send));
     return wrapper;
+  }
+
+  async #answer(
+    call: OciCall,
+    wrapper: Wrapper,
+    send: (type: MessageType, values: FieldValues) => void,
+  ): Promise<void> {
+    // Loaded with the first call: on a node without such callers it would only take memory.
+    const { runCommand } = await import("../runtime/oci/commands.ts");
+    const answer = await runCommand(call, wrapper, this.#escalator, this.#endings);
+    if (!answer) return;
+    send(messageType.RUNTIME_ANSWER, {
+      status: answer.status,
+      message: answer.message,
+      answer: answer.output === undefined ? undefined : Buffer.from(answer.output),
+    });
   }
 }
 
