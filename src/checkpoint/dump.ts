@@ -449,6 +449,15 @@ function mustSync({ request: { place } }: DumpContext): boolean {
   return !place.temporary && !("imagePath" in place);
 }
 
+/**
+ * Whether somebody waits until the disk has the files: we ourselves, or who unmounts an overlay of a container that ends with its dump, for
+ * which the kernel writes all that is dirty on that disk (12 ms for 16 MiB, where it hadn't begun before).
+ */
+function isSyncedSoon(context: DumpContext): boolean {
+  const { place, leaveRunning } = context.request;
+  return mustSync(context) || (!leaveRunning && !place.temporary);
+}
+
 /** Where CRIU's images are made. */
 function imagesIn({ request: { place }, staging }: DumpContext): string {
   return "imagePath" in place ? staging.path : join(staging.path, IMAGES_DIRECTORY);
@@ -839,7 +848,11 @@ async function digestAlongside(context: DumpContext, next: () => Promise<void>):
     return;
   }
   const { staging, signal } = context;
-  const follower = followFiles(staging.path, { images: imagesIn(context), signal });
+  const follower = followFiles(staging.path, {
+    images: imagesIn(context),
+    toDisk: isSyncedSoon(context),
+    signal,
+  });
   try {
     await next();
     context.follower = follower;
