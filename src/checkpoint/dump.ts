@@ -1,10 +1,7 @@
-import { mkdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { copyFile, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
-import { release } from "node:os";
-import { isAbsolute, join, relative, resolve } from "node:path";
-import { setTimeout as sleep } from "node:timers/promises";
-import type { Logger } from "pino";
-import { Gate, type GateOptions, isPassed, removeGate } from "../criu/gate.ts";
+import { mkdirSync, rmSync } from "node:fs";
+import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { isAbsolute, join, relative } from "node:path";
+import { Gate, isPassed, removeGate } from "../criu/gate.ts";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { endOfWriters, unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
@@ -22,40 +19,41 @@ import {
   WrongState,
 } from "../errors/index.ts";
 import { pluginsLoaded, pluginVersion } from "../features/registry.ts";
-import type { Cgroup } from "../linux/cgroup.ts";
-import { hasNetworkSockets } from "../linux/net.ts";
+import { readRecord } from "../linux/record-file.ts";
+import { isOlder } from "../linux/versions.ts";
 import { adapterSteps } from "./adapters.ts";
-import { IMAGES_DIRECTORY } from "./archive/layout.ts";
-import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
-import { cpuFacts } from "./cpu.ts";
-import { type DeviceDump, deviceSlot } from "./device-slot.ts";
-import { dumpFeatures, type PluginDump } from "./features.ts";
-import { digestTree, type Follower, followFiles } from "./follow.ts";
+import { type ChainContext, runChain, timesByStep } from "./chain.ts";
+import { criuFailure, keepLog } from "./criu-failure.ts";
 import {
-  freezeMarker,
-  hookNote,
-  readFreezeNote,
-  thawNoted,
-  thawWherever,
-  writeFreezeNote,
-} from "./freeze-marker.ts";
+  ATTEMPT_NAME,
+  type Attempt,
+  absoluteParent,
+  attemptFile,
+  type DumpContext,
+  type DumpStep,
+  imagesIn,
+  inHundredths,
+  noteAttempt,
+} from "./dump/context.ts";
+import { digestAlongside, findChanges, takeRootfs } from "./dump/files.ts";
+import { askForFacts, recordDump } from "./dump/manifest.ts";
+import {
+  checkpointDevices,
+  detectNetwork,
+  findDevices,
+  freeze,
+  isDumping,
+  lockDevices,
+  noteFreeze,
+  takeTurn,
+} from "./dump/standstill.ts";
+import type { DumpRequest, DumpTarget, EngineDump } from "./dump/target.ts";
+import { dumpFeatures, type PluginDump } from "./features.ts";
+import { hookNote } from "./freeze-marker.ts";
 import { findGpuMounts } from "./gpu-mounts.ts";
-import type { CheckpointManifest, GpuFacts, RootfsDiffFacts } from "./manifest.ts";
-import { writeManifest } from "./manifest-files.ts";
-import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
-import {
-  type Changes,
-  DELETED_FILES_NAME,
-  overlayLayers,
-  prepareRootfsDiff,
-  ROOTFS_DIFF_NAME,
-  type RootfsBase,
-  snapshotOf,
-  takeRootfsDiff,
-} from "./rootfs-diff/index.ts";
-import { Staging, type StagingRecord } from "./staging.ts";
+import { Staging } from "./staging.ts";
 
 /*
  * A dump of a container: what is asked for, what is dumped, and the steps in their order.
@@ -68,147 +66,6 @@ import { Staging, type StagingRecord } from "./staging.ts";
  * it finds its own work done, and what must be undone after a crash without a repetition lies on disk (`Attempt`, `freezeMarker`,
  * the staging directory, which the next one for that place sweeps).
  */
-
-export interface DumpRequest {
-  /** tells this request from others of the same owner: a repetition after a crash has the same */
-  readonly key: string;
-  /** the request was begun by a cedanad before us */
-  readonly repeated: boolean;
-  readonly place: DumpPlace;
-  /** CRIU's log and scratch; default: one that is removed */
-  readonly workPath?: string | undefined;
-  /** images of a pre-dump: absolute, or relative to the image path */
-  readonly parentPath?: string | undefined;
-  /** the container runs on; else it has ended when the dump is whole */
-  readonly leaveRunning: boolean;
-  readonly policy: CriuPolicy;
-  /** what the container has changed in its root file system comes along */
-  readonly rootfs?: { readonly exclude: readonly string[]; readonly maxBytes: number } | undefined;
-  /** hash the images while CRIU writes them, or when the container runs again */
-  readonly digests: "alongside" | "afterwards";
-  /** what the manifest says of the request */
-  readonly origin?: Pick<CheckpointManifest, "name" | "trigger"> | undefined;
-}
-
-/** Where the checkpoint is put. */
-export type DumpPlace =
-  /** A directory of the caller's, absolute, made when missing: CRIU's images lie in it. `temporary`: the caller reads and removes it. */
-  | { readonly imagePath: string; readonly temporary?: boolean }
-  /** A directory of our store: the checkpoint becomes a directory in it, with CRIU's images in `checkpoint/`. `temporary`: for now. */
-  | { readonly directory: string; readonly generation: string; readonly temporary?: boolean };
-
-/** What the engine is told. */
-export interface EngineDump extends Pick<DumpRequest, "parentPath" | "leaveRunning" | "policy"> {
-  /** directory of CRIU's images */
-  readonly imagePath: string;
-  readonly workPath: string;
-  /** its CRIU waits at a gate; such an engine is another one than that without, also for a repetition */
-  readonly atGate: boolean;
-  /** for its environment; CRIU_CONFIG_FILE is always there */
-  readonly env: Readonly<Record<string, string>>;
-}
-
-/** What CRIU is told past the engine, by its configuration file: only the frozen container shows all of it. */
-export interface CriuSettings extends Pick<DumpRequest, "policy"> {
-  /** CRIU's own plugins keep away: what they would do is done */
-  readonly withoutPlugins: boolean;
-  readonly workPath: string;
-  readonly networkLock: NetworkLock;
-  /** mounts that the engine doesn't know to come from outside, and what CRIU is to call them */
-  readonly externalMounts: readonly { readonly key: string; readonly source: string }[];
-}
-
-/** What is dumped, as its owner has it: the shim a task, the OCI runtime a container. */
-export interface DumpTarget {
-  /** for messages: "task c1" */
-  readonly what: string;
-  readonly initPid: number;
-  /** its owner has paused it, and it stays paused */
-  readonly paused: boolean;
-  /** it ends when its processes do; then there is nothing to thaw */
-  readonly hasEnded: boolean;
-  /** directory of the owner's for small files that outlive a crash: the bundle */
-  readonly directory: string;
-  /** it has a network namespace that isn't the host's */
-  readonly ownNetwork: boolean;
-  /** where its configuration mounts something: that comes back with it */
-  readonly mountPoints: readonly string[];
-  /** where its root file system is mounted */
-  readonly rootfs?: string | undefined;
-  /** What its root file system was made of, where no overlay keeps its changes apart; default: nobody knows. */
-  readonly rootfsBase?: {
-    /** @throws Unsupported, Unavailable */
-    open(signal: AbortSignal): Promise<RootfsBase>;
-    /** Removes what a crash has left of `open`. */
-    forget(): Promise<void>;
-  };
-  /** what the manifest says of it */
-  readonly facts: Pick<
-    CheckpointManifest,
-    | "containerId"
-    | "namespace"
-    | "hostname"
-    | "pod"
-    | "generation"
-    | "terminal"
-    | "engine"
-    | "specDigest"
-    | "namespaces"
-    | "plugins"
-  >;
-  /** The image that it was made of, as far as that can be found out. */
-  image?(): Promise<CheckpointManifest["image"]>;
-  /** Does something that other calls for the container wait for; default: nobody else calls. */
-  inTurn?<T>(work: () => Promise<T>): Promise<T>;
-  readonly log: Pick<Logger, "info" | "warn" | "error">;
-  /**
-   * What the container wants to do itself before it is dumped, in it, while it runs; undefined: nothing.
-   * @throws when the administrator doesn't allow it; what is returned, when the dump is not to be
-   */
-  preDumpHook?(): Promise<(() => Promise<void>) | undefined>;
-  cgroup(): Promise<Cgroup>;
-  /**
-   * Waits until all memory of a container that was restored lazily is there; default: it is.
-   * @throws WrongState when it will never be
-   */
-  wholeMemory?(signal: AbortSignal): Promise<void>;
-  /** How the engine's CRIU can be stopped at a gate; undefined where the engine gets CRIU from elsewhere than PATH. */
-  gate?(): Promise<GateOptions | undefined>;
-  /** Lines of CRIU's configuration file. */
-  criuConfig(settings: CriuSettings): Promise<string>;
-  /** The engine's `checkpoint`, to its end. @throws WrongState, RuntimeFailed */
-  engineCheckpoint(options: EngineDump): Promise<void>;
-}
-
-interface DumpContext extends ChainContext {
-  readonly target: DumpTarget;
-  readonly request: DumpRequest;
-  readonly startedAt: number;
-  attempt: Attempt;
-  staging: Staging;
-  workPath: string;
-  /** relative to the images where they are made */
-  parentPath: string | undefined;
-  /** plugins whose adapters were run */
-  readonly adapters: NonNullable<CheckpointManifest["plugins"]>;
-  networkLock: NetworkLock;
-  criu: string | undefined;
-  changes: Changes | undefined;
-  base: RootfsBase | undefined;
-  cgroup: Cgroup | undefined;
-  follower: Follower | undefined;
-  engine: StartedEngine | undefined;
-  /** PATH of the engine */
-  enginePath: string | undefined;
-  facts: Promise<Facts> | undefined;
-  devices: DeviceDump | undefined;
-  frozenMs: number;
-  criuFrozenMs: number | undefined;
-  /** the processes are in the images alone now */
-  ended: boolean;
-}
-
-type DumpStep = Step<DumpContext>;
 
 /** The dump, in order. Each step undoes its own work when a later one fails. */
 export const dumpSteps = [
@@ -367,32 +224,7 @@ async function waitForMemory({ target, signal }: DumpContext, next: () => Promis
   await next();
 }
 
-/** Where the images are in the end. */
-function finalImagePath({ place }: DumpRequest): string {
-  return "imagePath" in place ? place.imagePath : join(place.directory, place.generation, IMAGES_DIRECTORY);
-}
-
-function absoluteParent(request: DumpRequest): string {
-  return resolve(finalImagePath(request), request.parentPath!);
-}
-
 // ---- staging ---------------------------------------------------------------------------------------------------------
-
-const ATTEMPT_NAME = "checkpoint-attempt.json";
-
-/** What has been done, on disk, for whoever goes on after a crash. */
-interface Attempt {
-  key: string;
-  staging: StagingRecord;
-  /** `dumped`: the images are whole; `committing`: the manifest, too, and they are being put in their place */
-  phase: "begun" | "dumped" | "committing";
-  leaveRunning: boolean;
-  rootfsDiff?: RootfsDiffFacts;
-  /** the devices' state is in the processes' memory; null: it turned out that nobody has any */
-  gpu?: GpuFacts | null;
-  /** directory of the gate of the engine that was started early */
-  gate?: string;
-}
 
 async function openStaging(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target, request } = context;
@@ -435,11 +267,6 @@ function mustSync({ request: { place } }: DumpContext): boolean {
   return !place.temporary && !("imagePath" in place);
 }
 
-/** Where CRIU's images are made. */
-function imagesIn({ request: { place }, staging }: DumpContext): string {
-  return "imagePath" in place ? staging.path : join(staging.path, IMAGES_DIRECTORY);
-}
-
 /** What a cedanad before us did of this request. `committed`: all of it. */
 async function earlierAttempt(
   target: DumpTarget,
@@ -448,9 +275,8 @@ async function earlierAttempt(
   { attempt: Attempt; staging: Staging; committed?: undefined } | { committed: string } | undefined
 > {
   if (!request.repeated) return undefined;
-  const text = await readFile(attemptFile(target), "utf8").catch(() => undefined); // the crash came before it
-  const attempt = text === undefined ? undefined : (JSON.parse(text) as Attempt);
-  if (attempt?.key !== request.key) return undefined;
+  const attempt = await readRecord<Attempt>(attemptFile(target));
+  if (attempt?.key !== request.key) return undefined; // the crash came before it
   const staging = Staging.resume(attempt.staging);
   if (attempt.phase === "committing" && (!staging || staging.isEmpty)) {
     await staging?.[Symbol.asyncDispose]();
@@ -471,9 +297,9 @@ export async function abandonAttempt(
   hasEnded: () => Promise<boolean>,
 ): Promise<string | undefined> {
   const path = join(directory, ATTEMPT_NAME);
-  const text = await readFile(path, "utf8").catch(() => undefined); // none was begun
-  if (text === undefined) return undefined;
-  const { staging: record, phase, leaveRunning, gate } = JSON.parse(text) as Attempt;
+  const attempt = await readRecord<Attempt>(path);
+  if (!attempt) return undefined; // none was begun
+  const { staging: record, phase, leaveRunning, gate } = attempt;
   const staging = Staging.resume(record);
   if (staging) await endOfWriters(staging.path);
   if (gate) removeGate(gate);
@@ -482,18 +308,6 @@ export async function abandonAttempt(
   await staging?.[Symbol.asyncDispose]();
   await rm(path, { force: true });
   return kept;
-}
-
-function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): void {
-  Object.assign(context.attempt, news);
-  const path = attemptFile(context.target);
-  // At once, some 100 us: the container stands still, and a trip through a busy thread pool may take milliseconds.
-  writeFileSync(`${path}.new`, JSON.stringify(context.attempt), { mode: 0o600 });
-  renameSync(`${path}.new`, path);
-}
-
-function attemptFile(target: DumpTarget): string {
-  return join(target.directory, ATTEMPT_NAME);
 }
 
 /** The caller's path is at fault, unless it is the machine. */
@@ -530,10 +344,6 @@ async function criuFrozenMs(workPath: string): Promise<number | undefined> {
   return stats && inHundredths((stats.freezingUs + stats.frozenUs) / 1000);
 }
 
-export async function keepLog(from: string, to: string): Promise<void> {
-  await copyFile(from, to).catch(() => undefined); // ENOENT: CRIU was not started
-}
-
 // ---- options ---------------------------------------------------------------------------------------------------------
 
 /** Options of CRIU that are younger than the oldest CRIU with which a dump of a container works. */
@@ -555,16 +365,6 @@ async function checkOptions(context: DumpContext, next: () => Promise<void>): Pr
     if (context.criu !== undefined && wanted(context.request) && isOlder(context.criu, version))
       throw new Unsupported(`${what} needs CRIU ${version} or newer; this machine has ${context.criu}`);
   await next();
-}
-
-/** Versions as CRIU counts them: "4.2.1" against "4.2". */
-export function isOlder(version: string, than: string): boolean {
-  const [a, b] = [version, than].map((text) => text.split(".").map((part) => Number.parseInt(part, 10) || 0));
-  for (let at = 0; at < Math.max(a!.length, b!.length); at++) {
-    const difference = (a![at] ?? 0) - (b![at] ?? 0);
-    if (difference !== 0) return difference < 0;
-  }
-  return false;
 }
 
 // ---- the container's hook --------------------------------------------------------------------------------------------
@@ -629,206 +429,7 @@ async function preflightDump(context: DumpContext, next: () => Promise<void>): P
   await next();
 }
 
-// ---- devices ---------------------------------------------------------------------------------------------------------
-
-async function findDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { target } = context;
-  if (!target.hasEnded) context.devices = await deviceSlot()?.findForDump(target);
-  await using _ = { [Symbol.asyncDispose]: async () => await context.devices?.close() };
-  await next();
-}
-
-async function lockDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { devices, attempt, target } = context;
-  if (!devices) {
-    await next();
-    return;
-  }
-  try {
-    if (attempt.gpu === undefined) await devices.lock();
-    await next();
-  } catch (error) {
-    if (!context.ended) {
-      const also = await devices.resume().then(
-        () => undefined,
-        (failure: Error) => failure,
-      );
-      if (also) {
-        target.log.error({ err: also }, "give devices back after a failed dump");
-        if (error instanceof Error) error.message += `; ${also.message}`;
-      }
-    }
-    throw error;
-  }
-  if (context.ended) return; // nobody is left to get them
-  await devices.resume();
-  if (attempt.gpu) Object.assign(attempt.gpu, devices.facts(attempt.gpu));
-}
-
-async function checkpointDevices(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { devices, attempt } = context;
-  if (devices && attempt.gpu === undefined) {
-    await devices.checkpoint();
-    await noteAttempt(context, { gpu: devices.facts() ?? null });
-  }
-  await next();
-}
-
-// ---- freezer ---------------------------------------------------------------------------------------------------------
-
-async function freeze(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { target } = context;
-  if (target.hasEnded) {
-    await thawNoted(target.directory); // frozen before a crash, and ended while it was
-    await next(); // ended by this dump, before a crash: its end is only to be looked at again
-    return;
-  }
-  const cgroup = await target.cgroup();
-  const frozen = !target.paused && context.attempt.phase === "begun" && !(await isDumping(context));
-  const since = performance.now();
-  if (frozen) {
-    noteFreeze(context, cgroup, false);
-    await cgroup.freeze(undefined, context.signal);
-  }
-  context.cgroup = cgroup;
-  try {
-    await next();
-  } finally {
-    // CRIU and the engine meddle with the freezer, too: paused if it was, running if it was. What has ended is thawed, too.
-    await putFreezerBack(cgroup, target.paused && !context.ended && !target.hasEnded).catch((error) =>
-      target.log.warn({ err: error }, "put the freezer back after a dump"),
-    );
-    if (frozen) context.frozenMs = performance.now() - since;
-    await rm(freezeMarker(target.directory), { force: true });
-  }
-}
-
-function noteFreeze({ target, request }: DumpContext, cgroup: Cgroup, dumping: boolean): void {
-  writeFreezeNote(target.directory, { key: request.key, dumping, cgroup: cgroup.toJSON() });
-}
-
-/**
- * Whether the engine was at work for this request when cedanad ended: it goes on, and the freezer is CRIU's until it is done. CRIU thaws a
- * version 1 cgroup when it holds its processes by ptrace; frozen again, they could not run CRIU's parasite, which then waits for ever.
- */
-async function isDumping({ target, request }: DumpContext): Promise<boolean> {
-  if (!request.repeated) return false;
-  const note = await readFreezeNote(target.directory); // the crash came before it, or after all
-  return note?.key === request.key && note.dumping;
-}
-
-async function putFreezerBack(cgroup: Cgroup, paused: boolean): Promise<void> {
-  if (!paused) await thawWherever(cgroup);
-  else if (!(await cgroup.isFrozen())) await cgroup.freeze();
-}
-
-// ---- network ---------------------------------------------------------------------------------------------------------
-
-const NETWORK_LOCK_SKIP_SINCE = "3.18";
-
-async function detectNetwork(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { target } = context;
-  const canSkip =
-    !target.hasEnded && context.criu !== undefined && !isOlder(context.criu, NETWORK_LOCK_SKIP_SINCE);
-  if (canSkip && target.ownNetwork && !hasNetworkSockets(target.initPid)) context.networkLock = "skip";
-  await next();
-}
-
-// ---- files -----------------------------------------------------------------------------------------------------------
-
-/** Before anything is frozen: where the changed files are, and a thread that is ready to read them. */
-async function findChanges(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { target, request, signal } = context;
-  await using _ = { [Symbol.asyncDispose]: async () => await context.base?.[Symbol.asyncDispose]() };
-  if (request.rootfs && !context.attempt.rootfsDiff && !target.hasEnded) {
-    context.changes = await changesOf(context);
-    await prepareRootfsDiff(context.changes, request.rootfs.exclude, signal);
-  } else if (request.rootfs && request.repeated && context.attempt.rootfsDiff?.source !== "overlay")
-    await target.rootfsBase
-      ?.forget()
-      .catch((error) =>
-        target.log.warn({ err: error }, "remove what a dump before a crash was compared with"),
-      );
-  await next();
-}
-
-async function changesOf(context: DumpContext): Promise<Changes> {
-  const { target, signal } = context;
-  const { rootfs } = target;
-  const advice = 'cedana.io/rootfs-diff: "false" leaves them out';
-  const what = `changed files of ${target.what} can't be taken`;
-  if (rootfs === undefined)
-    throw new Unsupported(`${what}: nothing is known of where its root file system is; ${advice}`);
-  try {
-    return await overlayLayers(rootfs);
-  } catch (error) {
-    if (!(error instanceof NotFound)) throw error;
-    if (!target.rootfsBase)
-      throw new Unsupported(
-        `${what}: ${messageOf(error)}, and nobody says here what it was made of. Give the container an overlay (Podman's and Docker's driver overlay or overlay2); ${advice}`,
-        { cause: error },
-      );
-  }
-  try {
-    context.base = await target.rootfsBase.open(signal);
-    return await snapshotOf(rootfs, context.base.path, context.base.sameAtNs);
-  } catch (error) {
-    if (error instanceof Error)
-      error.message = `${what}: its root file system is no overlay, and what it was made of can't be had: ${error.message}; ${advice}`;
-    throw error;
-  }
-}
-
-async function takeRootfs(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  const { request, changes, base, staging, signal } = context;
-  if (changes && request.rootfs) {
-    const { exclude, maxBytes } = request.rootfs;
-    for (const name of [ROOTFS_DIFF_NAME, DELETED_FILES_NAME])
-      await rm(join(staging.path, name), { force: true }); // of an attempt before a crash
-    const { bytes, members, deleted, sockets } = await takeRootfsDiff(changes, staging.path, {
-      exclude,
-      maxBytes,
-      signal,
-    });
-    const source = base
-      ? ({ source: "snapshot", snapshotter: base.snapshotter } as const)
-      : ({ source: "overlay" } as const);
-    noteAttempt(context, {
-      rootfsDiff: { ...source, bytes, members, deleted, exclude: [...exclude], sockets },
-    });
-  }
-  await next();
-}
-
-async function takeTurn({ target }: DumpContext, next: () => Promise<void>): Promise<void> {
-  await (target.inTurn ? target.inTurn(next) : next());
-}
-
-/** Where it costs no time of its own: the container's owner waits for the end of it all. */
-async function digestAlongside(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  if (context.request.digests !== "alongside") {
-    await next();
-    return;
-  }
-  const { staging, signal } = context;
-  const follower = followFiles(staging.path, { images: imagesIn(context), signal });
-  try {
-    await next();
-    context.follower = follower;
-  } catch (error) {
-    follower.abandon();
-    throw error;
-  }
-}
-
 // ---- CRIU ------------------------------------------------------------------------------------------------------------
-
-/** One that was started before the container was frozen. */
-interface StartedEngine {
-  /** here and open, or gone through by a cedanad before us */
-  readonly gate: Gate | undefined;
-  readonly end: Promise<void>;
-}
 
 /**
  * Starts the engine early, where its CRIU can be stopped. A repetition after a crash looks what has become of the one that was: CRIU
@@ -969,101 +570,3 @@ async function lastWord(workPath: string): Promise<"finished" | "failed" | undef
   if (says(/Dumping finished successfully/)) return "finished";
   return says(/FAILED/) ? "failed" : undefined;
 }
-
-/** The engine's words, then what CRIU's log says was the reason. */
-export async function criuFailure(
-  what: string,
-  failure: Error,
-  workPath: string,
-  logName: string,
-): Promise<Error> {
-  if (failure instanceof CriuFailed) return failure; // its owner has looked there
-  const summary = await explainCriuLog(join(workPath, logName)).catch(() => undefined); // no log: CRIU was not even started
-  if (!summary) return failure;
-  const isCutOff = !summary.lastLines.some((line) => /FAILED|finished successfully/.test(line));
-  if (isCutOff && summary.cause === undefined)
-    return new CriuFailed(
-      `${what} failed in the engine's step (${failure.message}): CRIU was killed: its log is cut off`,
-      {
-        cause: failure,
-      },
-    );
-  if (summary.errors.length === 0) return failure;
-  const lines = [...new Set([summary.firstError, ...summary.errors.slice(-5)])].join("; ");
-  const advice = summary.cause ? `. ${summary.cause.advice}` : "";
-  return new CriuFailed(`${what} failed in the engine's step (${failure.message}): CRIU: ${lines}${advice}`, {
-    cause: failure,
-  });
-}
-
-// ---- manifest --------------------------------------------------------------------------------------------------------
-
-async function recordDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  try {
-    await next();
-  } catch (error) {
-    context.follower?.abandon(); // CRIU had done its part, and what came after it failed: nobody asks for the digests any more
-    throw error;
-  }
-  const { target, request, startedAt, staging } = context;
-  const [cpu, image] = await context.facts!;
-  const files = await (context.follower?.finish() ?? digestTree(staging.path, { signal: context.signal }));
-  await writeManifest(
-    staging.path,
-    {
-      createdAt: new Date(startedAt).toISOString(),
-      ...target.facts,
-      ...(context.adapters.length > 0 && { plugins: [...(target.facts.plugins ?? []), ...context.adapters] }),
-      ...request.origin,
-      ...(image && { image }),
-      ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),
-      ...(context.attempt.gpu && { gpu: context.attempt.gpu }),
-      cpu,
-      kernel: release(),
-      ...(process.env.CEDANA_BUILD && { cedanaVersion: process.env.CEDANA_BUILD }),
-      ...(context.criu !== undefined && { criuVersion: context.criu }),
-      options: optionsOf(context),
-      timings: {
-        ...timesByStep(context.times),
-        frozenMs: inHundredths(context.frozenMs),
-        ...(context.criuFrozenMs !== undefined && { criuFrozenMs: context.criuFrozenMs }),
-        totalMs: Date.now() - startedAt,
-      },
-    },
-    { files, synced: false }, // by the commit, with all the rest
-  );
-}
-
-type Facts = [cpu: Awaited<ReturnType<typeof cpuFacts>>, image: CheckpointManifest["image"]];
-
-async function factsOf(target: DumpTarget): Promise<Facts> {
-  return await Promise.all([cpuFacts(), target.image?.()]);
-}
-
-/** The engine is on its way then, and the event loop has nothing else to do until CRIU is done. */
-const FACTS_AFTER_MS = 10;
-
-/** What is asked of others for the manifest. Asking containerd takes some ms of the event loop, and here the container may stand still. */
-async function askForFacts(context: DumpContext, next: () => Promise<void>): Promise<void> {
-  context.facts = sleep(FACTS_AFTER_MS).then(() => factsOf(context.target));
-  context.facts.catch(() => {}); // looked at by recordDump
-  await next();
-}
-
-/** As used: a restore uses them again. */
-function optionsOf({ request, networkLock }: DumpContext): CheckpointManifest["options"] {
-  const { policy, leaveRunning, parentPath } = request;
-  return {
-    ...(policy.tcp && { tcp: policy.tcp }),
-    fileLocks: policy.fileLocks,
-    extUnix: policy.extUnix,
-    shellJob: policy.shellJob,
-    emptyNamespaces: policy.emptyNamespaces,
-    ...(policy.cgroupsMode && { cgroupsMode: policy.cgroupsMode }),
-    ...(networkLock !== "default" && { networkLock }),
-    leaveRunning,
-    ...(parentPath && { parentPath: relative(finalImagePath(request), absoluteParent(request)) }),
-  };
-}
-
-const inHundredths = (ms: number) => Math.round(ms * 100) / 100;
