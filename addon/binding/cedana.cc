@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "apart.h"
 #include "cuda.h"
 #include "sealed.h"
 #include "seqpacket.h"
@@ -234,6 +235,11 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
       {"pidfdPoll", PidfdPoll},
       {"flock", Flock},
       {"openat2", Openat2},
+      {"openApart", OpenApart},
+      {"flockApart", FlockApart},
+      {"readApart", ReadApart},
+      {"statApart", StatApart},
+      {"fileSystemApart", FileSystemApart},
       {"seqpacketPair", SeqpacketPair},
       {"seqpacketSend", SeqpacketSend},
       {"seqpacketReceive", SeqpacketReceive},

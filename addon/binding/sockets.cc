@@ -5,6 +5,8 @@
 
 #include "sockets.h"
 
+#include "apart.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/netlink.h>
@@ -244,17 +246,12 @@ Napi::Value Kcmp(const Napi::CallbackInfo& info) {
 
 namespace {
 
-class HandleWorker : public Napi::AsyncWorker {
+class Handle : public Apart {
  public:
-  HandleWorker(Napi::Env env, std::string mount, int type, std::vector<uint8_t> handle)
-      : Napi::AsyncWorker(env),
-        deferred_(Napi::Promise::Deferred::New(env)),
-        mount_(std::move(mount)),
-        type_(type),
-        handle_(std::move(handle)) {}
+  Handle(Napi::Env env, std::string mount, int type, std::vector<uint8_t> handle)
+      : Apart(env), mount_(std::move(mount)), type_(type), handle_(std::move(handle)) {}
 
-  Napi::Promise Promise() { return deferred_.Promise(); }
-
+ private:
   void Execute() override {
     UniqueFd mount(open(mount_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
     if (!mount.valid()) {
@@ -269,15 +266,8 @@ class HandleWorker : public Napi::AsyncWorker {
     UniqueFd found(open_by_handle_at(mount.get(), handle, O_PATH | O_CLOEXEC));
     if (!found.valid()) error_ = errno;
   }
+  Napi::Value Result(Napi::Env env) override { return Napi::Number::New(env, error_); }
 
-  void OnOK() override {
-    Napi::HandleScope scope(Env());
-    deferred_.Resolve(Napi::Number::New(Env(), error_));
-  }
-  void OnError(const Napi::Error& error) override { deferred_.Reject(error.Value()); }
-
- private:
-  Napi::Promise::Deferred deferred_;
   std::string mount_;
   int type_;
   std::vector<uint8_t> handle_;
@@ -294,9 +284,6 @@ Napi::Value TryHandle(const Napi::CallbackInfo& info) {
   int type = IntArgument(info, 1, "type", 0);
   auto buffer = info[2].As<Napi::Buffer<uint8_t>>();
   if (buffer.Length() > MAX_HANDLE_SZ) throw Napi::TypeError::New(env, "handle is too long");
-  auto* worker = new HandleWorker(env, std::move(path), type,
-                                  std::vector<uint8_t>(buffer.Data(), buffer.Data() + buffer.Length()));
-  Napi::Promise promise = worker->Promise();
-  worker->Queue();
-  return promise;
+  std::vector<uint8_t> bytes(buffer.Data(), buffer.Data() + buffer.Length());
+  return (new Handle(env, std::move(path), type, std::move(bytes)))->Start(env);
 }

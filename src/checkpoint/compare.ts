@@ -4,6 +4,8 @@ import { normalize, relative } from "node:path";
 import { installedPlugins } from "../criu/plugins.ts";
 import { pluginsNeeded } from "../criu/suitability.ts";
 import { criuVersion } from "../criu/version.ts";
+import { TimedOut, Unavailable } from "../errors/index.ts";
+import { statApart } from "../linux/apart.ts";
 import { pathInRoot } from "../linux/root-path.ts";
 import { isOlder } from "../linux/versions.ts";
 import { type CpuFacts, cpuFacts, instructionsMissing } from "./cpu.ts";
@@ -109,6 +111,16 @@ export async function compareFilesWithDiff(
  * where it is mounted.
  * @returns what is hidden from the container in the way of another engine
  */
+/** A volume's server may be gone. */
+async function look(source: string): Promise<"there" | "missing" | "silent"> {
+  try {
+    await statApart(source);
+    return "there";
+  } catch (error) {
+    return error instanceof TimedOut || error instanceof Unavailable ? "silent" : "missing";
+  }
+}
+
 async function compareMounts(
   mounts: readonly DumpedMount[],
   container: RestoredContainer,
@@ -121,7 +133,9 @@ async function compareMounts(
     const gpuSource = container.binds.has(key) ? undefined : gpuMountSource(mountPoint, key, root);
     if (gpuSource !== undefined) {
       const source = container.binds.get(mountPoint) ?? gpuSource;
-      if (!(await stat(source).catch(() => undefined)))
+      const there = await look(source);
+      if (there === "silent") found.error("mount", `${source}, mounted at ${mountPoint}, does not answer`);
+      else if (there === "missing")
         found.list.push({
           kind: "node",
           fault: "mount",
@@ -133,8 +147,12 @@ async function compareMounts(
     }
     const source = container.binds.get(key);
     if (source !== undefined) {
-      if (!(await stat(source).catch(() => undefined)))
-        found.error("mount", `the source of the bind mount ${key}, ${source}, does not exist`);
+      const there = await look(source);
+      if (there !== "there")
+        found.error(
+          "mount",
+          `the source of the bind mount ${key}, ${source}, does not ${there === "missing" ? "exist" : "answer: the server of its file system (NFS, FUSE) may be gone"}`,
+        );
     } else if (isMask(key, root)) {
       if (!isMaskOfEngine(key, container)) external.push({ key, source: "/dev/null" });
     } else if (!container.devices.includes(key) && !isBelowAny(key, container.cgroupMountPoints))

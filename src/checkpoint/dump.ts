@@ -1,7 +1,9 @@
 import { mkdirSync, rmSync } from "node:fs";
-import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { mkdir, readdir, readFile, rm, rmdir, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join, relative } from "node:path";
-import { Gate, isPassed, removeGate } from "../criu/gate.ts";
+import { setTimeout as sleep } from "node:timers/promises";
+import { forgetReads, wasRead } from "../criu/config-file.ts";
+import { Gate, isPassed, removeGate, unbar } from "../criu/gate.ts";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { endOfWriters, unlockNetwork, waitForCriu } from "../criu/leftovers.ts";
 import { explainCriuLog } from "../criu/log.ts";
@@ -19,6 +21,8 @@ import {
   WrongState,
 } from "../errors/index.ts";
 import { pluginsLoaded, pluginVersion } from "../features/registry.ts";
+import { expectAnswer } from "../linux/apart.ts";
+import { cgroupYard } from "../linux/cgroup-hierarchy.ts";
 import { readRecord } from "../linux/record-file.ts";
 import { isOlder } from "../linux/versions.ts";
 import { adapterSteps } from "./adapters.ts";
@@ -53,7 +57,7 @@ import { hookNote } from "./freeze-marker.ts";
 import { findGpuMounts } from "./gpu-mounts.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
-import { Staging } from "./staging.ts";
+import { isCriuFile, Staging } from "./staging.ts";
 
 /*
  * A dump of a container: what is asked for, what is dumped, and the steps in their order.
@@ -142,14 +146,17 @@ export async function dump(
   };
   await pluginsLoaded();
   await runChain("dump", dumpSteps.flatMap(withAdapters), context);
-  keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
-  if (context.enginePath !== undefined) learnVersionAnswer(context.enginePath, target.log);
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
     frozenMs: inHundredths(context.frozenMs),
   };
-  target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
+  // When whoever waits for this dump has been answered: it is for others.
+  setImmediate(() => {
+    target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
+    keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
+    if (context.enginePath !== undefined) learnVersionAnswer(context.enginePath, target.log);
+  });
   return outcome;
 }
 
@@ -214,6 +221,10 @@ async function validateDumpRequest(context: DumpContext, next: () => Promise<voi
   }
   if (workPath && !isAbsolute(workPath))
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
+  // From here on, what is done on these paths may be done at once.
+  for (const path of ["imagePath" in place ? place.imagePath : place.directory, workPath])
+    if (path) await expectAnswer(path);
+  if (parentPath) await expectAnswer(absoluteParent(request));
   if (parentPath && !(await stat(join(absoluteParent(request), "inventory.img")).catch(() => undefined)))
     throw new NotFound(`parent ${parentPath} of the checkpoint of ${target.what} holds no images`);
   await next();
@@ -302,7 +313,7 @@ export async function abandonAttempt(
   const { staging: record, phase, leaveRunning, gate } = attempt;
   const staging = Staging.resume(record);
   if (staging) await endOfWriters(staging.path);
-  if (gate) removeGate(gate);
+  if (gate) await removeGate(gate);
   const isLast = !leaveRunning && (phase !== "begun" || (await hasEnded()));
   const kept = staging && isLast && !staging.isEmpty ? staging.keep() : undefined;
   await staging?.[Symbol.asyncDispose]();
@@ -318,6 +329,8 @@ function pathFailure(what: string, error: NodeJS.ErrnoException): Error {
 
 // ---- work path -------------------------------------------------------------------------------------------------------
 
+const CRIU_LOG = "dump.log";
+
 async function openWorkPath(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target, request } = context;
   context.workPath = request.workPath || join(target.directory, "criu-work");
@@ -325,7 +338,7 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
     throw pathFailure(`make CRIU's work path ${context.workPath}`, error); // crun fails when it isn't there
   });
   // In a directory of the caller's, of an earlier dump: its last word is not this one's.
-  if (request.workPath && !request.repeated) await rm(join(context.workPath, "dump.log"), { force: true });
+  if (request.workPath && !request.repeated) await removeLog(context.workPath);
   try {
     await next();
     if (request.digests === "afterwards") context.criuFrozenMs = await criuFrozenMs(context.workPath);
@@ -335,6 +348,16 @@ async function openWorkPath(context: DumpContext, next: () => Promise<void>): Pr
   } finally {
     if (!request.workPath) rmSync(context.workPath, { recursive: true, force: true }); // a handful of files
   }
+}
+
+async function removeLog(workPath: string): Promise<void> {
+  const path = join(workPath, CRIU_LOG);
+  await rm(path, { force: true }).catch(async () => {
+    // A crash of ours may have left what barred CRIU's way there.
+    await rmdir(path).catch((error) => {
+      throw pathFailure(`remove ${path}, in whose place CRIU writes its log`, error);
+    });
+  });
 }
 
 /** How long CRIU held the container by its own count: the part of the standstill that is not ours. */
@@ -448,7 +471,7 @@ async function startEngine(context: DumpContext, next: () => Promise<void>): Pro
     const { gate, end } = context.engine ?? {};
     gate?.[Symbol.dispose]();
     await end?.catch(() => {}); // told where CRIU is waited for, or sent away
-    if (attempt.gate) removeGate(attempt.gate);
+    if (attempt.gate) await removeGate(attempt.gate);
   }
 }
 
@@ -457,7 +480,7 @@ async function startAtGate(context: DumpContext): Promise<void> {
   const options = target.hasEnded ? undefined : await target.gate?.();
   if (!options) return;
   context.enginePath = options.path;
-  const gate = await Gate.make(target.directory, options);
+  const gate = await Gate.make(target.directory, options, join(context.workPath, CRIU_LOG));
   noteAttempt(context, { gate: gate.directory });
   const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env: gate.env });
   end.catch(() => {}); // looked at where CRIU is waited for
@@ -467,31 +490,92 @@ async function startAtGate(context: DumpContext): Promise<void> {
 /** After a crash. */
 async function findEngine(context: DumpContext): Promise<void> {
   const { target, attempt } = context;
-  if (!attempt.gate) return;
+  if (!attempt.gate || attempt.pastGate) return;
   const env = { CRIU_CONFIG_FILE: join(attempt.gate, "criu.conf") };
   const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env });
-  end.catch(() => {}); // looked at below, or where CRIU is waited for
-  if (isPassed(attempt.gate)) context.engine = { gate: undefined, end };
-  else await end.catch(() => {}); // nobody lets it go any more
+  if (isPassed(attempt.gate)) {
+    end.catch(() => {}); // looked at where CRIU is waited for
+    context.engine = { gate: undefined, end };
+    return;
+  }
+  const failure = await end.then(
+    () => undefined,
+    (error: Error) => error, // nobody lets it go any more
+  );
+  if (failure === undefined) await wentPast(context);
+  else await unbar(attempt.gate); // one without a gate follows
 }
 
-/** An engine that finds CRIU elsewhere than in PATH fails with what its environment says, and is started once more when the container stands still. */
+/** An engine that finds CRIU past the gate fails, as a rule, and is started once more when the container stands still. */
 async function meetCriu(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { engine, target } = context;
   if (engine?.gate) {
-    try {
-      await Promise.race([engine.gate.arrived, engine.end]);
-    } catch (error) {
-      if (engine.gate.isSeen || !(error instanceof RuntimeFailed)) throw error;
-      engine.gate[Symbol.dispose]();
+    const { gate, end } = engine;
+    const met = await Promise.race([
+      gate.arrived.then(() => "criu" as const),
+      end.then(
+        () => "success" as const,
+        (error: Error) => error,
+      ),
+    ]);
+    if (met === "success") {
+      gate[Symbol.dispose]();
+      await wentPast(context);
+    } else if (met !== "criu") {
+      // It may have asked for the version by PATH, and have CRIU elsewhere for the dump.
+      const isCrius = !gate.isSeen || /criu/i.test(met.message);
+      if (!isCrius || !(met instanceof RuntimeFailed)) throw met;
+      gate[Symbol.dispose]();
+      await gate.unbar();
       context.engine = undefined;
       target.log.warn(
-        { err: error },
-        "the engine did not come to CRIU through cedana's gate: started again without",
+        { err: met },
+        `the engine did not come to CRIU through cedana's gate: started again without. ${KEEP_ENVIRONMENT}`,
       );
     }
   }
   await next();
+}
+
+const KEEP_ENVIRONMENT =
+  "If it is a script that calls the real one, let it leave PATH, CRIU_CONFIG_FILE and CEDANA_CRIU_GATE as they are";
+const END_OF_DUMPED_MS = 10_000;
+
+/**
+ * The engine has dumped though CRIU never came through the gate, and not even what bars the way past it has stopped it: the container
+ * ran meanwhile, so that nothing of its files and devices that is taken from here on would be of the moment of its memory. One that runs
+ * on is dumped once more, standing still; what was made is thrown away. One that has ended with the dump has changed nothing since.
+ */
+async function wentPast(context: DumpContext): Promise<void> {
+  const { target, request, attempt, workPath } = context;
+  context.engine = undefined;
+  if (request.leaveRunning) {
+    const images = imagesIn(context);
+    for (const name of await readdir(images))
+      if (isCriuFile(name)) await rm(join(images, name), { recursive: true, force: true });
+    for (const name of [CRIU_LOG, "stats-dump"])
+      await rm(join(workPath, name), { recursive: true, force: true });
+    if (attempt.gate) await removeGate(attempt.gate);
+    noteAttempt(context, { gate: undefined });
+    target.log.warn(
+      `the engine dumped ${target.what} past cedana's gate, while it ran: thrown away, and dumped again without. ${KEEP_ENVIRONMENT}`,
+    );
+    return;
+  }
+  for (const until = Date.now() + END_OF_DUMPED_MS; !target.hasEnded; await sleep(5))
+    if (Date.now() > until)
+      throw new CriuFailed(
+        `the engine dumped ${target.what} past cedana's gate and said that it had ended, but it runs: nothing is kept of the dump. ${KEEP_ENVIRONMENT}`,
+      );
+  context.ended = true;
+  if (context.devices)
+    throw new CriuFailed(
+      `the engine dumped ${target.what} past cedana's gate, while it ran: what is on its devices is not in the images. ${KEEP_ENVIRONMENT}`,
+    );
+  noteAttempt(context, { pastGate: true });
+  target.log.warn(
+    `the engine dumped ${target.what} past cedana's gate: changed files are taken as they are at its end. ${KEEP_ENVIRONMENT}`,
+  );
 }
 
 function engineDump(context: DumpContext): Omit<EngineDump, "atGate" | "env"> {
@@ -503,8 +587,9 @@ function engineDump(context: DumpContext): Omit<EngineDump, "atGate" | "env"> {
 async function criuDump(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target, request, workPath, networkLock, engine } = context;
   const { leaveRunning, policy } = request;
-  if (context.attempt.phase !== "begun") {
-    context.ended = !leaveRunning; // by a cedanad before us
+  if (context.attempt.phase !== "begun" || context.attempt.pastGate) {
+    context.ended = !leaveRunning; // by a cedanad before us, or past the gate
+    if (context.attempt.pastGate) noteAttempt(context, { phase: "dumped" });
     await next();
     return;
   }
@@ -519,12 +604,20 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
         networkLock,
         externalMounts: gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key })),
         withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
+        cgroupYard: await yardOf(context),
       });
+      await engine?.gate?.unbar();
       engine?.gate?.open(config);
       await (engine ? engine.end : runEngine(context, config));
+      if (engine?.gate && !engine.gate.isPassed) {
+        context.ended = !leaveRunning;
+        throw new WentPast(
+          `the engine dumped ${target.what} by another CRIU than the one at cedana's gate: whether its files are of the moment of its memory nobody knows. ${KEEP_ENVIRONMENT}`,
+        );
+      }
     }
   } catch (error) {
-    if (error instanceof WrongState) throw error; // before CRIU was asked
+    if (error instanceof WrongState || error instanceof WentPast) throw error; // before CRIU was asked; after all
     if (engine?.gate && !engine.gate.isPassed) throw error; // killed in front of it
     // An engine that was killed leaves CRIU behind, which goes on: it may yet put the container to its end.
     if (!(await waitForCriu(workPath, CRIU_ALONE_MS)))
@@ -546,15 +639,32 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
   await next();
 }
 
+class WentPast extends CriuFailed {}
+
+const CGROUP_YARD_SINCE = "3.14";
+
+async function yardOf({ target, criu }: DumpContext): Promise<string | undefined> {
+  if (target.hasEnded || criu === undefined || isOlder(criu, CGROUP_YARD_SINCE)) return undefined;
+  return await cgroupYard(target.initPid);
+}
+
 /** Without a gate. */
 async function runEngine(context: DumpContext, config: string): Promise<void> {
   const { target } = context;
   const configFile = join(target.directory, "criu-dump.conf");
   await writeFile(configFile, config, { mode: 0o600 });
+  await forgetReads(configFile);
   try {
     const PATH = (await target.gate?.())?.path;
     const env = { CRIU_CONFIG_FILE: configFile, ...(PATH !== undefined && { PATH }) };
     await target.engineCheckpoint({ ...engineDump(context), atGate: false, env });
+    if (await wasRead(configFile)) return;
+    context.networkLock = "default";
+    target.log.warn(`CRIU did not get what cedana had to tell it. ${KEEP_ENVIRONMENT}`);
+  } catch (error) {
+    if (error instanceof RuntimeFailed && !(await wasRead(configFile)))
+      error.message += `. CRIU did not get what cedana had to tell it. ${KEEP_ENVIRONMENT}`;
+    throw error;
   } finally {
     await rm(configFile, { force: true });
   }

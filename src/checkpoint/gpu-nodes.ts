@@ -6,14 +6,14 @@ import {
   fstatSync,
   lstatSync,
   mkdirSync,
-  openSync,
   type Stats,
   unlinkSync,
 } from "node:fs";
 import { posix } from "node:path";
 import type { Logger } from "pino";
-import { SyscallFailed } from "../errors/index.ts";
+import { SyscallFailed, WrongState } from "../errors/index.ts";
 import { makeNode, openBeneath } from "../linux/addon.ts";
+import { isServed, openApart, openBeneathApart } from "../linux/apart.ts";
 import { splitDevice } from "../linux/fdinfo.ts";
 import { pidsInNamespaces } from "../linux/proc.ts";
 
@@ -50,20 +50,23 @@ function rootProcess(pids: readonly number[]): number | undefined {
  * @param pids  of the container
  * @throws SyscallFailed
  */
-export function makeGpuNodes(
+export async function makeGpuNodes(
   pids: readonly number[],
   nodes: readonly GpuNode[],
   log: Pick<Logger, "info" | "warn">,
-): void {
+): Promise<void> {
   const pid = rootProcess(pids);
   if (pid === undefined || nodes.length === 0) return;
   const directory = constants.O_DIRECTORY | constants.O_RDONLY;
-  const root = openSync(`/proc/${pid}/root`, directory);
+  const root = await openApart(`/proc/${pid}/root`, directory);
   try {
     for (const node of nodes) {
       // The path may lead through links of the container's: never out of it, so none at all.
-      const parent = openParent(root, posix.dirname(node.path).slice(1));
+      const parent = await openParent(root, posix.dirname(node.path).slice(1));
       try {
+        // What is behind a server of the container's would be waited for.
+        if (await isServed(`/proc/self/fd/${parent}`))
+          throw new WrongState(`${node.path} is on a file system that the container serves itself`);
         makeOne(parent, node, log);
       } finally {
         closeSync(parent);
@@ -76,20 +79,20 @@ export function makeGpuNodes(
   }
 }
 
-function openParent(root: number, path: string): number {
+async function openParent(root: number, path: string): Promise<number> {
   const flags = constants.O_DIRECTORY | constants.O_RDONLY;
   try {
-    return openBeneath(root, path, flags);
+    return await openBeneathApart(root, path, flags);
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== "ENOENT" || path === "dev") throw error;
   }
-  const above = openBeneath(root, posix.dirname(path), flags); // of nvidia-caps
+  const above = await openBeneathApart(root, posix.dirname(path), flags); // of nvidia-caps
   try {
     mkdirSync(`/proc/self/fd/${above}/${posix.basename(path)}`, 0o755);
   } finally {
     closeSync(above);
   }
-  return openBeneath(root, path, flags);
+  return await openBeneathApart(root, path, flags);
 }
 
 /** Of openat2(2), which Node's constants lack: a descriptor that only stands for the file. */

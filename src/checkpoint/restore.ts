@@ -350,7 +350,7 @@ async function makeDeviceNodes({ target }: RestoreContext, next: () => Promise<v
   // In the foreground the container has come and gone.
   if (nodes.length > 0 && !target.inForeground) {
     const { makeGpuNodes } = await import("./gpu-nodes.ts");
-    makeGpuNodes(await (await target.cgroup()).pids(), nodes, target.log);
+    await makeGpuNodes(await (await target.cgroup()).pids(), nodes, target.log);
   }
   await next();
 }

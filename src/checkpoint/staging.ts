@@ -155,7 +155,7 @@ export class Staging implements AsyncDisposable {
         const ours = await olderEntries(directory);
         expectRoom(
           directory,
-          entriesOf(directory).filter((name) => criuFile.test(name) && !ours.includes(name)),
+          entriesOf(directory).filter((name) => isCriuFile(name) && !ours.includes(name)),
         );
       }
       using target = new Directory(directory);
@@ -509,7 +509,9 @@ function undoMoves(directory: string, root: string): void {
 }
 
 /** What CRIU and the engines leave in an image path. */
-const criuFile = /\.img$|^descriptors\.json$|^stats-dump$|^dump\.log$|^parent$/;
+export function isCriuFile(name: string): boolean {
+  return /\.img$|^descriptors\.json$|^stats-dump$|^dump\.log$|^parent$/.test(name);
+}
 
 /** The top entries that an older checkpoint in this directory consists of: by its manifest, or by their names where it has none. */
 async function olderEntries(directory: string): Promise<string[]> {
@@ -517,7 +519,7 @@ async function olderEntries(directory: string): Promise<string[]> {
   const manifest = found.includes(MANIFEST_NAME)
     ? await readManifest(directory).catch(() => undefined) // broken: then as if there were none
     : undefined;
-  const byName = found.includes("inventory.img") ? found.filter((name) => criuFile.test(name)) : [];
+  const byName = found.includes("inventory.img") ? found.filter(isCriuFile) : [];
   const names = new Set(manifest?.files.map(({ path }) => path.split("/", 1)[0]!) ?? byName);
   names.add(MANIFEST_NAME);
   if (manifest) names.add("parent"); // CRIU's link to an earlier checkpoint is no file

@@ -2,6 +2,7 @@ import { constants, type Stats } from "node:fs";
 import { lstat, mkdir, open, readdir, rename, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed, WrongState } from "../errors/index.ts";
+import { expectAnswer } from "../linux/apart.ts";
 import { MANIFEST_NAME } from "./manifest.ts";
 import { sweep } from "./staging.ts";
 import { CheckpointUse } from "./use.ts";
@@ -61,6 +62,7 @@ export class CheckpointStore {
    */
   async directoryFor(owner: StoreOwner, name: string): Promise<string> {
     const parts = [...ownerParts(owner), checkedName(name)];
+    await expectAnswer(this.root);
     await mkdir(this.root, { recursive: true, mode: 0o700 });
     await this.#check(this.root);
     let path = this.root;
@@ -132,6 +134,7 @@ export class CheckpointStore {
   /** Who has checkpoints here. */
   async owners(): Promise<StoreOwner[]> {
     const owners: StoreOwner[] = [];
+    await expectAnswer(this.root);
     for (const namespace of await names(this.root))
       for (const pod of await names(join(this.root, namespace), [NO_POD_NAMESPACE]))
         owners.push(pod === NO_POD_NAMESPACE ? { namespace } : { namespace, podNamespace: pod });
@@ -162,7 +165,7 @@ export class CheckpointStore {
   }
 
   async #remove(checkpoint: StoredCheckpoint): Promise<boolean> {
-    using unused = CheckpointUse.remove(checkpoint.path);
+    using unused = await CheckpointUse.remove(checkpoint.path);
     if (!unused) return false;
     const staging = join(checkpoint.path, "..", STAGING);
     await mkdir(staging, { recursive: true, mode: 0o700 });
@@ -198,6 +201,7 @@ export class CheckpointStore {
 
   /** Path of a directory below the root, or undefined when it isn't there. Every step of the way is checked. */
   async #existing(parts: readonly string[]): Promise<string | undefined> {
+    await expectAnswer(this.root);
     let path = this.root;
     for (const part of ["", ...parts]) {
       path = join(path, part);

@@ -1,6 +1,6 @@
-import { closeSync, constants, openSync } from "node:fs";
+import { closeSync, constants } from "node:fs";
 import { NotFound, SyscallFailed } from "../errors/index.ts";
-import { flock } from "../linux/addon.ts";
+import { flockApart, openApart } from "../linux/apart.ts";
 
 /*
  * Who uses a checkpoint: a container that is yet to be restored from it, a page daemon that still reads it. Both hold a shared lock on its
@@ -19,29 +19,36 @@ export class CheckpointUse implements Disposable {
    * Says that the checkpoint is in use; others may say so, too.
    * @throws NotFound when it isn't there, or is being removed
    */
-  static use(directory: string): CheckpointUse {
-    const use = CheckpointUse.#take(directory, "shared");
+  static async use(directory: string): Promise<CheckpointUse> {
+    const use = await CheckpointUse.#take(directory, "shared");
     if (!use) throw new NotFound(`checkpoint ${directory} is being removed`);
     return use;
   }
 
   /** Takes the checkpoint away from everybody. @returns undefined when it is in use. @throws NotFound */
-  static remove(directory: string): CheckpointUse | undefined {
-    return CheckpointUse.#take(directory, "exclusive");
+  static async remove(directory: string): Promise<CheckpointUse | undefined> {
+    return await CheckpointUse.#take(directory, "exclusive");
   }
 
-  static #take(directory: string, operation: "shared" | "exclusive"): CheckpointUse | undefined {
+  static async #take(
+    directory: string,
+    operation: "shared" | "exclusive",
+  ): Promise<CheckpointUse | undefined> {
     let fd: number;
     try {
-      fd = openSync(directory, constants.O_RDONLY | constants.O_NONBLOCK);
+      fd = await openApart(directory, constants.O_RDONLY);
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code === "ENOENT")
         throw new NotFound(`checkpoint ${directory} does not exist`, { cause: error });
       throw SyscallFailed.from(error);
     }
-    if (flock(fd, operation)) return new CheckpointUse(fd);
-    closeSync(fd);
-    return undefined;
+    let taken = false;
+    try {
+      taken = await flockApart(fd, directory, operation);
+      return taken ? new CheckpointUse(fd) : undefined;
+    } finally {
+      if (!taken) closeSync(fd);
+    }
   }
 
   [Symbol.dispose](): void {

@@ -31,7 +31,9 @@ export async function runPreflight(
   const { name, input } =
     request.pid === undefined ? await ofContainer(request) : await ofProcess(request, request.pid);
   // What the GPU driver's processes hold is given back before CRIU looks.
-  const gpuDevices = mayHaveGpu() ? findGpuProcesses(input.pids).flatMap(({ devices }) => devices) : [];
+  const gpuDevices = mayHaveGpu()
+    ? (await findGpuProcesses(input.pids)).flatMap(({ devices }) => devices)
+    : [];
   const report = await preflight({ ...input, pluginDevices: gpuDevices });
   return { text: toText(name, report), document: toDocument(report) };
 }

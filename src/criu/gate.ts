@@ -9,6 +9,7 @@ import {
   symlinkSync,
   writeFileSync,
 } from "node:fs";
+import { mkdir, readlink, rmdir } from "node:fs/promises";
 import { createServer, type Server, type Socket } from "node:net";
 import { join } from "node:path";
 import { environmentOf, programOf } from "../linux/proc.ts";
@@ -21,6 +22,11 @@ import { criuPath } from "./tools.ts";
  *
  * A gate is a directory. As long as `closed.conf` is in it, no CRIU has gone through: whoever finds it after a crash knows by that
  * whether anything was begun. A cedanad that ends takes the other end of CRIU's connection along, and CRIU doesn't start.
+ *
+ * An engine comes to the gate by its environment. One behind a script that clears that starts CRIU past it, and CRIU doesn't know of the
+ * configuration that it would refuse either. So the way is barred there, too: where CRIU would write its log, which it opens before it
+ * looks at any process, is a directory until the container stands still (`unbar`). What an administrator's file of options for CRIU
+ * sends elsewhere (`log-file`) isn't barred: whoever waits for the gate must take an engine's success for a dump that went past it.
  */
 
 export interface GateOptions {
@@ -44,6 +50,8 @@ const DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 const CLOSED = "closed.conf";
 /** No option of CRIU's, so that it refuses to start with it. */
 const CLOSED_CONFIG = "cedana-gate-is-closed\n";
+/** leads to where CRIU would write its log */
+const BARRED = "barred";
 
 export class Gate implements Disposable {
   readonly directory: string;
@@ -74,13 +82,17 @@ export class Gate implements Disposable {
     );
   }
 
-  /** @param inside  where its directory is made, under a name that no gate has had */
-  static async make(inside: string, { program, path }: GateOptions): Promise<Gate> {
+  /**
+   * @param inside   where its directory is made, under a name that no gate has had
+   * @param criuLog  where CRIU will write its log; nothing is there
+   */
+  static async make(inside: string, { program, path }: GateOptions, criuLog: string): Promise<Gate> {
     // At once: some 100 us, where each trip through a busy thread pool may take as long.
     const directory = mkdtempSync(join(inside, "criu-gate-"));
     symlinkSync(program, join(directory, "criu"));
     writeFileSync(join(directory, CLOSED), CLOSED_CONFIG, { mode: 0o600 });
     writeFileSync(join(directory, "criu.conf"), "", { mode: 0o600 });
+    symlinkSync(criuLog, join(directory, BARRED));
     const fd = openSync(directory, "r");
     const server = createServer();
     const gate = new Gate(directory, gateEnvironment(directory, path), server, fd);
@@ -88,6 +100,7 @@ export class Gate implements Disposable {
       // A socket's address has 107 bytes; a bundle's path may have more.
       server.listen(`/proc/self/fd/${fd}/socket`);
       await once(server, "listening");
+      await mkdir(criuLog, { mode: 0o700 });
     } catch (error) {
       gate[Symbol.dispose]();
       throw error;
@@ -95,8 +108,13 @@ export class Gate implements Disposable {
     return gate;
   }
 
+  /** Clears the way past the gate: nothing is wrong any more with a CRIU that begins. */
+  async unbar(): Promise<void> {
+    await unbar(this.directory);
+  }
+
   /**
-   * Lets CRIU go, once it has arrived. Where its engine has been killed meanwhile, nobody is there.
+   * Lets CRIU go, once it has arrived and the way is clear. Where its engine has been killed meanwhile, nobody is there.
    * @param config  of CRIU, as lines of its configuration file
    */
   open(config: string): void {
@@ -138,6 +156,22 @@ export function isPassed(directory: string): boolean {
   return !existsSync(join(directory, CLOSED));
 }
 
-export function removeGate(directory: string): void {
+/** The same of a gate of a cedanad before us. */
+export async function unbar(directory: string): Promise<void> {
+  try {
+    await rmdir(await readlink(join(directory, BARRED)));
+  } catch (error) {
+    if (!isNoBar(error)) throw error;
+  }
+}
+
+/** With what bars the way past it. */
+export async function removeGate(directory: string): Promise<void> {
+  await unbar(directory);
   rmSync(directory, { recursive: true, force: true });
+}
+
+/** The way is clear: CRIU's log is there, or nothing is. */
+function isNoBar(error: unknown): boolean {
+  return ["ENOENT", "ENOTDIR"].includes((error as NodeJS.ErrnoException).code ?? "");
 }

@@ -1,8 +1,9 @@
 import { execFile } from "node:child_process";
-import { readdir, readFile, readlink } from "node:fs/promises";
+import { readdir, readlink } from "node:fs/promises";
 import { setTimeout as sleep } from "node:timers/promises";
 import { promisify } from "node:util";
 import type { Logger } from "pino";
+import { commandLineOf, isFromHere } from "../linux/command-line.ts";
 import { childrenOf, isAlive, processStat, startTime } from "../linux/proc.ts";
 
 // What is left of a CRIU whose caller was killed, or that was killed itself: it goes on alone, or its half-made processes wait for it.
@@ -28,7 +29,7 @@ export async function criuProcesses(workPath: string, ancestor?: number): Promis
  */
 export async function endOfWriters(path: string): Promise<void> {
   const isWriter = async (pid: number) =>
-    (await commandLine(pid)).includes(path) || (await isCriuIn(pid, path));
+    (isFromHere(pid) && (await commandLineOf(pid)).includes(path)) || (await isCriuIn(pid, path));
   // Looked for again: an engine that has ended may have started CRIU before.
   for (let left = await processesThat(isWriter); left.length > 0; left = await processesThat(isWriter))
     for (const pid of left) {
@@ -38,9 +39,12 @@ export async function endOfWriters(path: string): Promise<void> {
 }
 
 async function processesThat(is: (pid: number) => Promise<boolean>): Promise<number[]> {
-  const pids = (await readdir("/proc")).filter((name) => /^\d+$/.test(name)).map(Number);
-  const found = await Promise.all(pids.map(async (pid) => ((await is(pid)) ? pid : undefined)));
-  return found.filter((pid) => pid !== undefined);
+  const found: number[] = [];
+  for (const name of await readdir("/proc")) {
+    const pid = Number(name);
+    if (pid > 0 && (await is(pid))) found.push(pid);
+  }
+  return found;
 }
 
 async function isCriuIn(pid: number, directory: string): Promise<boolean> {
@@ -141,7 +145,8 @@ async function watchForDeadCriu(
   };
   for (let rounds = 0; await sleepUnless(signal); ) {
     const engines: number[] = [];
-    for (const pid of childrenOf(parent)) if ((await commandLine(pid)).includes(workPath)) engines.push(pid);
+    for (const pid of childrenOf(parent))
+      if (isFromHere(pid) && (await commandLineOf(pid)).includes(workPath)) engines.push(pid);
     const bereft = engines.filter((pid) => childrenOf(pid).some(isDead));
     // One that has just ended is about to be waited for.
     rounds = bereft.length > 0 ? rounds + 1 : 0;
@@ -156,10 +161,6 @@ async function watchForDeadCriu(
 async function sleepUnless(signal: AbortSignal): Promise<boolean> {
   await sleep(WATCH_MS, undefined, { signal }).catch(() => {}); // it was aborted
   return !signal.aborted;
-}
-
-async function commandLine(pid: number): Promise<string> {
-  return await readFile(`/proc/${pid}/cmdline`, "utf8").catch(() => ""); // it has ended
 }
 
 export function kill(pid: number): void {

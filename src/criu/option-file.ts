@@ -22,6 +22,8 @@ export function criuConfig(options: {
   readonly externalMounts?: readonly { readonly key: string; readonly source: string }[] | undefined;
   /** What cgroups are restored below instead of where they were, by controller; that of version 2 is "". */
   readonly cgroupRoots?: readonly (readonly [controller: string, path: string])[] | undefined;
+  /** Where all hierarchies of cgroups are mounted, so that CRIU needs to mount none. */
+  readonly cgroupYard?: string | undefined;
 }): string {
   return [
     options.tcpClose && "tcp-close",
@@ -29,11 +31,14 @@ export function criuConfig(options: {
     options.leaveStopped && "leave-stopped",
     options.lazyPages && "lazy-pages",
     options.networkLock && `network-lock ${options.networkLock}`,
-    options.pluginDirectory !== undefined && `libdir "${absolutePath(options.pluginDirectory)}"`,
+    options.pluginDirectory !== undefined &&
+      `libdir "${absolutePath("plugin directory", options.pluginDirectory)}"`,
     ...(options.externalMounts ?? []).map(
       ({ key, source }) => `external ${quoted(`mnt[${key}]:${source}`, "mount")}`,
     ),
     ...(options.cgroupRoots ?? []).map(([controller, path]) => cgroupRoot(controller, path)),
+    options.cgroupYard !== undefined &&
+      `cgroup-yard "${absolutePath("directory of cgroups", options.cgroupYard)}"`,
   ]
     .filter(Boolean)
     .map((line) => `${line}\n`)
@@ -57,8 +62,7 @@ function quoted(text: string, what: string): string {
   return `"${text}"`;
 }
 
-function absolutePath(path: string): string {
-  if (!isAbsolute(path))
-    throw new InvalidRequest(`plugin directory ${JSON.stringify(path)} is not an absolute path`);
+function absolutePath(what: string, path: string): string {
+  if (!isAbsolute(path)) throw new InvalidRequest(`${what} ${JSON.stringify(path)} is not an absolute path`);
   return path;
 }

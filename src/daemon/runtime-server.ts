@@ -5,7 +5,7 @@ import type { Logger } from "pino";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { Cancelled, SyscallFailed } from "../errors/index.ts";
 import { programOf } from "../linux/proc.ts";
-import type { Conversation, OciCall } from "../runtime/oci/call.ts";
+import type { Conversation, OciAnswer, OciCall } from "../runtime/oci/call.ts";
 import { Endings } from "../runtime/oci/endings.ts";
 import { Escalator } from "../runtime/oci/escalator.ts";
 import { thawLeftovers } from "../runtime/oci/frozen.ts";
@@ -89,14 +89,7 @@ export class RuntimeServer {
     const answered = import("../runtime/oci/commands.ts").then(({ runCommand }) =>
       runCommand(call, wrapper, this.#escalator, this.#endings),
     );
-    void answered.then((answer) => {
-      if (answer)
-        send(messageType.RUNTIME_ANSWER, {
-          status: answer.status,
-          message: answer.message,
-          answer: answer.output === undefined ? undefined : Buffer.from(answer.output),
-        });
-    });
+    void answered.then((answer) => answer && wrapper.answer(answer));
     return wrapper;
   }
 }
@@ -129,6 +122,7 @@ class Wrapper implements Conversation, WrapperCall {
   readonly #send: (type: MessageType, values: FieldValues) => void;
   readonly #pid: number;
   readonly #gone = new AbortController();
+  #answered = false;
   #running: { resolve(status: number): void; reject(error: Error): void } | undefined;
 
   constructor(send: (type: MessageType, values: FieldValues) => void, pid: number, log: Logger) {
@@ -151,6 +145,13 @@ class Wrapper implements Conversation, WrapperCall {
       this.#running = { resolve, reject };
       this.#send(messageType.RUNTIME_RUN, { argv, env: pairs(options.env), outputPath: options.outputPath });
     });
+  }
+
+  answer({ status, message, output }: OciAnswer): void {
+    if (this.#answered) return;
+    this.#answered = true;
+    const answer = output === undefined ? undefined : Buffer.from(output);
+    this.#send(messageType.RUNTIME_ANSWER, { status, message, answer });
   }
 
   become(argv: readonly string[], options: Parameters<Conversation["become"]>[1] = {}): void {

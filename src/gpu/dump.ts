@@ -32,7 +32,7 @@ import { recoverInBackground } from "./recover.ts";
  */
 
 export async function findForDump(owner: DeviceOwner): Promise<DeviceDump | undefined> {
-  const found = findGpuProcesses(await (await owner.cgroup()).pids());
+  const found = await findGpuProcesses(await (await owner.cgroup()).pids());
   const journal = readJournal(owner);
   if (found.length === 0) {
     if (journal) removeJournal(owner);
@@ -126,7 +126,7 @@ class GpuDump implements DeviceDump {
 
   /** Who is a client of the driver, and in what state. */
   async #confirm(): Promise<Client[]> {
-    const found = findGpuProcesses(await (await this.#owner.cgroup()).pids()); // some may have come since the first look
+    const found = await findGpuProcesses(await (await this.#owner.cgroup()).pids()); // some may have come since the first look
     const clients = await Promise.all(
       found.map(async (process) => {
         const restoreThread = await this.#means.restoreThread(process.pid);
@@ -168,7 +168,7 @@ class GpuDump implements DeviceDump {
   async checkpoint(): Promise<void> {
     if (this.#owner.hasEnded || this.#clients.length === 0) return;
     const cgroup = await this.#owner.cgroup();
-    this.#refuseNewcomers(await cgroup.pids());
+    await this.#refuseNewcomers(await cgroup.pids());
     let failure: unknown;
     try {
       const free = new Map(this.#clients.map(({ pid, restoreThread }) => [pid, restoreThread]));
@@ -194,9 +194,11 @@ class GpuDump implements DeviceDump {
   }
 
   /** A process that has begun to use a GPU since we asked is not locked, and now it is frozen: nobody can ask it any more. */
-  #refuseNewcomers(pids: readonly number[]): void {
+  async #refuseNewcomers(pids: readonly number[]): Promise<void> {
     const known = new Set(this.#clients.map(({ pid }) => pid));
-    const newcomer = findGpuProcesses(pids).find(({ pid, devices }) => devices.length > 0 && !known.has(pid));
+    const newcomer = (await findGpuProcesses(pids)).find(
+      ({ pid, devices }) => devices.length > 0 && !known.has(pid),
+    );
     if (newcomer)
       throw new WrongState(
         `process ${newcomer.pid} (${newcomer.comm}) of ${this.#owner.what} has begun to use a GPU in the middle of the checkpoint: try again`,

@@ -1,9 +1,9 @@
-import { existsSync, readdirSync, readFileSync, readlinkSync, statSync } from "node:fs";
+import { closeSync, constants, readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { isAbsolute } from "node:path";
-import { Unsupported } from "../errors/index.ts";
+import { TimedOut, Unavailable, Unsupported } from "../errors/index.ts";
+import { O_PATH, openApart, openInRootApart, readApart, statApart } from "../linux/apart.ts";
 import { splitDevice } from "../linux/fdinfo.ts";
 import { pidsInNamespaces, processStat, startTime } from "../linux/proc.ts";
-import { pathInRoot } from "../linux/root-path.ts";
 import { PRELOADED } from "../runtime/gpu-injection.ts";
 
 /** A process that may be a client of the driver. */
@@ -24,13 +24,15 @@ const deviceLink = /^\/dev\/(nvidia|dxg)/;
  * Those that have the driver's library mapped, or a device of its open. A process that has ended meanwhile is none.
  * Costs some 30 us for a small process.
  */
-export function findGpuProcesses(pids: readonly number[]): GpuProcess[] {
-  return pids.flatMap((pid) => {
-    const devices = openDevices(pid);
-    if (devices.length === 0 && !mapsDriver(pid)) return [];
+export async function findGpuProcesses(pids: readonly number[]): Promise<GpuProcess[]> {
+  const found: GpuProcess[] = [];
+  for (const pid of pids) {
+    const devices = await openDevices(pid);
+    if (devices.length === 0 && !mapsDriver(pid)) continue;
     const process = describeProcess(pid);
-    return process ? [{ ...process, devices: [...new Set(devices)] }] : [];
-  });
+    if (process) found.push({ ...process, devices: [...new Set(devices)] });
+  }
+  return found;
 }
 
 export function describeProcess(pid: number): Omit<GpuProcess, "devices"> | undefined {
@@ -48,15 +50,17 @@ function mapsDriver(pid: number): boolean {
   );
 }
 
-function openDevices(pid: number): string[] {
+async function openDevices(pid: number): Promise<string[]> {
   const found: string[] = [];
   for (const fd of listIfThere(`/proc/${pid}/fd`)) {
     const path = `/proc/${pid}/fd/${fd}`;
     try {
       if (!deviceLink.test(readlinkSync(path))) continue;
-      const { major, minor } = splitDevice(statSync(path).rdev);
+      const [, rdev] = await statApart(path); // a file of the container's own may have the name, too
+      const { major, minor } = splitDevice(rdev);
       found.push(`${major}:${minor}`);
-    } catch {
+    } catch (error) {
+      if (error instanceof TimedOut || error instanceof Unavailable) throw error;
       // closed meanwhile
     }
   }
@@ -72,13 +76,40 @@ export async function refuseMps({ pid, comm }: GpuProcess, what: string): Promis
   if (comm === "nvidia-cuda-mps")
     // cut to 15 bytes: -control and -server
     throw new Unsupported(`${name} is a server of MPS: GPU state behind MPS can't be checkpointed`);
-  const environment = readIfThere(`/proc/${pid}/environ`).split("\0");
+  const environment = (await environmentOfContainer(pid)).split("\0");
   const given = environment.find((entry) => entry.startsWith("CUDA_MPS_PIPE_DIRECTORY="))?.slice(24);
   const directory = given && isAbsolute(given) ? given : "/tmp/nvidia-mps";
-  if (existsSync(await pathInRoot(`/proc/${pid}/root`, `${directory}/control`)))
+  if (await isInContainer(pid, `${directory}/control`))
     throw new Unsupported(
       `${name} uses its GPU through MPS (${directory}/control): GPU state behind MPS can't be checkpointed; run it without MPS`,
     );
+}
+
+/** As many bytes as the kernel lets a program have, and more. */
+const MAX_ENVIRONMENT_BYTES = 8 * 2 ** 20;
+
+/** It lies in the process's memory, which may be a file's on a server that doesn't answer. */
+async function environmentOfContainer(pid: number): Promise<string> {
+  try {
+    return (await readApart(`/proc/${pid}/environ`, MAX_ENVIRONMENT_BYTES)).toString("utf8");
+  } catch (error) {
+    if (error instanceof TimedOut || error instanceof Unavailable) throw error;
+    return ""; // it has ended
+  }
+}
+
+async function isInContainer(pid: number, path: string): Promise<boolean> {
+  let root: number | undefined;
+  try {
+    root = await openApart(`/proc/${pid}/root`, constants.O_RDONLY | constants.O_DIRECTORY);
+    closeSync(await openInRootApart(root, path, O_PATH));
+    return true;
+  } catch (error) {
+    if (error instanceof TimedOut || error instanceof Unavailable) throw error;
+    return false; // it isn't there, or it has ended
+  } finally {
+    if (root !== undefined) closeSync(root);
+  }
 }
 
 function readIfThere(path: string): string {

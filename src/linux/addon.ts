@@ -32,6 +32,11 @@ interface Addon {
   seqpacketReceive(fd: number): Packet | undefined;
   watchReadable(fd: number, callback: () => void): () => void;
   openat2(directory: number, path: PathLike, flags: number, mode: number, resolve: number): number;
+  openApart(directory: number, path: PathLike, flags: number, mode: number, resolve: number): Promise<number>;
+  flockApart(fd: number, operation: number): Promise<boolean>;
+  readApart(path: PathLike, most: number): Promise<Buffer>;
+  statApart(path: PathLike): Promise<NumbersOfStat>;
+  fileSystemApart(path: PathLike): Promise<number>;
   renameat2(from: number, fromPath: PathLike, to: number, toPath: PathLike, flags: number): void;
   seekTo(fd: number, offset: number, whence: number): number;
   listXattr(path: PathLike): Buffer;
@@ -185,16 +190,6 @@ export function kcmp(pid: number, otherPid: number, what: keyof typeof kcmpTypes
   return addon().kcmp(pid, otherPid, kcmpTypes[what]);
 }
 
-/**
- * Whether a file handle, as an inotify watch's fdinfo shows it, leads back to its file (open_by_handle_at(2)); off the
- * event loop, for it may read a disk.
- * @param mountPath  any path on the file system
- * @returns 0, or the errno
- */
-export function tryHandle(mountPath: string, type: number, handle: Buffer): Promise<number> {
-  return addon().tryHandle(mountPath, type, handle);
-}
-
 const lockOperations = { shared: 1, exclusive: 2, unlock: 8 } as const;
 
 /**
@@ -207,7 +202,7 @@ export function flock(fd: number, operation: keyof typeof lockOperations): boole
 }
 
 /** How openat2(2) walks a path. Source: linux/openat2.h. */
-const RESOLVE = { NO_XDEV: 1, NO_MAGICLINKS: 2, NO_SYMLINKS: 4, BENEATH: 8, IN_ROOT: 16 } as const;
+export const RESOLVE = { NO_XDEV: 1, NO_MAGICLINKS: 2, NO_SYMLINKS: 4, BENEATH: 8, IN_ROOT: 16 } as const;
 
 /**
  * Opens a path that can't lead out of a directory: no `..` above it, no absolute path, no symbolic link.
@@ -233,6 +228,28 @@ export function openBeneath(directory: number, path: PathLike, flags: number, mo
 export function openInRoot(root: number, path: PathLike, flags: number, mode = 0): number {
   return addon().openat2(root, path, flags, mode, RESOLVE.IN_ROOT | RESOLVE.NO_MAGICLINKS);
 }
+
+/** Of stat(2). */
+export type NumbersOfStat = [mode: number, rdev: number, links: number, bytes: number, blocks: number];
+
+/**
+ * System calls that may never come back, each in a thread of its own. src/linux/apart.ts bounds them: call nothing of this by itself.
+ */
+export const apart = {
+  /** openat2(2). @param directory  duplicated; -1: none, the path is absolute. The caller closes what is opened */
+  open: (directory: number, path: PathLike, flags: number, mode: number, resolve: number) =>
+    addon().openApart(directory, path, flags, mode, resolve),
+  /** As `flock`: a server may be asked for the lock. */
+  flock: (fd: number, operation: keyof typeof lockOperations) =>
+    addon().flockApart(fd, lockOperations[operation]),
+  /** Whether a file handle leads back to its file (open_by_handle_at(2)): 0, or the errno. */
+  tryHandle: (mountPath: string, type: number, handle: Buffer) => addon().tryHandle(mountPath, type, handle),
+  /** A regular file, whole. @throws EISDIR, EINVAL for what is no file, EFBIG for one with more than `most` bytes */
+  read: (path: PathLike, most: number) => addon().readApart(path, most),
+  stat: (path: PathLike) => addon().statApart(path),
+  /** statfs(2)'s f_type, of the nearest directory above what isn't there. */
+  fileSystem: (path: PathLike) => addon().fileSystemApart(path),
+};
 
 /** One packet, and the descriptors that came with it, which are the receiver's to close. */
 export interface Packet {

@@ -148,3 +148,27 @@ export async function foreignHierarchies(pid: number): Promise<[controller: stri
   const controllers = [...parseMembership(text).keys()].filter((controller) => controller !== "");
   return controllers.map((controller) => [controller, "/cgroup.procs"]);
 }
+
+/**
+ * The directory in which a host has mounted every hierarchy that a process is in, each by the name by which CRIU looks for it: its controllers
+ * as /proc lists them (`cpu,cpuacct`), a named one's name, that of version 2 as `unified`. Nearly every host of version 1 has them so. CRIU needs to
+ * mount none itself then (`--cgroup-yard`), for which the kernel makes it wait until every cgroup that is being removed has gone.
+ * @returns undefined where one is missing, mounted elsewhere or in part, and on a host of version 2, whose one hierarchy costs nothing to mount
+ */
+export async function cgroupYard(pid: number): Promise<string | undefined> {
+  const { version, byController } = await hierarchies();
+  const text = readIfThere(`/proc/${pid}/cgroup`);
+  return version === 2 || text === undefined ? undefined : findYard(text, byController);
+}
+
+/** @param membership  /proc/PID/cgroup */
+export function findYard(membership: string, byController: Hierarchies["byController"]): string | undefined {
+  const yard = "/sys/fs/cgroup";
+  for (const line of membership.split("\n").filter(Boolean)) {
+    const controllers = line.split(":", 2)[1]!;
+    const name = controllers === "" ? "unified" : controllers.replace(/^name=/, "");
+    const hierarchy = byController.get(controllers.split(",", 1)[0]!);
+    if (hierarchy?.mountPoint !== `${yard}/${name}` || hierarchy.root !== "/") return undefined;
+  }
+  return yard;
+}

@@ -1,5 +1,5 @@
 import { constants, existsSync } from "node:fs";
-import { mkdir, readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
+import { readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
 import { setTimeout as sleep } from "node:timers/promises";
 import { NotFound, SyscallFailed, TimedOut, Unsupported, WrongState } from "../errors/index.ts";
 import { ignoreGone, readIfThere, removed } from "./cgroup-files.ts";
@@ -283,15 +283,6 @@ function sendSignal(pid: number, signal: NodeJS.Signals | number): void {
   } catch (err) {
     if ((err as NodeJS.ErrnoException).code !== "ESRCH") throw SyscallFailed.from(err); // ESRCH: it has ended, as it should
   }
-}
-
-/**
- * Makes a cgroup of version 2.
- * @param path  in the hierarchy, with a leading slash
- * @throws Unsupported on a host of version 1
- */
-export async function makeCgroup(path: string): Promise<void> {
-  await mkdir(await unifiedPath(path), { recursive: true });
 }
 
 /**

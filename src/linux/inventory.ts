@@ -1,7 +1,8 @@
-import { closeSync, constants, openSync, readFileSync, readlinkSync } from "node:fs";
+import { closeSync, constants, openSync, readFileSync, readlinkSync, type Stats } from "node:fs";
 import { readdir, readFile, stat } from "node:fs/promises";
-import { SyscallFailed } from "../errors/index.ts";
-import { type SocketOfProcess, socketOf } from "./addon.ts";
+import { SyscallFailed, TimedOut, Unavailable } from "../errors/index.ts";
+import { type NumbersOfStat, type SocketOfProcess, socketOf } from "./addon.ts";
+import { isServed, O_PATH, statApart } from "./apart.ts";
 import { type FdInfo, parseFdInfo } from "./fdinfo.ts";
 import { type FileMapping, parseFileMapping } from "./maps.ts";
 import { type MountInfo, parseMountInfoLine } from "./mount-options.ts";
@@ -114,7 +115,7 @@ export interface Inventory {
 }
 
 /** A file system that doesn't answer by then counts as dead. */
-const patienceMs = 2_000;
+export const PATIENCE_MS = 2_000;
 const concurrency = 8;
 
 /**
@@ -130,6 +131,7 @@ export async function takeInventory(
   const shared = {
     stats: new Map<string, Promise<FileStat | string>>(),
     mountOfFile: new Map<string, number>(),
+    mounts: new Map<string, Promise<MountAnswer>>(),
   };
   const processes: ProcessInventory[] = [];
   const mounts = new Map<number, readonly MountInfo[]>();
@@ -167,7 +169,12 @@ async function settle(work: Promise<void>[]): Promise<void> {
 interface SharedFacts {
   readonly stats: Map<string, Promise<FileStat | string>>;
   readonly mountOfFile: Map<string, number>;
+  /** by mount namespace and mount */
+  readonly mounts: Map<string, Promise<MountAnswer>>;
 }
+
+/** Who answers for the files of a mount: the kernel itself; a server; a server that doesn't. */
+type MountAnswer = "kernel" | "server" | "nobody";
 
 async function ofProcess(
   pid: number,
@@ -262,7 +269,7 @@ async function filesOf(
     if (!link.startsWith("/") || what === "exe") return;
     // The same file by the same mount is the same for everybody.
     const key = `${mountNamespace} ${info.mountId} ${info.inode ?? path} ${link}`;
-    const known = shared.stats.get(key) ?? statWithin(path);
+    const known = shared.stats.get(key) ?? statWithin(path, `${mountNamespace} ${info.mountId}`, shared);
     shared.stats.set(key, known);
     waiting.push(
       known.then((found) => {
@@ -291,12 +298,12 @@ async function filesOf(
 
 /**
  * Waits for a file system's answer, but not for ever: the server of a network or FUSE file system may be dead. The thread
- * of the pool that asked stays with it.
+ * of the pool that asked stays with it: for what nobody but an administrator can choose.
  * @returns undefined when there was none in time
  */
 export async function answerWithin<T>(question: Promise<T>): Promise<T | undefined> {
   const { promise, resolve } = Promise.withResolvers<undefined>();
-  const timer = setTimeout(resolve, patienceMs, undefined);
+  const timer = setTimeout(resolve, PATIENCE_MS, undefined);
   try {
     return await Promise.race([promise, question]);
   } finally {
@@ -304,39 +311,98 @@ export async function answerWithin<T>(question: Promise<T>): Promise<T | undefin
   }
 }
 
-async function statWithin(path: string): Promise<FileStat | string> {
-  return (await answerWithin(statOf(path))) ?? `no answer within ${patienceMs} ms`;
-}
-
-async function statOf(path: string): Promise<FileStat | string> {
+/**
+ * Of a file of the process's. No thread of the pool is risked for what a server answers for; of a mount whose server was silent once, nothing
+ * more is asked.
+ */
+async function statWithin(path: string, mount: string, shared: SharedFacts): Promise<FileStat | string> {
+  const whoAnswers = shared.mounts.get(mount) ?? askMount(path);
+  shared.mounts.set(mount, whoAnswers);
+  const silent = `no answer within ${PATIENCE_MS} ms`;
+  const answers = await whoAnswers;
+  if (answers === "kernel") return (await answerWithin(statOf(path))) ?? silent;
+  if (answers === "nobody") return silent;
   try {
-    const found = await stat(path);
-    const type = found.isFile()
-      ? "file"
-      : found.isDirectory()
-        ? "directory"
-        : found.isFIFO()
-          ? "fifo"
-          : found.isCharacterDevice()
-            ? "char"
-            : found.isBlockDevice()
-              ? "block"
-              : found.isSocket()
-                ? "socket"
-                : "other";
-    return {
-      type,
-      device: found.rdev,
-      links: found.nlink,
-      bytes: found.size,
-      allocatedBytes: found.blocks * 512,
-    };
+    return fileStat(statOfNumbers(await statApart(path, PATIENCE_MS)));
   } catch (err) {
-    return (err as NodeJS.ErrnoException).code ?? String(err);
+    if (!isSilence(err)) return codeOf(err) || String(err);
+    shared.mounts.set(mount, Promise.resolve("nobody"));
+    return silent;
   }
 }
 
-/** The mount that a magic link of procfs leads to; undefined when it can't be followed. O_PATH opens nothing. */
+async function askMount(path: string): Promise<MountAnswer> {
+  try {
+    return (await isServed(path, PATIENCE_MS)) ? "server" : "kernel";
+  } catch (err) {
+    return isSilence(err) ? "nobody" : "kernel"; // closed meanwhile: stat(2) says so
+  }
+}
+
+const isSilence = (err: unknown) => err instanceof TimedOut || err instanceof Unavailable;
+
+async function statOf(path: string): Promise<FileStat | string> {
+  try {
+    return fileStat(await stat(path));
+  } catch (err) {
+    return codeOf(err) || String(err);
+  }
+}
+
+function statOfNumbers([mode, rdev, nlink, size, blocks]: NumbersOfStat): StatLike {
+  const is = (type: number) => () => (mode & constants.S_IFMT) === type;
+  return {
+    rdev,
+    nlink,
+    size,
+    blocks,
+    isFile: is(constants.S_IFREG),
+    isDirectory: is(constants.S_IFDIR),
+    isFIFO: is(constants.S_IFIFO),
+    isCharacterDevice: is(constants.S_IFCHR),
+    isBlockDevice: is(constants.S_IFBLK),
+    isSocket: is(constants.S_IFSOCK),
+  };
+}
+
+type StatLike = Pick<
+  Stats,
+  | "rdev"
+  | "nlink"
+  | "size"
+  | "blocks"
+  | "isFile"
+  | "isDirectory"
+  | "isFIFO"
+  | "isCharacterDevice"
+  | "isBlockDevice"
+  | "isSocket"
+>;
+
+function fileStat(found: StatLike): FileStat {
+  const type = found.isFile()
+    ? "file"
+    : found.isDirectory()
+      ? "directory"
+      : found.isFIFO()
+        ? "fifo"
+        : found.isCharacterDevice()
+          ? "char"
+          : found.isBlockDevice()
+            ? "block"
+            : found.isSocket()
+              ? "socket"
+              : "other";
+  return {
+    type,
+    device: found.rdev,
+    links: found.nlink,
+    bytes: found.size,
+    allocatedBytes: found.blocks * 512,
+  };
+}
+
+/** The mount that a magic link of procfs leads to; undefined when it can't be followed. O_PATH opens nothing, and asks no server. */
 function mountOf(magicLink: string): number | undefined {
   let fd: number;
   try {
@@ -352,8 +418,6 @@ function mountOf(magicLink: string): number | undefined {
     closeSync(fd);
   }
 }
-
-const O_PATH = 0o10000000;
 
 async function parseMaps(text: string, slices: Slices): Promise<FileMapping[]> {
   const mappings: FileMapping[] = [];
@@ -389,7 +453,9 @@ async function filesOfMappings(
     const mountId = shared.mountOfFile.get(key) ?? mountOf(link);
     if (mountId === undefined) continue;
     shared.mountOfFile.set(key, mountId);
-    const stat = /^\/dev\/(?!shm\/)| \(deleted\)$/.test(mapping.path) ? await statWithin(link) : undefined;
+    const stat = /^\/dev\/(?!shm\/)| \(deleted\)$/.test(mapping.path)
+      ? await statWithin(link, `${mountNamespace} ${mountId}`, shared)
+      : undefined;
     found.set(key, { mapping, mountId, ...(typeof stat === "object" && { stat }) });
   }
   return [...found.values()];

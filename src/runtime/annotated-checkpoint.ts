@@ -3,6 +3,7 @@ import { isAbsolute } from "node:path";
 import { type Claim, claimCheckpoint } from "../checkpoint/resume.ts";
 import { CheckpointStore, checkedName, type StoreOwner } from "../checkpoint/store.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
+import { expectAnswer } from "../linux/apart.ts";
 import { type Configuration, configurationPath, readConfiguration } from "./configuration.ts";
 import {
   type CedanaAnnotations,
@@ -83,6 +84,7 @@ async function allowedPath(path: string, allowed: readonly string[]): Promise<st
   );
   // Whether a path outside exists is nobody's business either.
   if (!allowed.some((directory) => isBelow(path, directory))) throw denied;
+  await expectAnswer(path);
   const real = await realpath(path).catch((error: NodeJS.ErrnoException) => {
     if (error.code === "ENOENT" || error.code === "ENOTDIR")
       throw new NotFound(`checkpoint ${path} does not exist`, { cause: error });

@@ -1,8 +1,9 @@
 import { execFile } from "node:child_process";
-import { realpath, stat } from "node:fs/promises";
+import { realpathSync } from "node:fs";
 import { basename, isAbsolute } from "node:path";
 import { promisify } from "node:util";
 import { InvalidRequest, Unavailable, Unsupported } from "../errors/index.ts";
+import { fileIdentity } from "../linux/file-identity.ts";
 
 // The engines, runc and crun: command lines for the keeper to run, and what a binary can do. Nothing is executed
 // here but `--version` and `--help`, once for each binary.
@@ -325,8 +326,7 @@ const featuresByFile = new Map<string, Promise<EngineFeatures>>();
  */
 export async function engineVersion(binary: string): Promise<EngineFeatures> {
   const path = await findBinary(binary);
-  const { dev, ino, mtimeNs } = await stat(path, { bigint: true });
-  const key = `${path} ${dev} ${ino} ${mtimeNs}`;
+  const key = `${path} ${fileIdentity(path)}`;
   let found = featuresByFile.get(key);
   if (!found) {
     found = askFeatures(path);
@@ -380,8 +380,11 @@ export async function findBinary(binary: string): Promise<string> {
     ? [binary]
     : directories.map((directory) => `${directory}/${binary}`);
   for (const candidate of candidates) {
-    const path = await realpath(candidate).catch(() => undefined);
-    if (path !== undefined) return path;
+    try {
+      return realpathSync.native(candidate); // at once: it is looked up at each checkpoint and restore
+    } catch {
+      // ENOENT: not there
+    }
   }
   throw new Unavailable(`engine ${binary} is not installed`);
 }

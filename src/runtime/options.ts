@@ -1,6 +1,6 @@
-import { closeSync, constants, fstatSync, openSync, readFileSync } from "node:fs";
 import { parse as parseToml } from "smol-toml";
-import { InvalidRequest, NotFound } from "../errors/index.ts";
+import { CedanaError, InvalidRequest, NotFound } from "../errors/index.ts";
+import { readApart } from "../linux/apart.ts";
 import { runcOptions, runtimeOptions } from "../proto/index.ts";
 
 // The options that containerd hands to a runtime. They come in one of two messages, packed as Any:
@@ -80,18 +80,18 @@ const noOptions: RuntimeOptions = {
 /**
  * Decodes the options that came with Create or on the launcher's stdin.
  *
- * Reads a file, at once, when they name one (`ConfigPath`): it is the administrator's, small and on a local disk.
+ * Reads a file when they name one (`ConfigPath`).
  * @param any  undefined or without a type: the defaults
  * @throws InvalidRequest for a type that we don't know or content that doesn't fit its type; NotFound for a missing file
  */
-export function decodeOptions(any: AnyMessage | null | undefined): RuntimeOptions {
+export async function decodeOptions(any: AnyMessage | null | undefined): Promise<RuntimeOptions> {
   if (!any?.typeUrl) return noOptions;
   const value = any.value ?? new Uint8Array();
   switch (typeName(any.typeUrl)) {
     case runcType:
       return warned(fromRunc(decodeAs(any.typeUrl, () => runcOptions.Options.decode(value))));
     case genericType:
-      return warned(fromGeneric(decodeAs(any.typeUrl, () => runtimeOptions.Options.decode(value))));
+      return warned(await fromGeneric(decodeAs(any.typeUrl, () => runtimeOptions.Options.decode(value))));
     default:
       throw new InvalidRequest(
         `runtime options are of type ${any.typeUrl}; they may be ${runcType} or ${genericType}`,
@@ -163,33 +163,28 @@ function fromRunc(options: runcOptions.Options): RuntimeOptions {
   };
 }
 
-function fromGeneric(options: runtimeOptions.Options): RuntimeOptions {
+async function fromGeneric(options: runtimeOptions.Options): Promise<RuntimeOptions> {
   // `TypeUrl` in the table says of what type the rest is; without it, it is what we take it for.
   if (options.typeUrl && typeName(options.typeUrl) !== runcType)
     throw new InvalidRequest(
       `runtime options hold a table of type ${options.typeUrl}; it may be ${runcType}, or say nothing`,
     );
-  if (options.configPath) return parseOptionsTable(readConfig(options.configPath), options.configPath);
+  if (options.configPath) return parseOptionsTable(await readConfig(options.configPath), options.configPath);
   return parseOptionsTable(Buffer.from(options.configBody).toString("utf8"), "the runtime's options");
 }
 
-function readConfig(path: string): string {
-  let fd: number;
+async function readConfig(path: string): Promise<string> {
   try {
-    // Non-blocking, so that a FIFO at this path can't stop the daemon.
-    fd = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK);
+    return (await readApart(path, maxConfigBytes)).toString("utf8");
   } catch (err) {
+    if (["EISDIR", "EINVAL", "EFBIG"].includes((err as NodeJS.ErrnoException).code ?? ""))
+      throw new InvalidRequest(`runtime options are to be read from ${path}, which is no small file`, {
+        cause: err,
+      });
+    if (err instanceof CedanaError) throw err;
     throw new NotFound(`runtime options are to be read from ${path}: ${(err as Error).message}`, {
       cause: err,
     });
-  }
-  try {
-    const info = fstatSync(fd);
-    if (!info.isFile() || info.size > maxConfigBytes)
-      throw new InvalidRequest(`runtime options are to be read from ${path}, which is no small file`);
-    return readFileSync(fd, "utf8");
-  } finally {
-    closeSync(fd);
   }
 }
 

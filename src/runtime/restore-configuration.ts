@@ -1,5 +1,6 @@
 import { lstat, realpath } from "node:fs/promises";
 import { resolve } from "node:path";
+import { expectAnswer } from "../linux/apart.ts";
 import type { EngineName } from "./engine.ts";
 import { editSpec, isBind, type OciSpec, ownsNetworkNamespace } from "./spec.ts";
 
@@ -43,6 +44,7 @@ async function linkedSources(spec: OciSpec, bundle: string): Promise<ReadonlyMap
   const found = await Promise.all(
     sources.map(async (source): Promise<[string, string][]> => {
       const path = resolve(bundle, source);
+      await expectAnswer(path); // a volume's server may be gone
       const isLink = await lstat(path).then(
         (entry) => entry.isSymbolicLink(),
         () => false,

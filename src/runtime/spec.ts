@@ -1,8 +1,8 @@
-import { closeSync, constants, fstatSync, openSync, readFileSync } from "node:fs";
 import { posix } from "node:path";
 import type { ContainerIdentity } from "../checkpoint/manifest.ts";
 import type { TcpPolicy } from "../checkpoint/policy.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
+import { readApart } from "../linux/apart.ts";
 import { parseBytes, parseInterval } from "./quantities.ts";
 
 // The part of an OCI bundle's config.json that we act on. Everything else passes through unread: the engine judges it.
@@ -83,29 +83,17 @@ export async function readSpec(bundle: string): Promise<OciSpec> {
   const path = `${bundle}/config.json`;
   let text: string;
   try {
-    text = readRegularFile(path);
+    text = (await readApart(path, maxSpecBytes)).toString("utf8");
   } catch (err) {
-    if (err instanceof InvalidRequest) throw err;
     const code = (err as NodeJS.ErrnoException).code;
     if (code === "ENOENT" || code === "ENOTDIR") throw new NotFound(`bundle has no ${path}`, { cause: err });
     if (code === "EISDIR") throw new InvalidRequest(`${path} is a directory`, { cause: err });
+    if (code === "EINVAL") throw new InvalidRequest(`${path} is not a file`, { cause: err });
+    if (code === "EFBIG")
+      throw new InvalidRequest(`${path} has more than ${maxSpecBytes} bytes`, { cause: err });
     throw SyscallFailed.from(err);
   }
   return parseSpec(text, path);
-}
-
-function readRegularFile(path: string): string {
-  const fd = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK); // a FIFO would hold up everybody
-  try {
-    const info = fstatSync(fd);
-    if (info.isDirectory()) throw new InvalidRequest(`${path} is a directory`);
-    if (!info.isFile()) throw new InvalidRequest(`${path} is not a file`);
-    if (info.size > maxSpecBytes)
-      throw new InvalidRequest(`${path} has ${info.size} bytes, more than ${maxSpecBytes}`);
-    return readFileSync(fd, "utf8");
-  } finally {
-    closeSync(fd);
-  }
 }
 
 /** @param path  for the error message */
@@ -221,9 +209,9 @@ export function hasUserNamespace(spec: OciSpec): boolean {
 
 /**
  * Path of the container's cgroup in the version 2 hierarchy, as both engines make it; undefined where that depends on the
- * cgroup that the engine runs in (a relative path, or none).
+ * cgroup that the engine runs in (a relative path, or none), and for a scope that is named after an engine which isn't given.
  * @param engine  absent: of a scope the whole, without crun's cgroup in it
- * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); systemd.slice(5) for the nesting of slices.
+ * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); systemd.slice(5) for the nesting of slices; runc and crun, tried.
  */
 export function cgroupPathV2(
   spec: OciSpec,
@@ -235,13 +223,16 @@ export function cgroupPathV2(
   if (!systemd)
     return path.startsWith("/") && path !== "/" ? posix.normalize(path).replace(/\/$/, "") : undefined;
   const [slice = "", , name = ""] = path.split(":");
-  if (name === "" || name.endsWith(".slice")) return undefined;
+  const named = name !== "" || (path === "" && engine !== undefined);
+  if (!named || name.endsWith(".slice")) return undefined;
   const parts = (slice || "system.slice")
     .replace(/\.slice$/, "")
     .split("-")
     .filter(Boolean);
   const slices = parts.map((_part, at) => `/${parts.slice(0, at + 1).join("-")}.slice`);
-  return `${slices.join("")}/${cgroupName(spec, id, engine)}`;
+  // Without a path both take their own name and the container's.
+  const scope = path === "" ? { ...spec, linux: { ...spec.linux, cgroupsPath: `:${engine}:${id}` } } : spec;
+  return `${slices.join("")}/${cgroupName(scope, id, engine)}`;
 }
 
 /** The spec's annotations; empty when it has none. */

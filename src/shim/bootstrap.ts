@@ -34,7 +34,7 @@ export async function answerStart(message: Message, runDirectory: string): Promi
   const address = `unix://${socketPath}`;
   return {
     socketPath,
-    shimCgroup: shimCgroupOf(message.bytes("options"), namespace, id),
+    shimCgroup: await shimCgroupOf(message.bytes("options"), namespace, id),
     answer: Buffer.from(
       message.int("maxShimVersion") >= 3
         ? JSON.stringify({ version: 3, address, protocol: "ttrpc" })
@@ -43,18 +43,18 @@ export async function answerStart(message: Message, runDirectory: string): Promi
   };
 }
 
-function shimCgroupOf(stdin: Buffer, namespace: string, id: string): string {
+async function shimCgroupOf(stdin: Buffer, namespace: string, id: string): Promise<string> {
   if (stdin.length === 0) return "";
   const params = bootstrapParams(stdin, namespace, id);
-  if (!params) return optionsIn([decodeAny(stdin)])?.shimCgroup ?? "";
+  if (!params) return (await optionsIn([decodeAny(stdin)]))?.shimCgroup ?? "";
   // Extensions may be anything; the runtime's options are those of a type that we know.
   const known = params.extensions.flatMap(({ value }) => (value && isRuntimeOptions(value) ? [value] : []));
-  return optionsIn(known)?.shimCgroup ?? "";
+  return (await optionsIn(known))?.shimCgroup ?? "";
 }
 
-function optionsIn(messages: readonly google.Any[]): RuntimeOptions | undefined {
+async function optionsIn(messages: readonly google.Any[]): Promise<RuntimeOptions | undefined> {
   const any = messages.find(({ typeUrl }) => typeUrl !== "");
-  return any && decodeOptions(any);
+  return any && (await decodeOptions(any));
 }
 
 function decodeAny(stdin: Buffer): google.Any {

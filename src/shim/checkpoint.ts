@@ -97,7 +97,7 @@ export function dumpTarget(
     },
     cgroup: () => task.cgroup(),
     gate: () => gateBelow(task.pod.keeper.pid),
-    criuConfig: async ({ policy, networkLock, externalMounts, withoutPlugins, workPath }) =>
+    criuConfig: async ({ policy, networkLock, externalMounts, withoutPlugins, workPath, cgroupYard }) =>
       criuConfig({
         tcpClose: policy.tcp === "close",
         skipInFlight: policy.tcp === "skip-in-flight",
@@ -105,6 +105,7 @@ export function dumpTarget(
         externalMounts,
         pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
         cgroupRoots: await foreignHierarchies(task.init.pid),
+        cgroupYard,
       }),
     ...rest,
   };

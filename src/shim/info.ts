@@ -14,7 +14,7 @@ const FEATURES_TIMEOUT_MS = 5_000;
  */
 export async function runtimeInfo(stdin: Buffer, build: string): Promise<FieldValues> {
   const given = stdin.length === 0 ? undefined : google.Any.decode(stdin);
-  const options = decodeOptions(given?.typeUrl ? given : undefined);
+  const options = await decodeOptions(given?.typeUrl ? given : undefined);
   const engine = options.binaryName || "runc";
   const { execa } = await import("execa"); // rarely needed, and big
   let features: string;

@@ -102,7 +102,7 @@ export class Restoration {
   async lock(): Promise<void> {
     if (this.#owner.init.state !== "createdFromCheckpoint") return;
     const { CheckpointUse } = await import("../checkpoint/use.ts");
-    this.#use = CheckpointUse.use(this.source.path);
+    this.#use = await CheckpointUse.use(this.source.path);
   }
 
   unlock(): void {

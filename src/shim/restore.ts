@@ -7,12 +7,12 @@ import {
 } from "../checkpoint/restore.ts";
 import { descendsFrom, kill, killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
 import { toldPluginDirectory } from "../criu/plugins.ts";
-import { Cgroup, makeCgroup } from "../linux/cgroup.ts";
-import { hostCgroupVersion, parseMembership } from "../linux/cgroup-hierarchy.ts";
+import { Cgroup } from "../linux/cgroup.ts";
 import { isAlive, programOf } from "../linux/proc.ts";
 import { readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
+import { RestoreCgroup } from "../runtime/restore-cgroup.ts";
 import { configForRestore } from "../runtime/restore-configuration.ts";
 import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
@@ -35,12 +35,8 @@ import type { Restoration, RestoredTask } from "./restoration.ts";
 /*
  * Restore as containerd's Task API asks for it: the chain of src/checkpoint, with a task for its target.
  *
- * Two things the engines don't do, and we do around them:
- *
- * - The bundle's config.json is changed for the time of the restore: src/runtime/restore-configuration.ts says how and why.
- * - On hosts with cgroups version 2, runc leaves the processes in the cgroup of the container that was dumped, and crun tells
- *   CRIU to turn every hierarchy to the new container's path, version 1 ones of a hybrid host too (whatever its
- *   --manage-cgroups-mode says, which has no effect at a restore). A configuration file tells CRIU what each is turned to.
+ * Two things the engines don't do, and we do around them: the bundle's config.json is changed for the time of the restore, and CRIU is
+ * told the container's cgroup (src/runtime/restore-configuration.ts and restore-cgroup.ts say how and why).
  */
 
 /**
@@ -55,6 +51,13 @@ export async function restore(task: RestoredTask, restoration: Restoration, work
   const keeperPid = task.pod.keeper.pid;
   const hook = await hookOf(spec, "post-restore");
   const rootfs = resolve(task.bundle, spec.root?.path ?? "rootfs");
+  const cgroup = await RestoreCgroup.of({
+    spec,
+    id: task.id,
+    engine: engine.name,
+    systemd: engine.systemdCgroup,
+    parent: keeperPid,
+  });
   const target: RestoreTarget = {
     what: `task ${task.id}`,
     directory: task.bundle,
@@ -88,17 +91,12 @@ export async function restore(task: RestoredTask, restoration: Restoration, work
       );
     },
     putConfigurationBack: () => config.putBack(),
-    prepareCgroup: async ({ cgroupsMode }) => {
-      const cgroup = await cgroupOfRestore(task, spec);
-      // Where the cgroup is there, CRIU gives it no limits of the dump; the engine gives it the new container's. systemd makes its own.
-      if (cgroup !== undefined && !engine.systemdCgroup && !["full", "strict"].includes(cgroupsMode))
-        await makeCgroup(cgroup);
-    },
+    prepareCgroup: ({ cgroupsMode }) => cgroup.make(cgroupsMode),
     removeCgroup: async () =>
       void (await task.logFailure("remove the cgroup of a failed restore", removeCgroups(task, spec))),
     deviceMap: cedanaAnnotations(spec).gpuMap,
     cgroup: () => task.cgroup(),
-    engineRestore: (options) => engineRestore(task, restoration, work, engine, spec, options),
+    engineRestore: (options) => engineRestore(task, restoration, work, engine, spec, cgroup, options),
     endCriu: async (workPath) =>
       void (await task.logFailure("end what is left of CRIU", endCriu(task, spec, workPath))),
     undoEngineRestore: ({ lazy }) => restoration.undoEngineRestore(work, lazy),
@@ -176,15 +174,15 @@ async function engineRestore(
   work: Work,
   engine: Engine,
   spec: OciSpec,
+  cgroup: RestoreCgroup,
   { imagePath, workPath, policy, externalMounts, lazy, withoutPlugins }: EngineRestore,
 ): Promise<void> {
-  const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
     lazyPages: lazy,
     pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
     externalMounts,
-    cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
+    cgroupRoots: cgroup.roots,
   });
   const onDeath = async (pids: number[]) => {
     for (const pid of pids) kill(pid);
@@ -206,18 +204,6 @@ async function engineRestore(
   } finally {
     if (configFile.criuConfigFile) await rm(configFile.criuConfigFile, { force: true });
   }
-}
-
-/** The cgroup of version 2 that CRIU is to be told of; undefined with version 1, and for a path that only the engine knows. */
-async function cgroupOfRestore(task: Container, spec: OciSpec): Promise<string | undefined> {
-  if ((await hostCgroupVersion()) !== 2) return undefined;
-  return cgroupPathV2(spec, task.id, task.options.systemdCgroup, task.engine.name);
-}
-
-/** What each hierarchy's cgroups are turned to: the container's own, and in version 1 ones where the keeper is. */
-async function cgroupRoots(cgroup: string, keeperPid: number): Promise<[controller: string, path: string][]> {
-  const membership = parseMembership(await readFile(`/proc/${keeperPid}/cgroup`, "utf8"));
-  return [...membership].map(([controller, path]) => [controller, controller === "" ? cgroup : path]);
 }
 
 /** The bundle's config.json, changed for the time of a restore. The original lies beside it until it is put back. */

@@ -68,7 +68,12 @@ export class Signals {
   }
 
   /** Containerd's Kill. @param all  to every process of the container, when it is for the init */
-  async kill(work: Work, process: Process, sent: number, all: boolean): Promise<void> {
+  async kill(
+    work: Pick<Work, "repeated" | "tag">,
+    process: Process,
+    sent: number,
+    all: boolean,
+  ): Promise<void> {
     const { id, engineCalls } = this.#owner;
     if (process.pid === 0) {
       if (process.isInit) throw this.#goneError(process);

@@ -150,7 +150,7 @@ export class Task implements Container {
     request: CreateRequest,
     answer: (task: Task) => Uint8Array,
   ): Promise<Task> {
-    const [options, spec] = [decodeOptions(request.options), await readSpec(request.bundle)];
+    const [options, spec] = await Promise.all([decodeOptions(request.options), readSpec(request.bundle)]);
     killPolicy(spec); // a signal that doesn't exist is refused now, not when it is needed
     execKillPolicy(spec, {});
     if (hasOurAnnotations(spec)) await (await import("../runtime/hooks.ts")).checkHooks(spec);

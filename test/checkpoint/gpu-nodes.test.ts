@@ -41,9 +41,9 @@ const S_IFCHR = 0o20000;
 const numbersOf = (name: string) => splitDevice(statSync(join(rootfs, "dev", name)).rdev);
 
 describe.skipIf(process.getuid!() !== 0)("the device nodes of GPUs in a restored container", () => {
-  it("are made as the new container has them: new ones, and those with another number", () => {
+  it("are made as the new container has them: new ones, and those with another number", async () => {
     makeNode(join(rootfs, "dev/nvidia-uvm"), S_IFCHR | 0o666, 510, 0);
-    makeGpuNodes(
+    await makeGpuNodes(
       [pid],
       [
         { path: "/dev/nvidia1", major: 195, minor: 1 },
@@ -60,18 +60,18 @@ describe.skipIf(process.getuid!() !== 0)("the device nodes of GPUs in a restored
     expect(warnings).toEqual([]);
   });
 
-  it("that are right stay the same files", () => {
+  it("that are right stay the same files", async () => {
     makeNode(join(rootfs, "dev/nvidia0"), S_IFCHR | 0o600, 195, 0);
     const { ino, mode } = statSync(join(rootfs, "dev/nvidia0"));
-    makeGpuNodes([pid], [{ path: "/dev/nvidia0", major: 195, minor: 0 }], log);
+    await makeGpuNodes([pid], [{ path: "/dev/nvidia0", major: 195, minor: 0 }], log);
     expect(statSync(join(rootfs, "dev/nvidia0"))).toMatchObject({ ino, mode });
   });
 
-  it("replace no file of the container's, and lead nowhere out of it", () => {
+  it("replace no file of the container's, and lead nowhere out of it", async () => {
     symlinkSync(join(outside, "victim"), join(rootfs, "dev/nvidia0"));
     writeFileSync(join(rootfs, "dev/nvidiactl"), "theirs");
     symlinkSync(outside, join(rootfs, "dev/nvidia-caps"));
-    makeGpuNodes(
+    await makeGpuNodes(
       [pid],
       [
         { path: "/dev/nvidia0", major: 195, minor: 0 },
@@ -81,9 +81,9 @@ describe.skipIf(process.getuid!() !== 0)("the device nodes of GPUs in a restored
     );
     expect(warnings).toHaveLength(2);
     expect(statSync(join(outside, "victim"))).toMatchObject({ mode: 0o100600, size: 0 });
-    expect(() =>
+    await expect(
       makeGpuNodes([pid], [{ path: "/dev/nvidia-caps/nvidia-cap1", major: 236, minor: 1 }], log),
-    ).toThrow(/ELOOP/);
+    ).rejects.toThrow(/ELOOP/);
   });
 
   it("are told from other devices", () => {

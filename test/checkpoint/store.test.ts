@@ -100,15 +100,15 @@ describe("a store of checkpoints", () => {
     const paths: string[] = [];
     for (let n = 1; n <= 3; n++) paths.push(await make(alice, "web", at(n)));
     {
-      using _first = CheckpointUse.use(paths[0]!);
-      using _second = CheckpointUse.use(paths[0]!);
+      using _first = await CheckpointUse.use(paths[0]!);
+      using _second = await CheckpointUse.use(paths[0]!);
       const [oldest] = await store.generations(alice, "web");
       await expect(store.remove(oldest!)).rejects.toThrow(/is in use/);
       expect((await store.prune(alice, "web", 1)).map(({ path }) => path)).toEqual([paths[1]]);
       expect(paths.map((path) => existsSync(path))).toEqual([true, false, true]);
     }
     expect((await store.prune(alice, "web", 1)).map(({ path }) => path)).toEqual([paths[0]]);
-    expect(() => CheckpointUse.use(paths[0]!)).toThrow(NotFound);
+    await expect(CheckpointUse.use(paths[0]!)).rejects.toThrow(NotFound);
   });
 
   it("prunes the oldest, and never the last", async () => {

@@ -43,7 +43,11 @@ beforeEach(async () => {
     '#!/bin/sh\necho "criu $*"\nenv | grep -E "^(PATH|CRIU|CEDANA|OWN)" | sort\n[ "$*" = "swrk 3" ] && dd bs=4096 count=1 <&3 2>/dev/null | od -An -tx1\nexit 7\n',
     { mode: 0o755 },
   );
-  gate = await Gate.make(deep, { program: keeperBinary, path: `${work}/bin:/usr/bin:/bin` });
+  gate = await Gate.make(
+    deep,
+    { program: keeperBinary, path: `${work}/bin:/usr/bin:/bin` },
+    join(work, "dump.log"),
+  );
 });
 afterEach(async () => {
   gate[Symbol.dispose]();
@@ -131,7 +135,8 @@ describe("the gate", () => {
       learnVersionAnswer(path, log);
       await until(() => existsSync(join(tools, "version")), { what: () => `CRIU's answer (${failures})` });
       gate[Symbol.dispose]();
-      gate = await Gate.make(work, { program: keeperBinary, path });
+      await removeGate(gate.directory);
+      gate = await Gate.make(work, { program: keeperBinary, path }, join(work, "dump.log"));
       for (const env of [gate.env, { PATH: path }]) {
         const answered = start(["swrk", "3"], { ...withoutGate, ...env });
         ask(RequestType.VERSION);
@@ -191,7 +196,7 @@ describe("the gate", () => {
     ask(RequestType.DUMP);
     expect(await late).toEqual(no);
     expect(isPassed(gate.directory)).toBe(false);
-    removeGate(gate.directory);
+    await removeGate(gate.directory);
     const latest = spawn(keeperBinary, ["swrk", "3"], { argv0: "criu", env: gate.env, stdio: "ignore" });
     expect((await once(latest, "exit"))[0]).toBe(1);
   });
@@ -236,11 +241,22 @@ describe("the gate", () => {
     expect(await text(child.stderr)).toMatch(/CEDANA_CRIU_GATE names no directory/);
   });
 
-  it("leaves nothing open, and nothing in its place", () => {
+  it("leaves nothing open, and nothing in its place", async () => {
     gate[Symbol.dispose]();
     gate[Symbol.dispose]();
     expect(existsSync(join(gate.directory, "socket"))).toBe(false);
-    removeGate(gate.directory);
+    await removeGate(gate.directory);
     expect(existsSync(gate.directory)).toBe(false);
+    expect(existsSync(join(work, "dump.log"))).toBe(false);
+  });
+
+  it("bars CRIU's log until the way is cleared, and takes nothing away that isn't its own", async () => {
+    const log = join(work, "dump.log");
+    expect(() => writeFileSync(log, "")).toThrow("EISDIR");
+    await gate.unbar();
+    await gate.unbar();
+    writeFileSync(log, "CRIU's\n");
+    await removeGate(gate.directory);
+    expect(readFileSync(log, "utf8")).toBe("CRIU's\n");
   });
 });

@@ -1,12 +1,14 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { closeSync, mkdtempSync, openSync, rmSync, unlinkSync, writeSync } from "node:fs";
+import { closeSync, mkdirSync, mkdtempSync, openSync, rmSync, unlinkSync, writeSync } from "node:fs";
+import { stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, it, vi } from "vitest";
 import { findAddon } from "../../src/linux/addon.ts";
 import { answerWithin, isKernelMemory, parseStatus, takeInventory } from "../../src/linux/inventory.ts";
 import { namespaceInode } from "../../src/linux/proc.ts";
+import { canFuse, deadFuse, O_PATH } from "../live/harness/dead-fuse.ts";
 
 it("reads the lines of status that count", () => {
   const text =
@@ -108,5 +110,38 @@ it("does not wait for a dead file system", async () => {
     expect(vi.getTimerCount()).toBe(0);
   } finally {
     vi.useRealTimers();
+  }
+});
+
+it.skipIf(!canFuse)("takes no thread of the pool for files whose servers don't answer", async () => {
+  const place = mkdtempSync(join(tmpdir(), "cedana-inventory-"));
+  const mounts: Disposable[] = [];
+  const fds: number[] = [];
+  try {
+    for (const name of ["a", "b", "c", "d", "e"]) {
+      mkdirSync(join(place, name));
+      mounts.push(deadFuse(join(place, name)));
+      fds.push(openSync(join(place, name), O_PATH));
+    }
+    const child = spawn("sleep", ["1000"], { stdio: ["ignore", "ignore", "ignore", ...fds] });
+    try {
+      const taking = takeInventory([child.pid!]);
+      expect((await stat("/")).isDirectory()).toBe(true);
+      let isTaken = false;
+      void taking.then(() => {
+        isTaken = true;
+      });
+      // More at once than the pool has threads, again and again, until the inventory has given its files up.
+      while (!isTaken) await Promise.all(["/", "/", "/", "/", "/", "/", "/", "/"].map((path) => stat(path)));
+      const { files } = (await taking).processes[0]!;
+      expect(files.filter(({ statFailed }) => statFailed === "no answer within 2000 ms")).toHaveLength(5);
+      expect(files.find(({ what }) => what === "root")?.stat).toMatchObject({ type: "directory" });
+    } finally {
+      child.kill("SIGKILL");
+    }
+  } finally {
+    for (const fd of fds) closeSync(fd);
+    for (const mount of mounts) mount[Symbol.dispose]();
+    rmSync(place, { recursive: true });
   }
 });

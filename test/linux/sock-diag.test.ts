@@ -5,7 +5,7 @@ import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
-import { findAddon, kcmp, netlinkDump, socketOf, tryHandle } from "../../src/linux/addon.ts";
+import { apart, findAddon, kcmp, netlinkDump, socketOf } from "../../src/linux/addon.ts";
 import { inodeInBrackets, namespaceInode } from "../../src/linux/proc.ts";
 import {
   formatIpv6,
@@ -219,9 +219,9 @@ describe.skipIf(!built)("sockets of processes (needs `npm run build`)", () => {
 
   it("says when a file handle leads nowhere", async () => {
     const directory = mkdtempSync(join(tmpdir(), "cedana-handle-"));
-    expect(await tryHandle(directory, 1, Buffer.alloc(8))).not.toBe(0);
-    expect(await tryHandle(join(directory, "missing"), 1, Buffer.alloc(8))).toBe(2);
+    expect(await apart.tryHandle(directory, 1, Buffer.alloc(8))).not.toBe(0);
+    expect(await apart.tryHandle(join(directory, "missing"), 1, Buffer.alloc(8))).toBe(2);
     rmSync(directory, { recursive: true });
-    expect(() => tryHandle("/", 1, Buffer.alloc(4096))).toThrow(TypeError);
+    expect(() => apart.tryHandle("/", 1, Buffer.alloc(4096))).toThrow(TypeError);
   });
 });

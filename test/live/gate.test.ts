@@ -1,6 +1,7 @@
 // CRIU's gate: the engine starts while the container runs, and its CRIU waits until it stands still. Whoever dies meanwhile, the
 // container runs on, and nothing is left.
 
+import { execFileSync } from "node:child_process";
 import {
   existsSync,
   mkdirSync,
@@ -8,6 +9,7 @@ import {
   readdirSync,
   readFileSync,
   rmSync,
+  statSync,
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
@@ -170,5 +172,44 @@ for (const combination of enginesForCheckpoints) {
       expect(live.cedanadLog()).toContain("started again without");
       await isUnharmed(task);
     });
+
+    // Nothing that cedana gives the engine's environment arrives. In each round, the program writes to a file, whose size CRIU notes.
+    it.each([
+      ["fails", "is started again", false, "started again without"],
+      ["dumps the running container", "dumps it again", false, "thrown away, and dumped again"],
+      ["dumps the running container to its end", "takes its files then", true, "as they are at its end"],
+    ])(
+      "lets memory and files be of one moment behind an engine that clears its environment: it %s, and cedana %s",
+      async (_what, _then, exit, said) => {
+        const binaryName = join(path, combination.engine);
+        // What is in the place of CRIU's log doesn't bar the way where an administrator has it written elsewhere.
+        const clear = 'for arg; do [ "$last" = --work-path ] && rmdir "$arg/dump.log"; last=$arg; done';
+        const engine = [
+          "#!/bin/sh",
+          ...(said.startsWith("started") ? [] : [clear]),
+          `exec env -i PATH=${REAL_PATH} ${combination.engine} "$@"`,
+        ];
+        writeFileSync(binaryName, `${engine.join("\n")}\n`, { mode: 0o755 });
+        const runtimeOptions = anyOf("containerd.runc.v1.Options", { binaryName });
+        await using task = await live.run(["files"], { runtimeOptions });
+        await task.nextNumber();
+        const earlier = live.cedanadLog().length;
+        const flags = exit ? ["--exit"] : [];
+        const dumped = await live.cedana("dump", "containerd", task.id, "--json", ...flags);
+        const { path: directory } = JSON.parse(dumped) as { path: string };
+        expect(live.cedanadLog().slice(earlier)).toContain(said);
+        const files = await live.cedana("image", "decode", join(directory, "checkpoint/files.img"));
+        const log = JSON.parse(files).entries.find(
+          (one: { reg?: { name: string } }) => one.reg?.name === "/tmp/log",
+        );
+        const root = mkdtempSync(join(live.dir, "root-"));
+        execFileSync("tar", ["-C", root, "-xf", join(directory, "rootfs-diff.tar")]);
+        expect(statSync(join(root, "tmp/log")).size).toBe(Number(log.reg.size));
+        // It was told to CRIU to no avail.
+        expect((await readManifest(directory))!.options.networkLock).toBe(undefined);
+        if (exit) expect(await task.wait()).toBe(137);
+        else await isUnharmed(task);
+      },
+    );
   });
 }

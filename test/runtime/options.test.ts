@@ -41,37 +41,38 @@ const generic = (options: runtimeOptions.OptionsInit) => decodeOptions(pack(runt
 const table = (text: string) => generic({ configBody: Buffer.from(text) });
 
 describe("runtime options", () => {
-  it("are the defaults where none came", () => {
-    for (const any of [undefined, null, {}, { typeUrl: "" }]) expect(decodeOptions(any)).toEqual(nothing);
-    expect(decodeOptions({ typeUrl: "containerd.runc.v1.Options" })).toEqual(nothing);
+  it("are the defaults where none came", async () => {
+    for (const any of [undefined, null, {}, { typeUrl: "" }])
+      expect(await decodeOptions(any)).toEqual(nothing);
+    expect(await decodeOptions({ typeUrl: "containerd.runc.v1.Options" })).toEqual(nothing);
   });
 
-  it("of runc's type keep every field", () => {
-    expect(decodeOptions(pack(runcOptions.Options, everything))).toEqual({
+  it("of runc's type keep every field", async () => {
+    expect(await decodeOptions(pack(runcOptions.Options, everything))).toEqual({
       ...everything,
       warnings: [inVain],
     });
   });
 
-  it("of runc's type are what containerd's bytes say", () => {
+  it("of runc's type are what containerd's bytes say", async () => {
     // `ctr run --runc-binary crun --runc-systemd-cgroup`: fields 6 and 9
     const value = Buffer.from("32046372756e4801", "hex");
-    expect(decodeOptions({ typeUrl: "containerd.runc.v1.Options", value })).toEqual({
+    expect(await decodeOptions({ typeUrl: "containerd.runc.v1.Options", value })).toEqual({
       ...nothing,
       binaryName: "crun",
       systemdCgroup: true,
     });
   });
 
-  it("may have a prefix before their type", () => {
+  it("may have a prefix before their type", async () => {
     const { value } = pack(runcOptions.Options, everything);
-    expect(decodeOptions({ typeUrl: "types.containerd.io/containerd.runc.v1.Options", value }).root).toBe(
-      "/run/own",
-    );
+    expect(
+      (await decodeOptions({ typeUrl: "types.containerd.io/containerd.runc.v1.Options", value })).root,
+    ).toBe("/run/own");
   });
 
-  it("of the generic type are the table of containerd's configuration", () => {
-    const options = table(`
+  it("of the generic type are the table of containerd's configuration", async () => {
+    const options = await table(`
       BinaryName = "crun"
       Root = "/run/own"
       SystemdCgroup = true
@@ -87,46 +88,46 @@ describe("runtime options", () => {
     expect(options).toEqual({ ...everything, binaryName: "crun", ioGid: 7, warnings: [inVain] });
   });
 
-  it("are told apart without case and underscores, and unknown ones are named", () => {
-    expect(table('binary_name = "crun"\nBinarName = "x"\nTypeUrl = ""\n')).toEqual({
+  it("are told apart without case and underscores, and unknown ones are named", async () => {
+    expect(await table('binary_name = "crun"\nBinarName = "x"\nTypeUrl = ""\n')).toEqual({
       ...nothing,
       binaryName: "crun",
       warnings: ["the runtime's options: unknown option BinarName"],
     });
-    expect(table("")).toEqual(nothing);
+    expect(await table("")).toEqual(nothing);
   });
 
-  it("may lie in a file", () => {
+  it("may lie in a file", async () => {
     const directory = mkdtempSync(join(tmpdir(), "cedana-options-"));
     try {
       const configPath = join(directory, "options.toml");
-      expect(() => generic({ configPath })).toThrow(NotFound);
+      await expect(generic({ configPath })).rejects.toThrow(NotFound);
       writeFileSync(configPath, 'Root = "/run/own"\nUnknown = 1\n');
-      expect(generic({ configPath })).toEqual({
+      expect(await generic({ configPath })).toEqual({
         ...nothing,
         root: "/run/own",
         warnings: [`${configPath}: unknown option Unknown`],
       });
-      expect(() => generic({ configPath: directory })).toThrow(InvalidRequest);
+      await expect(generic({ configPath: directory })).rejects.toThrow(InvalidRequest);
       const fifo = join(directory, "fifo");
       spawnSync("mkfifo", [fifo]);
-      expect(() => generic({ configPath: fifo })).toThrow("no small file");
+      await expect(generic({ configPath: fifo })).rejects.toThrow("no small file");
     } finally {
       rmSync(directory, { recursive: true });
     }
   });
 
-  it("are refused when they are something else", () => {
+  it("are refused when they are something else", async () => {
     const other = { typeUrl: "containerd.kata.v2.Options", value: new Uint8Array() };
-    expect(() => decodeOptions(other)).toThrow(InvalidRequest);
-    expect(() => decodeOptions(other)).toThrow("containerd.kata.v2.Options");
-    expect(() => generic({ typeUrl: "runsc.v1.Options", configBody: Buffer.from("") })).toThrow(
+    await expect(decodeOptions(other)).rejects.toThrow(InvalidRequest);
+    await expect(decodeOptions(other)).rejects.toThrow("containerd.kata.v2.Options");
+    await expect(generic({ typeUrl: "runsc.v1.Options", configBody: Buffer.from("") })).rejects.toThrow(
       "runsc.v1.Options",
     );
-    expect(generic({ typeUrl: "types.containerd.io/containerd.runc.v1.Options" })).toEqual(nothing);
-    expect(() =>
+    expect(await generic({ typeUrl: "types.containerd.io/containerd.runc.v1.Options" })).toEqual(nothing);
+    await expect(
       decodeOptions({ typeUrl: "containerd.runc.v1.Options", value: Buffer.from("0aff", "hex") }),
-    ).toThrow("content of containerd.runc.v1.Options is broken");
+    ).rejects.toThrow("content of containerd.runc.v1.Options is broken");
   });
 
   it.each([
@@ -135,12 +136,12 @@ describe("runtime options", () => {
     ["IoUid = -1", "IoUid is -1; it must be a number from 0"],
     ["IoUid = 1.5", "IoUid is 1.5"],
     ["Root = ", "the runtime's options"],
-  ])("say what is wrong with `%s`", (text, message) => {
-    expect(() => table(text)).toThrow(InvalidRequest);
-    expect(() => table(text)).toThrow(message);
+  ])("say what is wrong with `%s`", async (text, message) => {
+    await expect(table(text)).rejects.toThrow(InvalidRequest);
+    await expect(table(text)).rejects.toThrow(message);
   });
 
-  it("can be written to a journal and read back", () => {
+  it("can be written to a journal and read back", async () => {
     const options = parseOptionsTable('Root = "/run/own"', "x");
     expect(JSON.parse(JSON.stringify(options))).toEqual(options);
   });

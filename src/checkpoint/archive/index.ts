@@ -233,12 +233,16 @@ async function read(archive: string, into: string | undefined, options: ReadOpti
 /** An archive has these for other tools, though the directory that it was made of may not. */
 const generatedNames: readonly string[] = ["config.dump", "spec.dump"];
 
-/** The files as the manifest names them: by their path beside it, and with a digest of the kind that it has. */
+/**
+ * The files as the manifest names them: by their path beside it, and with a digest of the kind that it has. What others have put around
+ * a checkpoint of ours, as Podman does when it exports one, it doesn't know.
+ */
 function inManifest(manifest: CheckpointManifest, { files, contents }: ExtractOutput): FoundInArchive[] {
-  const prefix = contents[MANIFEST_NAME] === undefined ? /^checkpoint\// : /^$/;
+  const prefix = contents[MANIFEST_NAME] === undefined ? "checkpoint/" : "";
   const named = new Map(manifest.files.map(({ path, digest }) => [path, digest]));
-  return files.map(({ path, size, digests }) => {
-    const name = path.replace(prefix, "");
+  const beside = files.filter(({ path }) => path.startsWith(prefix));
+  return beside.map(({ path, size, digests }) => {
+    const name = path.slice(prefix.length);
     const expected = named.get(name);
     // None of that kind, in an archive with two manifests: it is not what it should be, rather than not looked at.
     const digest =

@@ -59,7 +59,9 @@ export interface Attempt {
   /** the devices' state is in the processes' memory; null: it turned out that nobody has any */
   gpu?: GpuFacts | null;
   /** directory of the gate of the engine that was started early */
-  gate?: string;
+  gate?: string | undefined;
+  /** an engine has gone past the gate and ended the container: the images are whole, what else belongs to the checkpoint isn't there */
+  pastGate?: boolean;
 }
 
 /** Writes down what has been done. */

@@ -19,7 +19,9 @@ import { type DumpContext, imagesIn, noteAttempt } from "./context.ts";
 export async function findChanges(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target, request, signal } = context;
   await using _ = { [Symbol.asyncDispose]: async () => await context.base?.[Symbol.asyncDispose]() };
-  if (request.rootfs && !context.attempt.rootfsDiff && !target.hasEnded) {
+  // What was dumped past the gate has ended, and its files aren't taken yet.
+  const isThere = !target.hasEnded || context.attempt.pastGate;
+  if (request.rootfs && !context.attempt.rootfsDiff && isThere) {
     context.changes = await changesOf(context);
     await prepareRootfsDiff(context.changes, request.rootfs.exclude, signal);
   } else if (request.rootfs && request.repeated && context.attempt.rootfsDiff?.source !== "overlay")

@@ -1,4 +1,4 @@
-import { rm } from "node:fs/promises";
+import { rmSync } from "node:fs";
 import type { Cgroup } from "../../linux/cgroup.ts";
 import { hasNetworkSockets } from "../../linux/net.ts";
 import { isOlder } from "../../linux/versions.ts";
@@ -82,7 +82,7 @@ export async function freeze(context: DumpContext, next: () => Promise<void>): P
       target.log.warn({ err: error }, "put the freezer back after a dump"),
     );
     if (frozen) context.frozenMs = performance.now() - since;
-    await rm(freezeMarker(target.directory), { force: true });
+    rmSync(freezeMarker(target.directory), { force: true });
   }
 }
 

@@ -54,6 +54,8 @@ export interface CriuSettings extends Pick<DumpRequest, "policy"> {
   readonly networkLock: NetworkLock;
   /** mounts that the engine doesn't know to come from outside, and what CRIU is to call them */
   readonly externalMounts: readonly { readonly key: string; readonly source: string }[];
+  /** where all hierarchies of cgroups are mounted, so that CRIU needs to mount none */
+  readonly cgroupYard: string | undefined;
 }
 
 /** What is dumped, as its owner has it: the shim a task, the OCI runtime a container. */

@@ -1,6 +1,7 @@
-import { tryHandle } from "../../linux/addon.ts";
+import { TimedOut, Unavailable } from "../../errors/index.ts";
+import { tryHandleApart } from "../../linux/apart.ts";
 import type { Watch } from "../../linux/fdinfo.ts";
-import { answerWithin, type ProcessInventory } from "../../linux/inventory.ts";
+import { PATIENCE_MS, type ProcessInventory } from "../../linux/inventory.ts";
 import type { MountInfo } from "../../linux/mount-options.ts";
 import { type Context, nameOf } from "./context.ts";
 import { mountsOfContainer } from "./facts.ts";
@@ -94,7 +95,12 @@ async function leadsBack(
   const key = `${mount.device} ${handle.type} ${handle.bytes}`;
   if (!tried.has(key)) {
     const path = `/proc/${process.pid}/root${mount.mountPoint}`;
-    tried.set(key, await answerWithin(tryHandle(path, handle.type, Buffer.from(handle.bytes, "hex"))));
+    const bytes = Buffer.from(handle.bytes, "hex");
+    const found = tryHandleApart(path, handle.type, bytes, PATIENCE_MS).catch((error) => {
+      if (error instanceof TimedOut || error instanceof Unavailable) return undefined;
+      throw error;
+    });
+    tried.set(key, await found);
   }
   const errno = tried.get(key);
   return errno === undefined ? undefined : errno === 0;

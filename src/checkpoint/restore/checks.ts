@@ -2,6 +2,7 @@ import { stat } from "node:fs/promises";
 import { isAbsolute } from "node:path";
 import type { Logger } from "pino";
 import { InvalidRequest, NotFound, Unsupported } from "../../errors/index.ts";
+import { expectAnswer } from "../../linux/apart.ts";
 import { isDirectory, isEncryptedArchive } from "../archive/index.ts";
 import { type ChainContext, runChain, type Step } from "../chain.ts";
 import {
@@ -123,6 +124,7 @@ async function validateRestoreRequest(context: CheckContext, next: () => Promise
   if (!isAbsolute(path)) throw new InvalidRequest(`checkpoint ${path} is not an absolute path`);
   if (workPath && !isAbsolute(workPath))
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
+  for (const named of [path, workPath]) if (named) await expectAnswer(named);
   await next();
 }
 

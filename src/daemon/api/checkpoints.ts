@@ -7,6 +7,7 @@ import { findArchive, openDirectoryOf } from "../../checkpoint/open.ts";
 import { CheckpointStore, type StoredCheckpoint, type StoreOwner } from "../../checkpoint/store.ts";
 import { verifyCheckpoint as verify } from "../../checkpoint/verify.ts";
 import { BrokenImage, InvalidRequest, messageOf, NotFound, SyscallFailed } from "../../errors/index.ts";
+import { expectAnswer } from "../../linux/apart.ts";
 import type {
   CheckpointInit,
   CheckpointRef,
@@ -36,6 +37,7 @@ export async function directoryOf(ref: CheckpointRef | undefined): Promise<strin
     throw new InvalidRequest("name a checkpoint by its path, or by its owner's namespace and its name");
   if (ref.path !== "") {
     if (!isAbsolute(ref.path)) throw new InvalidRequest(`checkpoint ${ref.path} is not an absolute path`);
+    await expectAnswer(ref.path);
     await stat(ref.path).catch((error: NodeJS.ErrnoException) => {
       if (error.code !== "ENOENT" && error.code !== "ENOTDIR") throw SyscallFailed.from(error);
       throw new NotFound(`checkpoint ${ref.path} does not exist`, { cause: error });

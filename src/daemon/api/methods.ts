@@ -27,6 +27,8 @@ export const methods: ApiMethods = {
     await (await import("./containers.ts")).freezeContainer(request, call),
   UnfreezeContainer: async (request, call) =>
     await (await import("./containers.ts")).unfreezeContainer(request, call),
+  KillContainer: async (request, call) =>
+    await (await import("./containers.ts")).killContainer(request, call),
   QueryContainers: async (request, call) =>
     await (await import("./containers.ts")).queryContainers(request, call),
   ListPlugins: async () => await (await import("./plugins.ts")).listPlugins(),

@@ -170,6 +170,9 @@ class OwnConversation implements Conversation {
     }
   }
 
+  /** Nobody waits for it. */
+  answer(): void {}
+
   become(argv: readonly string[]): void {
     throw new NotFound(`the container has ended: ${argv.slice(-2).join(" ")} is not possible`);
   }

@@ -1,7 +1,7 @@
 import { mkdir, readdir, rm } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import { bootId, isAlive, startTime } from "../../linux/proc.ts";
-import { readRecord, writeRecord } from "../../linux/record-file.ts";
+import { readRecordNow, writeRecord } from "../../linux/record-file.ts";
 import type { OciCall } from "./call.ts";
 
 // How many restores a container has behind it, for its next dump. A restored container needs no marker, whose price is a question to
@@ -18,8 +18,13 @@ function directoryOf(call: OciCall): string {
   return join(dirname(dirname(call.marker)), "oci-restored");
 }
 
-async function readNote(path: string): Promise<Note | undefined> {
-  return await readRecord<Note>(path).catch(() => undefined); // nothing but a number would be lost with it
+/** At once: a small file of ours in memory. */
+function readNote(path: string): Note | undefined {
+  try {
+    return readRecordNow<Note>(path);
+  } catch {
+    return undefined; // nothing but a number is lost with it
+  }
 }
 
 const isCurrent = (note: Note) => note.boot === bootId() && isAlive(note.pid, note.startTime);
@@ -28,7 +33,7 @@ export async function noteGeneration(call: OciCall, initPid: number, generation:
   const directory = directoryOf(call);
   await mkdir(directory, { recursive: true, mode: 0o700 });
   for (const name of await readdir(directory)) {
-    const note = await readNote(join(directory, name));
+    const note = readNote(join(directory, name));
     if (!note || !isCurrent(note)) await rm(join(directory, name), { force: true });
   }
   const started = startTime(initPid);
@@ -39,7 +44,7 @@ export async function noteGeneration(call: OciCall, initPid: number, generation:
 }
 
 /** @returns 0 for a container that was started afresh */
-export async function generationOf(call: OciCall, initPid: number): Promise<number> {
-  const note = await readNote(join(directoryOf(call), basename(call.marker)));
+export function generationOf(call: OciCall, initPid: number): number {
+  const note = readNote(join(directoryOf(call), basename(call.marker)));
   return note && note.pid === initPid && isCurrent(note) ? note.generation : 0;
 }

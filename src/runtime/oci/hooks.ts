@@ -1,9 +1,9 @@
-import { readFileSync } from "node:fs";
 import { mkdir, readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { TimedOut } from "../../errors/index.ts";
 import { Pidfd } from "../../linux/addon.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
+import { commandLineOf, isFromHere } from "../../linux/command-line.ts";
 import { childrenOf } from "../../linux/proc.ts";
 import { engineName } from "../engine.ts";
 import { lastLogError } from "../engine-failure.ts";
@@ -62,7 +62,7 @@ export async function runHook(
     let exitStatus = await within(running, hook.timeoutMs);
     await end();
     if (exitStatus === undefined && (await within(running, ENGINE_ENDS_MS)) === undefined) {
-      killEngine(call.pid, `--process=${file("json")}`); // it hangs before there is a process
+      await killEngine(call.pid, `--process=${file("json")}`); // it hangs before there is a process
       await running;
       await end();
       exitStatus = undefined;
@@ -96,11 +96,12 @@ async function within<T>(promise: Promise<T>, timeoutMs: number): Promise<T | un
 }
 
 /** The child of whoever runs it that has this among its arguments. */
-function killEngine(parentPid: number, argument: string): void {
+async function killEngine(parentPid: number, argument: string): Promise<void> {
   for (const pid of childrenOf(parentPid)) {
     try {
       using child = Pidfd.open(pid);
-      if (readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0").includes(argument)) child.signal(9);
+      const isIt = isFromHere(pid) && (await commandLineOf(pid)).split("\0").includes(argument);
+      if (isIt) child.signal(9);
     } catch (error) {
       if (!["ESRCH", "ENOENT"].includes((error as NodeJS.ErrnoException).code ?? ""))
         throw new TimedOut(`the engine that runs a hook (pid ${pid}) can't be killed`, { cause: error });

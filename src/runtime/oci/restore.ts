@@ -9,7 +9,9 @@ import { criuLines } from "../../criu/option-file.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { learnVersionAnswer } from "../../criu/version-answer.ts";
 import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
+import { readApart } from "../../linux/apart.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
+import { commandLineOf, isFromHere } from "../../linux/command-line.ts";
 import { unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, processStat, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
@@ -17,17 +19,18 @@ import { engineVersion } from "../engine.ts";
 import { lastErrorIn } from "../engine-failure.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
+import { RestoreCgroup } from "../restore-cgroup.ts";
 import { configForRestore } from "../restore-configuration.ts";
 import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
 import { cedanaAnnotations, cgroupName, identityOf, movedFrom, readSpec } from "../spec.ts";
-import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
+import { type Conversation, type OciAnswer, type OciCall, Options, usesSystemd } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
 import { noteGeneration } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
-import { CgroupOfRestore, restoreCgroup } from "./restore-cgroup.ts";
+import { CgroupOfRestore } from "./restore-cgroup.ts";
 import { containerState, namespaceOf } from "./state.ts";
 
 export interface RestoreExtra {
@@ -61,13 +64,16 @@ export async function restore(
   const rootfs = resolve(bundle, spec.root?.path ?? "rootfs");
   const scratch = scratchOf(call);
   const workPath = options.value("work-path");
-  const mode = options.value("manage-cgroups-mode");
-  let cgroup = await restoreCgroup(spec, mode, call.pid); // refuses a senseless path before anything is noted
+  const systemd = usesSystemd(call.globalArgv);
+  const parent = call.pid;
+  const cgroup = await RestoreCgroup.of({ spec, id: call.id, engine: features.name, systemd, parent });
+  const cgroupRoots = criuLines({ cgroupRoots: cgroup.roots }); // refuses a senseless path before anything is noted
+  if (readMarker(call.marker)?.endedAtMs !== undefined) removeMarker(call.marker); // of what its checkpoint has ended
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
   const existed = await isThere(join(root, id)); // another container's: what fails is not to be deleted
-  const within = await CgroupOfRestore.before(spec, id, globalArgv);
+  const within = await CgroupOfRestore.before(spec, id, systemd);
   const detached = options.has("detach");
   const hook = extra.standsStill ? undefined : await hookOf(spec, "post-restore");
   if (hook && !detached)
@@ -120,11 +126,7 @@ export async function restore(
       writeMarker(call.marker, { ...marker(), bundle, copied: true });
     },
     putConfigurationBack: async () => {}, // the copy goes with the container
-    prepareCgroup: async (policy) => {
-      if (policy.cgroupsMode !== (mode ?? ""))
-        cgroup = await restoreCgroup(spec, policy.cgroupsMode || undefined, call.pid);
-      await cgroup.make();
-    },
+    prepareCgroup: ({ cgroupsMode }) => cgroup.make(cgroupsMode),
     removeCgroup: () => cgroup.remove(),
     deviceMap: cedanaAnnotations(spec).gpuMap,
     inForeground: !detached,
@@ -147,7 +149,7 @@ export async function restore(
       const since = Date.now();
       const env = await criuConfigFile(join(scratch, "criu.conf"), [
         ...criuConfig,
-        ...cgroup.lines,
+        ...cgroupRoots,
         ...(extra.criuConfig ?? []),
         ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : toldPluginDirectory() }),
       ]);
@@ -253,8 +255,7 @@ async function copyOfBundle(call: OciCall, bundle: string, text: string): Promis
 /** Of the init; 0 when it has ended. The engine has just written it where its caller wants it. */
 async function restoredPid(call: OciCall, options: Options): Promise<number> {
   const file = options.value("pid-file");
-  const pid =
-    file === undefined ? 0 : Number(await readFile(resolve(call.cwd, file), "utf8").catch(() => "")); // a FIFO's reader has it
+  const pid = file === undefined ? 0 : Number(await readApart(resolve(call.cwd, file), 64).catch(() => "")); // a FIFO's reader has it
   return pid > 0 ? pid : ((await containerState(call))?.pid ?? 0);
 }
 
@@ -265,10 +266,7 @@ async function killOrphans(workPath: string, engine: string): Promise<void> {
   const hasEngine = async (pid: number): Promise<boolean> => {
     let at = processStat(pid);
     while (at && /^criu/.test(at.comm)) at = processStat(at.parentPid);
-    return (
-      at !== undefined &&
-      (await readFile(`/proc/${at.pid}/cmdline`, "utf8").catch(() => "")).startsWith(`${engine}\0`)
-    ); // it has ended
+    return at !== undefined && isFromHere(at.pid) && (await commandLineOf(at.pid)).startsWith(`${engine}\0`);
   };
   for (const until = Date.now() + ORPHANS_END_MS; ; await new Promise((resolve) => setTimeout(resolve, 20))) {
     const left: number[] = [];

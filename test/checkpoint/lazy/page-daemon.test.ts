@@ -105,12 +105,12 @@ describe.skipIf(reason)(`the page daemon${reason ? ` (${reason})` : ""}`, () => 
     expect(existsSync(join(base, "work/lazy-pages.socket"))).toBe(true);
     expect(readFileSync(`/proc/${guard.pid}/cmdline`, "latin1")).toMatch(/^cedana-pages\0+$/);
     expect(readFileSync(`/proc/${pages.pid}/cmdline`, "latin1")).toMatch(/^criu\0lazy-pages\0/);
-    expect(CheckpointUse.remove(join(base, "images"))).toBeUndefined();
+    expect(await CheckpointUse.remove(join(base, "images"))).toBeUndefined();
     await daemon.stop();
     expect(await daemon.ended).toMatchObject({ filled: false });
     expect([guard, pages].map(({ pid }) => isAlive(pid))).toEqual([false, false]);
     // The holder has the lock, too, and ends by itself.
-    (await vi.waitUntil(() => CheckpointUse.remove(join(base, "images"))))[Symbol.dispose]();
+    (await vi.waitUntil(async () => await CheckpointUse.remove(join(base, "images"))))[Symbol.dispose]();
     expect(existsSync(join(base, "lazy-pages"))).toBe(false);
   });
 

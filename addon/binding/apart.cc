@@ -1,0 +1,181 @@
+// File operations that may never come back, each in a thread of its own: where the server behind a file system is gone (NFS) or doesn't mean to
+// answer (FUSE, which any container may have), the thread stays in the kernel. In libuv's pool, four of them would stop every file operation
+// of the process.
+
+#include "apart.h"
+
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include <string>
+#include <vector>
+
+#include "support.h"
+#include "unique-fd.h"
+
+namespace {
+
+class Open : public Apart {
+ public:
+  Open(Napi::Env env, UniqueFd directory, std::string path, struct open_how how)
+      : Apart(env), directory_(std::move(directory)), path_(std::move(path)), how_(how) {}
+
+ private:
+  void Execute() override {
+    int from = directory_.valid() ? directory_.get() : AT_FDCWD;
+    for (int attempt = 0; attempt < 16; attempt++) {
+      fd_ = UniqueFd(static_cast<int>(syscall(SYS_openat2, from, path_.c_str(), &how_, sizeof(how_))));
+      if (fd_.valid() || (errno != EAGAIN && errno != EINTR)) break;
+    }
+    if (!fd_.valid()) Fail("openat2", errno);
+  }
+  Napi::Value Result(Napi::Env env) override { return Napi::Number::New(env, fd_.release()); }
+
+  UniqueFd directory_;
+  std::string path_;
+  struct open_how how_;
+  UniqueFd fd_;
+};
+
+class Read : public Apart {
+ public:
+  Read(Napi::Env env, std::string path, size_t most) : Apart(env), path_(std::move(path)), most_(most) {}
+
+ private:
+  void Execute() override {
+    // A FIFO that nobody writes to is opened at once, and refused.
+    UniqueFd fd(static_cast<int>(RetryOnEintr([&] { return open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY); })));
+    if (!fd.valid()) return Fail("open", errno);
+    struct stat found;
+    if (fstat(fd.get(), &found) == -1) return Fail("fstat", errno);
+    if (S_ISDIR(found.st_mode)) return Fail("read", EISDIR);
+    if (!S_ISREG(found.st_mode)) return Fail("read", EINVAL);
+    size_t step = found.st_size > 0 ? static_cast<size_t>(found.st_size) + 1 : 4096; // files of procfs say 0
+    for (;;) {
+      if (step > most_ + 1) step = most_ + 1;
+      size_t length = bytes_.size();
+      bytes_.resize(length + step);
+      ssize_t count = RetryOnEintr([&] { return read(fd.get(), bytes_.data() + length, step); });
+      if (count == -1) return Fail("read", errno);
+      bytes_.resize(length + static_cast<size_t>(count));
+      if (bytes_.size() > most_) return Fail("read", EFBIG);
+      if (count == 0) return;
+      step = 4096;
+    }
+  }
+  Napi::Value Result(Napi::Env env) override { return Napi::Buffer<char>::Copy(env, bytes_.data(), bytes_.size()); }
+
+  std::string path_;
+  size_t most_;
+  std::vector<char> bytes_;
+};
+
+class Stat : public Apart {
+ public:
+  Stat(Napi::Env env, std::string path) : Apart(env), path_(std::move(path)) {}
+
+ private:
+  void Execute() override {
+    if (stat(path_.c_str(), &found_) == -1) Fail("stat", errno);
+  }
+  // mode, rdev, nlink, size, blocks
+  Napi::Value Result(Napi::Env env) override {
+    Napi::Array result = Napi::Array::New(env, 5);
+    const double numbers[] = {static_cast<double>(found_.st_mode), static_cast<double>(found_.st_rdev),
+                              static_cast<double>(found_.st_nlink), static_cast<double>(found_.st_size),
+                              static_cast<double>(found_.st_blocks)};
+    for (uint32_t at = 0; at < 5; at++) result.Set(at, Napi::Number::New(env, numbers[at]));
+    return result;
+  }
+
+  std::string path_;
+  struct stat found_ = {};
+};
+
+class Lock : public Apart {
+ public:
+  Lock(Napi::Env env, UniqueFd fd, int operation) : Apart(env), fd_(std::move(fd)), operation_(operation) {}
+
+ private:
+  void Execute() override {
+    if (RetryOnEintr([&] { return flock(fd_.get(), operation_ | LOCK_NB); }) == 0)
+      taken_ = true;
+    else if (errno != EWOULDBLOCK)
+      Fail("flock", errno);
+  }
+  Napi::Value Result(Napi::Env env) override { return Napi::Boolean::New(env, taken_); }
+
+  UniqueFd fd_;
+  int operation_;
+  bool taken_ = false;
+};
+
+// statfs(2) is what every server is asked for each time, whatever is cached. Of what isn't there yet, the nearest directory above it is.
+class FileSystem : public Apart {
+ public:
+  FileSystem(Napi::Env env, std::string path) : Apart(env), path_(std::move(path)) {}
+
+ private:
+  void Execute() override {
+    for (;;) {
+      if (RetryOnEintr([&] { return statfs(path_.c_str(), &found_); }) == 0) return;
+      size_t slash = path_.find_last_of('/');
+      if (errno != ENOENT || slash == std::string::npos || path_ == "/") return Fail("statfs", errno);
+      path_.resize(slash == 0 ? 1 : slash);
+    }
+  }
+  Napi::Value Result(Napi::Env env) override {
+    return Napi::Number::New(env, static_cast<double>(static_cast<uint32_t>(found_.f_type)));
+  }
+
+  std::string path_;
+  struct statfs found_ = {};
+};
+
+}  // namespace
+
+// openApart(directory, path, flags, mode, resolve): openat2(2); directory -1: none, the path is absolute.
+Napi::Value OpenApart(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  int directory = IntArgument(info, 0, "directory", -1);
+  std::string path = PathArgument(info, 1, "path");
+  struct open_how how = {};
+  how.flags = static_cast<unsigned>(IntArgument(info, 2, "flags")) | O_CLOEXEC;
+  how.mode = static_cast<unsigned>(IntArgument(info, 3, "mode"));
+  how.resolve = static_cast<unsigned>(IntArgument(info, 4, "resolve"));
+  // A duplicate: who is tired of waiting closes his.
+  UniqueFd own;
+  if (directory >= 0) {
+    own = UniqueFd(fcntl(directory, F_DUPFD_CLOEXEC, 0));
+    if (!own.valid()) throw SystemError(env, "fcntl", errno);
+  }
+  return (new Open(env, std::move(own), std::move(path), how))->Start(env);
+}
+
+// flockApart(fd, operation): flock(2) without waiting for others; false when somebody else has it.
+Napi::Value FlockApart(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  // The lock is the open file's, whichever descriptor stands for it.
+  UniqueFd own(fcntl(IntArgument(info, 0, "fd"), F_DUPFD_CLOEXEC, 0));
+  if (!own.valid()) throw SystemError(env, "fcntl", errno);
+  return (new Lock(env, std::move(own), IntArgument(info, 1, "operation")))->Start(env);
+}
+
+// readApart(path, most): a regular file, whole. EISDIR, EINVAL for what is no file, EFBIG.
+Napi::Value ReadApart(const Napi::CallbackInfo& info) {
+  return (new Read(info.Env(), PathArgument(info, 0, "path"), static_cast<size_t>(IntArgument(info, 1, "most"))))->Start(info.Env());
+}
+
+// statApart(path): stat(2).
+Napi::Value StatApart(const Napi::CallbackInfo& info) { return (new Stat(info.Env(), PathArgument(info, 0, "path")))->Start(info.Env()); }
+
+// fileSystemApart(path): f_type of statfs(2).
+Napi::Value FileSystemApart(const Napi::CallbackInfo& info) {
+  return (new FileSystem(info.Env(), PathArgument(info, 0, "path")))->Start(info.Env());
+}
