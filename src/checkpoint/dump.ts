@@ -30,6 +30,7 @@ import {
   type DumpStep,
   imagesIn,
   inHundredths,
+  mustSync,
   noteAttempt,
 } from "./dump/context.ts";
 import { criuDump, meetCriu, openWorkPath, startEngine } from "./dump/criu.ts";
@@ -260,15 +261,6 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
     await staging[Symbol.asyncDispose]();
     rmSync(attemptFile(target), { force: true });
   }
-}
-
-/**
- * Whether the files are written to the disk before they are put in their place: always in our store, and in an image path where an
- * older checkpoint gives way, which `commit` sees. Otherwise a machine that fails loses nothing that was there, and the caller doesn't
- * wait for the disk.
- */
-function mustSync({ request: { place } }: DumpContext): boolean {
-  return !place.temporary && !("imagePath" in place);
 }
 
 /** What a cedanad before us did of this request. `committed`: all of it. */

@@ -100,5 +100,23 @@ export function absoluteParent(request: DumpRequest): string {
   return resolve(finalImagePath(request), request.parentPath!);
 }
 
+/**
+ * Whether the files are written to the disk before they are put in their place: always in our store, and in an image path where an
+ * older checkpoint gives way, which `commit` sees. Otherwise a machine that fails loses nothing that was there, and the caller doesn't
+ * wait for the disk.
+ */
+export function mustSync({ request: { place } }: DumpContext): boolean {
+  return !place.temporary && !("imagePath" in place);
+}
+
+/**
+ * Whether somebody waits until the disk has the files: we ourselves, or who unmounts an overlay of a container that ends with its dump, for
+ * which the kernel writes all that is dirty on that disk (12 ms for 16 MiB, where it hadn't begun before).
+ */
+export function isSyncedSoon(context: DumpContext): boolean {
+  const { place, leaveRunning } = context.request;
+  return mustSync(context) || (!leaveRunning && !place.temporary);
+}
+
 /** Milliseconds, for people. */
 export const inHundredths = (ms: number) => Math.round(ms * 100) / 100;

@@ -11,7 +11,7 @@ import {
   snapshotOf,
   takeRootfsDiff,
 } from "../rootfs-diff/index.ts";
-import { type DumpContext, imagesIn, noteAttempt } from "./context.ts";
+import { type DumpContext, imagesIn, isSyncedSoon, noteAttempt } from "./context.ts";
 
 // What a container has changed in its root file system; and the digests of what a dump writes.
 
@@ -88,7 +88,11 @@ export async function digestAlongside(context: DumpContext, next: () => Promise<
     return;
   }
   const { staging, signal } = context;
-  const follower = followFiles(staging.path, { images: imagesIn(context), signal });
+  const follower = followFiles(staging.path, {
+    images: imagesIn(context),
+    toDisk: isSyncedSoon(context),
+    signal,
+  });
   try {
     await next();
     context.follower = follower;

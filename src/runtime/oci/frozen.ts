@@ -65,7 +65,7 @@ export async function thawLeftovers(
     } catch (error) {
       log.error({ err: error, note: name }, "thaw a container whose checkpoint was cut off");
     }
-    await rm(note, { force: true });
+    await forget(note, log);
   }
   const undone = new Map<string, Promise<void>>();
   for (const name of names.filter((one) => one.endsWith(dumpSuffix))) {
@@ -111,7 +111,7 @@ async function isDumps(scratch: string): Promise<boolean> {
 
 /**
  * When the engine has come to its end, which may have frozen the container once more: what it made is removed, or kept where the
- * container is in it alone.
+ * container is in it alone. Never rejects.
  */
 async function undoDump(note: string, log: Logger): Promise<void> {
   try {
@@ -129,5 +129,9 @@ async function undoDump(note: string, log: Logger): Promise<void> {
   } catch (error) {
     log.error({ err: error, note }, "undo a checkpoint that was cut off");
   }
-  await rm(note, { force: true });
+  await forget(note, log);
+}
+
+async function forget(note: string, log: Logger): Promise<void> {
+  await rm(note, { force: true }).catch((error) => log.error({ err: error, note }, "remove a note"));
 }

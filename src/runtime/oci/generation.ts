@@ -1,11 +1,12 @@
-import { mkdir, readdir, rm } from "node:fs/promises";
+import { mkdirSync, readdirSync, rmSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { bootId, isAlive, startTime } from "../../linux/proc.ts";
-import { readRecordNow, writeRecord } from "../../linux/record-file.ts";
+import { readRecordNow, writeRecordNow } from "../../linux/record-file.ts";
 import type { OciCall } from "./call.ts";
 
 // How many restores a container has behind it, for its next dump. A restored container needs no marker, whose price is a question to
-// cedanad at each command; so nobody tells us of its end: a note is of one process, and goes with a later note.
+// cedanad at each command; so nobody tells us of its end: a note is of one process, and goes with a later note. They are read and written at once:
+// there is one for each restored container at most.
 
 interface Note {
   boot: string;
@@ -18,29 +19,28 @@ function directoryOf(call: OciCall): string {
   return join(dirname(dirname(call.marker)), "oci-restored");
 }
 
-/** At once: a small file of ours in memory. */
 function readNote(path: string): Note | undefined {
   try {
     return readRecordNow<Note>(path);
   } catch {
-    return undefined; // nothing but a number is lost with it
+    return undefined; // nothing but a number would be lost with it
   }
 }
 
 const isCurrent = (note: Note) => note.boot === bootId() && isAlive(note.pid, note.startTime);
 
-export async function noteGeneration(call: OciCall, initPid: number, generation: number): Promise<void> {
+export function noteGeneration(call: OciCall, initPid: number, generation: number): void {
   const directory = directoryOf(call);
-  await mkdir(directory, { recursive: true, mode: 0o700 });
-  for (const name of await readdir(directory)) {
+  mkdirSync(directory, { recursive: true, mode: 0o700 });
+  for (const name of readdirSync(directory)) {
     const note = readNote(join(directory, name));
-    if (!note || !isCurrent(note)) await rm(join(directory, name), { force: true });
+    if (!note || !isCurrent(note)) rmSync(join(directory, name), { force: true });
   }
   const started = startTime(initPid);
   if (started === undefined) return; // it has ended
   const path = join(directory, basename(call.marker));
   const note: Note = { boot: bootId(), pid: initPid, startTime: started, generation };
-  await writeRecord(path, note);
+  writeRecordNow(path, note);
 }
 
 /** @returns 0 for a container that was started afresh */

@@ -1,4 +1,5 @@
-import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { mkdirSync, rmSync } from "node:fs";
+import { mkdir, readFile, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { isThere } from "../../checkpoint/open.ts";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
@@ -103,7 +104,7 @@ export async function restore(
     postRestoreHook:
       hook && ((env) => runHook({ call, wrapper }, { initPid: init.pid, bundle, spec }, hook, env, scratch)),
     setGeneration: async (generation) => {
-      if (init.pid > 0) await noteGeneration(call, init.pid, generation);
+      if (init.pid > 0) noteGeneration(call, init.pid, generation);
     },
     policy: (manifest) => {
       const policy = restorePolicy(options, spec, manifest);
@@ -218,7 +219,7 @@ export async function restore(
     wrapper.log.warn(
       "restored eagerly, though cedana.io/lazy asks for a lazy restore: cedana-runtime has nobody to look after a page daemon",
     );
-  await mkdir(scratch, { recursive: true, mode: 0o700 });
+  mkdirSync(scratch, { recursive: true, mode: 0o700 });
   let failed = true;
   try {
     await restoreContainer(
@@ -239,7 +240,7 @@ export async function restore(
     return { status, message: (error as Error).message };
   } finally {
     if (known === undefined && (failed || !detached)) removeMarker(call.marker);
-    await rm(scratch, { recursive: true, force: true });
+    rmSync(scratch, { recursive: true, force: true }); // a few small files in memory; the caller waits
   }
   return { status };
 }
