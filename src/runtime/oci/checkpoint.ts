@@ -1,13 +1,8 @@
 import { mkdirSync, rmSync } from "node:fs";
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
-import {
-  type CriuSettings,
-  type DumpRequest,
-  type DumpTarget,
-  dump as dumpContainer,
-  type EngineDump,
-} from "../../checkpoint/dump.ts";
+import type { CriuSettings, DumpRequest, DumpTarget, EngineDump } from "../../checkpoint/dump/target.ts";
+import { dump as dumpContainer } from "../../checkpoint/dump.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
