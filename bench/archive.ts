@@ -9,7 +9,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { monitorEventLoopDelay } from "node:perf_hooks";
 import { createArchive, extractArchive } from "../src/checkpoint/archive/index.ts";
-import { writeManifest } from "../src/checkpoint/manifest.ts";
+import { writeManifest } from "../src/checkpoint/manifest-files.ts";
 import { writeSampleMemory } from "./sample-memory.ts";
 
 const mebibytes = Number(process.argv[2] ?? 1024);

@@ -94,7 +94,13 @@ base_packages() {
   /usr/bin/python3 -c 'import json' 2>/dev/null || echo python3   # crit, which our decoding of images is compared with
   have lz4 || echo lz4                               # archives of checkpoints
   have zstd || echo zstd                             # the tests read ours with it
+  have strace || echo strace                         # … and look with it which files the wrapper opens
   [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
+  # For scripts/with-systemd.sh. Without systemd-sysv it is not what the machine boots.
+  if [ "$with_callers" = yes ]; then
+    [ -x /lib/systemd/systemd ] || echo systemd
+    [ -e /lib/systemd/system/dbus.socket ] || echo dbus
+  fi
   # Without a log of this call in ~/.npm.
   if [ "$with_npm" = yes ] && ! npm_config_logs_max=0 npm --version >/dev/null 2>&1; then
     have node || echo nodejs
@@ -630,8 +636,8 @@ case $ID:$VERSION_ID in
   *)
     die "this is ${PRETTY_NAME:-not Debian}, and only Debian 12 and 13 are set up by themselves.
 Please install by hand what is missing: $missing.
-In all, cedana wants: gcc, g++, make, musl-gcc, xxhash with its header, a static busybox, iproute2, iptables, nftables, e2fsprogs, erofs-utils, lz4, zstd,
-checkpointctl, containerd 1.7 with ctr, runc, crun with CRIU support (libcriu), and CRIU, on Linux 6.16 and newer at least 4.2.
+In all, cedana wants: gcc, g++, make, musl-gcc, xxhash with its header, a static busybox, iproute2, iptables, nftables, e2fsprogs, erofs-utils, lz4, zstd, strace,
+checkpointctl, systemd and dbus (for tests alone), containerd 1.7 with ctr, runc, crun with CRIU support (libcriu), and CRIU, on Linux 6.16 and newer at least 4.2.
 containerd 1.6 and 2.x belong in $cache/containerd-<version>/usr/bin/, for the tests alone." ;;
 esac
 

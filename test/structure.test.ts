@@ -91,6 +91,25 @@ describe("the folders of src/", () => {
     expect(upward).toEqual([]);
   });
 
+  it("hold no files that import each other in a circle", () => {
+    const files = new Set(sourceFiles());
+    const importsIn = (file: string) =>
+      importsOf(file)
+        .filter((name) => name.startsWith("."))
+        .map((name) => path.relative(source, path.resolve(source, path.dirname(file), name)))
+        .filter((target) => files.has(target));
+    const seen = new Set<string>();
+    const circles: string[] = [];
+    const visit = (file: string, way: readonly string[]) => {
+      if (way.includes(file)) circles.push([...way.slice(way.indexOf(file)), file].join(" → "));
+      if (seen.has(file)) return;
+      seen.add(file);
+      for (const target of importsIn(file)) visit(target, [...way, file]);
+    };
+    for (const file of files) visit(file, []);
+    expect(circles).toEqual([]);
+  });
+
   it("ask the registry, and import no plugin", () => {
     const shared = /^plugins\/(?:features|health|load|matrix|plugin)\.ts$/;
     const direct = sourceFiles().flatMap((file) =>

@@ -31,14 +31,17 @@ extern char **environ;
 /* Stops that a child takes by itself (the terminal's), and those that mean us. */
 static const int passed_on[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH, SIGCONT};
 
-static const char *state_root(void) {
+/* Where the engine keeps its state when nobody says. Of root's, crun alone goes by XDG_RUNTIME_DIR, which a login sets for root, too. */
+const char *runtime_state_root(void) {
   if (runtime.root && *runtime.root) return runtime.root;
-  return starts_with(base_name(runtime.engine_path), "crun") ? "/run/crun" : "/run/runc";
+  if (!starts_with(base_name(runtime.engine_path), "crun")) return "/run/runc";
+  const char *runtime_directory = getenv("XDG_RUNTIME_DIR");
+  return runtime_directory && *runtime_directory ? format("%s/crun", runtime_directory) : "/run/crun";
 }
 
 char *runtime_marker(const char *id) {
-  if (!*id || strchr(id, '/') || strlen(id) > 200) return NULL; /* no container has such an id */
-  autofree char *root = copy_string(state_root());
+  if (!*id || strchr(id, '/') || strlen(id) > 200) return NULL;
+  autofree char *root = copy_string(runtime_state_root());
   for (size_t length = strlen(root); length > 1 && root[length - 1] == '/';) root[--length] = 0;
   const char *directory = runtime_run_directory ? runtime_run_directory : run_directory();
   return format("%s/oci/%016llx-%s", directory, (unsigned long long)fnv1a(root, strlen(root)), id);
@@ -78,10 +81,12 @@ static void put_request(struct buffer *out) {
   for (int i = 1; i < runtime.command; i++) put_string(out, FIELD_GLOBAL_ARGV, runtime.argv[i]);
   for (int i = runtime.command; i < runtime.argc; i++) put_string(out, FIELD_ARGV, runtime.argv[i]);
   put_string(out, FIELD_PATH, runtime.engine_path);
-  put_string(out, FIELD_ROOT, state_root());
+  put_string(out, FIELD_ROOT, runtime_state_root());
   const char *id = runtime_container_id();
   autofree char *marker = id ? runtime_marker(id) : NULL;
-  if (!marker) runtime_fail("%s: %s is no container id", runtime.argv[runtime.command], id ? id : "nothing");
+  if (!marker)
+    runtime_fail("%s: \"%s\" can't be the id of a container of cedana's: it may have 200 characters, and no slash", runtime.argv[runtime.command],
+                 id ? id : "");
   put_string(out, FIELD_ID, id);
   put_string(out, FIELD_MARKER, marker);
   put_string(out, FIELD_CWD, cwd);
@@ -105,6 +110,19 @@ static void redirect_output(const char *path) {
   int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
   int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
   if (fd < 0 || null < 0 || dup2(null, 0) < 0 || dup2(fd, 1) < 0 || dup2(fd, 2) < 0) _exit(127);
+}
+
+/*
+ * Fds of socket activation are for the process that LISTEN_PID names: the caller means us, and so the engine that we run. Another pid,
+ * as Podman's 1, stays: who doesn't look at it mustn't be told otherwise. Source: sd_listen_fds(3).
+ */
+static void env_for_child(char **env, pid_t parent) {
+  static char listen_pid[sizeof "LISTEN_PID=" + 20];
+  for (; *env; env++)
+    if (starts_with(*env, "LISTEN_PID=") && strtol(*env + sizeof "LISTEN_PID=" - 1, NULL, 10) == parent) {
+      snprintf(listen_pid, sizeof listen_pid, "LISTEN_PID=%d", (int)getpid());
+      *env = listen_pid;
+    }
 }
 
 /* The wait status, or -errno. `caller`: the environment that we were called with. */
@@ -135,6 +153,7 @@ static int64_t run(const struct message *m, char **caller, int64_t *pid_out) {
     sigprocmask(SIG_SETMASK, &before, NULL);
     if (cwd && chdir(cwd) < 0) _exit(127);
     if (output) redirect_output(output);
+    env_for_child(env, parent);
     execve(argv[0], argv, env);
     _exit(127);
   }

@@ -6,8 +6,10 @@
  * The last three are for a cedanad that the wrapper starts: some callers (Podman's clean-up, conmon) pass no environment on.
  *
  * Whoever may write it decides what root executes, so it must belong to root (or to who runs us, for rootless callers) and be
- * writable by nobody else; the same of its directory, where the file could be replaced. What is wrong with it is an error of
- * every command, never a default: an engine that silently became another would find none of the containers that there are.
+ * writable by nobody else; the same of its directory, where the file could be replaced. In a user namespace, as Podman's rootless
+ * callers are in one, root's files belong to nobody; so do other users', but what we execute there has no more rights than its caller.
+ * What is wrong with it is an error of every command, never a default: an engine that silently became another would find none of
+ * the containers that there are.
  */
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -19,9 +21,17 @@
 #define CONFIG_PATH "/etc/cedana/runtime.json"
 #define CONFIG_MAX (64 * KIB)
 
+/* The owner that the kernel shows for a user who isn't known in our user namespace. */
+static bool is_unmapped(uid_t uid) {
+  autofree char *overflow = NULL;
+  if (!runtime_in_user_namespace() || read_file("/proc/sys/kernel/overflowuid", 64, &overflow, NULL) < 0) return false;
+  return uid == (uid_t)strtoul(overflow, NULL, 10);
+}
+
 static bool trusted(const struct stat *st) {
   bool sticky_directory = S_ISDIR(st->st_mode) && st->st_mode & S_ISVTX; /* others can't replace what isn't theirs */
-  return (st->st_uid == 0 || st->st_uid == geteuid()) && (!(st->st_mode & (S_IWGRP | S_IWOTH)) || sticky_directory);
+  if (st->st_mode & (S_IWGRP | S_IWOTH) && !sticky_directory) return false;
+  return st->st_uid == 0 || st->st_uid == geteuid() || is_unmapped(st->st_uid);
 }
 
 static char *read_config(const char *path, bool named, size_t *length) {

@@ -57,13 +57,24 @@ static void help(const char *command) {
   }
 }
 
-static _Noreturn void wrong_usage(const char *command, const char *what, const char *name, size_t length) {
-  printf("Incorrect Usage: %s%.*s\n\n", what, (int)length, name);
+/* As runc says it. The caller frees nothing. */
+static _Noreturn void wrong_usage(const char *command, char *message) {
+  printf("Incorrect Usage: %s\n\n", message);
   help(command);
   fflush(stdout);
-  autofree char *message = format("%s%.*s", what, (int)length, name);
   runtime_say_error(message);
   exit(1);
+}
+
+/* Source: Go's strconv.ParseBool, by which runc reads them. */
+static bool parse_boolean(const char *text, bool *value) {
+  static const char *const words[] = {"1", "t", "T", "true", "TRUE", "True", "0", "f", "F", "false", "FALSE", "False"};
+  for (size_t i = 0; i < countof(words); i++)
+    if (!strcmp(text, words[i])) {
+      *value = i < countof(words) / 2;
+      return true;
+    }
+  return false;
 }
 
 static const struct runtime_option *find(const char *command, const char *name, size_t length) {
@@ -97,21 +108,22 @@ void runtime_options_check(const char *command, char **arguments) {
     const char *name = argument + (argument[1] == '-' ? 2 : 1);
     size_t length = strcspn(name, "=");
     const char *value = name[length] ? name + length + 1 : NULL;
-    if (!strncmp(name, "help", 4 + (length != 4)) || !strcmp(name, "h") || !strcmp(name, "?")) {
+    if (!strncmp(name, "help", 4 + (length != 4)) || !strcmp(name, "h") || !strcmp(name, "?") || !strcmp(name, "usage")) {
       help(command);
       exit(0);
     }
     const struct runtime_option *option = find(command, name, length);
-    if (!option) wrong_usage(command, "flag provided but not defined: -", name, length);
+    if (!option) wrong_usage(command, format("flag provided but not defined: -%.*s", (int)length, name));
     if (option->value && !value && i + 1 < count) value = arguments[++i];
-    if (option->value && !value) wrong_usage(command, "flag needs an argument: -", name, length);
-    if (!option->value && value && strcmp(value, "true") && strcmp(value, "false"))
-      wrong_usage(command, "invalid boolean value: -", name, strlen(name));
-    if (!option->value && value && !strcmp(value, "false")) continue;
+    if (option->value && !value) wrong_usage(command, format("flag needs an argument: -%.*s", (int)length, name));
+    bool set = true;
+    if (!option->value && value && !parse_boolean(value, &set))
+      wrong_usage(command, format("invalid boolean value \"%s\" for -%.*s: parse error", value, (int)length, name));
+    if (!set) continue;
     canonical[out++] = option->value ? format("--%s=%s", option->name, value) : format("--%s", option->name);
   }
-  if (ids != 1) wrong_usage(command, "exactly one container id is expected by ", command, strlen(command));
-  if (!*id) wrong_usage(command, "the container id is empty: ", command, strlen(command));
+  if (ids != 1) wrong_usage(command, format("cedana-runtime: \"%s\" requires exactly 1 argument(s)", command));
+  if (!*id) wrong_usage(command, format("cedana-runtime: \"%s\": the container id is empty", command));
   canonical[out++] = copy_string("--");
   canonical[out++] = copy_string(id);
   char **all = allocate(((size_t)(runtime.command + out) + 2) * sizeof *all);

@@ -21,6 +21,7 @@ extern struct runtime runtime;
 extern const char *runtime_run_directory;
 
 /* ---- runtime.c ---- */
+bool runtime_in_user_namespace(void);
 /* NULL: the command line names none. */
 const char *runtime_container_id(void);
 _Noreturn void runtime_execute(const char *path, char **argv, char **env);
@@ -49,5 +50,7 @@ void runtime_options_check(const char *command, char **arguments);
 /* ---- runtime-ask.c ---- */
 /* The command is cedanad's to decide; never returns. */
 _Noreturn void runtime_ask(void);
+/* Directory of the engine's state: the caller's --root, or the engine's own default. */
+const char *runtime_state_root(void);
 /* By what the caller's root and id say: the file that makes a container ours. The caller frees. */
 char *runtime_marker(const char *id);

@@ -25,6 +25,7 @@ import {
 import { pluginsLoaded, pluginVersion } from "../features/registry.ts";
 import { expectAnswer } from "../linux/apart.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
+import { cgroupYard } from "../linux/cgroup-hierarchy.ts";
 import { hasNetworkSockets } from "../linux/net.ts";
 import { adapterSteps } from "./adapters.ts";
 import { IMAGES_DIRECTORY } from "./archive/layout.ts";
@@ -42,7 +43,8 @@ import {
   writeFreezeNote,
 } from "./freeze-marker.ts";
 import { findGpuMounts } from "./gpu-mounts.ts";
-import { type CheckpointManifest, type GpuFacts, type RootfsDiffFacts, writeManifest } from "./manifest.ts";
+import type { CheckpointManifest, GpuFacts, RootfsDiffFacts } from "./manifest.ts";
+import { writeManifest } from "./manifest-files.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
@@ -117,6 +119,8 @@ export interface CriuSettings extends Pick<DumpRequest, "policy"> {
   readonly networkLock: NetworkLock;
   /** mounts that the engine doesn't know to come from outside, and what CRIU is to call them */
   readonly externalMounts: readonly { readonly key: string; readonly source: string }[];
+  /** where all hierarchies of cgroups are mounted, so that CRIU needs to mount none */
+  readonly cgroupYard: string | undefined;
 }
 
 /** What is dumped, as its owner has it: the shim a task, the OCI runtime a container. */
@@ -286,14 +290,17 @@ export async function dump(
   };
   await pluginsLoaded();
   await runChain("dump", dumpSteps.flatMap(withAdapters), context);
-  keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
-  if (context.enginePath !== undefined) learnVersionAnswer(context.enginePath, target.log);
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
     frozenMs: inHundredths(context.frozenMs),
   };
-  target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
+  // When whoever waits for this dump has been answered: it is for others.
+  setImmediate(() => {
+    target.log.info({ path: outcome.path, frozenMs: outcome.frozenMs, times: outcome.times }, "dumped");
+    keepKernelCache((error) => target.log.info({ err: error }, "CRIU's answers of the kernel are not kept"));
+    if (context.enginePath !== undefined) learnVersionAnswer(context.enginePath, target.log);
+  });
   return outcome;
 }
 
@@ -718,7 +725,7 @@ async function freeze(context: DumpContext, next: () => Promise<void>): Promise<
       target.log.warn({ err: error }, "put the freezer back after a dump"),
     );
     if (frozen) context.frozenMs = performance.now() - since;
-    await rm(freezeMarker(target.directory), { force: true });
+    rmSync(freezeMarker(target.directory), { force: true });
   }
 }
 
@@ -1001,6 +1008,7 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
         networkLock,
         externalMounts: gpuMounts.map(({ mountPoint, key }) => ({ key: mountPoint, source: key })),
         withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
+        cgroupYard: await yardOf(context),
       });
       await engine?.gate?.unbar();
       engine?.gate?.open(config);
@@ -1036,6 +1044,13 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
 }
 
 class WentPast extends CriuFailed {}
+
+const CGROUP_YARD_SINCE = "3.14";
+
+async function yardOf({ target, criu }: DumpContext): Promise<string | undefined> {
+  if (target.hasEnded || criu === undefined || isOlder(criu, CGROUP_YARD_SINCE)) return undefined;
+  return await cgroupYard(target.initPid);
+}
 
 /** Without a gate. */
 async function runEngine(context: DumpContext, config: string): Promise<void> {

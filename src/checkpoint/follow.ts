@@ -4,8 +4,9 @@ import { join, relative } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { BrokenImage, Cancelled, WrongState } from "../errors/index.ts";
 import { openBeneath } from "../linux/addon.ts";
+import { openDirectory } from "../linux/fd.ts";
 import { Xxh128, xxh128Files } from "../linux/xxh128.ts";
-import { type HashedFile, openDirectory } from "./digest.ts";
+import type { HashedFile } from "./digest-job.ts";
 
 /*
  * Digests of the checkpoint that we are making, in a directory that is ours. Nobody starts a thread for them: the event loop only says which

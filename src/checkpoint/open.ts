@@ -2,7 +2,8 @@ import { stat } from "node:fs/promises";
 import { join } from "node:path";
 import { BrokenImage, InvalidRequest, NotFound } from "../errors/index.ts";
 import { type Finding, Found } from "./finding.ts";
-import { type CheckpointManifest, compareSizes, type FileFault, readManifest } from "./manifest.ts";
+import { type CheckpointManifest, readManifest } from "./manifest.ts";
+import { compareSizes, type FileFault } from "./manifest-files.ts";
 
 /** A checkpoint that lies in a directory. */
 export interface OpenCheckpoint {

@@ -27,7 +27,8 @@ import { makeMountPoint } from "./gpu-mounts.ts";
 import { adaptedImages, adaptHostname } from "./identity.ts";
 import { type ImageFacts, readImageFacts } from "./image-facts.ts";
 import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
-import { type CheckpointManifest, type ContainerIdentity, compareSizes, verifyFiles } from "./manifest.ts";
+import type { CheckpointManifest, ContainerIdentity } from "./manifest.ts";
+import { compareSizes, verifyFiles } from "./manifest-files.ts";
 import {
   findArchive,
   findFaultsOfFiles,

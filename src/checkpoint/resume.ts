@@ -5,7 +5,13 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { SyscallFailed, TimedOut, WrongState } from "../errors/index.ts";
 import { flock } from "../linux/addon.ts";
 import { bootId, isAlive } from "../linux/proc.ts";
-import type { CheckpointStore, StoredCheckpoint, StoreOwner } from "./store.ts";
+import {
+  type CheckpointStore,
+  claimSuffix,
+  offerSuffix,
+  type StoredCheckpoint,
+  type StoreOwner,
+} from "./store.ts";
 
 /*
  * Checkpoints from which the next container of a key continues, once (`cedana.io/auto-resume`). A key is a name in the store. Beside a
@@ -39,15 +45,10 @@ export interface Claim {
   readonly by: string;
 }
 
-const offerSuffix = ".resume";
-const claimSuffix = ".claim";
 /** Who was checkpointed instead of being ended is about to end. */
 const endPatienceMs = 10_000;
 const lockPatienceMs = 10_000;
 const lookEveryMs = 10;
-
-/** Files that go with a generation. */
-export const resumeSuffixes = [offerSuffix, claimSuffix] as const;
 
 /** Lets the next container of its name continue from a checkpoint, as soon as the process has ended. */
 export async function offerCheckpoint(

@@ -4,7 +4,6 @@ import { join } from "node:path";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed, WrongState } from "../errors/index.ts";
 import { expectAnswer } from "../linux/apart.ts";
 import { MANIFEST_NAME } from "./manifest.ts";
-import { resumeSuffixes } from "./resume.ts";
 import { sweep } from "./staging.ts";
 import { CheckpointUse } from "./use.ts";
 
@@ -37,6 +36,9 @@ export interface StoredCheckpoint {
 const NAME = /^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$/;
 const GENERATION = /^\d{8}T\d{9}Z(-\d{1,4})?$/;
 const STAGING = "tmp";
+/** Files beside a generation, which go with it: resume.ts says what is in them. */
+export const offerSuffix = ".resume";
+export const claimSuffix = ".claim";
 /** In the staging directory: what is being removed, and is no checkpoint any more. */
 const REMOVED_PREFIX = "removed-";
 const NO_POD_NAMESPACE = "-";
@@ -170,7 +172,7 @@ export class CheckpointStore {
     await this.#check(staging);
     const aside = join(staging, `${REMOVED_PREFIX}${checkpoint.generation}-${process.pid}`);
     await rename(checkpoint.path, aside);
-    for (const suffix of resumeSuffixes) await rm(`${checkpoint.path}${suffix}`, { force: true });
+    for (const suffix of [offerSuffix, claimSuffix]) await rm(`${checkpoint.path}${suffix}`, { force: true });
     await rm(aside, { recursive: true });
     return true;
   }

@@ -6,7 +6,8 @@ import { BrokenImage, CedanaError, messageOf, PermissionDenied, Unsupported } fr
 import { extractArchive, isDirectory, isEncryptedArchive, verifyArchive } from "./archive/index.ts";
 import { compareToNode, type NodeFacts, nodeFacts } from "./compare.ts";
 import { type Finding, Found } from "./finding.ts";
-import { type CheckpointManifest, compareSizes, verifyFiles } from "./manifest.ts";
+import type { CheckpointManifest } from "./manifest.ts";
+import { compareSizes, verifyFiles } from "./manifest-files.ts";
 import { findArchive, findingsOf, findMissingParts, type OpenCheckpoint, openDirectoryOf } from "./open.ts";
 
 /** What is known of a checkpoint that was not restored. */

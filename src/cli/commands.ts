@@ -3,7 +3,7 @@ import { ArchiveCreate, ArchiveExtract, ArchiveShow, ArchiveVerify } from "./arc
 import { Check } from "./check.ts";
 import { CheckpointInspect, CheckpointList, CheckpointVerify } from "./checkpoint.ts";
 import { CedanaCommand } from "./command.ts";
-import { FreezeContainerd, QueryContainerd, UnfreezeContainerd } from "./container.ts";
+import { FreezeContainerd, KillContainerd, QueryContainerd, UnfreezeContainerd } from "./container.ts";
 import { daemonStatus, runDirectory, stopDaemon } from "./daemon.ts";
 import { DumpContainerd } from "./dump.ts";
 import { jsonFlag } from "./flags.ts";
@@ -86,6 +86,7 @@ export const commands = {
   "checkpoint:encode": ImageEncode,
   "freeze:containerd": FreezeContainerd,
   "unfreeze:containerd": UnfreezeContainerd,
+  "kill:containerd": KillContainerd,
   "query:containerd": QueryContainerd,
   "plugin:features": Features,
   features: Features,

@@ -4,7 +4,7 @@ import type { QueriedContainer, QueriedProcess } from "../proto/generated/cedana
 import { CedanaCommand } from "./command.ts";
 import { containerArg, jsonFlag, namespaceFlag } from "./flags.ts";
 
-// `cedana freeze|unfreeze|query containerd`: containers under our shim.
+// `cedana freeze|unfreeze|kill|query containerd`: containers under our shim.
 
 export class FreezeContainerd extends CedanaCommand {
   static override summary = "Freeze a container: it stands still until `cedana unfreeze`";
@@ -36,6 +36,42 @@ export class UnfreezeContainerd extends CedanaCommand {
     const answer = await api.call("UnfreezeContainer", { id: args.container, namespace: flags.namespace });
     if (flags.json) this.printJson(answer);
     else this.log(`${args.container} is ${answer.state}`);
+  }
+}
+
+export class KillContainerd extends CedanaCommand {
+  static override summary = "Send a signal to a container, as it wants it";
+  static override description =
+    "The same as `ctr task kill`: its annotations cedana.io/kill-… say what TERM becomes and what follows, and cedana.io/checkpoint-on that it is checkpointed instead.";
+  static override examples = ["cedana kill containerd web", "cedana kill containerd web HUP --exec worker"];
+  static override args = {
+    ...containerArg,
+    signal: Args.string({ ignoreStdin: true, description: "by name or number", default: "TERM" }),
+  };
+  static override flags = {
+    ...namespaceFlag,
+    exec: Flags.string({
+      helpValue: "ID",
+      description: "a process of exec instead of the container's first one",
+    }),
+    all: Flags.boolean({ char: "a", description: "every process of the container", exclusive: ["exec"] }),
+    ...jsonFlag,
+  };
+
+  async run(): Promise<void> {
+    const { args, flags } = await this.parse(KillContainerd);
+    const { Api } = await import("./api.ts");
+    using api = await Api.open();
+    const { namespace, exec: execId, all } = flags;
+    const answer = await api.call("KillContainer", {
+      id: args.container,
+      namespace,
+      execId,
+      signal: args.signal,
+      all,
+    });
+    if (flags.json) this.printJson(answer);
+    else this.log(`${args.container} has been sent ${args.signal}`);
   }
 }
 

@@ -2,8 +2,8 @@ import { cp, mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { CriuFailed } from "../errors/index.ts";
-import type { Message } from "./image/message.ts";
 import { readOne } from "./image/read.ts";
+import type { Message } from "./image/value.ts";
 import { CriuWorker } from "./worker.ts";
 
 // The CPU in a dump (cpuinfo.img, which CRIU writes when it is told to look at the CPU) and the one of this machine.

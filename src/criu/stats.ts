@@ -1,7 +1,7 @@
 import { join } from "node:path";
 import { BrokenImage } from "../errors/index.ts";
-import type { Message } from "./image/message.ts";
 import { readOne } from "./image/read.ts";
+import type { Message } from "./image/value.ts";
 
 // What CRIU counted and timed, from stats-dump and stats-restore, which it leaves in its work directory.
 

@@ -2,8 +2,8 @@ import { readdir } from "node:fs/promises";
 import { join } from "node:path";
 import { Unavailable } from "../errors/index.ts";
 import { checkCpu, missingFromCpu, readCpu, thisCpu } from "./cpu.ts";
-import type { Message } from "./image/message.ts";
 import { readOne } from "./image/read.ts";
+import type { Message } from "./image/value.ts";
 import { installedPlugins } from "./plugins.ts";
 import { probeCriu } from "./probe.ts";
 

@@ -5,7 +5,7 @@ import type { Logger } from "pino";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { Cancelled, SyscallFailed } from "../errors/index.ts";
 import { programOf } from "../linux/proc.ts";
-import type { Conversation, OciCall } from "../runtime/oci/call.ts";
+import type { Conversation, OciAnswer, OciCall } from "../runtime/oci/call.ts";
 import { Endings } from "../runtime/oci/endings.ts";
 import { Escalator } from "../runtime/oci/escalator.ts";
 import { thawLeftovers } from "../runtime/oci/frozen.ts";
@@ -90,24 +90,15 @@ export class RuntimeServer {
       what: `cedana-runtime ${call.command} ${call.id}`,
       fail: () => void socket.destroy(), // it says so, and nothing is begun anew
     };
-    void inNameOf(culprit, () => this.#answer(call, wrapper, send));
+    void inNameOf(culprit, () => this.#answer(call, wrapper));
     return wrapper;
   }
 
-  async #answer(
-    call: OciCall,
-    wrapper: Wrapper,
-    send: (type: MessageType, values: FieldValues) => void,
-  ): Promise<void> {
+  async #answer(call: OciCall, wrapper: Wrapper): Promise<void> {
     // Loaded with the first call: on a node without such callers it would only take memory.
     const { runCommand } = await import("../runtime/oci/commands.ts");
     const answer = await runCommand(call, wrapper, this.#escalator, this.#endings);
-    if (!answer) return;
-    send(messageType.RUNTIME_ANSWER, {
-      status: answer.status,
-      message: answer.message,
-      answer: answer.output === undefined ? undefined : Buffer.from(answer.output),
-    });
+    if (answer) wrapper.answer(answer);
   }
 }
 
@@ -139,6 +130,7 @@ class Wrapper implements Conversation, WrapperCall {
   readonly #send: (type: MessageType, values: FieldValues) => void;
   readonly #pid: number;
   readonly #gone = new AbortController();
+  #answered = false;
   #running: { resolve(status: number): void; reject(error: Error): void } | undefined;
 
   constructor(send: (type: MessageType, values: FieldValues) => void, pid: number, log: Logger) {
@@ -161,6 +153,13 @@ class Wrapper implements Conversation, WrapperCall {
       this.#running = { resolve, reject };
       this.#send(messageType.RUNTIME_RUN, { argv, env: pairs(options.env), outputPath: options.outputPath });
     });
+  }
+
+  answer({ status, message, output }: OciAnswer): void {
+    if (this.#answered) return;
+    this.#answered = true;
+    const answer = output === undefined ? undefined : Buffer.from(output);
+    this.#send(messageType.RUNTIME_ANSWER, { status, message, answer });
   }
 
   become(argv: readonly string[], options: Parameters<Conversation["become"]>[1] = {}): void {

@@ -1,42 +1,12 @@
-import {
-  closeSync,
-  constants,
-  existsSync,
-  openSync,
-  readFileSync,
-  readSync,
-  write as writeToFd,
-} from "node:fs";
-import { mkdir, readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
-import { posix } from "node:path";
-import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
+import { constants, existsSync } from "node:fs";
+import { readdir, readFile, rmdir, stat, writeFile } from "node:fs/promises";
+import { setTimeout as sleep } from "node:timers/promises";
 import { NotFound, SyscallFailed, TimedOut, Unsupported, WrongState } from "../errors/index.ts";
-import { type MountInfo, readMountInfo } from "./mount-options.ts";
+import { ignoreGone, readIfThere, removed } from "./cgroup-files.ts";
+import { hierarchies, readMembership, resolve, unifiedPath, upTo } from "./cgroup-hierarchy.ts";
+import { Freezer, type FreezerState } from "./freezer.ts";
 import { processStat } from "./proc.ts";
 import { type CgroupStats, readStatsV1, readStatsV2 } from "./stats.ts";
-
-// A container's cgroup as the host sees it.
-//
-// Three layouts exist. *Unified*: one v2 hierarchy at /sys/fs/cgroup. *Legacy* (v1): a hierarchy for each controller,
-// or for several together (`cpu,cpuacct`), plus named ones without a controller (`name=systemd`). *Hybrid*: legacy, and
-// a v2 mount without controllers at /sys/fs/cgroup/unified. Hybrid counts as v1, for the engines treat it so: limits,
-// freezer and OOM counters live in the v1 hierarchies.
-//
-// A container may have a cgroup namespace in which its own cgroup is "/"; we read /proc from outside and see the real path.
-
-/** Where a v1 hierarchy is mounted, or the v2 one. */
-interface Hierarchy {
-  /** "" for v2, else a controller or `name=…`; a co-mounted hierarchy appears once for each controller. */
-  readonly controller: string;
-  readonly mountPoint: string;
-  /** Directory of the hierarchy that the mount shows; "/" nearly always. */
-  readonly root: string;
-}
-
-interface Hierarchies {
-  readonly version: 1 | 2;
-  readonly byController: ReadonlyMap<string, Hierarchy>;
-}
 
 /** What a journal keeps of a cgroup. */
 export interface CgroupPaths {
@@ -51,17 +21,10 @@ export interface OomWatch {
   readonly flags: 1 | 2;
 }
 
-export type FreezerState = "thawed" | "freezing" | "frozen";
-
-// A freeze takes a fraction of a millisecond unless a process waits for a disk or a CPU, so look again at once for the
-// first looks (some 10 us each) and then every millisecond (the finest that Node's timers do).
-const eagerLooks = 50;
 const freezeTimeoutMs = 10_000;
 const removeTimeoutMs = 2_000;
-// v1: a process that forks while its cgroup freezes can be missed; writing FROZEN again catches the child. A short thaw
-// lets processes get out of a place where they can't freeze. Source: runc, libcontainer/cgroups/fs/freezer.go.
-const thawEveryLooks = 100;
 
+/** A container's cgroup as the host sees it. */
 export class Cgroup {
   readonly version: 1 | 2;
   /** Directories by controller, v2's under ""; those in a hierarchy's root are left out: they aren't the container's. */
@@ -299,113 +262,6 @@ export class Cgroup {
   }
 }
 
-/**
- * The freezer's files, held open.
- *
- * Looking is a read(2) of a few bytes at once, about 5 us: a detour through the thread pool takes twenty times that, and
- * ever longer on a host whose CPUs are busy, which is where frozen time hurts. Writing goes through the thread pool,
- * because it waits for the kernel's lock on all cgroups.
- */
-class Freezer {
-  readonly name: string;
-  readonly #version: 1 | 2;
-  readonly #control: number;
-  /** v2 says in another file whether everybody stands. */
-  readonly #events: number;
-  readonly #buffer = Buffer.alloc(256);
-
-  private constructor(name: string, version: 1 | 2, control: number, events: number) {
-    this.name = name;
-    this.#version = version;
-    this.#control = control;
-    this.#events = events;
-  }
-
-  static open(cgroup: Cgroup, flags: number = constants.O_RDWR): Freezer {
-    const path = cgroup.path("freezer");
-    if (path === undefined)
-      throw new Unsupported("freezing: no freezer hierarchy is mounted, or it isn't used");
-    let control: number | undefined;
-    try {
-      control = openSync(`${path}/${cgroup.version === 2 ? "cgroup.freeze" : "freezer.state"}`, flags);
-      const events = cgroup.version === 2 ? openSync(`${path}/cgroup.events`, constants.O_RDONLY) : control;
-      return new Freezer(path, cgroup.version, control, events);
-    } catch (err) {
-      if (control !== undefined) closeSync(control);
-      throw notFoundOr(err, path);
-    }
-  }
-
-  [Symbol.dispose](): void {
-    closeSync(this.#control);
-    if (this.#events !== this.#control) closeSync(this.#events);
-  }
-
-  async want(state: "FROZEN" | "THAWED"): Promise<void> {
-    const text = this.#version === 1 ? state : state === "FROZEN" ? "1" : "0";
-    try {
-      await write(this.#control, text);
-    } catch (err) {
-      throw notFoundOr(err, this.name);
-    }
-  }
-
-  /** Whether freezing has been asked for, here or above (v2: here). */
-  wanted(): boolean {
-    if (this.#version === 1) return this.state() !== "thawed";
-    return this.#read(this.#control).startsWith("1");
-  }
-
-  state(): FreezerState {
-    if (this.#version === 1) {
-      const text = this.#read(this.#control).trim();
-      return text === "FROZEN" ? "frozen" : text === "FREEZING" ? "freezing" : "thawed";
-    }
-    if (/^frozen 1$/m.test(this.#read(this.#events))) return "frozen";
-    return this.wanted() ? "freezing" : "thawed";
-  }
-
-  /** Looks until it is in that state. @returns false when the time is over */
-  async settled(goal: FreezerState, timeoutMs: number, signal?: AbortSignal): Promise<boolean> {
-    const deadline = performance.now() + timeoutMs;
-    for (let look = 1; ; look++) {
-      signal?.throwIfAborted();
-      if (this.state() === goal) return true;
-      if (performance.now() >= deadline) return false;
-      // Between looks others have their turn on the event loop.
-      if (look <= eagerLooks) await nextTurn();
-      else await sleep(1, undefined, signal && { signal });
-      if (this.#version === 1 && goal === "frozen" && look > eagerLooks) {
-        if (look % thawEveryLooks === 0) {
-          await this.want("THAWED");
-          await sleep(10, undefined, signal && { signal });
-        }
-        await this.want("FROZEN");
-      }
-    }
-  }
-
-  #read(fd: number): string {
-    try {
-      return this.#buffer.toString("latin1", 0, readSync(fd, this.#buffer, 0, this.#buffer.length, 0));
-    } catch (err) {
-      throw notFoundOr(err, this.name);
-    }
-  }
-}
-
-function write(fd: number, text: string): Promise<void> {
-  return new Promise((resolve, reject) => {
-    writeToFd(fd, text, 0, "latin1", (err) => (err ? reject(err) : resolve()));
-  });
-}
-
-function notFoundOr(err: unknown, path: string): Error {
-  return removed(err)
-    ? new NotFound(`cgroup ${path} has been removed`, { cause: err })
-    : SyscallFailed.from(err);
-}
-
 async function collectPids(directory: string, pids: Set<number>): Promise<void> {
   // EOPNOTSUPP: a threaded cgroup (v2) lists its processes only in the domain above it, where we have been.
   const text = await readFile(`${directory}/cgroup.procs`, "utf8").catch((err) => {
@@ -427,129 +283,6 @@ function sendSignal(pid: number, signal: NodeJS.Signals | number): void {
   } catch (err) {
     if ((err as NodeJS.ErrnoException).code !== "ESRCH") throw SyscallFailed.from(err); // ESRCH: it has ended, as it should
   }
-}
-
-/**
- * Parses /proc/PID/cgroup: the path by controller, v2's under "".
- *
- * A line is `ID:CONTROLLERS:PATH`; the path may hold colons, and ends with " (deleted)" when the cgroup of a zombie
- * has been removed. Source: cgroups(7).
- */
-export function parseMembership(text: string): Map<string, string> {
-  const membership = new Map<string, string>();
-  for (const line of text.split("\n")) {
-    const [, id, controllers, path] = /^(\d+):([^:]*):(.*)$/.exec(line) ?? [];
-    if (path === undefined || path.endsWith(" (deleted)")) continue;
-    if (id === "0" && controllers === "") membership.set("", path);
-    else for (const controller of controllers!.split(",")) membership.set(controller, path);
-  }
-  return membership;
-}
-
-/**
- * The path's beginning that ends with this directory, the innermost; the whole path when it isn't in it.
- * @param name  may be `a/b`: where there is no b in a, the path to a
- */
-export function upTo(path: string, name: string): string {
-  for (let wanted = name; wanted !== "."; wanted = posix.dirname(wanted)) {
-    const at = `${path}/`.lastIndexOf(`/${wanted}/`);
-    if (at >= 0) return path.slice(0, at + 1 + wanted.length);
-  }
-  return path;
-}
-
-async function readMembership(pid: number): Promise<Map<string, string>> {
-  const text = readIfThere(`/proc/${pid}/cgroup`);
-  if (text === undefined) throw new NotFound(`process ${pid} has ended`);
-  return parseMembership(text);
-}
-
-/**
- * Finds the mounted hierarchies among a process's mounts.
- *
- * What is mounted *last* at /sys/fs/cgroup decides between v1 and v2; whatever else lies below it may be a remnant that
- * a v2 mount covers. Of several mounts of a hierarchy, one that shows all of it wins.
- */
-export function findHierarchies(mounts: readonly MountInfo[]): Hierarchies {
-  const byController = new Map<string, Hierarchy>();
-  const top = mounts.findLast((mount) => mount.mountPoint === "/sys/fs/cgroup");
-  const unified = top?.type === "cgroup2" ? top : undefined;
-  if (!unified) {
-    for (const mount of mounts.filter((m) => m.type === "cgroup"))
-      for (const controller of mount.superOptions) addHierarchy(byController, controller, mount);
-  }
-  const v2 = unified ?? mounts.find((mount) => mount.type === "cgroup2");
-  if (v2) addHierarchy(byController, "", v2);
-  const controllers = [...byController.keys()].filter((name) => name !== "" && !name.startsWith("name="));
-  return { version: controllers.length > 0 ? 1 : 2, byController };
-}
-
-function addHierarchy(all: Map<string, Hierarchy>, controller: string, mount: MountInfo): void {
-  // The other super options of v1 mounts.
-  if (/^(rw|ro|all|none|xattr|noprefix|clone_children|release_agent=.*|cpuset_v2_mode)$/.test(controller))
-    return;
-  const known = all.get(controller);
-  if (known && (known.root === "/" || mount.root !== "/")) return;
-  all.set(controller, { controller, mountPoint: mount.mountPoint, root: mount.root });
-}
-
-// Cgroup mounts are made at boot, so they are looked up once; the rest of mountinfo grows with every container.
-let cachedHierarchies: Promise<Hierarchies> | undefined;
-
-function hierarchies(options?: { fresh: boolean }): Promise<Hierarchies> {
-  if (options?.fresh) cachedHierarchies = undefined;
-  cachedHierarchies ??= readMountInfo("self", "cgroup").then(findHierarchies);
-  cachedHierarchies.catch(() => {
-    cachedHierarchies = undefined;
-  });
-  return cachedHierarchies;
-}
-
-/** The directories of a process's cgroups. Roots of hierarchies are left out: everybody is in those. */
-export function resolve(
-  membership: ReadonlyMap<string, string>,
-  { version, byController }: Hierarchies,
-): { version: 1 | 2; paths: Map<string, string> } {
-  const paths = new Map<string, string>();
-  for (const [controller, path] of membership) {
-    const hierarchy = byController.get(controller);
-    if (!hierarchy || path === "/") continue;
-    if (version === 2 && controller !== "") continue;
-    // `/..` begins paths outside of our own cgroup namespace, which no mount of ours shows.
-    if (path.startsWith("/..")) continue;
-    const { root, mountPoint } = hierarchy;
-    if (root === "/") paths.set(controller, `${mountPoint}${path}`);
-    else if (path.startsWith(`${root}/`)) paths.set(controller, `${mountPoint}${path.slice(root.length)}`);
-  }
-  return { version, paths };
-}
-
-// ENOENT: no such file. ENODEV, ESRCH: the cgroup went between open and read.
-function removed(err: unknown): boolean {
-  return ["ENOENT", "ENODEV", "ESRCH"].includes((err as NodeJS.ErrnoException).code ?? "");
-}
-
-/** A small file of the kernel's, read at once: 10 us, where a detour through the thread pool takes some hundred. */
-function readIfThere(path: string): string | undefined {
-  try {
-    return readFileSync(path, "utf8");
-  } catch (err) {
-    return ignoreGone(err);
-  }
-}
-
-function ignoreGone(err: unknown): undefined {
-  if (removed(err)) return undefined;
-  throw SyscallFailed.from(err);
-}
-
-/**
- * Makes a cgroup of version 2.
- * @param path  in the hierarchy, with a leading slash
- * @throws Unsupported on a host of version 1
- */
-export async function makeCgroup(path: string): Promise<void> {
-  await mkdir(await unifiedPath(path), { recursive: true });
 }
 
 /**
@@ -576,30 +309,4 @@ async function removeTree(directory: string): Promise<void> {
   await rmdir(directory).catch((err) => {
     if (!removed(err)) throw err;
   });
-}
-
-/** A cgroup's directory in the hierarchy of version 2. @throws Unsupported on a host of version 1 */
-export async function unifiedPath(path: string): Promise<string> {
-  const { version, byController } = await hierarchies();
-  const hierarchy = byController.get("");
-  if (version !== 2 || !hierarchy)
-    throw new Unsupported(`cgroup ${path}: this host has no unified hierarchy`);
-  return `${hierarchy.mountPoint}${path}`;
-}
-
-/** For setup and preflight: which version this host has. */
-export async function hostCgroupVersion(): Promise<1 | 2> {
-  return (await hierarchies()).version;
-}
-
-/**
- * Version 1 hierarchies of a host whose containers have cgroups of version 2 (a hybrid host seen without them). The container
- * is in somebody else's cgroup there, and CRIU would take that with everything below it into the images, make what is missing
- * at the restore, and give it the limits of then. Told that a file is where to look, it finds no cgroup.
- */
-export async function foreignHierarchies(pid: number): Promise<[controller: string, path: string][]> {
-  if (pid === 0 || (await hostCgroupVersion()) !== 2) return [];
-  const text = await readFile(`/proc/${pid}/cgroup`, "utf8").catch(() => ""); // it has ended: the engine says so
-  const controllers = [...parseMembership(text).keys()].filter((controller) => controller !== "");
-  return controllers.map((controller) => [controller, "/cgroup.procs"]);
 }

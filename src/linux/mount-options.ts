@@ -304,7 +304,11 @@ function escapeOctal(text: string): string {
  * @param containing  only lines that contain this text, checked before parsing: a node has thousands of mounts
  */
 export async function readMountInfo(pid: number | "self", containing?: string): Promise<MountInfo[]> {
-  const text = await readFile(`/proc/${pid}/mountinfo`, "utf8");
+  return parseMountInfo(await readFile(`/proc/${pid}/mountinfo`, "utf8"), containing);
+}
+
+/** @param text  of /proc/PID/mountinfo. @param containing  as `readMountInfo` */
+export function parseMountInfo(text: string, containing?: string): MountInfo[] {
   const mounts: MountInfo[] = [];
   for (const line of text.split("\n")) {
     if (containing !== undefined && !line.includes(containing)) continue;

@@ -1,5 +1,4 @@
-import { readdirSync, readFileSync, readlinkSync } from "node:fs";
-import { readlink, stat } from "node:fs/promises";
+import { existsSync, readdirSync, readFileSync, readlinkSync } from "node:fs";
 
 // One process as /proc shows it. Everything here reads one or two tiny procfs files synchronously: that takes
 // about 20 us, which is less than a round trip through the thread pool, and procfs never waits for a disk.
@@ -187,8 +186,8 @@ export async function processTree(
 /** The program that a process runs, as it is installed now; where that has gone, a path to the one that runs. */
 export async function programOf(pid: number): Promise<string> {
   const exe = `/proc/${pid}/exe`;
-  const installed = (await readlink(exe)).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
-  return (await stat(installed).catch(() => undefined)) ? installed : exe;
+  const installed = readlinkSync(exe).replace(/ \(deleted\)$/, ""); // replaced by an upgrade
+  return existsSync(installed) ? installed : exe;
 }
 
 /** The environment that a process was started with; empty when it has ended. */

@@ -4,7 +4,6 @@ import { SyscallFailed } from "../errors/index.ts";
 import type * as v1 from "../proto/generated/cgroups_v1.ts";
 import type * as v2 from "../proto/generated/cgroups_v2.ts";
 import { pack } from "../proto/index.ts";
-import type { Cgroup } from "./cgroup.ts";
 
 // What a cgroup has used, read from its files and put into the messages that containerd's clients expect
 // (io.containerd.cgroups.v1.Metrics, …v2.Metrics), with the same numbers from the same files as containerd's own
@@ -31,7 +30,9 @@ export type CgroupStats = CgroupStatsV1 | CgroupStatsV2;
  * A cgroup's counters as containerd's task service answers Stats: an Any whose type URL has no prefix.
  * @throws NotFound when the cgroup has been removed
  */
-export async function encodeMetrics(cgroup: Cgroup): Promise<{ typeUrl: string; value: Uint8Array }> {
+export async function encodeMetrics(cgroup: {
+  stats(): Promise<CgroupStats>;
+}): Promise<{ typeUrl: string; value: Uint8Array }> {
   const stats = await cgroup.stats();
   // The codecs are big and only this answer needs them.
   if (stats.version === 1)

@@ -3,7 +3,7 @@ import { open, stat } from "node:fs/promises";
 import { isAbsolute, join, normalize } from "node:path";
 import { type Compression, compressions } from "../checkpoint/archive/compressions.ts";
 import { InvalidRequest, PermissionDenied, SyscallFailed } from "../errors/index.ts";
-import { parseBytes, parseDuration } from "./spec.ts";
+import { parseBytes, parseInterval } from "./quantities.ts";
 
 /*
  * What the administrator allows, in one JSON file. Whoever may annotate a pod must not thereby read or run another's memory, nor run
@@ -202,7 +202,7 @@ export function parseConfiguration(text: string, path: string): Configuration {
     value === undefined || typeof value === "string" ? value : wrong(`${name} is not a string`);
   const interval = asText(checkpoints.shortestInterval, "checkpoints.shortestInterval");
   const shortestIntervalMs =
-    interval === undefined ? otherwise.checkpoints.shortestIntervalMs : parseDuration(interval);
+    interval === undefined ? otherwise.checkpoints.shortestIntervalMs : parseInterval(interval);
   if (shortestIntervalMs === undefined)
     return wrong('checkpoints.shortestInterval is not a time such as "10s"');
   const compression = asText(checkpoints.compression, "checkpoints.compression") as Compression | undefined;
@@ -225,7 +225,7 @@ export function parseConfiguration(text: string, path: string): Configuration {
   const tracesMaxBytes = tracesSize === undefined ? otherwise.gpu.tracesMaxBytes : parseBytes(tracesSize);
   if (tracesMaxBytes === undefined) return wrong('gpu.tracesMaxBytes is not a size such as "8Gi"');
   const age = asText(gpu.tracesMaxAge, "gpu.tracesMaxAge");
-  const tracesMaxAgeMs = age === undefined ? otherwise.gpu.tracesMaxAgeMs : parseDuration(age);
+  const tracesMaxAgeMs = age === undefined ? otherwise.gpu.tracesMaxAgeMs : parseInterval(age);
   if (tracesMaxAgeMs === undefined) return wrong('gpu.tracesMaxAge is not a time such as "30d"');
   return {
     annotations: { deny: strings(annotations.deny, "annotations.deny") ?? otherwise.annotations.deny, hooks },

@@ -1,5 +1,6 @@
 import { execFile } from "node:child_process";
-import { open, realpath, stat, statfs } from "node:fs/promises";
+import { realpathSync } from "node:fs";
+import { open, statfs } from "node:fs/promises";
 import { basename, dirname, isAbsolute } from "node:path";
 import { promisify } from "node:util";
 import {
@@ -12,6 +13,7 @@ import {
   Unsupported,
   WrongState,
 } from "../errors/index.ts";
+import { fileIdentity } from "../linux/file-identity.ts";
 
 // The engines, runc and crun: command lines for the keeper to run, and what their failures mean. Nothing is executed
 // here but `--version` and `--help`, once for each binary.
@@ -355,6 +357,8 @@ export function criuConfig(options: {
   readonly externalMounts?: readonly { readonly key: string; readonly source: string }[] | undefined;
   /** What cgroups are restored below instead of where they were, by controller; that of version 2 is "". */
   readonly cgroupRoots?: readonly (readonly [controller: string, path: string])[] | undefined;
+  /** Where all hierarchies of cgroups are mounted, so that CRIU needs to mount none. */
+  readonly cgroupYard?: string | undefined;
 }): string {
   return [
     options.tcpClose && "tcp-close",
@@ -368,6 +372,8 @@ export function criuConfig(options: {
       ({ key, source }) => `external ${quoted(`mnt[${key}]:${source}`, "mount")}`,
     ),
     ...(options.cgroupRoots ?? []).map(([controller, path]) => cgroupRoot(controller, path)),
+    options.cgroupYard !== undefined &&
+      `cgroup-yard "${absolute("directory of cgroups", options.cgroupYard)}"`,
   ]
     .filter(Boolean)
     .map((line) => `${line}\n`)
@@ -408,8 +414,7 @@ const featuresByFile = new Map<string, Promise<EngineFeatures>>();
  */
 export async function engineVersion(binary: string): Promise<EngineFeatures> {
   const path = await findBinary(binary);
-  const { dev, ino, mtimeNs } = await stat(path, { bigint: true });
-  const key = `${path} ${dev} ${ino} ${mtimeNs}`;
+  const key = `${path} ${fileIdentity(path)}`;
   let found = featuresByFile.get(key);
   if (!found) {
     found = askFeatures(path);
@@ -463,8 +468,11 @@ export async function findBinary(binary: string): Promise<string> {
     ? [binary]
     : directories.map((directory) => `${directory}/${binary}`);
   for (const candidate of candidates) {
-    const path = await realpath(candidate).catch(() => undefined);
-    if (path !== undefined) return path;
+    try {
+      return realpathSync.native(candidate); // at once: it is looked up at each checkpoint and restore
+    } catch {
+      // ENOENT: not there
+    }
   }
   throw new Unavailable(`engine ${binary} is not installed`);
 }

@@ -7,7 +7,7 @@ import type { Cgroup } from "../linux/cgroup.ts";
 import { processStat } from "../linux/proc.ts";
 import { Slices } from "../linux/slices.ts";
 import { configurationPath, readConfiguration } from "./configuration.ts";
-import { durationMs } from "./kill-policy.ts";
+import { parseDuration } from "./quantities.ts";
 import { annotationsOf, isSandboxContainer, type OciSpec, ownAnnotation, refuseDenied } from "./spec.ts";
 
 /*
@@ -103,7 +103,7 @@ function jsonList(value: string): unknown[] | undefined {
 function timeoutOf(spec: OciSpec): number {
   const setting = ownAnnotation(spec, "hook-timeout");
   if (setting === undefined) return defaultTimeoutMs;
-  const ms = durationMs(setting.value);
+  const ms = parseDuration(setting.value);
   if (ms === undefined || ms === 0 || ms > maxTimeoutMs)
     throw new InvalidRequest(
       `${setting.name} is ${JSON.stringify(setting.value)}; it must be a time up to 1h such as 10s, 500ms or 1m30s`,

@@ -1,5 +1,6 @@
 import { constants } from "node:os";
 import { InvalidRequest } from "../errors/index.ts";
+import { parseDuration } from "./quantities.ts";
 import { type OciProcess, type OciSpec, ownAnnotation, type Setting } from "./spec.ts";
 
 /*
@@ -65,20 +66,6 @@ export function signalNumber(text: string): number | undefined {
     return number >= realTimeMin && number <= realTimeMax ? number : undefined;
   }
   return (constants.signals as Record<string, number>)[`SIG${name}`];
-}
-
-/** "1m30s", "500ms", "7": milliseconds; undefined when it is none. */
-export function durationMs(text: string): number | undefined {
-  if (/^\d{1,9}$/.test(text)) return Number(text) * 1000;
-  const [whole, hours, minutes, seconds, milliseconds] =
-    /^(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,9}(?:\.\d{1,3})?)s)?(?:(\d{1,9})ms)?$/.exec(text) ?? [];
-  if (!whole) return undefined;
-  return (
-    Number(hours ?? 0) * 3_600_000 +
-    Number(minutes ?? 0) * 60_000 +
-    Math.round(Number(seconds ?? 0) * 1000) +
-    Number(milliseconds ?? 0)
-  );
 }
 
 /**
@@ -159,7 +146,7 @@ function toSignal(setting: Setting, text: string): number {
 }
 
 function toDuration(setting: Setting): number {
-  const ms = durationMs(setting.value);
+  const ms = parseDuration(setting.value);
   if (ms === undefined || ms > maxGraceMs)
     throw new InvalidRequest(
       `${setting.name} is ${JSON.stringify(setting.value)}; it must be a time up to 24h such as 10s, 500ms or 1m30s`,

@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto";
 import type { CheckpointManifest } from "../checkpoint/manifest.ts";
-import { annotationsOf, type OciSpec } from "./spec.ts";
+import { annotationsOf, imageNameOf, type OciSpec } from "./spec.ts";
 
 // What a checkpoint's manifest says of a container, out of its spec.
 
@@ -16,12 +16,10 @@ export function pluginsOf(...names: string[]): NonNullable<CheckpointManifest["p
   return names.map((name) => ({ name, version: process.env.CEDANA_BUILD ?? "" }));
 }
 
-const imageNames = ["io.kubernetes.cri.image-name", "io.kubernetes.cri-o.ImageName"] as const;
-
 /** The container's image, where its annotations name it. */
 export function annotatedImage(spec: OciSpec): CheckpointManifest["image"] {
   const annotations = annotationsOf(spec);
-  const name = imageNames.map((key) => annotations[key]).find(Boolean);
+  const name = imageNameOf(spec);
   const digest = /sha256:[0-9a-f]{64}/.exec(annotations["io.kubernetes.cri-o.ImageRef"] ?? name ?? "")?.[0];
   return name === undefined ? undefined : { name, ...(digest && { digest }) };
 }

@@ -2,14 +2,7 @@ import { posix, resolve } from "node:path";
 import type { RestoredContainer } from "../checkpoint/compare.ts";
 import { type GpuNode, isGpuNode } from "../checkpoint/gpu-nodes.ts";
 import type { EngineFeatures } from "./engine.ts";
-import { annotationsOf, isBind, type OciMount, type OciSpec } from "./spec.ts";
-
-/** Where containerd's CRI, CRI-O and Podman name a container's image. */
-const imageAnnotations = [
-  "io.kubernetes.cri.image-name",
-  "io.kubernetes.cri-o.ImageName",
-  "io.kubernetes.cri-o.Image",
-] as const;
+import { imageNameOf, isBind, type OciMount, type OciSpec } from "./spec.ts";
 
 /**
  * What a checkpoint has to fit, as the new container's configuration says.
@@ -24,11 +17,10 @@ export function restoredContainer(
 ): RestoredContainer {
   const mounts = spec.mounts ?? [];
   const binds = mounts.filter(isBind);
-  const annotations = annotationsOf(spec);
   return {
     terminal: options.terminal ?? spec.process?.terminal ?? false,
     engine: { name: engine.name, version: engine.version },
-    image: imageAnnotations.map((name) => annotations[name]).find(Boolean),
+    image: imageNameOf(spec),
     binds: new Map(binds.map((mount) => [destinationOf(mount), resolve(bundle, mount.source ?? "")])),
     mountPoints: mounts.map(destinationOf),
     cgroupMountPoints: mounts.filter(({ type }) => type?.startsWith("cgroup")).map(destinationOf),

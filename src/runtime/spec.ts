@@ -3,6 +3,7 @@ import type { ContainerIdentity } from "../checkpoint/manifest.ts";
 import type { TcpPolicy } from "../checkpoint/policy.ts";
 import { InvalidRequest, NotFound, PermissionDenied, SyscallFailed } from "../errors/index.ts";
 import { readApart } from "../linux/apart.ts";
+import { parseBytes, parseInterval } from "./quantities.ts";
 
 // The part of an OCI bundle's config.json that we act on. Everything else passes through unread: the engine judges it.
 
@@ -208,9 +209,9 @@ export function hasUserNamespace(spec: OciSpec): boolean {
 
 /**
  * Path of the container's cgroup in the version 2 hierarchy, as both engines make it; undefined where that depends on the
- * cgroup that the engine runs in (a relative path, or none).
+ * cgroup that the engine runs in (a relative path, or none), and for a scope that is named after an engine which isn't given.
  * @param engine  absent: of a scope the whole, without crun's cgroup in it
- * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); systemd.slice(5) for the nesting of slices.
+ * Source: opencontainers/runtime-spec config-linux.md ("Cgroups Path"); systemd.slice(5) for the nesting of slices; runc and crun, tried.
  */
 export function cgroupPathV2(
   spec: OciSpec,
@@ -222,13 +223,16 @@ export function cgroupPathV2(
   if (!systemd)
     return path.startsWith("/") && path !== "/" ? posix.normalize(path).replace(/\/$/, "") : undefined;
   const [slice = "", , name = ""] = path.split(":");
-  if (name === "" || name.endsWith(".slice")) return undefined;
+  const named = name !== "" || (path === "" && engine !== undefined);
+  if (!named || name.endsWith(".slice")) return undefined;
   const parts = (slice || "system.slice")
     .replace(/\.slice$/, "")
     .split("-")
     .filter(Boolean);
   const slices = parts.map((_part, at) => `/${parts.slice(0, at + 1).join("-")}.slice`);
-  return `${slices.join("")}/${cgroupName(spec, id, engine)}`;
+  // Without a path both take their own name and the container's.
+  const scope = path === "" ? { ...spec, linux: { ...spec.linux, cgroupsPath: `:${engine}:${id}` } } : spec;
+  return `${slices.join("")}/${cgroupName(scope, id, engine)}`;
 }
 
 /** The spec's annotations; empty when it has none. */
@@ -283,6 +287,19 @@ export function groupOf(spec: OciSpec): string | undefined {
   const annotations = annotationsOf(spec);
   const key = groupAnnotations.find((name) => annotations[name] !== undefined && annotations[name] !== "");
   return key && annotations[key];
+}
+
+/** Annotations that name a container's image, the first that is set wins: containerd's CRI, CRI-O and Podman. */
+const imageAnnotations = [
+  "io.kubernetes.cri.image-name",
+  "io.kubernetes.cri-o.ImageName",
+  "io.kubernetes.cri-o.Image",
+] as const;
+
+/** undefined where no annotation names its image. */
+export function imageNameOf(spec: OciSpec): string | undefined {
+  const annotations = annotationsOf(spec);
+  return imageAnnotations.map((key) => annotations[key]).find(Boolean);
 }
 
 /**
@@ -424,7 +441,7 @@ const policies = [
   [
     "checkpoint-every",
     "checkpointEveryMs",
-    { parse: parseDuration, words: 'a time such as "90s" or "1h30m"' },
+    { parse: parseInterval, words: 'a time such as "90s" or "1h30m"' },
   ],
   ["keep-last", "keepLast", { parse: parseCount, words: "a number from 1 to 1000" }],
   ["checkpoint-name", "checkpointName", "text"],
@@ -445,17 +462,6 @@ interface Parsed {
   words: string;
 }
 
-const unitsMs: Readonly<Record<string, number>> = { ms: 1, s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 };
-
-/** As Go writes durations, with days: "1h30m", "1.5s". @returns milliseconds, more than 0 */
-export function parseDuration(text: string): number | undefined {
-  if (!/^(\d+(\.\d+)?(ms|s|m|h|d))+$/.test(text)) return undefined;
-  let ms = 0;
-  for (const [, count, , unit] of text.matchAll(/(\d+(\.\d+)?)(ms|s|m|h|d)/g))
-    ms += Number(count) * unitsMs[unit!]!;
-  return ms > 0 && Number.isFinite(ms) ? ms : undefined;
-}
-
 function parseCount(text: string): number | undefined {
   return /^[1-9]\d{0,3}$/.test(text) && Number(text) <= 1000 ? Number(text) : undefined;
 }
@@ -465,14 +471,6 @@ function parseList(text: string): string[] {
     .split(",")
     .map((part) => part.trim())
     .filter(Boolean);
-}
-
-/** As Kubernetes writes quantities of memory: "512Mi", "1G", "1000". */
-export function parseBytes(text: string): number | undefined {
-  const [, count, unit = "", binary] = /^(\d{1,15})(?:([KMGT])(i?))?$/.exec(text) ?? [];
-  if (count === undefined) return undefined;
-  const bytes = Number(count) * (binary ? 1024 : 1000) ** (unit === "" ? 0 : "KMGT".indexOf(unit) + 1);
-  return Number.isSafeInteger(bytes) ? bytes : undefined;
 }
 
 /**

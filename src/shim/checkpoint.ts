@@ -3,17 +3,17 @@ import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../chec
 import { gateBelow } from "../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
 import { toldPluginDirectory } from "../criu/plugins.ts";
-import { foreignHierarchies } from "../linux/cgroup.ts";
+import { foreignHierarchies } from "../linux/cgroup-hierarchy.ts";
 import { criuConfig, Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
 import { pluginsOf, specFacts } from "../runtime/manifest-facts.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";
 import { hasNetworkNamespace, identityOf, type OciSpec } from "../runtime/spec.ts";
+import type { Container } from "./container.ts";
 import { dumpPolicy, policyOptions } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
 import { runHook } from "./hooks.ts";
-import type { Tag } from "./keeper.ts";
-import type { Task, Work } from "./task.ts";
+import type { Tag, Work } from "./keeper.ts";
 
 /** Dump as containerd's Task API asks for it: the chain of src/checkpoint, with a task for its target. */
 
@@ -24,7 +24,7 @@ export interface CheckpointRequest {
 }
 
 /** Dumps a running or paused task into `request.imagePath`; see `dump` of src/checkpoint. */
-export async function dump(task: Task, work: Work, request: CheckpointRequest): Promise<void> {
+export async function dump(task: Container, work: Work, request: CheckpointRequest): Promise<void> {
   const { options, imagePath } = request;
   const spec = await task.spec();
   const engine = await withFeatures(task);
@@ -55,7 +55,7 @@ export async function dump(task: Task, work: Work, request: CheckpointRequest): 
  * @param own.tag  of operations: where a repetition after a crash derives the same again, nothing happens twice
  */
 export function dumpTarget(
-  task: Task,
+  task: Container,
   spec: OciSpec,
   engine: Engine,
   own: Pick<DumpTarget, "directory" | "engineCheckpoint" | "inTurn"> & { tag?: (step: string) => Tag },
@@ -94,7 +94,7 @@ export function dumpTarget(
     },
     cgroup: () => task.cgroup(),
     gate: () => gateBelow(task.pod.keeper.pid),
-    criuConfig: async ({ policy, networkLock, externalMounts, withoutPlugins, workPath }) =>
+    criuConfig: async ({ policy, networkLock, externalMounts, withoutPlugins, workPath, cgroupYard }) =>
       criuConfig({
         tcpClose: policy.tcp === "close",
         skipInFlight: policy.tcp === "skip-in-flight",
@@ -102,13 +102,14 @@ export function dumpTarget(
         externalMounts,
         pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
         cgroupRoots: await foreignHierarchies(task.init.pid),
+        cgroupYard,
       }),
     ...rest,
   };
 }
 
 export async function engineCheckpoint(
-  task: Task,
+  task: Container,
   tag: (step: string) => Tag,
   engine: Engine,
   { imagePath, workPath, parentPath, leaveRunning, policy, atGate, env }: EngineDump,
@@ -139,7 +140,7 @@ export async function engineCheckpoint(
     throw await engineFailure("checkpoint", task.id, exit.exitStatus, logFile, outputPath);
 }
 
-export async function withFeatures(task: Task): Promise<Engine> {
+export async function withFeatures(task: Container): Promise<Engine> {
   return new Engine({
     binary: task.options.binaryName,
     root: task.options.root,

@@ -1,6 +1,7 @@
+import type { Mount } from "../proto/generated/types.ts";
 import { events, eventsService, type MessageType, timestampFromNs } from "../proto/index.ts";
 import { encodeFrame, encodeRequest, frameType } from "../ttrpc/index.ts";
-import type { RootfsMount, Task } from "./task.ts";
+import type { Process } from "./process.ts";
 
 /** A containerd event: its topic, and the message in the form of a `google.protobuf.Any`. */
 export interface Event {
@@ -35,15 +36,20 @@ function event<T, I>(topic: string, type: MessageType<T, I>, message: I): Event 
   return { topic, typeUrl: type.name, value: type.encode(message) };
 }
 
-export function taskCreate(task: Task, rootfs: RootfsMount[]): Event {
-  const { stdin, stdout, stderr, terminal } = task.init.stdio;
+/** @param restoreFrom  directory of the checkpoint that it will be restored from */
+export function taskCreate(
+  { id, bundle, init }: { readonly id: string; readonly bundle: string; readonly init: Process },
+  rootfs: readonly Mount[],
+  restoreFrom: string | undefined,
+): Event {
+  const { stdin, stdout, stderr, terminal } = init.stdio;
   return event("/tasks/create", events.TaskCreate, {
-    containerId: task.id,
-    bundle: task.bundle,
+    containerId: id,
+    bundle,
     rootfs,
     io: { stdin, stdout, stderr, terminal },
-    checkpoint: task.restoreFrom ?? "",
-    pid: task.init.pid,
+    checkpoint: restoreFrom ?? "",
+    pid: init.pid,
   });
 }
 

@@ -5,8 +5,8 @@ import { TimedOut } from "../errors/index.ts";
 import { lastLogError } from "../runtime/engine.ts";
 import { endSession, type Hook, HookOutput, hookFailure } from "../runtime/hooks.ts";
 import { processLike } from "../runtime/spec.ts";
+import type { Container } from "./container.ts";
 import { stdioKind, type Tag, type ToolExit } from "./keeper.ts";
-import type { Task } from "./task.ts";
 
 /** How long the keeper may take to hand over the last of a hook's output. */
 const DRAIN_MS = 1_000;
@@ -18,7 +18,7 @@ const DRAIN_MS = 1_000;
  * @throws WrongState when it fails, TimedOut
  */
 export async function runHook(
-  task: Task,
+  task: Container,
   tag: (step: string) => Tag,
   hook: Hook,
   env: readonly string[],
@@ -86,7 +86,7 @@ export async function runHook(
 }
 
 /** The engine's pid file goes with it: a repetition must not take the pid for another process's. */
-async function endHook(task: Task, pidFile: string): Promise<void> {
+async function endHook(task: Container, pidFile: string): Promise<void> {
   let pid: number;
   try {
     pid = Number(readFileSync(pidFile, "utf8"));

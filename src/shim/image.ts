@@ -4,8 +4,8 @@ import { Containers } from "../proto/generated/containerd_containers.ts";
 import { Images } from "../proto/generated/containerd_images.ts";
 import { annotatedImage } from "../runtime/manifest-facts.ts";
 import type { OciSpec } from "../runtime/spec.ts";
+import type { Container } from "./container.ts";
 import { Containerd } from "./containerd.ts";
-import type { Task } from "./task.ts";
 
 /** A checkpoint is as good without it. */
 const PATIENCE_MS = 2_000;
@@ -14,7 +14,7 @@ const PATIENCE_MS = 2_000;
  * The image of a task's container: as its annotations name it, under Kubernetes; else as containerd knows it.
  * @returns undefined for a container without one, and where containerd doesn't answer, which is logged
  */
-export async function imageOf(task: Task, spec: OciSpec): Promise<CheckpointManifest["image"]> {
+export async function imageOf(task: Container, spec: OciSpec): Promise<CheckpointManifest["image"]> {
   const annotated = annotatedImage(spec);
   if (annotated?.digest !== undefined || task.pod.containerdAddress === "") return annotated;
   try {

@@ -2,9 +2,11 @@ import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Claim } from "../checkpoint/resume.ts";
 import { BrokenImage, SyscallFailed } from "../errors/index.ts";
+import type { Mount } from "../proto/generated/types.ts";
 import type { EscalationStep } from "../runtime/kill-policy.ts";
 import type { PendingEscalation } from "./escalation.ts";
 import type { LazyRecord } from "./lazy-memory.ts";
+import type { Exit } from "./process.ts";
 
 /**
  * A task's state as the next cedanad will find it: one small JSON file in the bundle, replaced at each transition.
@@ -13,7 +15,7 @@ import type { LazyRecord } from "./lazy-memory.ts";
  * container survives the end of the machine. The write is synchronous on purpose: 0.1 ms on the tmpfs that bundles live in,
  * less than the thread pool's round trips, and no other code may run between a transition and its record.
  */
-export interface TaskRecord {
+export interface TaskRecord extends Partial<RestorationRecord> {
   version: 1;
   id: string;
   namespace: string;
@@ -28,19 +30,8 @@ export interface TaskRecord {
   options: unknown;
   /** whether the rootfs was mounted by us */
   rootfsMounted: boolean;
-  /** directory of the images to restore from at start */
-  restoreFrom?: string;
-  onRestoreFailure?: "fail" | "fresh";
-  restoreAsked?: "caller" | "annotation";
   /** how many restores the container has behind it */
   generation?: number;
-  /** of the checkpoint to restore from */
-  claim?: Claim;
-  /** what is mounted at the rootfs, where it may have to be mounted again */
-  rootfs?: { type: string; source: string; target: string; options: string[] }[];
-  /** a failed restore is given up: its files are (reset), or are to be (begun), as before it */
-  afresh?: "begun" | "reset";
-  parentCheckpoint?: string;
   /** it is being checkpointed instead of being sent a signal */
   ending?: EndingRecord;
   oomKills: number;
@@ -52,6 +43,20 @@ export interface TaskRecord {
   escalations?: PendingEscalation[];
   /** Answers given to calls with effects, so that a repeated call gets the same one; the newest last. */
   answers: { request: number; payload: string }[];
+}
+
+/** Of a task that was created from a checkpoint. */
+export interface RestorationRecord {
+  /** directory of the images to restore from at start */
+  restoreFrom: string;
+  onRestoreFailure?: "fail" | "fresh";
+  restoreAsked?: "caller" | "annotation";
+  /** of the checkpoint to restore from */
+  claim?: Claim;
+  /** what is mounted at the rootfs, where it may have to be mounted again */
+  rootfs?: Mount[];
+  /** a failed restore is given up: its files are (reset), or are to be (begun), as before it */
+  afresh?: "begun" | "reset";
 }
 
 /** A checkpoint instead of a signal (`cedana.io/checkpoint-on`). */
@@ -71,6 +76,14 @@ export interface ExitRecord {
   atNs: string;
 }
 
+export function exitRecord(exit: Exit | undefined): { exit?: ExitRecord } {
+  return exit ? { exit: { status: exit.status, atNs: exit.atNs.toString() } } : {};
+}
+
+export function exitOf({ status, atNs }: ExitRecord): Exit {
+  return { status, atNs: BigInt(atNs) };
+}
+
 export interface ExecRecord {
   execId: string;
   /** tells execs of the same name apart */
@@ -87,6 +100,9 @@ export interface ExecRecord {
 }
 
 const FILE_NAME = "cedana-task.json";
+
+/** In the bundle while a checkpoint is taken that containerd hasn't asked for (`triggered.ts`). */
+export const TRIGGERED_DIRECTORY = "cedana-dump";
 
 /** How many answers are kept: a request is repeated only after a crash, and few calls with effects are open at a time. */
 export const MAX_ANSWERS = 16;

@@ -19,6 +19,17 @@ export interface Tag {
   readonly step: string;
 }
 
+/** The call on whose behalf something is done. A repetition after a crash has the same number, and so the same tags. */
+export interface Work {
+  /** the keeper's number of the request */
+  readonly request: number;
+  /** the request was delivered to a cedanad before us */
+  readonly repeated: boolean;
+  /** when the request arrived at the keeper, nanoseconds since 1970 */
+  readonly sinceNs: bigint;
+  tag(step: string): Tag;
+}
+
 export interface SpawnOptions {
   argv: readonly string[];
   env?: readonly string[] | undefined;

@@ -6,9 +6,11 @@ import type { Dispatcher } from "../ttrpc/index.ts";
 import type { Culprit } from "./culprit.ts";
 import { type Event, forwardFrame } from "./events.ts";
 import { readTaskRecord } from "./journal.ts";
-import type { AdoptedExit, Keeper, Tag } from "./keeper.ts";
+import type { AdoptedExit, Keeper, Tag, Work } from "./keeper.ts";
 import { exitStatusOf, type Message } from "./keeper-protocol.ts";
-import { Task, type Work } from "./task.ts";
+import { nowNs } from "./process.ts";
+import { resumeCheckpoint, undoLeftovers } from "./recovery.ts";
+import { Task } from "./task.ts";
 
 /** A request that was in work at two crashes is not tried a third time. */
 const MAX_CRASHES = 2;
@@ -73,7 +75,7 @@ export class Pod implements Culprit {
   }
 
   publish(containerId: string, key: string, event: Event): void {
-    this.keeper.event(containerId, key, forwardFrame(this.namespace, event, BigInt(Date.now()) * 1_000_000n));
+    this.keeper.event(containerId, key, forwardFrame(this.namespace, event, nowNs()));
   }
 
   /** The exit of a process that ended before we knew its pid; one from before `sinceNs` was another process. */
@@ -121,8 +123,8 @@ export class Pod implements Culprit {
     for (const task of [...this.tasks.values(), ...this.creating])
       for (const process of task.processes()) {
         if (process.pid !== exit.pid) continue;
-        if (process.exit?.atNs === exit.atNs) task.exitRepeated(process, exit.sequence);
-        else if (!process.exit && !process.heldExit) task.processEnded(process, exit);
+        if (process.exit?.atNs === exit.atNs) task.exits.repeated(process, exit.sequence);
+        else if (!process.exit && !process.heldExit) task.exits.ended(process, exit);
         else continue; // an earlier process of this pid
         return;
       }
@@ -146,7 +148,7 @@ export class Pod implements Culprit {
   }
 
   outOfMemory(containerId: string): void {
-    void this.tasks.get(containerId)?.outOfMemory();
+    void this.tasks.get(containerId)?.containerCgroup.outOfMemory();
   }
 
   eventRefused(containerId: string, key: string, why: string): void {
@@ -165,13 +167,13 @@ export class Pod implements Culprit {
       } else await task.revived();
     }
     this.#arriving = undefined;
-    for (const task of this.tasks.values()) task.resumeCheckpoint();
+    for (const task of this.tasks.values()) resumeCheckpoint(task);
     const served = requests.map((request) => this.#begin(request)); // those that start something count from here on
     await new Promise((resolve) => setImmediate(resolve));
     for (const exit of exits) this.exited(exit);
     // What a dump had frozen is thawed, unless the same dump goes on.
     void Promise.allSettled(served.filter((_, index) => isCheckpoint(requests[index]!))).then(() =>
-      Promise.all([...this.tasks.values()].map((task) => task.thawLeftover())),
+      Promise.all([...this.tasks.values()].map(undoLeftovers)),
     );
   }
 

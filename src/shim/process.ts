@@ -29,6 +29,10 @@ export interface Exit {
   atNs: bigint;
 }
 
+export function nowNs(): bigint {
+  return BigInt(Date.now()) * 1_000_000n;
+}
+
 export interface ProcessStdio {
   terminal: boolean;
   stdin: string;

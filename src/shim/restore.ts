@@ -1,19 +1,18 @@
-import { chmod, chown, link, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { link, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import {
   type EngineRestore,
   type RestoreTarget,
   restore as restoreContainer,
 } from "../checkpoint/restore.ts";
-import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
 import { descendsFrom, kill, killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
 import { toldPluginDirectory } from "../criu/plugins.ts";
-import { Unsupported } from "../errors/index.ts";
-import { Cgroup, hostCgroupVersion, makeCgroup, parseMembership } from "../linux/cgroup.ts";
+import { Cgroup } from "../linux/cgroup.ts";
 import { isAlive, programOf } from "../linux/proc.ts";
 import { readConfiguration } from "../runtime/configuration.ts";
 import type { Engine } from "../runtime/engine.ts";
 import { hookOf } from "../runtime/hooks.ts";
+import { RestoreCgroup } from "../runtime/restore-cgroup.ts";
 import { configForRestore } from "../runtime/restore-configuration.ts";
 import { restoreSettings } from "../runtime/restore-settings.ts";
 import { restoredContainer } from "../runtime/restored-container.ts";
@@ -25,34 +24,40 @@ import {
   type OciSpec,
 } from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
+import type { Container } from "./container.ts";
 import { criuConfigFile, policyOptions, restorePolicy } from "./criu-policy.ts";
 import { reachBoundary } from "./fault.ts";
+import { noteFreshUpper } from "./fresh-upper.ts";
 import { runHook } from "./hooks.ts";
-import type { RestoreSource } from "./restore-source.ts";
-import type { Task, Work } from "./task.ts";
+import type { Work } from "./keeper.ts";
+import type { Restoration, RestoredTask } from "./restoration.ts";
 
 /*
  * Restore as containerd's Task API asks for it: the chain of src/checkpoint, with a task for its target.
  *
- * Two things the engines don't do, and we do around them:
- *
- * - The bundle's config.json is changed for the time of the restore: src/runtime/restore-configuration.ts says how and why.
- * - On hosts with cgroups version 2, runc leaves the processes in the cgroup of the container that was dumped, and crun tells
- *   CRIU to turn every hierarchy to the new container's path, version 1 ones of a hybrid host too (whatever its
- *   --manage-cgroups-mode says, which has no effect at a restore). A configuration file tells CRIU what each is turned to.
+ * Two things the engines don't do, and we do around them: the bundle's config.json is changed for the time of the restore, and CRIU is
+ * told the container's cgroup (src/runtime/restore-configuration.ts and restore-cgroup.ts say how and why).
  */
 
 /**
  * Restores a task that was created from a checkpoint; see `restore` of src/checkpoint. The engine runs as an operation of the keeper,
  * whose tag comes from the request: a repetition after a crash waits for the engine that was started before, or finds how it ended.
  */
-export async function restore(task: Task, work: Work, source: RestoreSource): Promise<void> {
+export async function restore(task: RestoredTask, restoration: Restoration, work: Work): Promise<void> {
+  const { source } = restoration;
   const spec = await task.spec();
   const engine = await withFeatures(task);
   const config = new BundleConfig(task.bundle);
   const keeperPid = task.pod.keeper.pid;
   const hook = await hookOf(spec, "post-restore");
   const rootfs = resolve(task.bundle, spec.root?.path ?? "rootfs");
+  const cgroup = await RestoreCgroup.of({
+    spec,
+    id: task.id,
+    engine: engine.name,
+    systemd: engine.systemdCgroup,
+    parent: keeperPid,
+  });
   const target: RestoreTarget = {
     what: `task ${task.id}`,
     directory: task.bundle,
@@ -66,7 +71,7 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
     },
     log: task.log,
     identity: identityOf(spec, task.id, task.namespace),
-    why: task.restoreAsked,
+    why: source.why,
     get initPid() {
       return task.init.pid;
     },
@@ -86,20 +91,15 @@ export async function restore(task: Task, work: Work, source: RestoreSource): Pr
       );
     },
     putConfigurationBack: () => config.putBack(),
-    prepareCgroup: async ({ cgroupsMode }) => {
-      const cgroup = await cgroupOfRestore(task, spec);
-      // Where the cgroup is there, CRIU gives it no limits of the dump; the engine gives it the new container's. systemd makes its own.
-      if (cgroup !== undefined && !engine.systemdCgroup && !["full", "strict"].includes(cgroupsMode))
-        await makeCgroup(cgroup);
-    },
+    prepareCgroup: ({ cgroupsMode }) => cgroup.make(cgroupsMode),
     removeCgroup: async () =>
-      void (await task.undo("remove the cgroup of a failed restore", removeCgroups(task, spec))),
+      void (await task.logFailure("remove the cgroup of a failed restore", removeCgroups(task, spec))),
     deviceMap: cedanaAnnotations(spec).gpuMap,
     cgroup: () => task.cgroup(),
-    engineRestore: (options) => engineRestore(task, work, engine, spec, options),
+    engineRestore: (options) => engineRestore(task, restoration, work, engine, spec, cgroup, options),
     endCriu: async (workPath) =>
-      void (await task.undo("end what is left of CRIU", endCriu(task, spec, workPath))),
-    undoEngineRestore: ({ lazy }) => task.undoEngineRestore(work, lazy),
+      void (await task.logFailure("end what is left of CRIU", endCriu(task, spec, workPath))),
+    undoEngineRestore: ({ lazy }) => restoration.undoEngineRestore(work, lazy),
     criuRoots: [join(task.bundle, "criu-root"), join(engine.root, task.id, "criu-root")], // crun's, runc's
     unmount: (mountPoint) => task.pod.keeper.unmount(task.pod.keeper.ownTag("unmount-criu"), mountPoint),
     lazy: (await wantsLazy(spec))
@@ -131,14 +131,14 @@ async function wantsLazy(spec: OciSpec): Promise<boolean> {
 // ---- what is left of an engine or a CRIU that was killed -------------------------------------------------------------
 
 /** All of it descends from the keeper, which adopts orphans. */
-async function endCriu(task: Task, spec: OciSpec, workPath: string): Promise<void> {
+async function endCriu(task: Container, spec: OciSpec, workPath: string): Promise<void> {
   const left = await killCriu(workPath, task.pod.keeper.pid);
   if (left.length > 0) task.log.error({ pids: left }, "processes of CRIU don't end");
   await endRestored(task, spec);
 }
 
 /** Processes that CRIU had restored when it or the engine was killed: the engine doesn't know of them. */
-async function endRestored(task: Task, spec: OciSpec): Promise<void> {
+async function endRestored(task: Container, spec: OciSpec): Promise<void> {
   const cgroup = await containerCgroup(task, spec);
   const keeper = task.pod.keeper.pid;
   const ours = async () =>
@@ -155,90 +155,34 @@ async function endRestored(task: Task, spec: OciSpec): Promise<void> {
 }
 
 /** Of the container that is not there any more, or was never whole; undefined where only the engine knows its path. */
-async function containerCgroup(task: Task, spec: OciSpec): Promise<Cgroup | undefined> {
+async function containerCgroup(task: Container, spec: OciSpec): Promise<Cgroup | undefined> {
   const path = cgroupPathV2(spec, task.id, task.options.systemdCgroup);
   return path === undefined ? undefined : await Cgroup.at(path);
 }
 
-async function removeCgroups(task: Task, spec: OciSpec): Promise<void> {
-  await task.removeCgroup();
+async function removeCgroups(task: RestoredTask, spec: OciSpec): Promise<void> {
+  await task.containerCgroup.remove();
   const left = await (await containerCgroup(task, spec))?.removeLeft();
   if (left && left.length > 0) task.log.warn({ left }, "cgroups of a failed restore are still busy");
-}
-
-// ---- files, and back -------------------------------------------------------------------------------------------------
-
-/** The upper layer as it was before a checkpoint's changed files were written to it: there was nothing in it. */
-interface FreshUpper {
-  path: string;
-  mode: number;
-  uid: number;
-  gid: number;
-}
-
-const freshUpperFile = (bundle: string) => join(bundle, "rootfs-upper.json");
-
-/**
- * A container that may have to start afresh after all gets its files back as they were by emptying its upper layer: there must be one,
- * and nothing in it. What it was is on disk before anything is written.
- */
-async function noteFreshUpper(bundle: string, rootfs: string): Promise<void> {
-  if (await readFreshUpper(bundle)) return; // noted before a crash
-  const { upper } = await overlayLayers(rootfs).catch((cause: unknown) => {
-    throw new Unsupported(
-      `the checkpoint's changed files can't be taken back on ${rootfs}, as cedana.io/on-restore-failure: fresh would have it`,
-      { cause },
-    );
-  });
-  if ((await readdir(upper)).length > 0)
-    throw new Unsupported(
-      `the checkpoint's changed files are for a new root file system, and ${rootfs} has changes already (cedana.io/on-restore-failure: fresh)`,
-    );
-  const { mode, uid, gid } = await stat(upper);
-  const note: FreshUpper = { path: upper, mode: mode & 0o7777, uid, gid };
-  await writeFile(`${freshUpperFile(bundle)}.new`, JSON.stringify(note), { mode: 0o600 });
-  await rename(`${freshUpperFile(bundle)}.new`, freshUpperFile(bundle));
-}
-
-async function readFreshUpper(bundle: string): Promise<FreshUpper | undefined> {
-  const text = await readFile(freshUpperFile(bundle), "utf8").catch(() => undefined); // ENOENT: it didn't come to that
-  return text === undefined ? undefined : (JSON.parse(text) as FreshUpper);
-}
-
-/**
- * Takes back the files that a failed restore has written, if it has.
- * @param unmounted  unmounts the rootfs, and mounts it again when its work is done: overlay has no changes of its layers under it
- */
-export async function takeFilesBack(
-  bundle: string,
-  unmounted: (work: () => Promise<void>) => Promise<void>,
-): Promise<void> {
-  const upper = await readFreshUpper(bundle);
-  if (!upper) return;
-  await unmounted(async () => {
-    for (const name of await readdir(upper.path))
-      await rm(join(upper.path, name), { recursive: true, force: true });
-    await chown(upper.path, upper.uid, upper.gid);
-    await chmod(upper.path, upper.mode);
-  });
 }
 
 // ---- engine ----------------------------------------------------------------------------------------------------------
 
 async function engineRestore(
-  task: Task,
+  task: Container,
+  restoration: Restoration,
   work: Work,
   engine: Engine,
   spec: OciSpec,
+  cgroup: RestoreCgroup,
   { imagePath, workPath, policy, externalMounts, lazy, withoutPlugins }: EngineRestore,
 ): Promise<void> {
-  const cgroup = await cgroupOfRestore(task, spec);
   const configFile = await criuConfigFile(task.bundle, "restore", {
     tcpClose: policy.tcp === "close",
     lazyPages: lazy,
     pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
     externalMounts,
-    cgroupRoots: cgroup === undefined ? undefined : await cgroupRoots(cgroup, task.pod.keeper.pid),
+    cgroupRoots: cgroup.roots,
   });
   const onDeath = async (pids: number[]) => {
     for (const pid of pids) kill(pid);
@@ -248,7 +192,7 @@ async function engineRestore(
     await whileWatchingCriu(
       { parent: task.pod.keeper.pid, workPath, onDeath, log: task.log },
       async () =>
-        await task.engineRestore(work, engine, {
+        await restoration.engineRestore(work, engine, {
           imagePath,
           workPath,
           ...policyOptions(policy),
@@ -260,18 +204,6 @@ async function engineRestore(
   } finally {
     if (configFile.criuConfigFile) await rm(configFile.criuConfigFile, { force: true });
   }
-}
-
-/** The cgroup of version 2 that CRIU is to be told of; undefined with version 1, and for a path that only the engine knows. */
-async function cgroupOfRestore(task: Task, spec: OciSpec): Promise<string | undefined> {
-  if ((await hostCgroupVersion()) !== 2) return undefined;
-  return cgroupPathV2(spec, task.id, task.options.systemdCgroup, task.engine.name);
-}
-
-/** What each hierarchy's cgroups are turned to: the container's own, and in version 1 ones where the keeper is. */
-async function cgroupRoots(cgroup: string, keeperPid: number): Promise<[controller: string, path: string][]> {
-  const membership = parseMembership(await readFile(`/proc/${keeperPid}/cgroup`, "utf8"));
-  return [...membership].map(([controller, path]) => [controller, controller === "" ? cgroup : path]);
 }
 
 /** The bundle's config.json, changed for the time of a restore. The original lies beside it until it is put back. */

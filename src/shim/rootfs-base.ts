@@ -1,16 +1,16 @@
 import { closeSync } from "node:fs";
 import { mkdir, rmdir } from "node:fs/promises";
 import { join } from "node:path";
-import { openDirectory } from "../checkpoint/digest.ts";
 import type { RootfsBase } from "../checkpoint/rootfs-diff/index.ts";
 import { NotFound, Unsupported } from "../errors/index.ts";
+import { openDirectory } from "../linux/fd.ts";
 import { Containers } from "../proto/generated/containerd_containers.ts";
 import { Leases } from "../proto/generated/containerd_leases.ts";
 import { Snapshots } from "../proto/generated/containerd_snapshots.ts";
 import { nsFromTimestamp } from "../proto/wellknown.ts";
+import type { Container } from "./container.ts";
 import { Containerd } from "./containerd.ts";
 import { mountAll } from "./mounts.ts";
-import type { Task } from "./task.ts";
 
 /*
  * What a task's root file system was made of, for a dump that compares the two: a read-only view of the snapshot below the container's,
@@ -27,14 +27,14 @@ const VIEW_PATIENCE_MS = 120_000;
 const LEASE_MS = 24 * 60 * 60_000;
 
 /** Of the view and its lease. */
-const nameFor = (task: Task) => `cedana-base-${task.id}`;
-const mountPointFor = (task: Task) => join(task.bundle, "cedana-base");
+const nameFor = (task: Container) => `cedana-base-${task.id}`;
+const mountPointFor = (task: Container) => join(task.bundle, "cedana-base");
 
 /**
  * @throws Unsupported for a root file system that is no snapshot of containerd's; Unavailable, TimedOut, RemoteFailed when containerd
  *   doesn't answer, or not as it should
  */
-export async function openRootfsBase(task: Task, signal: AbortSignal): Promise<RootfsBase> {
+export async function openRootfsBase(task: Container, signal: AbortSignal): Promise<RootfsBase> {
   const containerd = connectTo(task);
   try {
     const { snapshotter, parent, createdAtNs } = await snapshotBelow(containerd, task, signal);
@@ -83,14 +83,14 @@ export async function openRootfsBase(task: Task, signal: AbortSignal): Promise<R
 }
 
 /** After a crash: the next dump would do it, too, but there may be none. */
-export async function forgetRootfsBase(task: Task): Promise<void> {
+export async function forgetRootfsBase(task: Container): Promise<void> {
   await unmountBase(task);
   using containerd = connectTo(task);
   const { container } = await containerd.call(Containers, "Get", { id: task.id }, { timeoutMs: PATIENCE_MS });
   if (container?.snapshotter) await removeView(containerd, task, container.snapshotter);
 }
 
-function connectTo({ pod }: Task): Containerd {
+function connectTo({ pod }: Container): Containerd {
   if (pod.containerdAddress === "")
     throw new Unsupported("containerd's address is not known, which alone has what its image was");
   return new Containerd(pod.containerdAddress, pod.namespace);
@@ -98,7 +98,7 @@ function connectTo({ pod }: Task): Containerd {
 
 async function snapshotBelow(
   containerd: Containerd,
-  task: Task,
+  task: Container,
   signal: AbortSignal,
 ): Promise<{ snapshotter: string; parent: string; createdAtNs: bigint }> {
   const options = { timeoutMs: PATIENCE_MS, signal };
@@ -114,7 +114,7 @@ async function snapshotBelow(
 }
 
 /** @returns the mounts' root directory; it has no path any more */
-async function openMounted(task: Task, mounts: Parameters<typeof mountAll>[1]): Promise<number> {
+async function openMounted(task: Container, mounts: Parameters<typeof mountAll>[1]): Promise<number> {
   const { keeper } = task.pod;
   const target = mountPointFor(task);
   await mkdir(target, { mode: 0o700, recursive: true });
@@ -126,7 +126,7 @@ async function openMounted(task: Task, mounts: Parameters<typeof mountAll>[1]): 
   }
 }
 
-async function unmountBase(task: Task): Promise<void> {
+async function unmountBase(task: Container): Promise<void> {
   const { keeper } = task.pod;
   const target = mountPointFor(task);
   await keeper.unmount(keeper.ownTag("unmount-base"), target); // detached while we have it open
@@ -135,7 +135,7 @@ async function unmountBase(task: Task): Promise<void> {
   });
 }
 
-async function removeView(containerd: Containerd, task: Task, snapshotter: string): Promise<void> {
+async function removeView(containerd: Containerd, task: Container, snapshotter: string): Promise<void> {
   const options = { timeoutMs: VIEW_PATIENCE_MS };
   const name = nameFor(task);
   await unlessMissing(containerd.call(Snapshots, "Remove", { snapshotter, key: name }, options));

@@ -2,7 +2,7 @@ import { CheckpointStore } from "../checkpoint/store.ts";
 import { messageOf } from "../errors/index.ts";
 import { readConfiguration } from "../runtime/configuration.ts";
 import { cedanaAnnotations, podNamespaceOf } from "../runtime/spec.ts";
-import type { Task } from "./task.ts";
+import type { Container } from "./container.ts";
 import { checkpointNameOf, secretOf, takeCheckpoint } from "./triggered.ts";
 
 /*
@@ -18,14 +18,14 @@ const JITTER = 0.1;
 const MAX_JITTER_MS = 60_000;
 
 /** When it became known that a task wants them, milliseconds since 1970; 0: it ran before us, and the last one in the store counts. */
-const sinceMs = new WeakMap<Task, number>();
+const sinceMs = new WeakMap<Container, number>();
 let lastInLine: Promise<void> = Promise.resolve();
 
 /**
  * For a task that has begun to run, or was found running. Does nothing without the annotation; what is wrong is in the task's log.
  * @param revived  it has begun under a cedanad before us
  */
-export async function scheduleCheckpoints(task: Task, revived: boolean): Promise<void> {
+export async function scheduleCheckpoints(task: Container, revived: boolean): Promise<void> {
   if (sinceMs.has(task)) return;
   sinceMs.set(task, revived ? 0 : Date.now());
   try {
@@ -35,7 +35,7 @@ export async function scheduleCheckpoints(task: Task, revived: boolean): Promise
   }
 }
 
-async function waitForNext(task: Task): Promise<void> {
+async function waitForNext(task: Container): Promise<void> {
   const plan = await planOf(task);
   if (!plan) return;
   const { everyMs, wait } = plan;
@@ -43,7 +43,7 @@ async function waitForNext(task: Task): Promise<void> {
   setTimeout(() => void tick(task), Math.min(wait + jitterMs, MAX_WAIT_MS)).unref();
 }
 
-async function planOf(task: Task): Promise<{ everyMs: number; wait: number } | undefined> {
+async function planOf(task: Container): Promise<{ everyMs: number; wait: number } | undefined> {
   const spec = await task.spec();
   const { checkpoints, annotations } = await readConfiguration();
   const { checkpointEveryMs } = cedanaAnnotations(spec, { denied: annotations.deny });
@@ -65,7 +65,7 @@ function timeOf(generation: string): number {
   return Date.parse(`${day}T${hour}:${minute}:${second}.${ms}Z`);
 }
 
-async function tick(task: Task): Promise<void> {
+async function tick(task: Container): Promise<void> {
   if (hasGone(task)) return;
   const turn = lastInLine;
   const done = Promise.withResolvers<void>();
@@ -100,11 +100,11 @@ async function tick(task: Task): Promise<void> {
 /** Where not even the interval can be read. */
 const RETRY_MS = 60_000;
 
-function hasGone(task: Task): boolean {
+function hasGone(task: Container): boolean {
   return task.init.exit !== undefined || task.init.state === "deleted" || !task.pod.keeper.connected;
 }
 
-async function take(task: Task): Promise<void> {
+async function take(task: Container): Promise<void> {
   const { checkpoints, annotations } = await readConfiguration();
   const { keepLast } = cedanaAnnotations(await task.spec(), { denied: annotations.deny });
   await takeCheckpoint(task, {

@@ -3,10 +3,12 @@ import { encodeMetrics } from "../linux/stats.ts";
 import { task as api, type MessageType, runcOptions, taskTypes, timestampFromNs } from "../proto/index.ts";
 import { decodeCheckpointOptions } from "../runtime/options.ts";
 import type { Call, Handler } from "../ttrpc/index.ts";
+import { ExecProcess } from "./execs.ts";
 import { crashIfTold } from "./fault.ts";
+import type { Work } from "./keeper.ts";
 import type { CallContext, Pod } from "./pod.ts";
 import type { Exit, Process, ProcessState } from "./process.ts";
-import { Task, type Work } from "./task.ts";
+import { Task } from "./task.ts";
 
 const status = taskTypes.Status;
 
@@ -111,12 +113,11 @@ export const taskService: Record<string, Handler<CallContext>> = {
         stderr: request.stderr,
       },
       checkpoint: request.checkpoint,
-      parentCheckpoint: request.parentCheckpoint,
       options: request.options ?? undefined,
     };
     const task = await Task.create(pod, work, create, encodeAnswer);
     pod.tasks.set(task.id, task);
-    task.started(task.init);
+    task.exits.started(task.init);
     return encodeAnswer(task);
   }),
 
@@ -124,12 +125,12 @@ export const taskService: Record<string, Handler<CallContext>> = {
     effect(api.StartRequest, async (request, task, work) => {
       const process = task.process(request.execId);
       return await process.inTurn(async () => {
-        if (process.isInit) await task.start(work);
-        else await task.startExec(work, process);
+        if (process instanceof ExecProcess) await task.execs.start(work, process);
+        else await task.start(work);
         const answer = api.StartResponse.encode({ pid: process.pid });
         task.commit(work, answer);
-        task.started(process);
-        if (process.isInit) await task.discardRestore();
+        task.exits.started(process);
+        if (process.isInit) await task.restoration?.discard();
         return answer;
       });
     }),
@@ -138,8 +139,9 @@ export const taskService: Record<string, Handler<CallContext>> = {
   Delete: effect(api.DeleteRequest, async (request, task, work, call) => {
     const process = task.process(request.execId);
     return await process.inTurn(async () => {
-      const { pid, exit } = process.isInit ? await task.delete(work) : await task.deleteExec(work, process);
-      const answer = api.DeleteResponse.encode({ pid, ...exitFields(exit) });
+      const isExec = process instanceof ExecProcess;
+      const exit = isExec ? await task.execs.delete(work, process) : await task.delete(work);
+      const answer = api.DeleteResponse.encode({ pid: process.pid, ...exitFields(exit) });
       task.commit(work, answer);
       if (process.isInit) forget(task, call.context);
       return answer;
@@ -160,13 +162,13 @@ export const taskService: Record<string, Handler<CallContext>> = {
       });
     }
     const { terminal, stdin, stdout, stderr } = request;
-    task.addExec(work, { execId: request.execId, stdio: { terminal, stdin, stdout, stderr }, spec });
+    task.execs.add(work, { execId: request.execId, stdio: { terminal, stdin, stdout, stderr }, spec });
     task.commit(work, EMPTY);
     return EMPTY;
   }),
 
   Kill: effect(api.KillRequest, async (request, task, work) => {
-    await task.kill(work, task.process(request.execId), request.signal, request.all);
+    await task.signals.kill(work, task.process(request.execId), request.signal, request.all);
     task.commit(work, EMPTY);
     return EMPTY;
   }),

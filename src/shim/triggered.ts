@@ -18,10 +18,11 @@ import { type Configuration, readConfiguration } from "../runtime/configuration.
 import type { Engine } from "../runtime/engine.ts";
 import { cedanaAnnotations, type OciSpec, podNamespaceOf } from "../runtime/spec.ts";
 import { dumpTarget, engineCheckpoint, withFeatures } from "./checkpoint.ts";
+import type { Container } from "./container.ts";
 import { dumpPolicy } from "./criu-policy.ts";
 import * as events from "./events.ts";
 import { crashIfTold, reachBoundary } from "./fault.ts";
-import { type Task, TRIGGERED_DIRECTORY } from "./task.ts";
+import { TRIGGERED_DIRECTORY } from "./journal.ts";
 
 /*
  * Checkpoints that we take by ourselves, into the store: for `cedana dump` and for `cedana.io/checkpoint-every`. The container stands
@@ -85,10 +86,10 @@ const EXIT_AFTER_DUMP_MS = 10_000;
 const BUSY_LOOK_MS = 10;
 
 /** Tasks of which a checkpoint is being taken. */
-const busy = new WeakSet<Task>();
+const busy = new WeakSet<Container>();
 
 /** @throws WrongState for a task that doesn't run, or of which one is being taken; what `dump` throws */
-export async function takeCheckpoint(task: Task, request: TriggerRequest): Promise<TriggeredCheckpoint> {
+export async function takeCheckpoint(task: Container, request: TriggerRequest): Promise<TriggeredCheckpoint> {
   task.init.check("checkpoint");
   if (request.secret && request.compression === undefined)
     throw new InvalidRequest("only an archive can be encrypted: name a compression, or none for a plain tar");
@@ -119,7 +120,7 @@ export async function takeCheckpoint(task: Task, request: TriggerRequest): Promi
 }
 
 /** Instead of a signal that would have ended it: the dump ends it. */
-export async function checkpointAtEnd(task: Task, signal: AbortSignal): Promise<void> {
+export async function checkpointAtEnd(task: Container, signal: AbortSignal): Promise<void> {
   const spec = await task.spec();
   const asked = await allowedAnnotations(spec);
   const { autoResume, keepLast } = asked?.annotations ?? {};
@@ -135,7 +136,7 @@ export async function checkpointAtEnd(task: Task, signal: AbortSignal): Promise<
 }
 
 /** What its checkpoints are called, but those of a key. */
-export function checkpointNameOf(task: Task, spec: OciSpec): string {
+export function checkpointNameOf(task: Container, spec: OciSpec): string {
   return nameOf({ ...cedanaAnnotations(spec), autoResume: undefined }, spec, task.id);
 }
 
@@ -144,7 +145,7 @@ export async function secretOf({ keyFile }: Configuration["checkpoints"]): Promi
   return keyFile === undefined ? undefined : await readFile(keyFile);
 }
 
-async function alone<T>(task: Task, work: () => Promise<T>): Promise<T> {
+async function alone<T>(task: Container, work: () => Promise<T>): Promise<T> {
   if (busy.has(task)) throw new WrongState(`a checkpoint of task ${task.id} is being taken already`);
   busy.add(task);
   try {
@@ -154,14 +155,14 @@ async function alone<T>(task: Task, work: () => Promise<T>): Promise<T> {
   }
 }
 
-const scratchOf = (task: Task) => join(task.bundle, TRIGGERED_DIRECTORY);
-const recordFile = (task: Task) => join(scratchOf(task), "request.json");
+const scratchOf = (task: Container) => join(task.bundle, TRIGGERED_DIRECTORY);
+const recordFile = (task: Container) => join(scratchOf(task), "request.json");
 
 /**
  * After a crash: goes on with what the cedanad before us was at. Logs how it ended.
  * @param onDumped  the container is no longer needed: from here on other calls may change it
  */
-export async function resumeCheckpoint(task: Task, onDumped: () => void): Promise<void> {
+export async function resumeCheckpoint(task: Container, onDumped: () => void): Promise<void> {
   await alone(task, async () => {
     try {
       const text = await readFile(recordFile(task), "utf8").catch(() => undefined); // half made: nothing was begun
@@ -193,7 +194,7 @@ export async function resumeCheckpoint(task: Task, onDumped: () => void): Promis
  * @param resumed  after a crash, where the caller has the turn: called when it isn't needed any more
  */
 async function finish(
-  task: Task,
+  task: Container,
   record: DumpRecord,
   request: TriggerRequest,
   resumed?: () => void,
@@ -250,7 +251,7 @@ function boundary(name: string, { onStep }: TriggerRequest): void {
 }
 
 async function dumpInto(
-  task: Task,
+  task: Container,
   record: DumpRecord,
   request: TriggerRequest,
   repeated: boolean,
@@ -313,7 +314,7 @@ async function dumpInto(
 
 /** The engine's `checkpoint`; after a crash, the outcome of the one that was started then. @throws RuntimeFailed */
 async function checkpointOnce(
-  task: Task,
+  task: Container,
   engine: Engine,
   engineDump: EngineDump,
   repeated: boolean,
@@ -333,7 +334,7 @@ async function checkpointOnce(
 }
 
 /** A dump that took cedanad along again and again: what it left is undone, or kept where it is the container's last. */
-async function giveUp(task: Task, record: DumpRecord): Promise<void> {
+async function giveUp(task: Container, record: DumpRecord): Promise<void> {
   const scratch = scratchOf(task);
   const kept = await abandonAttempt(scratch, async () => task.init.exit !== undefined);
   if (task.init.state !== "paused") await thawNoted(scratch);
@@ -351,7 +352,7 @@ async function archive(
   path: string,
   { compression, encrypted }: DumpRecord,
   { secret, signal }: TriggerRequest,
-  task: Task,
+  task: Container,
 ): Promise<void> {
   if (compression === undefined) return;
   const manifest = await readManifest(path);

@@ -6,13 +6,8 @@ import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { cpuFacts, parseCpuInfo } from "../../src/checkpoint/cpu.ts";
 import schema from "../../src/checkpoint/manifest.schema.json" with { type: "json" };
-import {
-  type CheckpointManifest,
-  compareSizes,
-  readManifest,
-  verifyFiles,
-  writeManifest,
-} from "../../src/checkpoint/manifest.ts";
+import { type CheckpointManifest, readManifest } from "../../src/checkpoint/manifest.ts";
+import { compareSizes, verifyFiles, writeManifest } from "../../src/checkpoint/manifest-files.ts";
 import { findFault, type Schema } from "../../src/checkpoint/schema.ts";
 import { BrokenImage, Cancelled, Unsupported } from "../../src/errors/index.ts";
 

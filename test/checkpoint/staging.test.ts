@@ -5,7 +5,7 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { writeManifest } from "../../src/checkpoint/manifest.ts";
+import { writeManifest } from "../../src/checkpoint/manifest-files.ts";
 import { checkName, Staging, sweep } from "../../src/checkpoint/staging.ts";
 import { AlreadyExists, InvalidRequest, PermissionDenied } from "../../src/errors/index.ts";
 import { sampleManifest } from "./sample.ts";

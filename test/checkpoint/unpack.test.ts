@@ -3,7 +3,7 @@ import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { createArchive } from "../../src/checkpoint/archive/index.ts";
-import { writeManifest } from "../../src/checkpoint/manifest.ts";
+import { writeManifest } from "../../src/checkpoint/manifest-files.ts";
 import { sweepUnpacked, UnpackedCheckpoint } from "../../src/checkpoint/unpack.ts";
 import { BrokenImage } from "../../src/errors/index.ts";
 import { sampleManifest } from "./sample.ts";

@@ -3,7 +3,7 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { writeManifest } from "../../src/checkpoint/manifest.ts";
+import { writeManifest } from "../../src/checkpoint/manifest-files.ts";
 import { sampleManifest } from "../checkpoint/sample.ts";
 
 const root = path.join(import.meta.dirname, "../..");

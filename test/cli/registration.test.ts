@@ -82,6 +82,13 @@ describe.each(targets)("setup for %s", (target) => {
   });
 });
 
+it("what Podman gets, Podman 4.3 of Debian 12 reads, too: arrays of strings alone", () => {
+  const { engine } = parse(register("podman")) as { engine: Record<string, unknown> };
+  expect(engine.runtime_supports_json).toEqual(expect.arrayContaining(["runc", "crun", "cedana"]));
+  for (const value of Object.values(engine).filter(Array.isArray))
+    for (const one of value) expect(one).toBeTypeOf("string");
+});
+
 const containerd2 = `# somebody's\nversion = 2\nroot = "/data"\n[plugins."io.containerd.grpc.v1.cri"]\n  sandbox_image = "pause"\n  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]\n    runtime_type = "io.containerd.runc.v2"\n`;
 const docker = `{\n    "log-driver": "local",\n    "runtimes": {"kata": {"path": "/usr/bin/kata"}}\n}`;
 

@@ -1,7 +1,8 @@
 // Images of every type with random contents, so that what no program makes CRIU write is tested, too.
 
 import { IMG_COMMON, IMG_SERVICE, type ImageFormat, isService } from "../../src/criu/image/format.ts";
-import { encodeMessage, type Message, type Value } from "../../src/criu/image/message.ts";
+import { encodeMessage } from "../../src/criu/image/message.ts";
+import type { Message, Value } from "../../src/criu/image/value.ts";
 import { enums, type Field, messages } from "../../src/proto/generated/criu_images.ts";
 
 /** Repeatable: a failure names its seed. */

@@ -6,7 +6,14 @@ import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { afterEach, describe, expect, it } from "vitest";
 import { NotFound, TimedOut, Unsupported, WrongState } from "../../src/errors/index.ts";
-import { Cgroup, findHierarchies, parseMembership, resolve, upTo } from "../../src/linux/cgroup.ts";
+import { Cgroup } from "../../src/linux/cgroup.ts";
+import {
+  findHierarchies,
+  findYard,
+  parseMembership,
+  resolve,
+  upTo,
+} from "../../src/linux/cgroup-hierarchy.ts";
 import { parseMountInfoLine } from "../../src/linux/mount-options.ts";
 
 const mounts = (text: string) =>
@@ -51,6 +58,27 @@ describe("the layout", () => {
     const partly = mounts("50 23 0:34 /a/b /x rw - cgroup cgroup rw,freezer");
     expect(findHierarchies([...partly, ...hybrid]).byController.get("freezer")?.root).toBe("/");
     expect(findHierarchies([...hybrid, ...partly]).byController.get("freezer")?.root).toBe("/");
+  });
+});
+
+describe("CRIU's yard", () => {
+  const yard = (membership: string, layout = hybrid) =>
+    findYard(membership, findHierarchies(layout).byController);
+
+  it("is where every hierarchy of a process is mounted by the name that CRIU looks for", () => {
+    expect(yard("4:cpu,cpuacct:/b\n3:memory:/b\n2:freezer:/\n1:name=systemd:/\n0::/b\n")).toBe(
+      "/sys/fs/cgroup",
+    );
+    expect(yard("4:cpu,cpuacct:/b\n", hybrid.slice(0, 2))).toBe("/sys/fs/cgroup");
+  });
+
+  it("is none where CRIU would find a hierarchy missing, by another name, elsewhere, or only in part", () => {
+    expect(yard("5:pids:/b\n3:memory:/b\n")).toBeUndefined();
+    expect(yard("4:cpuacct,cpu:/b\n")).toBeUndefined();
+    const elsewhere = mounts("50 23 0:39 / /mnt/pids rw - cgroup cgroup rw,pids");
+    expect(yard("5:pids:/b\n", [...hybrid, ...elsewhere])).toBeUndefined();
+    const partly = mounts("50 23 0:39 /a /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids");
+    expect(yard("5:pids:/b\n", [...hybrid, ...partly])).toBeUndefined();
   });
 });
 

@@ -157,6 +157,30 @@ describe.skipIf(isControl)("the management API", () => {
     ]);
   });
 
+  it("sends signals as the container wants them", async () => {
+    const annotations = { "cedana.io/kill-signal": "HUP" };
+    const trapping = "trap 'exit 3' HUP; trap 'echo int' INT; echo up; while :; do sleep 0.02; done";
+    await using task = await live.run(["sh", "-c", trapping], { annotations });
+    expect(await task.stdout.line()).toBe("up");
+    await expect(live.cedana("kill", "containerd", task.id, "BLAH")).rejects.toThrow(/"BLAH" is no signal/);
+    const nobody = call("KillContainer", { id: task.id, execId: "nobody" });
+    await expect(nobody).rejects.toMatchObject({ code: grpc.status.NOT_FOUND });
+    await call("KillContainer", { id: task.id, signal: "2" });
+    expect(await task.stdout.line()).toBe("int");
+    const exec = await task.exec(["sh", "-c", trapping], { env: ["CEDANA_KILL_SIGNAL=INT"] });
+    expect(await exec.stdout.line()).toBe("up");
+    await call("KillContainer", { id: task.id, execId: exec.execId });
+    expect(await exec.stdout.line()).toBe("int");
+    await exec.kill(9);
+    await exec.wait();
+    await exec.delete();
+    expect(await live.cedana("kill", "containerd", task.id)).toBe(`${task.id} has been sent TERM\n`);
+    expect(await task.wait()).toBe(3);
+    await expect(call("KillContainer", { id: task.id })).rejects.toMatchObject({
+      code: grpc.status.NOT_FOUND,
+    });
+  });
+
   it("freezes and continues a container, which containerd sees, and shows its processes", async () => {
     await using task = await live.run(["counter"]);
     await task.nextNumber();

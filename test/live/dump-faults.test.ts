@@ -4,7 +4,8 @@ import { existsSync, mkdtempSync, readdirSync, readFileSync, writeFileSync } fro
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import { dumpSteps } from "../../src/checkpoint/dump.ts";
-import { readManifest, verifyFiles } from "../../src/checkpoint/manifest.ts";
+import { readManifest } from "../../src/checkpoint/manifest.ts";
+import { verifyFiles } from "../../src/checkpoint/manifest-files.ts";
 import { boundariesOf } from "./harness/boundaries.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";

@@ -1,48 +1,43 @@
 import { spawn, spawnSync } from "node:child_process";
-import {
-  copyFileSync,
-  mkdirSync,
-  mkdtempSync,
-  readFileSync,
-  rmSync,
-  symlinkSync,
-  writeFileSync,
-} from "node:fs";
+import { copyFileSync, mkdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { cleanUp } from "./harness/cleanup.ts";
-import { programs, repository } from "./harness/programs.ts";
+import { CallerPlace, wrapper } from "./harness/callers.ts";
+import { programs } from "./harness/programs.ts";
 import { containerSpec } from "./harness/spec.ts";
 import { cgroupsOf, entries } from "./harness/system.ts";
 
 // The same commands to the engine and to cedana-runtime, in a bundle and a state directory each: what they print, log and end with
-// must be the same. Nothing here knows what is right: the engine does.
+// must be the same, also of a container that is cedanad's to decide about. Nothing here knows what is right: the engine does.
 
-const wrapper = join(repository, "bin/cedana-runtime");
-const engines = ["runc", "crun"] as const;
+const cases = [
+  { engine: "runc", kind: "an unannotated container", annotations: {} },
+  {
+    engine: "runc",
+    kind: "a container that has our marker",
+    annotations: { "cedana.io/kill-signal": "TERM" },
+  },
+  { engine: "crun", kind: "an unannotated container", annotations: {} },
+  {
+    engine: "crun",
+    kind: "a container that has our marker",
+    annotations: { "cedana.io/kill-signal": "TERM" },
+  },
+] as const;
 
-describe.each(engines)("cedana-runtime over %s", (engine) => {
-  const dir = mkdtempSync("/run/co-");
-  const namespace = dir.split("/").at(-1)!.toLowerCase();
-  // crun refuses a hybrid of cgroups 1 and 2; it gets a mount namespace that shows only version 2.
-  const enter =
-    engine === "crun" && !entries("/sys/fs/cgroup").includes("cgroup.controllers")
-      ? [
-          "unshare",
-          "--mount",
-          "--propagation",
-          "private",
-          "sh",
-          "-c",
-          'mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"',
-          "sh",
-        ]
-      : [];
-  const env = { PATH: process.env.PATH!, CEDANA_RUN_DIR: join(dir, "run"), CEDANA_ENGINE: engine };
+describe.each(cases)("cedana-runtime over $engine, with $kind", ({ engine, annotations }) => {
+  let place: CallerPlace;
+  let dir: string;
+  let namespace: string;
+  let env: Record<string, string>;
   const sides = ["engine", "wrapper"] as const;
   type Side = (typeof sides)[number];
 
   beforeAll(async () => {
+    place = await CallerPlace.start(engine);
+    ({ dir, namespace } = place);
+    const { LD_LIBRARY_PATH: _, ...rest } = place.env;
+    env = { ...rest, CEDANA_ENGINE: engine };
     const testPrograms = await programs();
     for (const side of sides)
       for (const id of ["a", "b"]) {
@@ -61,14 +56,13 @@ describe.each(engines)("cedana-runtime over %s", (engine) => {
           cgroupsPath: `/${namespace}/${side}-${id}`,
           programs: testPrograms,
         });
-        spec.annotations = { "org.example.key": "value" };
+        spec.annotations = { "org.example.key": "value", ...annotations };
         writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
       }
   });
   afterAll(async () => {
     for (const side of sides) for (const id of ["a", "b"]) run(side, "delete", "--force", id);
-    await cleanUp({ dir, namespace });
-    rmSync(dir, { recursive: true, force: true });
+    await place.stop();
     expect(cgroupsOf(namespace)).toEqual([]);
   });
 
@@ -89,7 +83,7 @@ describe.each(engines)("cedana-runtime over %s", (engine) => {
       "--log-format",
       format,
     ];
-    return [...enter, program, ...flags, ...args];
+    return place.inside(["env", "-C", join(dir, side), program, ...flags, ...args]); // nsenter forgets where we were
   }
 
   /** What both sides say, made comparable: their paths, pids and times. */
@@ -110,7 +104,6 @@ describe.each(engines)("cedana-runtime over %s", (engine) => {
     // stdio of a `create` must not hold the container's end open.
     const out = spawnSync(file!, rest, {
       env,
-      cwd: join(dir, side),
       encoding: "utf8",
       stdio: args.includes("create") ? "ignore" : "pipe",
     });
@@ -210,7 +203,6 @@ describe.each(engines)("cedana-runtime over %s", (engine) => {
       const input = "line\n".repeat(50_000);
       const out = spawnSync(file!, rest, {
         env,
-        cwd: join(dir, side),
         input,
         encoding: "utf8",
         maxBuffer: 1 << 20,
@@ -220,11 +212,34 @@ describe.each(engines)("cedana-runtime over %s", (engine) => {
     }
   });
 
+  it("hands fds on to the container: of socket activation, of --preserve-fds, and no others", () => {
+    const outcomes = sides.map((side) => {
+      const spec = JSON.parse(readFileSync(join(dir, side, "b/config.json"), "utf8"));
+      const look =
+        'for n in 3 4 5 6; do (eval ": <&$n") 2>/dev/null && echo fd $n; done; echo $LISTEN_FDS $LISTEN_PID';
+      spec.process.args = ["sh", "-c", look];
+      writeFileSync(join(dir, side, "b/config.json"), JSON.stringify(spec));
+      // As systemd and conmon do it: LISTEN_PID is the pid of whom they start.
+      const started =
+        'LISTEN_FDS=1 LISTEN_PID=$$; export LISTEN_FDS LISTEN_PID; exec "$@" 3</dev/null 4</dev/null 5</dev/null';
+      const [file, ...rest] = place.inside([
+        ...["env", "-C", join(dir, side), "sh", "-c", started, "sh"],
+        ...[side === "engine" ? engine : wrapper, "--root", join(dir, side, "root")],
+        ...["run", "--preserve-fds", "1", "--bundle", "b", "b"],
+      ]);
+      const { status, stdout, stderr } = spawnSync(file!, rest, { env, encoding: "utf8" });
+      return { status, stdout, stderr };
+    });
+    expect(outcomes[1]).toEqual(outcomes[0]);
+    const said = engine === "runc" ? "fd 3\nfd 4\n1 1\n" : "fd 3\nfd 4\n1\n"; // crun tells no LISTEN_PID
+    expect(outcomes[0]!.stdout, outcomes[0]!.stderr).toBe(said);
+  });
+
   it("runs in the foreground until a signal ends it", async () => {
     const outcomes = await Promise.all(
       sides.map(async (side) => {
         const [file, ...rest] = argv(side, ["run", "--bundle", "a", "a"]);
-        const child = spawn(file!, rest, { env, cwd: join(dir, side), stdio: "ignore" });
+        const child = spawn(file!, rest, { env, stdio: "ignore" });
         const end = new Promise<unknown[]>((resolve) =>
           child.once("exit", (status, signal) => resolve([status, signal])),
         );
@@ -238,6 +253,28 @@ describe.each(engines)("cedana-runtime over %s", (engine) => {
     expect(outcomes[1]).toEqual(outcomes[0]);
     for (const side of sides) run(side, "delete", "--force", "a");
   });
+
+  it.runIf("cedana.io/kill-signal" in annotations)(
+    "a container's policy ends with it, also where somebody deletes it past us",
+    async () => {
+      const file = join(dir, "wrapper/a/config.json");
+      const original = readFileSync(file, "utf8");
+      const annotate = (own: Record<string, string>) =>
+        writeFileSync(file, JSON.stringify({ ...JSON.parse(original), annotations: own }));
+      annotate({ "cedana.io/kill-signal": "HUP" }); // for which it has no handler
+      expect(run("wrapper", "create", "--bundle", "a", "a").status).toBe(0);
+      await place.ok([engine, "--root", join(dir, "wrapper/root"), "delete", "--force", "a"]);
+      annotate({});
+      expect(run("wrapper", "create", "--bundle", "a", "a").status).toBe(0);
+      expect(run("wrapper", "start", "a").status).toBe(0);
+      // Until it is heard, which the first process does from its trap on.
+      const again = setInterval(() => run("wrapper", "kill", "a", "TERM"), 50);
+      await ended("wrapper", "a").finally(() => clearInterval(again));
+      expect(run("wrapper", "delete", "a").status).toBe(0);
+      expect(entries(join(dir, "run/oci"))).toEqual([]);
+      writeFileSync(file, original);
+    },
+  );
 
   async function state(side: Side, id: string, wanted: string): Promise<void> {
     for (let attempt = 0; attempt < 500; attempt++) {

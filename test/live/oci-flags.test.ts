@@ -34,7 +34,7 @@ describe.skipIf(missing)("cedana-runtime checkpoint and restore", () => {
       mkdirSync(join(bundle, "rootfs", name), { recursive: true });
     copyFileSync("/usr/bin/busybox", join(bundle, "rootfs/bin/busybox"));
     symlinkSync("busybox", join(bundle, "rootfs/bin/sh"));
-    configure("/b", await programs());
+    configure("b", await programs());
   });
   afterEach(async () => {
     for (const root of ["one", "two"]) await runtime(root, "delete", "--force", "box");
@@ -51,7 +51,7 @@ describe.skipIf(missing)("cedana-runtime checkpoint and restore", () => {
   let testPrograms = "";
   function configure(cgroup: string, mounted = testPrograms): void {
     testPrograms = mounted;
-    const cgroupsPath = `/${place.namespace}${cgroup}`;
+    const cgroupsPath = place.cgroupsPath(cgroup);
     const spec = containerSpec({ args: ["counter", "20"], cgroupsPath, programs: mounted });
     writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
   }
@@ -94,7 +94,7 @@ describe.skipIf(missing)("cedana-runtime checkpoint and restore", () => {
           .map(Number)
       : [];
   async function begin(): Promise<void> {
-    configure("/b");
+    configure("b");
     counting("one", "run");
     await until(() => numbers().length > 2);
   }
@@ -132,7 +132,7 @@ describe.skipIf(missing)("cedana-runtime checkpoint and restore", () => {
     const pages = ["lazy-pages", "--page-server", "--address", "127.0.0.1", "--port", port];
     background(`exec "$@" >>${at("pages.out")} 2>&1 3>&-`, ["criu", ...pages, "-D", images, "-W", work]);
     await until(() => existsSync(join(work, "lazy-pages.socket")));
-    configure("/c");
+    configure("c");
     counting("two", "restore", "--lazy-pages", "--image-path", images, "--work-path", work);
     await goesOn(before);
     expect(numbers()).toEqual(numbers().map((_, n) => n));

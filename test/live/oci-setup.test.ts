@@ -5,9 +5,9 @@ import { promisify } from "node:util";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { apply, type Place, planRegistration, planUndo } from "../../src/cli/registration.ts";
 import type { Target } from "../../src/cli/targets.ts";
-import { CallerPlace, caller, missingCallers } from "./harness/callers.ts";
+import { CallerPlace, caller, Docker, missingCallers } from "./harness/callers.ts";
 import { containerdBinaries } from "./harness/live.ts";
-import { repository } from "./harness/programs.ts";
+import { IMAGE, repository } from "./harness/programs.ts";
 
 // What `cedana setup` writes, read by those it is written for.
 
@@ -72,7 +72,18 @@ describe.skipIf(missing)(`cedana setup${missing ? ` (${missing})` : ""}`, () => 
       at("etc/docker/daemon.json"),
     ]);
     expect(status, stderr).toBe(0);
+    const { runtimes } = JSON.parse(readFileSync(at("etc/docker/daemon.json"), "utf8"));
     setup("docker", true);
+    expect(readFileSync(at("etc/docker/daemon.json"), "utf8")).toBe('{"log-driver": "local"}');
+    const docker = await Docker.start(runtimes);
+    try {
+      for (const name of ["cedana", "cedana-shim"])
+        expect(
+          await docker.ok("run", "--rm", "--runtime", name, "--network", "none", IMAGE, "echo", name),
+        ).toBe(name);
+    } finally {
+      await docker.stop();
+    }
   });
 
   it("is understood by Podman and Buildah", async () => {

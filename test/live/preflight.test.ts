@@ -17,7 +17,7 @@ import {
 } from "../../src/checkpoint/preflight/preflight.ts";
 import { findFault, type Schema } from "../../src/checkpoint/schema.ts";
 import { explainCriuLog } from "../../src/criu/log.ts";
-import { hostCgroupVersion } from "../../src/linux/cgroup.ts";
+import { hostCgroupVersion } from "../../src/linux/cgroup-hierarchy.ts";
 import { childrenOf } from "../../src/linux/proc.ts";
 import { readSpec } from "../../src/runtime/spec.ts";
 import { Live, type RunOptions } from "./harness/live.ts";

@@ -15,7 +15,8 @@ import {
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { createArchive } from "../../src/checkpoint/archive/index.ts";
-import { type CheckpointManifest, readManifest, writeManifest } from "../../src/checkpoint/manifest.ts";
+import { type CheckpointManifest, readManifest } from "../../src/checkpoint/manifest.ts";
+import { writeManifest } from "../../src/checkpoint/manifest-files.ts";
 import { overlayLayers, takeRootfsDiff } from "../../src/checkpoint/rootfs-diff/index.ts";
 import { CheckpointStore } from "../../src/checkpoint/store.ts";
 import { Live } from "./harness/live.ts";

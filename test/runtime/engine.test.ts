@@ -153,6 +153,7 @@ describe("command lines", () => {
       ["name=systemd", "/here"],
     ] as const;
     expect(criuConfig({ cgroupRoots })).toBe('cgroup-root ":/pod/new"\ncgroup-root "name=systemd:/here"\n');
+    expect(criuConfig({ cgroupYard: "/sys/fs/cgroup" })).toBe('cgroup-yard "/sys/fs/cgroup"\n');
     expect(criuConfig({})).toBe("");
     for (const path of ['/a"b', "/a\nexec-cmd", "/a\\"])
       expect(() => criuConfig({ cgroupRoots: [["", path]] })).toThrow(InvalidRequest);

@@ -1,12 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { InvalidRequest } from "../../src/errors/index.ts";
-import {
-  durationMs,
-  execKillPolicy,
-  killPolicy,
-  planKill,
-  signalNumber,
-} from "../../src/runtime/kill-policy.ts";
+import { execKillPolicy, killPolicy, planKill, signalNumber } from "../../src/runtime/kill-policy.ts";
 import type { OciSpec } from "../../src/runtime/spec.ts";
 
 const annotated = (annotations: Record<string, string>): OciSpec => ({ annotations });
@@ -46,21 +40,6 @@ describe("a signal", () => {
     "1.5",
     "toString",
   ])("is not %j", (text) => expect(signalNumber(text)).toBeUndefined());
-});
-
-describe("a duration", () => {
-  it.each([
-    ["7", 7_000],
-    ["0", 0],
-    ["10s", 10_000],
-    ["1.5s", 1_500],
-    ["500ms", 500],
-    ["1m30s", 90_000],
-    ["2h", 7_200_000],
-  ])("%s is %d ms", (text, ms) => expect(durationMs(text)).toBe(ms));
-  it.each(["", "s", "-1s", "1d", "1s1m", "1 s", "1e3", "NaN"])("is not %j", (text) =>
-    expect(durationMs(text)).toBeUndefined(),
-  );
 });
 
 describe("a container's kill policy", () => {

@@ -163,6 +163,13 @@ describe("the path of the version 2 cgroup", () => {
   ])("%j, systemd %s: %s", (cgroupsPath, systemd, path) => {
     expect(cgroupPathV2({ linux: { cgroupsPath } }, "c1", systemd)).toBe(path);
   });
+
+  it("of a scope without a path is named after the engine", () => {
+    expect(cgroupPathV2({}, "c1", true)).toBeUndefined();
+    expect(cgroupPathV2({}, "c1", true, "runc")).toBe("/system.slice/runc-c1.scope");
+    expect(cgroupPathV2({}, "c1", true, "crun")).toBe("/system.slice/crun-c1.scope/container");
+    expect(cgroupPathV2({ linux: { cgroupsPath: "a.slice::" } }, "c1", true, "runc")).toBeUndefined();
+  });
 });
 
 describe("checkpoint policy in annotations", () => {

@@ -129,6 +129,37 @@ describe("an engine behind cedana-runtime", () => {
     expect(await new Promise((ended) => child.once("exit", ended))).toBe(7);
   });
 
+  it.skipIf(!isRoot)("need not look for what it has deleted already", () => {
+    mkdirSync(join(work, "engines"));
+    mkdirSync(join(work, "state/there"), { recursive: true });
+    const [runc, crun] = ["runc", "crun"].map((name) =>
+      file(`engines/${name}`, '#!/bin/sh\necho asked "$@"\n', 0o755),
+    );
+    const root = join(work, "state");
+    const asked = (...args: string[]) => wrapped("--engine", runc!, "--root", root, ...args);
+    for (const args of [
+      ["--force", "gone"],
+      ["gone", "--force"],
+      ["-f", "gone"],
+    ])
+      expect(asked("delete", ...args)).toEqual({ status: 0, signal: null, stdout: "", stderr: "" });
+    expect(asked("--systemd-cgroup", "delete", "--force", "gone").stdout).toBe("");
+    // What is there, or not quite that call, is the engine's.
+    for (const args of [
+      ["delete", "--force", "there"],
+      ["delete", "gone"],
+      ["delete", "--force", "gone", "and another"],
+      ["delete", "--force", "../state"],
+      ["delete", "--force", ""],
+      ["delete", "--force", "--", "gone"],
+      ["--log", join(work, "log"), "delete", "--force", "gone"],
+      ["--debug", "delete", "--force", "gone"],
+      ["kill", "--force", "gone"],
+    ])
+      expect(asked(...args).stdout).toContain("asked");
+    expect(wrapped("--engine", crun!, "--root", root, "delete", "--force", "gone").stdout).toContain("asked");
+  });
+
   it("is found by --engine, then CEDANA_ENGINE, then the configuration", () => {
     const named = file("named.json", JSON.stringify({ engine: "/bin/echo" }));
     expect(call([wrapper, "--cedana-config", named, "from file"]).stdout).toBe("from file\n");
@@ -142,6 +173,84 @@ describe("an engine behind cedana-runtime", () => {
       stdout: "",
       stderr: "",
     });
+  });
+});
+
+const traced = spawnSync("strace", ["-o", "/dev/null", "true"]).status === 0;
+
+describe.skipIf(!traced)(`what is passed through${traced ? "" : " (no strace here, or no ptrace)"}`, () => {
+  const bundle = join(work, "traced");
+  mkdirSync(bundle);
+  writeFileSync(join(bundle, "config.json"), JSON.stringify({ annotations: { "cedana.io/tcp": "keep" } }));
+
+  /** System calls between the start of cedana-runtime and that of the engine: on files, on the network, of processes. */
+  function callsOf(...args: string[]): string[] {
+    const trace = join(work, "trace");
+    const argv = [wrapper, "--cedana-config", config, "--engine", "/bin/true", "--root", "/nowhere", ...args];
+    const strace = ["strace", "-f", "-o", trace, "-e", "trace=file,network,process", ...argv];
+    expect(call(strace).status, args.join(" ")).toBe(0);
+    const lines = readFileSync(trace, "utf8").split("\n");
+    const starts = lines.flatMap((line, at) => (/ execve\(.*= 0$/.test(line) ? [at] : []));
+    expect(starts.length, lines.join("\n")).toBe(2);
+    return lines.slice(starts[0]! + 1, starts[1]).map((line) => line.replace(/^\d+ +/, ""));
+  }
+  const pathIn = (line: string) => /"([^"]*)"/.exec(line)?.[1] ?? line;
+  const opened = (calls: string[]) => calls.filter((line) => /^open/.test(line)).map(pathIn);
+  const looked = (calls: string[]) => calls.filter((line) => !/^open/.test(line)).map(pathIn);
+  const marker = /\/run\/oci\/[0-9a-f]{16}-x$/;
+  const always = [work, "/bin/true", "/proc/self/exe"]; // the configuration's directory, the engine, ourselves
+
+  it.each([
+    ["exec", "x", "true"],
+    ["ps", "x"],
+    ["update", "x"],
+    ["--version"],
+    ["features"],
+    ["--unknown", "state", "x"],
+    ["unknown", "x"],
+  ])("opens the configuration, and nothing else: %s", (...args) => {
+    const calls = callsOf(...args);
+    expect(opened(calls)).toEqual([config]);
+    expect(looked(calls)).toEqual(always);
+  });
+
+  it.each(["start", "state", "kill", "delete"])("looks for the marker at %s, by one stat", (command) => {
+    const calls = callsOf(command, "x");
+    expect(opened(calls)).toEqual([config]);
+    expect(looked(calls)).toEqual([...always, expect.stringMatching(marker)]);
+  });
+
+  it("looks for it by the state directory that the engine goes by", () => {
+    const engines = join(work, "engines");
+    mkdirSync(engines, { recursive: true });
+    for (const name of ["runc", "crun"]) call(["ln", "-s", "/bin/true", join(engines, name)]);
+    const markerOf = (engine: string, env: Record<string, string>, ...flags: string[]) => {
+      const argv = [
+        wrapper,
+        "--cedana-config",
+        config,
+        "--engine",
+        join(engines, engine),
+        ...flags,
+        "state",
+        "x",
+      ];
+      const trace = join(work, "trace");
+      call(["strace", "-o", trace, "-e", "trace=stat", ...argv], env);
+      return /"([^"]*-x)"/.exec(readFileSync(trace, "utf8"))?.[1];
+    };
+    const login = { XDG_RUNTIME_DIR: "/run/user/0" };
+    expect(markerOf("crun", {})).toBe(markerOf("crun", login, "--root", "/run/crun"));
+    expect(markerOf("crun", login)).toBe(markerOf("crun", {}, "--root=/run/user/0/crun/"));
+    // runc goes by it for others than root alone, who have no markers.
+    expect(markerOf("runc", login)).toBe(markerOf("runc", {}, "--root", "/run/runc"));
+    expect(markerOf("runc", {})).not.toBe(markerOf("crun", {}));
+  });
+
+  it.each(["create", "run"])("reads the bundle's config.json at %s, and looks for a marker", (command) => {
+    const calls = callsOf(command, "--bundle", bundle, "x");
+    expect(opened(calls)).toEqual([config, join(bundle, "config.json")]);
+    expect(looked(calls)).toEqual([...always, expect.stringMatching(marker)]);
   });
 });
 
@@ -255,15 +364,55 @@ describe("checkpoint and restore", () => {
   });
 
   it.each([
-    ["checkpoint", [], /exactly one container id/],
-    ["checkpoint", ["a", "b"], /exactly one container id/],
-    ["restore", ["--detach=perhaps", "a"], /invalid boolean value/],
+    ["checkpoint", [], /"checkpoint" requires exactly 1 argument/],
+    ["checkpoint", ["a", "b"], /"checkpoint" requires exactly 1 argument/],
+    ["checkpoint", [""], /container id is empty/],
+    ["restore", ["--detach=perhaps", "a"], /^invalid boolean value "perhaps" for -detach: parse error$/m],
+    ["restore", ["--image-path", "x", "--work-path"], /^flag needs an argument: -work-path$/m],
     ["checkpoint", ["--detach", "a"], /not defined: -detach/],
     ["restore", ["--leave-running", "a"], /not defined: -leave-running/],
   ])("%s %j is refused before anything is started", (command, args, words) => {
     const outcome = wrapped("--engine", "/bin/false", command, ...args);
     expect(outcome.status).toBe(1);
     expect(outcome.stderr).toMatch(words);
+  });
+
+  it("take what Go and what argp take for options, in either form", () => {
+    // The checks are over, when cedanad is asked: nobody can be reached there.
+    const env = {
+      CEDANA_DAEMON: "/bin/false",
+      CEDANA_KEEPER_PATIENCE_MS: "1",
+      CEDANA_RUN_DIR: join(work, "unreachable"),
+    };
+    for (const args of [
+      ["checkpoint", "-leave-running", "--tcp-established=1", "--file-locks=False", "--image-path=x", "a"],
+      ["checkpoint", "--pre-dump=t", "-parent-path", "../x", "--status-fd", "-1", "a"],
+      // go-runc at a restore: a single dash, and what it adds twice.
+      [
+        "restore",
+        "--image-path",
+        "i",
+        "-no-subreaper",
+        "--detach",
+        "--no-subreaper",
+        "--detach",
+        "-b",
+        "b",
+        "a",
+      ],
+      ["restore", "-d", "--bundle=b", "--pid-file", "p", "--", "a"],
+    ]) {
+      const { status, stderr } = call(
+        [wrapper, "--cedana-config", config, "--engine", "/bin/false", ...args],
+        env,
+      );
+      expect(status, args.join(" ")).toBe(1);
+      if (isRoot) expect(stderr, args.join(" ")).toMatch(/cedanad .*(?:could not be reached|gave no answer)/);
+    }
+    for (const flag of ["-h", "--help", "-?", "--usage"]) {
+      const { status, stdout } = wrapped("--engine", "/bin/false", "restore", flag);
+      expect([status, stdout.includes("--lsm-profile value")], flag).toEqual([0, true]);
+    }
   });
 
   it.runIf(isRoot)("say to a rootless caller why not, and pass the rest of its commands through", () => {
@@ -299,6 +448,33 @@ describe("checkpoint and restore", () => {
     ]);
     expect(inNamespace.stderr).toMatch(/restore needs root on the host.*user namespace/s);
   });
+
+  it.runIf(isRoot)(
+    "and a rootless caller's commands go by root's configuration, also in a user namespace",
+    () => {
+      const place = mkdtempSync(join(tmpdir(), "cedana-rootless-"));
+      chmodSync(place, 0o755);
+      const [program, settings] = [join(place, "cedana-runtime"), join(place, "runtime.json")];
+      writeFileSync(program, readFileSync(wrapper), { mode: 0o755 });
+      writeFileSync(settings, '{"engine": "/bin/echo"}', { mode: 0o644 });
+      // As Podman's are: of another user, who is root in a namespace of his own where the host's root is nobody.
+      const asUser = (...argv: string[]) =>
+        spawnSync(argv[0]!, argv.slice(1), {
+          env: { PATH: process.env.PATH! },
+          uid: 65533,
+          gid: 65533,
+          cwd: "/",
+          encoding: "utf8",
+        });
+      const inNamespace = () => asUser("unshare", "-Ur", program, "--cedana-config", settings, "ps", "x");
+      if (asUser("unshare", "-Ur", "true").status !== 0) return rmSync(place, { recursive: true }); // the kernel forbids it
+      expect(asUser(program, "--cedana-config", settings, "ps", "x").stdout).toBe("ps x\n");
+      expect(inNamespace().stdout, inNamespace().stderr).toBe("ps x\n");
+      chmodSync(settings, 0o666); // who may write it is no matter of who is nobody
+      expect(inNamespace().stderr).toMatch(/may be written by others/);
+      rmSync(place, { recursive: true });
+    },
+  );
 });
 
 describe("create and run", () => {

@@ -255,7 +255,6 @@ describe("a Create whose keeper ends in the middle of it", () => {
       rootfs: [],
       stdio,
       checkpoint: "",
-      parentCheckpoint: "",
       options: undefined,
     };
     const created = Task.create([...shim.pods][0]!, work, request, () => new Uint8Array());

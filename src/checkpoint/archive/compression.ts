@@ -15,7 +15,7 @@ import {
   type ZstdOptions,
 } from "node:zlib";
 import { BrokenImage, CedanaError, InvalidRequest, messageOf, Unavailable } from "../../errors/index.ts";
-import type { JobContext } from "../worker/jobs.ts";
+import type { JobContext } from "../worker/context.ts";
 import { type Compression, compressions } from "./compressions.ts";
 import { ZstdFrames } from "./zstd-frames.ts";
 

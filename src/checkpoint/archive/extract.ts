@@ -11,14 +11,14 @@ import {
 import { basename, dirname, join } from "node:path";
 import { BrokenImage, InvalidRequest, PermissionDenied, ResourceExhausted } from "../../errors/index.ts";
 import { openBeneath } from "../../linux/addon.ts";
-import { openDirectory } from "../digest.ts";
+import { openDirectory } from "../../linux/fd.ts";
 import { algorithmOf, type DigestAlgorithm, FileHash } from "../file-hash.ts";
 import { MANIFEST_NAME, parseManifest } from "../manifest.ts";
 import { entryPath, writeAll } from "../rootfs-diff/layer.ts";
 import { pathBytes, type RawName, rawName, showName } from "../tar/format.ts";
 import { confinedPath, splitPath } from "../tar/path.ts";
 import { ByteSource, readTar, type TarMember } from "../tar/reader.ts";
-import type { JobContext } from "../worker/jobs.ts";
+import type { JobContext } from "../worker/context.ts";
 import { type Compression, decompress, peek, readChunks } from "./compression.ts";
 import { decrypt, isEncrypted } from "./encryption.ts";
 import { staysInside } from "./links.ts";

@@ -1,6 +1,7 @@
 import { basename, dirname, join } from "node:path";
 import { NotFound } from "../../errors/index.ts";
-import { readManifest, writeManifest } from "../manifest.ts";
+import { readManifest } from "../manifest.ts";
+import { writeManifest } from "../manifest-files.ts";
 import { Staging } from "../staging.ts";
 import type { Compression } from "./compressions.ts";
 import { createArchive } from "./index.ts";

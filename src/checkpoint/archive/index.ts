@@ -4,16 +4,11 @@ import { access, lstat, open, readdir, rename, rm, stat } from "node:fs/promises
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
 import { AlreadyExists, BrokenImage, InvalidRequest, NotFound, SyscallFailed } from "../../errors/index.ts";
 import { flock, renameAt } from "../../linux/addon.ts";
-import { listTree, openDirectory, syncPath, withFd } from "../digest.ts";
+import { openDirectory, withFd } from "../../linux/fd.ts";
+import { listTree, syncPath } from "../digest.ts";
 import { algorithmOf } from "../file-hash.ts";
-import {
-  type CheckpointManifest,
-  compareFiles,
-  MANIFEST_NAME,
-  parseManifest,
-  readManifest,
-  verifyFiles,
-} from "../manifest.ts";
+import { type CheckpointManifest, MANIFEST_NAME, parseManifest, readManifest } from "../manifest.ts";
+import { compareFiles, verifyFiles } from "../manifest-files.ts";
 import { Staging } from "../staging.ts";
 import { runJob } from "../worker/pool.ts";
 import type { Compression } from "./compression.ts";
@@ -238,12 +233,16 @@ async function read(archive: string, into: string | undefined, options: ReadOpti
 /** An archive has these for other tools, though the directory that it was made of may not. */
 const generatedNames: readonly string[] = ["config.dump", "spec.dump"];
 
-/** The files as the manifest names them: by their path beside it, and with a digest of the kind that it has. */
+/**
+ * The files as the manifest names them: by their path beside it, and with a digest of the kind that it has. What others have put around
+ * a checkpoint of ours, as Podman does when it exports one, it doesn't know.
+ */
 function inManifest(manifest: CheckpointManifest, { files, contents }: ExtractOutput): FoundInArchive[] {
-  const prefix = contents[MANIFEST_NAME] === undefined ? /^checkpoint\// : /^$/;
+  const prefix = contents[MANIFEST_NAME] === undefined ? "checkpoint/" : "";
   const named = new Map(manifest.files.map(({ path, digest }) => [path, digest]));
-  return files.map(({ path, size, digests }) => {
-    const name = path.replace(prefix, "");
+  const beside = files.filter(({ path }) => path.startsWith(prefix));
+  return beside.map(({ path, size, digests }) => {
+    const name = path.slice(prefix.length);
     const expected = named.get(name);
     // None of that kind, in an archive with two manifests: it is not what it should be, rather than not looked at.
     const digest =

@@ -1,7 +1,8 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { NotFound, Unsupported } from "../../errors/index.ts";
 import { kcmp } from "../../linux/addon.ts";
-import { Cgroup, hostCgroupVersion } from "../../linux/cgroup.ts";
+import { Cgroup } from "../../linux/cgroup.ts";
+import { hostCgroupVersion } from "../../linux/cgroup-hierarchy.ts";
 import type { AnyNamespaceKind, ProcessInventory } from "../../linux/inventory.ts";
 import { threadState } from "../../linux/proc.ts";
 import type { Context } from "./context.ts";

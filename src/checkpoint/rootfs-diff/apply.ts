@@ -27,12 +27,12 @@ import {
   setTimes,
   setXattr,
 } from "../../linux/addon.ts";
+import { openDirectory, withFd } from "../../linux/fd.ts";
 import { decompress, readChunks } from "../archive/compression.ts";
-import { openDirectory, withFd } from "../digest.ts";
 import { pathBytes, type RawName, rawName, showName, type TarEntry } from "../tar/format.ts";
 import { confinedPath, splitPath } from "../tar/path.ts";
 import { ByteSource, readTar, type TarMember } from "../tar/reader.ts";
-import type { JobContext } from "../worker/jobs.ts";
+import type { JobContext } from "../worker/context.ts";
 import { entryPath, isForeignAttribute, OPAQUE, WHITEOUT, writeAll } from "./layer.ts";
 
 export interface ApplyInput {

@@ -12,7 +12,7 @@ import {
 } from "node:fs";
 import { ResourceExhausted, Unsupported, WrongState } from "../../errors/index.ts";
 import { getXattr, openBeneath } from "../../linux/addon.ts";
-import { withFd } from "../digest.ts";
+import { withFd } from "../../linux/fd.ts";
 import { findExtents } from "../tar/extents.ts";
 import {
   type EntryType,
@@ -27,7 +27,7 @@ import {
   tarEntry,
 } from "../tar/format.ts";
 import { MAX_PATH_BYTES } from "../tar/path.ts";
-import type { JobContext } from "../worker/jobs.ts";
+import type { JobContext } from "../worker/context.ts";
 import { excluder } from "./exclude.ts";
 
 export interface LayerInput {

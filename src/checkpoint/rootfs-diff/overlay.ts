@@ -1,7 +1,7 @@
 import { type BigIntStats, constants, fstatSync, lstatSync, readdirSync } from "node:fs";
 import { BrokenImage, Unsupported } from "../../errors/index.ts";
 import { getXattr, listXattrs, openBeneath } from "../../linux/addon.ts";
-import { openDirectory, withFd } from "../digest.ts";
+import { openDirectory, withFd } from "../../linux/fd.ts";
 import { pathBytes, type RawName, rawName, showName } from "../tar/format.ts";
 import { attributes, entryPath, expectName, type LayerWriter } from "./layer.ts";
 

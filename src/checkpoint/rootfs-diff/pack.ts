@@ -1,4 +1,4 @@
-import type { JobContext } from "../worker/jobs.ts";
+import type { JobContext } from "../worker/context.ts";
 import { type LayerInput, LayerWriter, type PackOutput } from "./layer.ts";
 import { type Layers, OverlayWalk } from "./overlay.ts";
 import { readAhead, type Snapshot, SnapshotWalk } from "./snapshot.ts";

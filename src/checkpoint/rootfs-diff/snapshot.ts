@@ -9,9 +9,9 @@ import {
 } from "node:fs";
 import { CedanaError, Unsupported } from "../../errors/index.ts";
 import { listXattrs, openBeneath } from "../../linux/addon.ts";
-import { openDirectory, withFd } from "../digest.ts";
+import { openDirectory, withFd } from "../../linux/fd.ts";
 import { pathBytes, type RawName, rawName, showName } from "../tar/format.ts";
-import type { JobContext } from "../worker/jobs.ts";
+import type { JobContext } from "../worker/context.ts";
 import { attributes, entryPath, expectName, isOverlayAttribute, type LayerWriter } from "./layer.ts";
 
 /** A root file system without layers, and what it was made of: nobody but a comparison knows what has changed. */

@@ -1,10 +1,12 @@
+import type { JobContext } from "./context.ts";
+
 /**
  * What worker threads do for the event loop: everything that reads, hashes, packs or compresses whole checkpoints. A job's
  * module is loaded in the thread, when it is first asked for. Input and output are copied between threads (structured clone).
  */
 export const jobs = {
-  listFiles: async () => (await import("../digest.ts")).listFilesHere,
-  hashFiles: async () => (await import("../digest.ts")).hashFilesHere,
+  listFiles: async () => (await import("../digest-job.ts")).listFilesHere,
+  hashFiles: async () => (await import("../digest-job.ts")).hashFilesHere,
   createArchive: async () => (await import("../archive/create.ts")).createArchive,
   extractArchive: async () => (await import("../archive/extract.ts")).extractArchive,
   packRootfsDiff: async () => (await import("../rootfs-diff/pack.ts")).packRootfsDiff,
@@ -14,11 +16,6 @@ export const jobs = {
 
 // biome-ignore lint/suspicious/noExplicitAny: the table's own types say what each job takes
 type Job = (input: any, context: JobContext) => unknown;
-
-export interface JobContext {
-  /** Throws Cancelled when the caller has given up. Long loops ask often; what they hold is released by their `finally`. */
-  checkCancelled(): void;
-}
 
 type Loaded<N extends JobName> = Awaited<ReturnType<(typeof jobs)[N]>>;
 export type JobName = keyof typeof jobs;

@@ -1,6 +1,7 @@
 import { parentPort } from "node:worker_threads";
 import { Cancelled } from "../../errors/index.ts";
-import { type JobContext, jobs } from "./jobs.ts";
+import type { JobContext } from "./context.ts";
+import { jobs } from "./jobs.ts";
 import { type JobAnswer, type JobRequest, sendError } from "./messages.ts";
 
 // A worker thread of the pool: one job after another, until the pool ends it.

@@ -29,7 +29,7 @@ export interface DecodeOptions {
  *   { "magic": "PSTREE", "entries": [ { "pid": 1, … }, … ] }        "extra" in an entry: the data behind it
  *   { "magic": "RAW", "extra": "<base64>" }                          what another tool wrote
  *
- * An image of version 1.0 also has "__version": "1.0". src/criu/image/message.ts has the other names with underscores.
+ * An image of version 1.0 also has "__version": "1.0". src/criu/image/value.ts has the other names with underscores.
  * @throws ImageFault      where it is broken
  * @throws InvalidRequest  for memory pages: their pagemap says what they are
  * @throws Unsupported     for data of more than 256 MiB behind one message, unless `payload` is false

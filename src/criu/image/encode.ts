@@ -1,8 +1,9 @@
 import { InvalidRequest } from "../../errors/index.ts";
 import { formatOfName, IMG_COMMON, IMG_SERVICE, type ImageFormat, isService } from "./format.ts";
 import { piecesOf } from "./json.ts";
-import { encodeMessage, type Message, type Value } from "./message.ts";
+import { encodeMessage } from "./message.ts";
 import { fromBase64 } from "./text.ts";
+import type { Message, Value } from "./value.ts";
 
 /**
  * The bytes of an image from its JSON, as decodeImage and `crit decode` write it. What decodeImage made gives the same bytes.

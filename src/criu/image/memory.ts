@@ -1,7 +1,7 @@
 import { readlink, realpath, stat } from "node:fs/promises";
 import { join } from "node:path";
 import type { Findings, Place } from "./findings.ts";
-import type { Message } from "./message.ts";
+import type { Message } from "./value.ts";
 
 // Memory in images: pagemaps say which pages a pages file has, and which ones earlier images have.
 

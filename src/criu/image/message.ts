@@ -2,23 +2,11 @@ import { enums, type Field, messages } from "../../proto/generated/criu_images.t
 import { Reader, WireError, Writer, wireType } from "../../proto/wire.ts";
 import { numberOf, wordsOfAddress } from "./pretty.ts";
 import { base64Lines, fromBase64, fromQuotedPrintable, quotedPrintable } from "./text.ts";
+import type { Message, Value } from "./value.ts";
 
 /*
- * The messages of CRIU's images as plain objects, in the shape that crit gives them: field names as CRIU has them, absent fields
- * absent, enums by name, bytes as base64. 64-bit integers are `bigint`. Bytes that decode give the same bytes back:
- *
- *   __unknown   fields that our table lacks (a newer CRIU), as [{ field, bytes }], bytes being key and value in base64
- *   __raw       the whole message in base64, where writing it our way would give other bytes (an encoder that packs or orders
- *               otherwise than CRIU). Used by encode only while the other fields still say the same as it does.
- *   { "__bytes" }  in the place of a string that isn't UTF-8: a file's name may be anything
- *
- * crit has none of these: it drops unknown fields and fails on such names.
+ * The messages of CRIU's images as plain objects (value.ts), from bytes and back. Bytes that decode give the same bytes back.
  */
-
-export type Value = number | bigint | boolean | string | Message | Value[];
-export interface Message {
-  [field: string]: Value;
-}
 
 /** Messages inside of messages, cgroups inside of cgroups. CRIU would overflow its stack long before its images got here. */
 const MAX_DEPTH = 100;

@@ -1,5 +1,5 @@
 import { type Field, messages } from "../../proto/generated/criu_images.ts";
-import type { Message, Value } from "./message.ts";
+import type { Message, Value } from "./value.ts";
 
 /*
  * Numbers as people read them: addresses in hexadecimal, flags by name, devices as major:minor. As `crit decode --pretty` and `crit

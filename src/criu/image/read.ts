@@ -10,7 +10,8 @@ import {
   type ImageFormat,
   isService,
 } from "./format.ts";
-import { decodeMessage, type Message, parseMessage } from "./message.ts";
+import { decodeMessage, parseMessage } from "./message.ts";
+import type { Message } from "./value.ts";
 
 /** Bytes of a file, that only are read when somebody wants them. */
 export interface Blob {

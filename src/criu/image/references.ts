@@ -1,6 +1,6 @@
 import type { Findings, Place } from "./findings.ts";
-import type { Message } from "./message.ts";
 import type { ImageEntry } from "./read.ts";
+import type { Message } from "./value.ts";
 
 // What images say of each other: tasks and their files, ids and what has them.
 

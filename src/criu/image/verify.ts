@@ -4,9 +4,9 @@ import { messageOf, NotFound } from "../../errors/index.ts";
 import { Findings, type ImageFinding } from "./findings.ts";
 import { formatOfFile, rawKindOf } from "./format.ts";
 import { Memory } from "./memory.ts";
-import type { Message } from "./message.ts";
 import { ImageFault, ImageReader } from "./read.ts";
 import { pidOf, References } from "./references.ts";
+import type { Message } from "./value.ts";
 
 /*
  * Whether a directory of images is whole, without restoring it. Two passes: every file by itself (words, messages, sizes), then

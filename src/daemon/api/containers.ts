@@ -1,17 +1,20 @@
 import { randomUUID } from "node:crypto";
 import { CheckpointStore } from "../../checkpoint/store.ts";
-import { WrongState } from "../../errors/index.ts";
+import { InvalidRequest, WrongState } from "../../errors/index.ts";
 import { pidsInNamespaces, processTree } from "../../linux/proc.ts";
 import { Slices } from "../../linux/slices.ts";
 import type {
   FreezeContainerRequest,
   FreezeContainerResponseInit,
+  KillContainerRequest,
+  KillContainerResponseInit,
   QueriedContainerInit,
   QueriedProcessInit,
   QueryContainersRequest,
   QueryContainersResponseInit,
 } from "../../proto/generated/cedana_api.ts";
 import { readConfiguration } from "../../runtime/configuration.ts";
+import { signalNumber } from "../../runtime/kill-policy.ts";
 import { podNamespaceOf } from "../../runtime/spec.ts";
 import type { Task } from "../../shim/task.ts";
 import { checkpointNameOf } from "../../shim/triggered.ts";
@@ -48,6 +51,22 @@ export async function unfreezeContainer(
     }
     return { namespace: task.namespace, state: task.init.state };
   });
+}
+
+export async function killContainer(
+  { id, namespace, execId, signal, all }: KillContainerRequest,
+  { shim }: ApiCall,
+): Promise<KillContainerResponseInit> {
+  const task = findTask(shim, id, namespace);
+  const number = signalNumber(signal || "TERM");
+  if (number === undefined)
+    throw new InvalidRequest(
+      `${JSON.stringify(signal)} is no signal: give a name such as INT, SIGQUIT or RTMIN+3, or a number up to 64`,
+    );
+  const work = { repeated: false, tag: (step: string) => task.pod.keeper.ownTag(step) };
+  await task.signals.kill(work, task.process(execId), number, all);
+  task.record();
+  return { namespace: task.namespace };
 }
 
 export async function queryContainers(

@@ -1,4 +1,4 @@
-import type { ApiMethods } from "./server.ts";
+import type { ApiMethods } from "./context.ts";
 
 /** The methods of proto/cedana_api.proto. Each loads what it needs: a cedanad that is asked for its status has no use for archives. */
 export const methods: ApiMethods = {
@@ -27,6 +27,8 @@ export const methods: ApiMethods = {
     await (await import("./containers.ts")).freezeContainer(request, call),
   UnfreezeContainer: async (request, call) =>
     await (await import("./containers.ts")).unfreezeContainer(request, call),
+  KillContainer: async (request, call) =>
+    await (await import("./containers.ts")).killContainer(request, call),
   QueryContainers: async (request, call) =>
     await (await import("./containers.ts")).queryContainers(request, call),
   ListPlugins: async () => await (await import("./plugins.ts")).listPlugins(),

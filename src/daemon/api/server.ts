@@ -9,27 +9,12 @@ import type {
 } from "@grpc/grpc-js";
 import { Cancelled, messageOf } from "../../errors/index.ts";
 import { Management } from "../../proto/generated/cedana_api.ts";
-import { type Decoded, type Encodable, grpcDefinition, loadGrpc } from "../../proto/grpc.ts";
+import { grpcDefinition, loadGrpc } from "../../proto/grpc.ts";
 import type { ApiCall, ApiContext } from "./context.ts";
 import { methods } from "./methods.ts";
 import { STATUS_DETAILS_KEY, toDetailedStatus } from "./status.ts";
 
 type Grpc = typeof import("@grpc/grpc-js");
-type Methods = typeof Management.methods;
-
-/** What implements a method: a promise of the response, or sends any number of them. An error becomes the call's status. */
-export type ApiMethods = {
-  readonly [Name in keyof Methods]: Methods[Name]["responseStream"] extends true
-    ? (
-        request: Decoded<Methods[Name]["request"]>,
-        call: ApiCall,
-        send: (message: Encodable<Methods[Name]["response"]>) => Promise<void>,
-      ) => Promise<void>
-    : (
-        request: Decoded<Methods[Name]["request"]>,
-        call: ApiCall,
-      ) => Promise<Encodable<Methods[Name]["response"]>>;
-};
 
 /** Nothing that a client sends is long. */
 const MAX_REQUEST_BYTES = 1024 * 1024;
@@ -110,7 +95,7 @@ async function run(
   call: ApiCall,
   send: (message: unknown) => Promise<void>,
 ): Promise<unknown> {
-  const method = methods[name as keyof Methods] as AnyMethod;
+  const method = methods[name as keyof typeof methods] as AnyMethod;
   call.calls.active++;
   try {
     return await method(request, call, send);

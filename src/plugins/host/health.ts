@@ -1,7 +1,7 @@
 import { readFile, statfs } from "node:fs/promises";
 import { release } from "node:os";
 import { dirname } from "node:path";
-import { hostCgroupVersion } from "../../linux/cgroup.ts";
+import { hostCgroupVersion } from "../../linux/cgroup-hierarchy.ts";
 import { readConfiguration } from "../../runtime/configuration.ts";
 import type { HealthCheck, HealthRow } from "../health.ts";
 

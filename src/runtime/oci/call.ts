@@ -41,6 +41,8 @@ export interface Conversation {
    * @throws SyscallFailed when it could not be started, Cancelled when the wrapper has gone
    */
   run(argv: readonly string[], options?: RunOptions): Promise<number>;
+  /** The caller has this answer at once, before what is left to do is done; what is answered at the end is dropped. */
+  answer(answer: OciAnswer): void;
   /** The wrapper becomes this program; nothing more is heard of it. */
   become(argv: readonly string[], options?: Pick<RunOptions, "env">): void;
 }
@@ -65,6 +67,17 @@ export function withoutLog(globalArgv: readonly string[]): string[] {
     const names = /^--?(log|log-format|log-level)$/;
     return !(/^--?(log|log-format|log-level)(=.*)?$/s.test(argument) || names.test(globalArgv[at - 1] ?? ""));
   });
+}
+
+/** Whether the engine was told to have systemd make its cgroups. crun has an option of its own for it, too. */
+export function usesSystemd(globalArgv: readonly string[]): boolean {
+  let systemd = false;
+  for (const [at, argument] of globalArgv.entries()) {
+    const [, name, value] = /^--?([a-z-]+)(?:=(.*))?$/s.exec(argument) ?? [];
+    if (name === "systemd-cgroup") systemd = value === undefined || /^(1|t|true)$/i.test(value);
+    if (name === "cgroup-manager") systemd = (value ?? globalArgv[at + 1]) === "systemd";
+  }
+  return systemd;
 }
 
 /** Options of checkpoint and restore, as the wrapper has put them: a flag's value is `true`, an option may be given more than once. */

@@ -14,7 +14,8 @@ import { explainCriuLog } from "../../criu/log.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
 import { expectAnswer } from "../../linux/apart.ts";
-import { Cgroup, foreignHierarchies } from "../../linux/cgroup.ts";
+import { Cgroup } from "../../linux/cgroup.ts";
+import { foreignHierarchies } from "../../linux/cgroup-hierarchy.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { criuLines, type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
@@ -26,7 +27,7 @@ import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu
 import { noteFrozen } from "./frozen.ts";
 import { generationOf } from "./generation.ts";
 import { runHook } from "./hooks.ts";
-import { isUnstarted, readMarker } from "./marker.ts";
+import { isUnstarted, noteEnd, readMarker } from "./marker.ts";
 import { containerState, namespaceOf } from "./state.ts";
 
 /*
@@ -94,7 +95,7 @@ export async function checkpoint(
       return { status: 0 };
     }
     const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id, features.name));
-    const generation = await generationOf(call, pid);
+    const generation = generationOf(call, pid);
     const target: DumpTarget = {
       what: `container ${call.id}`,
       initPid: pid,
@@ -152,7 +153,11 @@ export async function checkpoint(
         },
       };
       await dumpContainer(target, request, { signal: wrapper.signal });
+      wrapper.answer({ status: 0 }); // what was noted on the way is removed at once, in this turn of the event loop
     });
+    const { id, root, engine, globalArgv } = call;
+    if (!dump.leaveRunning && features.name === "crun")
+      noteEnd(call.marker, marker ?? { version: 1, id, root, engine, globalArgv, bundle: state.bundle });
   } finally {
     rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
   }
@@ -165,7 +170,13 @@ const chainOptions = ["image-path", "work-path", "parent-path"]; // the last one
 /** Lines of CRIU's configuration file for what the engine has no option for. */
 async function criuConfigLines(
   { options, features, policy, pid }: Dump,
-  { workPath, networkLock = "default", externalMounts = [], withoutPlugins = false }: Partial<CriuSettings>,
+  {
+    workPath,
+    networkLock = "default",
+    externalMounts = [],
+    withoutPlugins = false,
+    cgroupYard,
+  }: Partial<CriuSettings>,
 ): Promise<string[]> {
   const { criuConfig } = engineArguments("checkpoint", features, options, policy, chainOptions);
   return [
@@ -174,6 +185,7 @@ async function criuConfigLines(
     ...criuLines({
       externalMounts,
       cgroupRoots: await foreignHierarchies(pid),
+      cgroupYard,
       pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),
     }),
   ];
@@ -192,7 +204,7 @@ async function runEngine(
   const scratch = scratchOf(call);
   const work = workPath ?? resolve(call.cwd, options.value("work-path") ?? join(scratch, "work"));
   const { argv } = engineArguments("checkpoint", features, options, policy, chainOptions);
-  await mkdir(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
+  mkdirSync(work, { recursive: true, mode: 0o700 }); // crun fails when it isn't there
   const outputPath = join(scratch, "output");
   const command = [
     call.engine,

@@ -10,9 +10,8 @@ import { placeForSignal, type SignalCheckpoint } from "../checkpoint-on.ts";
 import { readSpec } from "../spec.ts";
 import { type Conversation, type OciCall, type RunOptions, withoutLog } from "./call.ts";
 import { checkpoint } from "./checkpoint.ts";
-import { cgroupOf } from "./endings.ts";
 import { type EndingRecord, type Marker, readMarker, writeMarker } from "./marker.ts";
-import { namespaceOf } from "./state.ts";
+import { cgroupOf, namespaceOf } from "./state.ts";
 
 /** cedana-exit needs the time in which the kernel stops a thread, or thaws it. */
 const exitPatienceMs = 10_000;
@@ -170,6 +169,9 @@ class OwnConversation implements Conversation {
       closeSync(output);
     }
   }
+
+  /** Nobody waits for it. */
+  answer(): void {}
 
   become(argv: readonly string[]): void {
     throw new NotFound(`the container has ended: ${argv.slice(-2).join(" ")} is not possible`);

@@ -1,15 +1,12 @@
 import type { Logger } from "pino";
 import { Cancelled, NotFound } from "../../errors/index.ts";
 import { Pidfd } from "../../linux/addon.ts";
-import { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive, programOf, startTime } from "../../linux/proc.ts";
-import { engineName } from "../engine.ts";
 import type { KillPlan } from "../kill-policy.ts";
-import { cgroupName, type OciSpec, readSpec } from "../spec.ts";
 import type { OciCall } from "./call.ts";
 import type { Escalator } from "./escalator.ts";
 import { type EndingRecord, type Marker, markersIn, readMarker, writeMarker } from "./marker.ts";
-import { containerState } from "./state.ts";
+import { cgroupOf, containerState } from "./state.ts";
 
 /*
  * Containers that are checkpointed instead of being sent a signal (`cedana.io/checkpoint-on`). The kill is answered at once, as that of a
@@ -159,10 +156,4 @@ export class Endings {
       log.error({ err: error, signal }, "send the signal to a container that could not be checkpointed");
     }
   }
-}
-
-/** The container's, as its spec names it. */
-export async function cgroupOf(marker: Marker, pid: number): Promise<Cgroup> {
-  const spec: OciSpec = marker.bundle ? await readSpec(marker.bundle) : {};
-  return await Cgroup.of(pid, cgroupName(spec, marker.id, engineName(marker.engine)));
 }

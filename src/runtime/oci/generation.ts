@@ -1,4 +1,5 @@
-import { mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { existsSync, readFileSync } from "node:fs";
+import { mkdir, readdir, rename, rm, writeFile } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import { bootId, isAlive, startTime } from "../../linux/proc.ts";
 import type { OciCall } from "./call.ts";
@@ -17,12 +18,13 @@ function directoryOf(call: OciCall): string {
   return join(dirname(dirname(call.marker)), "oci-restored");
 }
 
-async function readNote(path: string): Promise<Note | undefined> {
-  const text = await readFile(path, "utf8").catch(() => undefined); // ENOENT: it was never restored
+/** At once: a small file of ours in memory. @returns undefined also for one that a cedanad that was killed has half written */
+function readNote(path: string): Note | undefined {
+  if (!existsSync(path)) return undefined; // it was never restored
   try {
-    return text === undefined ? undefined : (JSON.parse(text) as Note);
+    return JSON.parse(readFileSync(path, "utf8")) as Note;
   } catch {
-    return undefined; // half written by a cedanad that was killed
+    return undefined;
   }
 }
 
@@ -32,7 +34,7 @@ export async function noteGeneration(call: OciCall, initPid: number, generation:
   const directory = directoryOf(call);
   await mkdir(directory, { recursive: true, mode: 0o700 });
   for (const name of await readdir(directory)) {
-    const note = await readNote(join(directory, name));
+    const note = readNote(join(directory, name));
     if (!note || !isCurrent(note)) await rm(join(directory, name), { force: true });
   }
   const started = startTime(initPid);
@@ -44,7 +46,7 @@ export async function noteGeneration(call: OciCall, initPid: number, generation:
 }
 
 /** @returns 0 for a container that was started afresh */
-export async function generationOf(call: OciCall, initPid: number): Promise<number> {
-  const note = await readNote(join(directoryOf(call), basename(call.marker)));
+export function generationOf(call: OciCall, initPid: number): number {
+  const note = readNote(join(directoryOf(call), basename(call.marker)));
   return note && note.pid === initPid && isCurrent(note) ? note.generation : 0;
 }

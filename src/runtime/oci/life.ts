@@ -62,9 +62,11 @@ export async function remove(
   // To the engine one that waits for its start runs, and it deletes no running one; to the caller it is created.
   const force = isUnstarted(marker) ? ["--force"] : [];
   const { engine, globalArgv, command, argv } = call;
-  const status = await wrapper.run([engine, ...globalArgv, command, ...force, ...argv]);
+  const isGone = async () => (await containerState(call)) === undefined;
+  const ended = marker?.endedAtMs !== undefined && (await isGone());
+  const status = ended ? 0 : await wrapper.run([engine, ...globalArgv, command, ...force, ...argv]);
   // Whether it is gone, the engine says best: a forced delete succeeds where there is none, others fail.
-  if (status === 0 || (await containerState(call)) === undefined) {
+  if (status === 0 || (await isGone())) {
     escalator.forget(call.marker);
     endings.abort(call.marker);
     await giveBack(marker);

@@ -23,6 +23,8 @@ export interface Marker {
   bundle?: string | undefined;
   /** the engine has a copy of the bundle's configuration, which goes with the container */
   copied?: boolean | undefined;
+  /** when the engine forgot the container, because its checkpoint has ended it: nothing of it is left but this, for its delete */
+  endedAtMs?: number | undefined;
   /** restored at create, and standing still until start: the init, and who was stopped when the images were taken, by his own pid */
   restored?: { pid: number; startTime: number; stopped: readonly number[] } | undefined;
   /** of the checkpoint that it is restored from, until its processes may run */
@@ -82,6 +84,21 @@ export function readMarker(path: string): Marker | undefined {
 export function removeMarker(path: string): void {
   rmSync(bundleCopyOf(path), { recursive: true, force: true });
   rmSync(path, { force: true });
+}
+
+/** Nobody who was to delete it comes so late. */
+const KEPT_AFTER_END_MS = 60 * 60 * 1000;
+
+/**
+ * After a checkpoint that has ended the container. crun forgets such a one, as runc does, but then says of it at `delete` what no
+ * caller takes for "it is gone", containerd's shim above all, whose task could never be deleted.
+ */
+export function noteEnd(path: string, marker: Marker): void {
+  for (const other of markersIn(dirname(dirname(path)))) {
+    const { endedAtMs = Number.POSITIVE_INFINITY } = readMarker(other) ?? {};
+    if (endedAtMs < Date.now() - KEPT_AFTER_END_MS) removeMarker(other);
+  }
+  writeMarker(path, { ...marker, endedAtMs: Date.now() });
 }
 
 /** Where a copy of a container's bundle is kept. */

@@ -17,17 +17,18 @@ import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { criuLines, engineVersion, lastErrorIn } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
+import { RestoreCgroup } from "../restore-cgroup.ts";
 import { configForRestore } from "../restore-configuration.ts";
 import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
 import { cedanaAnnotations, cgroupName, identityOf, movedFrom, readSpec } from "../spec.ts";
-import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
+import { type Conversation, type OciAnswer, type OciCall, Options, usesSystemd } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
 import { noteGeneration } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
-import { CgroupOfRestore, restoreCgroup } from "./restore-cgroup.ts";
+import { CgroupOfRestore } from "./restore-cgroup.ts";
 import { containerState, namespaceOf } from "./state.ts";
 
 export interface RestoreExtra {
@@ -61,13 +62,16 @@ export async function restore(
   const rootfs = resolve(bundle, spec.root?.path ?? "rootfs");
   const scratch = scratchOf(call);
   const workPath = options.value("work-path");
-  const mode = options.value("manage-cgroups-mode");
-  let cgroup = await restoreCgroup(spec, mode, call.pid); // refuses a senseless path before anything is noted
+  const systemd = usesSystemd(call.globalArgv);
+  const parent = call.pid;
+  const cgroup = await RestoreCgroup.of({ spec, id: call.id, engine: features.name, systemd, parent });
+  const cgroupRoots = criuLines({ cgroupRoots: cgroup.roots }); // refuses a senseless path before anything is noted
+  if (readMarker(call.marker)?.endedAtMs !== undefined) removeMarker(call.marker); // of what its checkpoint has ended
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
   const existed = await isThere(join(root, id)); // another container's: what fails is not to be deleted
-  const within = await CgroupOfRestore.before(spec, id, globalArgv);
+  const within = await CgroupOfRestore.before(spec, id, systemd);
   const detached = options.has("detach");
   const hook = extra.standsStill ? undefined : await hookOf(spec, "post-restore");
   if (hook && !detached)
@@ -120,11 +124,7 @@ export async function restore(
       writeMarker(call.marker, { ...marker(), bundle, copied: true });
     },
     putConfigurationBack: async () => {}, // the copy goes with the container
-    prepareCgroup: async (policy) => {
-      if (policy.cgroupsMode !== (mode ?? ""))
-        cgroup = await restoreCgroup(spec, policy.cgroupsMode || undefined, call.pid);
-      await cgroup.make();
-    },
+    prepareCgroup: ({ cgroupsMode }) => cgroup.make(cgroupsMode),
     removeCgroup: () => cgroup.remove(),
     deviceMap: cedanaAnnotations(spec).gpuMap,
     inForeground: !detached,
@@ -147,7 +147,7 @@ export async function restore(
       const since = Date.now();
       const env = await criuConfigFile(join(scratch, "criu.conf"), [
         ...criuConfig,
-        ...cgroup.lines,
+        ...cgroupRoots,
         ...(extra.criuConfig ?? []),
         ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : toldPluginDirectory() }),
       ]);

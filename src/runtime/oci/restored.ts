@@ -238,7 +238,7 @@ async function postRestore(
   if (!hook) return;
   const scratch = scratchOf(call);
   try {
-    const generation = await generationOf(call, container.initPid);
+    const generation = generationOf(call, container.initPid);
     const env = [`CEDANA_GENERATION=${generation}`, "CEDANA_WHY=annotation"];
     await runHook({ call, wrapper }, container, hook, env, scratch);
   } catch (error) {

@@ -15,7 +15,7 @@ import {
   verifyDirectory,
   writtenLayouts,
 } from "../../../src/checkpoint/archive/index.ts";
-import { writeManifest } from "../../../src/checkpoint/manifest.ts";
+import { writeManifest } from "../../../src/checkpoint/manifest-files.ts";
 import {
   AlreadyExists,
   BrokenImage,

@@ -6,7 +6,7 @@ import path from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { createArchive, writtenLayouts } from "../../../src/checkpoint/archive/index.ts";
-import { writeManifest } from "../../../src/checkpoint/manifest.ts";
+import { writeManifest } from "../../../src/checkpoint/manifest-files.ts";
 import { sampleManifest } from "../sample.ts";
 
 // Debian's own reader of checkpoint archives, on a real dump.

@@ -16,7 +16,14 @@ import { basename, join } from "node:path";
 import { cleanUp } from "./cleanup.ts";
 import type { EngineName } from "./live.ts";
 import { imageTar, repository } from "./programs.ts";
-import { cgroupsOf, forgetKernelCacheLater, isAlive, processesOf } from "./system.ts";
+import {
+  cgroupsOf,
+  forgetKernelCacheLater,
+  hasController,
+  isAlive,
+  processesOf,
+  systemdRuns,
+} from "./system.ts";
 import { until } from "./until.ts";
 
 const callers = "/var/cache/cedana/callers";
@@ -50,7 +57,9 @@ export class CallerPlace {
   readonly engine: EngineName;
   readonly dir = mkdtempSync("/run/cp-");
   /** Name of the cgroup that everything of it is in. */
-  readonly namespace = basename(this.dir).toLowerCase();
+  readonly namespace = systemdRuns
+    ? `${basename(this.dir).toLowerCase().replace("-", "")}.slice`
+    : basename(this.dir).toLowerCase();
   readonly runDir = join(this.dir, "run");
   readonly config = join(this.dir, "runtime.json");
   readonly env: Record<string, string>;
@@ -58,6 +67,7 @@ export class CallerPlace {
   readonly #forgetKernelCache = forgetKernelCacheLater();
   #daemonEnv: Record<string, string> = {};
   #path = systemPath;
+  #ownNetwork = false;
   #holder: ChildProcess | undefined;
   #reaper: ChildProcess | undefined;
 
@@ -81,19 +91,22 @@ export class CallerPlace {
   /**
    * @param daemonEnv  of the cedanad that cedana-runtime starts here
    * @param first      a directory that comes first in everybody's PATH
+   * @param ownNetwork a network namespace, too: the machine's network is not ours to configure
    */
   static async start(
     engine: EngineName,
     daemonEnv: Record<string, string> = {},
     first?: string,
+    ownNetwork = false,
   ): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
+    place.#ownNetwork = ownNetwork;
     place.#daemonEnv = daemonEnv;
     if (first !== undefined) {
       place.#path = `${first}:${systemPath}`;
       place.env.PATH = `${first}:${place.env.PATH}`;
     }
-    for (const name of ["home/.config/containers", "tmp", "run", "var", "xdg", "etc/cedana", "etc-work"])
+    for (const name of ["home", "tmp", "run", "var", "xdg", "etc/cedana", "etc/containers", "etc-work"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
     for (const path of [place.config, join(place.dir, "etc/cedana/runtime.json")])
       writeFileSync(
@@ -105,12 +118,19 @@ export class CallerPlace {
           configuration: place.env.CEDANA_CONFIG,
         }),
       );
+    // Of images; there is no flag for it where Podman makes one of a checkpoint.
+    writeFileSync(
+      join(place.dir, "etc/containers/policy.json"),
+      JSON.stringify({ default: [{ type: "insecureAcceptAnything" }] }),
+    );
     const v2 = engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers");
     // Podman's clean-up after a container passes neither environment nor runtime flags on: what it needs to know stands in /etc.
     const layers = `lowerdir=/etc,upperdir=${join(place.dir, "etc")},workdir=${join(place.dir, "etc-work")}`;
     const etc = `mount -t overlay -o ${layers} etc /etc && `;
-    const script = `${etc}${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
-    place.#holder = spawn("unshare", ["--mount", "--propagation", "private", "sh", "-c", script], {
+    const lo = ownNetwork ? "ip link set lo up && " : "";
+    const script = `${lo}${etc}${v2 ? "mount -t cgroup2 cgroup2 /sys/fs/cgroup && " : ""}echo ready && exec sleep infinity`;
+    const namespaces = ["--mount", "--propagation", "private", ...(ownNetwork ? ["--net"] : [])];
+    place.#holder = spawn("unshare", [...namespaces, "sh", "-c", script], {
       stdio: ["ignore", "pipe", "inherit"],
       env: place.env,
     });
@@ -131,9 +151,26 @@ export class CallerPlace {
     return place;
   }
 
-  /** A command line that runs in our mount namespace. */
+  /** That cgroup as callers name it. */
+  get cgroupParent(): string {
+    return systemdRuns ? this.namespace : `/${this.namespace}`;
+  }
+
+  /** `cgroupsPath` of a container's configuration. */
+  cgroupsPath(name: string): string {
+    return systemdRuns ? `${this.namespace}:test:${name}` : `/${this.namespace}/${name}`;
+  }
+
+  /** Whether containers' cgroups can have a controller. */
+  hasController(name: string): boolean {
+    return (this.engine === "runc" || systemdRuns) && hasController(name);
+  }
+
+  /** A command line that runs in our namespaces. */
   inside(argv: string[]): string[] {
-    return ["nsenter", `--mount=/proc/${this.#holder!.pid}/ns/mnt`, "--", ...argv];
+    const namespaces = `/proc/${this.#holder!.pid}/ns`;
+    const network = this.#ownNetwork ? [`--net=${namespaces}/net`] : [];
+    return ["nsenter", `--mount=${namespaces}/mnt`, ...network, "--", ...argv];
   }
 
   spawn(argv: string[], options: { input?: boolean } = {}): ChildProcess {
@@ -176,7 +213,8 @@ export class CallerPlace {
 
   /** Argv of an engine's own command line on either side, as callers begin it. */
   runtime(side: Side, ...args: string[]): string[] {
-    return side === "engine" ? [this.engine, ...args] : [wrapper, "--cedana-config", this.config, ...args];
+    const program = side === "engine" ? [this.engine] : [wrapper, "--cedana-config", this.config];
+    return [...program, ...(systemdRuns ? ["--systemd-cgroup"] : []), ...args];
   }
 
   cedanadLog(): string {
@@ -197,7 +235,8 @@ export class CallerPlace {
   /** After every container was removed: no process is left, and no container's cgroup that the engine itself never leaves. */
   async expectNoLeftovers(allowed: (argv: string) => boolean = () => false): Promise<void> {
     // Podman leaves conmon's and pods' cgroups on a hybrid host, crun now and then a container's: with and without us.
-    const isContainer = (path: string) => this.engine === "runc" && /\/libpod-[0-9a-f]{64}$/.test(path);
+    const isContainer = (path: string) =>
+      this.engine === "runc" && /\/libpod-[0-9a-f]{64}(\.scope)?$/.test(path);
     const left = () => [
       ...this.living().filter((argv) => !allowed(argv)),
       ...cgroupsOf(this.namespace).filter(isContainer),
@@ -219,7 +258,7 @@ export class CallerPlace {
 
   /** Configuration of Podman and Buildah, both with the two sides as runtimes `engine` and `wrapper`. */
   configureContainers(): void {
-    const quoted = (values: string[]) => JSON.stringify(values);
+    const quoted = (values: string | string[]) => JSON.stringify(values);
     const engine = ["/usr/sbin", "/usr/bin"].map((path) => join(path, this.engine)).find(existsSync)!;
     writeFileSync(
       join(this.dir, "containers.conf"),
@@ -232,7 +271,7 @@ export class CallerPlace {
         "[network]",
         `network_config_dir = "${this.dir}/net"`,
         "[engine]",
-        `cgroup_manager = "cgroupfs"`, // there is no systemd
+        `cgroup_manager = ${quoted(systemdRuns ? "systemd" : "cgroupfs")}`,
         `events_logger = "file"`,
         `conmon_path = ${quoted([caller("conmon")])}`,
         `helper_binaries_dir = ${quoted([join(callers, "usr/lib/podman"), join(callers, "usr/bin")])}`,
@@ -247,10 +286,6 @@ export class CallerPlace {
     writeFileSync(
       join(this.dir, "storage.conf"),
       `[storage]\ndriver = "overlay"\nrunroot = "${this.dir}/s"\ngraphroot = "${this.dir}/g"\n`,
-    );
-    writeFileSync(
-      join(this.dir, "home/.config/containers/policy.json"),
-      JSON.stringify({ default: [{ type: "insecureAcceptAnything" }] }),
     );
     this.env.CONTAINERS_CONF = join(this.dir, "containers.conf");
     this.env.CONTAINERS_STORAGE_CONF = join(this.dir, "storage.conf");
@@ -282,8 +317,9 @@ export class Podman {
     engine: EngineName,
     daemonEnv: Record<string, string> = {},
     first?: string,
+    ownNetwork = false,
   ): Promise<Podman> {
-    const place = await CallerPlace.start(engine, daemonEnv, first);
+    const place = await CallerPlace.start(engine, daemonEnv, first, ownNetwork);
     const podman = new Podman(place);
     try {
       place.configureContainers();
@@ -308,9 +344,7 @@ export class Podman {
     const at =
       ["run", "create"].indexOf(args[0]!) >= 0 ? 1 : args[0] === "pod" && args[1] === "create" ? 2 : 0;
     const cgroup =
-      at > 0
-        ? [...args.slice(0, at), "--cgroup-parent", `/${this.place.namespace}`, ...args.slice(at)]
-        : args;
+      at > 0 ? [...args.slice(0, at), "--cgroup-parent", this.place.cgroupParent, ...args.slice(at)] : args;
     return await this.place.run(this.argv(side, cgroup));
   }
 
@@ -329,11 +363,12 @@ export class Docker {
     this.place = place;
   }
 
-  static async start(): Promise<Docker> {
+  /** @param runtimes  more of them, as daemon.json has them */
+  static async start(runtimes: Record<string, unknown> = {}): Promise<Docker> {
     const place = await CallerPlace.start("runc");
     const docker = new Docker(place);
     try {
-      await docker.#startDaemon();
+      await docker.#startDaemon(runtimes);
       await docker.ok("load", "--input", await imageTar());
     } catch (error) {
       await docker.stop();
@@ -346,7 +381,7 @@ export class Docker {
     return readFileSync(join(this.place.dir, "dockerd.log"), "utf8");
   }
 
-  async #startDaemon(): Promise<void> {
+  async #startDaemon(runtimes: Record<string, unknown>): Promise<void> {
     const { place } = this;
     const { dir } = place;
     const config = {
@@ -360,13 +395,14 @@ export class Docker {
       "ip-forward": false,
       "userland-proxy": false,
       "storage-driver": "overlay2",
-      "exec-opts": ["native.cgroupdriver=cgroupfs"],
-      "cgroup-parent": `/${place.namespace}`,
+      "exec-opts": [`native.cgroupdriver=${systemdRuns ? "systemd" : "cgroupfs"}`],
+      "cgroup-parent": place.cgroupParent,
       "init-path": join(callers, "usr/bin/catatonit"),
       experimental: true, // `docker checkpoint`
       runtimes: {
         wrapper: { path: wrapper, runtimeArgs: ["--cedana-config", place.config] },
         shim: { runtimeType: "io.containerd.cedana.v2" },
+        ...runtimes,
       },
     };
     writeFileSync(join(dir, "daemon.json"), JSON.stringify(config));

@@ -118,6 +118,16 @@ function directories(path: string): string[] {
 }
 
 /** Cgroups below the instance's own one, in every hierarchy. */
+/** systemd is process 1, and makes the cgroups; all of them are of version 2 (scripts/with-systemd.sh, or a Debian that was booted). */
+export const systemdRuns =
+  existsSync("/run/systemd/system") && existsSync("/sys/fs/cgroup/cgroup.controllers");
+
+/** Whether containers' cgroups here can have a controller. */
+export function hasController(name: string): boolean {
+  const v2 = read("/sys/fs/cgroup/cgroup.controllers");
+  return v2 === "" ? existsSync(join("/sys/fs/cgroup", name)) : v2.trim().split(" ").includes(name);
+}
+
 export function cgroupsOf(namespace: string): string[] {
   const walk = (path: string): string[] => directories(path).flatMap((child) => [child, ...walk(child)]);
   return cgroupRoots().flatMap((root) => walk(join(root, namespace)));
