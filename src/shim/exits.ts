@@ -91,7 +91,7 @@ export class Exits {
     const { init, containerCgroup } = this.#owner;
     // A kill for want of memory comes before the exit that it causes, also where the keeper can't watch for it.
     const held = init.heldExit;
-    await containerCgroup.outOfMemory(1);
+    await containerCgroup.outOfMemory();
     if (init.heldExit === held && held) this.#publish(init);
   }
 
