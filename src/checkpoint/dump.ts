@@ -216,9 +216,12 @@ async function validateDumpRequest(context: DumpContext, next: () => Promise<voi
   if (workPath && !isAbsolute(workPath))
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
   // From here on, what is done on these paths may be done at once.
-  for (const path of ["imagePath" in place ? place.imagePath : place.directory, workPath])
-    if (path) await expectAnswer(path);
-  if (parentPath) await expectAnswer(absoluteParent(request));
+  const paths = [
+    "imagePath" in place ? place.imagePath : place.directory,
+    workPath,
+    parentPath && absoluteParent(request),
+  ];
+  await Promise.all(paths.map((path) => path && expectAnswer(path)));
   if (parentPath && !(await stat(join(absoluteParent(request), "inventory.img")).catch(() => undefined)))
     throw new NotFound(`parent ${parentPath} of the checkpoint of ${target.what} holds no images`);
   await next();
@@ -298,7 +301,7 @@ export async function abandonAttempt(
   const { staging: record, phase, leaveRunning, gate } = attempt;
   const staging = Staging.resume(record);
   if (staging) await endOfWriters(staging.path);
-  if (gate) await removeGate(gate);
+  if (gate) removeGate(gate);
   const isLast = !leaveRunning && (phase !== "begun" || (await hasEnded()));
   const kept = staging && isLast && !staging.isEmpty ? staging.keep() : undefined;
   await staging?.[Symbol.asyncDispose]();

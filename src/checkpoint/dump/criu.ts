@@ -79,7 +79,7 @@ export async function startEngine(context: DumpContext, next: () => Promise<void
     const { gate, end } = context.engine ?? {};
     gate?.[Symbol.dispose]();
     await end?.catch(() => {}); // told where CRIU is waited for, or sent away
-    if (attempt.gate) await removeGate(attempt.gate);
+    if (attempt.gate) removeGate(attempt.gate);
   }
 }
 
@@ -111,7 +111,7 @@ async function findEngine(context: DumpContext): Promise<void> {
     (error: Error) => error, // nobody lets it go any more
   );
   if (failure === undefined) await wentPast(context);
-  else await unbar(attempt.gate); // one without a gate follows
+  else unbar(attempt.gate); // one without a gate follows
 }
 
 /** An engine that finds CRIU past the gate fails, as a rule, and is started once more when the container stands still. */
@@ -134,7 +134,7 @@ export async function meetCriu(context: DumpContext, next: () => Promise<void>):
       const isCrius = !gate.isSeen || /criu/i.test(met.message);
       if (!isCrius || !(met instanceof RuntimeFailed)) throw met;
       gate[Symbol.dispose]();
-      await gate.unbar();
+      gate.unbar();
       context.engine = undefined;
       target.log.warn(
         { err: met },
@@ -163,7 +163,7 @@ async function wentPast(context: DumpContext): Promise<void> {
       if (isCriuFile(name)) await rm(join(images, name), { recursive: true, force: true });
     for (const name of [CRIU_LOG, "stats-dump"])
       await rm(join(workPath, name), { recursive: true, force: true });
-    if (attempt.gate) await removeGate(attempt.gate);
+    if (attempt.gate) removeGate(attempt.gate);
     noteAttempt(context, { gate: undefined });
     target.log.warn(
       `the engine dumped ${target.what} past cedana's gate, while it ran: thrown away, and dumped again without. ${KEEP_ENVIRONMENT}`,
@@ -214,7 +214,7 @@ export async function criuDump(context: DumpContext, next: () => Promise<void>):
         withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
         cgroupYard: await yardOf(context),
       });
-      await engine?.gate?.unbar();
+      engine?.gate?.unbar();
       engine?.gate?.open(config);
       await (engine ? engine.end : runEngine(context, config));
       if (engine?.gate && !engine.gate.isPassed) {

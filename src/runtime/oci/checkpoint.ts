@@ -75,8 +75,6 @@ export async function checkpoint(
     leaveRunning: preDump || options.has("leave-running"),
     pid: state.pid,
   };
-  const work = options.value("work-path");
-  for (const path of [dump.imagePath, work && resolve(call.cwd, work)]) if (path) await expectAnswer(path);
   const { pid } = state;
   const started = startTime(pid);
   const scratch = scratchOf(call);
@@ -85,6 +83,8 @@ export async function checkpoint(
     // A pre-dump is no checkpoint yet, and CRIU stops the processes for it by itself, for a moment. With lazy pages the caller reads the
     // images while CRIU still serves the memory, as --status-fd tells him: they can't be put in their place afterwards.
     if (preDump || options.has("lazy-pages")) {
+      for (const path of [dump.imagePath, resolve(call.cwd, options.value("work-path") ?? ".")])
+        await expectAnswer(path); // in the chain below, its first step asks
       await withImagePath(dump.imagePath, async () => {
         const env = await criuConfigFile(join(scratch, "criu.conf"), await criuConfigLines(dump, {}));
         await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath, env });
