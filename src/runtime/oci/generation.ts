@@ -1,6 +1,7 @@
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, readdirSync, rmSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { bootId, isAlive, startTime } from "../../linux/proc.ts";
+import { readRecordNow, writeRecordNow } from "../../linux/record-file.ts";
 import type { OciCall } from "./call.ts";
 
 // How many restores a container has behind it, for its next dump. A restored container needs no marker, whose price is a question to
@@ -18,13 +19,11 @@ function directoryOf(call: OciCall): string {
   return join(dirname(dirname(call.marker)), "oci-restored");
 }
 
-/** A small file of ours in memory. @returns undefined also for one that a cedanad that was killed has half written */
 function readNote(path: string): Note | undefined {
-  if (!existsSync(path)) return undefined; // it was never restored
   try {
-    return JSON.parse(readFileSync(path, "utf8")) as Note;
+    return readRecordNow<Note>(path);
   } catch {
-    return undefined;
+    return undefined; // nothing but a number would be lost with it
   }
 }
 
@@ -41,8 +40,7 @@ export function noteGeneration(call: OciCall, initPid: number, generation: numbe
   if (started === undefined) return; // it has ended
   const path = join(directory, basename(call.marker));
   const note: Note = { boot: bootId(), pid: initPid, startTime: started, generation };
-  writeFileSync(`${path}.new`, JSON.stringify(note), { mode: 0o600 });
-  renameSync(`${path}.new`, path);
+  writeRecordNow(path, note);
 }
 
 /** @returns 0 for a container that was started afresh */

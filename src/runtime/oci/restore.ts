@@ -6,6 +6,7 @@ import { type RestoreTarget, restore as restoreContainer } from "../../checkpoin
 import { criuBelow } from "../../criu/gate.ts";
 import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
+import { criuLines } from "../../criu/option-file.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { learnVersionAnswer } from "../../criu/version-answer.ts";
 import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
@@ -15,7 +16,8 @@ import { commandLineOf, isFromHere } from "../../linux/command-line.ts";
 import { unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, processStat, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
-import { criuLines, engineVersion, lastErrorIn } from "../engine.ts";
+import { engineVersion } from "../engine.ts";
+import { lastErrorIn } from "../engine-failure.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { RestoreCgroup } from "../restore-cgroup.ts";
