@@ -145,6 +145,8 @@ export const podmanRuns: Subject = {
     if (side === "theirs" && bench.engine === "crun") return samples;
     await begin(program, ...(await sleeper()));
     samples[CHECKPOINT] = await timeMs(() => on(program, "container", "checkpoint", program));
+    // conmon starts one for the container that has ended; a restore that follows at once waits for it, the longer the sooner the checkpoint was over.
+    await until(() => !podman!.place.living().some((argv) => /\bcontainer cleanup\b/.test(argv)));
     samples[RESTORE] = await timeMs(() => on(program, "container", "restore", program));
     await remove(program);
     return samples;
