@@ -8,7 +8,8 @@
  *
  * Signals: what we get while the child runs is passed on to it, except SIGKILL, which ends us: the child gets a SIGKILL then too
  * (PDEATHSIG), so that nothing goes on unwatched; cedanad sees our connection close and undoes what it had prepared.
- * cedanad missing or dead: it is started; after 10 s the command fails and says so. One that dies when the engine has restored a container
+ * cedanad missing or dead: it is started; after 10 s the command fails and says so. One that dies in the middle of a checkpoint has a successor,
+ * whom we ask again, once: he finishes it where the container has ended with it, or begins it anew. One that dies when the engine has restored a container
  * by its word leaves nobody who knows of it: we end it then, for the command has failed.
  */
 #include <fcntl.h>
@@ -74,6 +75,8 @@ static int receive(int fd, struct buffer *in, struct message *m) {
   }
 }
 
+static int deliveries;
+
 static void put_request(struct buffer *out) {
   char cwd[4096];
   if (!getcwd(cwd, sizeof cwd)) runtime_fail("find the working directory: %s", strerror(errno));
@@ -92,6 +95,7 @@ static void put_request(struct buffer *out) {
   put_string(out, FIELD_CWD, cwd);
   put_int(out, FIELD_PID, getpid());
   put_int(out, FIELD_MOUNT_NS, (int64_t)mount_namespace("/proc/self/ns/mnt"));
+  if (deliveries > 1) put_int(out, FIELD_DELIVERIES, deliveries);
   frame_end(out, begin);
 }
 
@@ -266,7 +270,9 @@ void runtime_ask(void) {
     if (sigaction(passed_on[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(passed_on[i], &action, NULL);
   }
   struct message m;
-  bool restored = false;
+  bool restored = false, repeats = !strcmp(runtime.argv[runtime.command], "checkpoint");
+  deliveries = 1;
+again:
   while ((result = receive(fd, &in, &m)) == 0) {
     if (m.type == MESSAGE_RUNTIME_ANSWER) answer(&m);
     if (m.type == MESSAGE_RUNTIME_RUN) {
@@ -282,6 +288,14 @@ void runtime_ask(void) {
       if ((result = send_all(fd, &out, now_ms() + REACH_MS)) < 0) break;
     }
     message_free(&in, &m);
+  }
+  close(fd);
+  if (repeats && deliveries == 1) {
+    deliveries++;
+    buffer_free(&in);
+    buffer_free(&out);
+    if ((fd = ask(put_request, &in)) >= 0) goto again;
+    result = fd;
   }
   if (restored) delete_restored(caller);
   wake_successor();

@@ -43,7 +43,7 @@ import {
   writeFreezeNote,
 } from "./freeze-marker.ts";
 import { findGpuMounts } from "./gpu-mounts.ts";
-import type { CheckpointManifest, GpuFacts, RootfsDiffFacts } from "./manifest.ts";
+import { type CheckpointManifest, type GpuFacts, MANIFEST_NAME, type RootfsDiffFacts } from "./manifest.ts";
 import { writeManifest } from "./manifest-files.ts";
 import type { CriuPolicy, NetworkLock } from "./policy.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
@@ -406,7 +406,20 @@ interface Attempt {
   gate?: string | undefined;
   /** an engine has gone past the gate and ended the container: the images are whole, what else belongs to the checkpoint isn't there */
   pastGate?: boolean;
+  /** of a dump that ends the container, from the moment on in which it may: what its manifest will say, for whoever finds the images whole */
+  whole?: { draft: ManifestDraft; workPath: string; withFiles: boolean };
 }
+
+/** What is known of a checkpoint's manifest while it is made. */
+type ManifestDraft = Omit<CheckpointManifest, "version" | "files" | "timings" | "rootfsDiff" | "gpu">;
+
+/** What became of a dump that nobody goes on with; undefined: nothing is left of it. */
+export type AbandonedDump =
+  /** the container has ended with it, and it was whole: it is in its place */
+  | { readonly finished: string }
+  /** the container has ended, and it can't be known to be whole: where the images are kept */
+  | { readonly kept: string }
+  | undefined;
 
 async function openStaging(context: DumpContext, next: () => Promise<void>): Promise<void> {
   const { target, request } = context;
@@ -476,26 +489,57 @@ async function earlierAttempt(
 }
 
 /**
- * After a crash, a dump that nobody goes on with: what was made is removed, or kept where the container is in it alone.
+ * After a crash, a dump that nobody goes on with: what was made is removed, or, where the container is in it alone, finished.
  * @param hasEnded  whether the container has; asked when nobody writes into the staging directory any more
- * @returns where it is kept
  */
 export async function abandonAttempt(
   directory: string,
   hasEnded: () => Promise<boolean>,
-): Promise<string | undefined> {
+  log: Pick<Logger, "error">,
+): Promise<AbandonedDump> {
   const path = join(directory, ATTEMPT_NAME);
   const text = await readFile(path, "utf8").catch(() => undefined); // none was begun
   if (text === undefined) return undefined;
-  const { staging: record, phase, leaveRunning, gate } = JSON.parse(text) as Attempt;
+  const attempt = JSON.parse(text) as Attempt;
+  const { staging: record, phase, leaveRunning, gate } = attempt;
   const staging = Staging.resume(record);
   if (staging) await endOfWriters(staging.path);
   if (gate) await removeGate(gate);
   const isLast = !leaveRunning && (phase !== "begun" || (await hasEnded()));
-  const kept = staging && isLast && !staging.isEmpty ? staging.keep() : undefined;
+  let left: AbandonedDump;
+  if (staging && isLast && !staging.isEmpty)
+    try {
+      left = (await finishAttempt(staging, attempt))
+        ? { finished: record.finalPath }
+        : { kept: staging.keep() };
+    } catch (error) {
+      left = { kept: staging.keep() };
+      log.error({ err: error, ...left }, "finish a checkpoint with which its container has ended");
+    }
   await staging?.[Symbol.asyncDispose]();
   await rm(path, { force: true });
-  return kept;
+  return left;
+}
+
+/** Puts a whole checkpoint in its place, with the manifest that it was to have. @returns whether it was whole */
+async function finishAttempt(staging: Staging, attempt: Attempt): Promise<boolean> {
+  const { whole, phase, rootfsDiff, gpu } = attempt;
+  if (!whole || (whole.withFiles && !rootfsDiff)) return false;
+  if (phase === "begun" && (await lastWord(whole.workPath)) !== "finished") return false;
+  await rm(join(staging.path, MANIFEST_NAME), { force: true }); // of a commit that was cut off
+  await writeManifest(
+    staging.path,
+    {
+      ...whole.draft,
+      ...(rootfsDiff && { rootfsDiff }),
+      ...(gpu && { gpu }),
+      cpu: await cpuFacts(),
+      timings: { totalMs: Date.now() - Date.parse(whole.draft.createdAt) },
+    },
+    { files: await digestTree(staging.path), synced: false },
+  );
+  await staging.commit();
+  return true;
 }
 
 function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): void {
@@ -1010,6 +1054,10 @@ async function criuDump(context: DumpContext, next: () => Promise<void>): Promis
         withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
         cgroupYard: await yardOf(context),
       });
+      if (!leaveRunning)
+        noteAttempt(context, {
+          whole: { draft: manifestDraft(context), workPath, withFiles: request.rootfs !== undefined },
+        });
       await engine?.gate?.unbar();
       engine?.gate?.open(config);
       await (engine ? engine.end : runEngine(context, config));
@@ -1120,24 +1168,17 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     context.follower?.abandon(); // CRIU had done its part, and what came after it failed: nobody asks for the digests any more
     throw error;
   }
-  const { target, request, startedAt, staging } = context;
+  const { startedAt, staging } = context;
   const [cpu, image] = await context.facts!;
   const files = await (context.follower?.finish() ?? digestTree(staging.path, { signal: context.signal }));
   await writeManifest(
     staging.path,
     {
-      createdAt: new Date(startedAt).toISOString(),
-      ...target.facts,
-      ...(context.adapters.length > 0 && { plugins: [...(target.facts.plugins ?? []), ...context.adapters] }),
-      ...request.origin,
+      ...manifestDraft(context),
       ...(image && { image }),
       ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),
       ...(context.attempt.gpu && { gpu: context.attempt.gpu }),
       cpu,
-      kernel: release(),
-      ...(process.env.CEDANA_BUILD && { cedanaVersion: process.env.CEDANA_BUILD }),
-      ...(context.criu !== undefined && { criuVersion: context.criu }),
-      options: optionsOf(context),
       timings: {
         ...timesByStep(context.times),
         frozenMs: inHundredths(context.frozenMs),
@@ -1147,6 +1188,20 @@ async function recordDump(context: DumpContext, next: () => Promise<void>): Prom
     },
     { files, synced: false }, // by the commit, with all the rest
   );
+}
+
+function manifestDraft(context: DumpContext): ManifestDraft {
+  const { target, request, startedAt, adapters, criu } = context;
+  return {
+    createdAt: new Date(startedAt).toISOString(),
+    ...target.facts,
+    ...(adapters.length > 0 && { plugins: [...(target.facts.plugins ?? []), ...adapters] }),
+    ...request.origin,
+    kernel: release(),
+    ...(process.env.CEDANA_BUILD && { cedanaVersion: process.env.CEDANA_BUILD }),
+    ...(criu !== undefined && { criuVersion: criu }),
+    options: optionsOf(context),
+  };
 }
 
 type Facts = [cpu: Awaited<ReturnType<typeof cpuFacts>>, image: CheckpointManifest["image"]];

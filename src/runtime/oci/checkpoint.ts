@@ -2,6 +2,7 @@ import { mkdirSync, rmSync } from "node:fs";
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
 import {
+  type AbandonedDump,
   type CriuSettings,
   type DumpRequest,
   type DumpTarget,
@@ -155,13 +156,36 @@ export async function checkpoint(
       await dumpContainer(target, request, { signal: wrapper.signal });
       wrapper.answer({ status: 0 }); // what was noted on the way is removed at once, in this turn of the event loop
     });
-    const { id, root, engine, globalArgv } = call;
-    if (!dump.leaveRunning && features.name === "crun")
-      noteEnd(call.marker, marker ?? { version: 1, id, root, engine, globalArgv, bundle: state.bundle });
+    if (!dump.leaveRunning && features.name === "crun") noteItsEnd(call, state.bundle);
   } finally {
     rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
   }
   return { status: 0 };
+}
+
+/**
+ * The same for a caller who has asked before, of a cedanad that ended in the middle of it. A container that runs is dumped anew: what had
+ * been made was undone.
+ * @param left  what has become of that dump
+ */
+export async function checkpointAgain(
+  call: OciCall,
+  wrapper: Conversation,
+  left: AbandonedDump,
+): Promise<OciAnswer | undefined> {
+  if (!left) return await checkpoint(call, wrapper);
+  if ("kept" in left)
+    throw new CriuFailed(
+      `cedanad ended in the middle of the checkpoint of container ${call.id}, which has ended with it; whether it is whole nobody knows. What was made is kept in ${left.kept}`,
+    );
+  const [{ name }, state] = await Promise.all([engineVersion(call.engine), containerState(call)]);
+  if (name === "crun") noteItsEnd(call, state?.bundle);
+  return { status: 0 };
+}
+
+/** crun forgets nothing of a container by itself. */
+function noteItsEnd({ marker, id, root, engine, globalArgv }: OciCall, bundle: string | undefined): void {
+  noteEnd(marker, readMarker(marker) ?? { version: 1, id, root, engine, globalArgv, bundle });
 }
 
 /** Options of the caller's that the chain has. */

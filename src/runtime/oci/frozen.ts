@@ -2,6 +2,7 @@ import { mkdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { readdir, readFile, rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import type { Logger } from "pino";
+import type { AbandonedDump } from "../../checkpoint/dump.ts";
 import { thawWherever } from "../../checkpoint/freeze-marker.ts";
 import { Cgroup, type CgroupPaths } from "../../linux/cgroup.ts";
 import { mountsBelow, unmountLazily } from "../../linux/mount-options.ts";
@@ -49,14 +50,14 @@ function writeWhole(path: string, content: object): void {
   renameSync(`${path}.new`, path);
 }
 
+/** Of a container's marker: what became of the dump that an earlier cedanad was at. Never rejects. */
+export type Leftovers = (marker: string) => Promise<AbandonedDump>;
+
 /**
  * At the start of a cedanad: what an earlier one has left frozen.
- * @returns of a container's marker: when the dump that was in work has come to its end, and what it made is gone
+ * @returns of a container's marker: when the dump that was in work has come to its end, and what became of it
  */
-export async function thawLeftovers(
-  runDirectory: string,
-  log: Logger,
-): Promise<(marker: string) => Promise<void>> {
+export async function thawLeftovers(runDirectory: string, log: Logger): Promise<Leftovers> {
   const directory = join(runDirectory, "oci");
   const names = await readdir(directory).catch((): string[] => []); // ENOENT: nothing was ever frozen
   for (const name of names.filter((one) => one.endsWith(suffix))) {
@@ -70,7 +71,7 @@ export async function thawLeftovers(
     }
     await forget(note, log);
   }
-  const undone = new Map<string, Promise<void>>();
+  const undone = new Map<string, Promise<AbandonedDump>>();
   for (const name of names.filter((one) => one.endsWith(dumpSuffix))) {
     const marker = join(directory, name.slice(0, -dumpSuffix.length));
     undone.set(marker, undoDump(join(directory, name), log)); // not waited for here: the engine may be at work for long
@@ -113,25 +114,27 @@ async function isDumps(scratch: string): Promise<boolean> {
 }
 
 /**
- * When the engine has come to its end, which may have frozen the container once more: what it made is removed, or kept where the
+ * When the engine has come to its end, which may have frozen the container once more: what it made is removed, or finished where the
  * container is in it alone. Never rejects.
  */
-async function undoDump(note: string, log: Logger): Promise<void> {
+async function undoDump(note: string, log: Logger): Promise<AbandonedDump> {
+  let left: AbandonedDump;
   try {
     const { cgroup: paths, paused, scratch } = JSON.parse(await readFile(note, "utf8")) as DumpNote;
     const cgroup = Cgroup.fromPaths(paths);
     const { abandonAttempt } = await import("../../checkpoint/dump.ts");
-    const kept = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0);
+    left = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0, log);
     await rm(scratch, { recursive: true, force: true });
     // Another one may have begun meanwhile: the freezer is its own then.
     const now = await readFile(note, "utf8").catch(() => undefined);
-    if (now === undefined || (JSON.parse(now) as DumpNote).scratch !== scratch) return;
+    if (now === undefined || (JSON.parse(now) as DumpNote).scratch !== scratch) return left;
     if (!paused) await thawWherever(cgroup);
-    log.warn({ note, ...(kept !== undefined && { kept }) }, "undid a checkpoint that was cut off");
+    log.warn({ note, ...left }, `${left ? "took up" : "undid"} a checkpoint that was cut off`);
   } catch (error) {
     log.error({ err: error, note }, "undo a checkpoint that was cut off");
   }
   await forget(note, log);
+  return left;
 }
 
 async function forget(note: string, log: Logger): Promise<void> {
