@@ -6,7 +6,7 @@
  *   RUNTIME_ENDED   how it ended
  *   RUNTIME_ANSWER  the exit status, what is printed, and the error, which also goes to the --log file
  *
- * Signals: what we get while the child runs is passed on to it, except SIGKILL, which ends us: the child gets a SIGKILL then too
+ * Signals: what we get while the child runs is passed on to it, and ends us when there is none, except SIGKILL, which ends us: the child gets a SIGKILL then too
  * (PDEATHSIG), so that nothing goes on unwatched; cedanad sees our connection close and undoes what it had prepared.
  * cedanad missing or dead: it is started; after 10 s the command fails and says so. One that dies in the middle of a checkpoint has a successor,
  * whom we ask again, once: he finishes it where the container has ended with it, or begins it anew. One that dies when the engine has restored a container
@@ -41,7 +41,7 @@ const char *runtime_state_root(void) {
 }
 
 char *runtime_marker(const char *id) {
-  if (!*id || strchr(id, '/') || strlen(id) > 200) return NULL;
+  if (!*id || strchr(id, '/') || strlen(id) > 200 || !strcmp(id, ".") || !strcmp(id, "..")) return NULL;
   autofree char *root = copy_string(runtime_state_root());
   for (size_t length = strlen(root); length > 1 && root[length - 1] == '/';) root[--length] = 0;
   const char *directory = runtime_run_directory ? runtime_run_directory : run_directory();
@@ -88,7 +88,7 @@ static void put_request(struct buffer *out) {
   const char *id = runtime_container_id();
   autofree char *marker = id ? runtime_marker(id) : NULL;
   if (!marker)
-    runtime_fail("%s: \"%s\" can't be the id of a container of cedana's: it may have 200 characters, and no slash", runtime.argv[runtime.command],
+    runtime_fail("%s: \"%s\" can't be the id of a container of cedana's: it may have 200 characters, no slash, and not be . or ..", runtime.argv[runtime.command],
                  id ? id : "");
   put_string(out, FIELD_ID, id);
   put_string(out, FIELD_MARKER, marker);
@@ -105,7 +105,13 @@ static volatile sig_atomic_t child;
 
 static void pass_on(int number) {
   int saved = errno;
-  if (child > 0) kill((pid_t)child, number);
+  if (child > 0) {
+    kill((pid_t)child, number);
+  } else if (number == SIGTERM || number == SIGINT || number == SIGHUP || number == SIGQUIT) {
+    /* Nobody to pass it on to: it means us, and cedanad undoes what it has begun. */
+    signal(number, SIG_DFL);
+    raise(number);
+  }
   errno = saved;
 }
 

@@ -151,6 +151,8 @@ class Wrapper implements Conversation, WrapperCall {
 
   run(argv: readonly string[], options: Parameters<Conversation["run"]>[1] = {}): Promise<number> {
     if (this.signal.aborted) return Promise.reject(new Cancelled("cedana-runtime has gone"));
+    if (this.#running)
+      return Promise.reject(new TypeError(`cedana-runtime is to run ${argv[0]} beside another program`));
     return new Promise((resolve, reject) => {
       this.#running = { resolve, reject };
       this.#send(messageType.RUNTIME_RUN, { argv, env: pairs(options.env), outputPath: options.outputPath });

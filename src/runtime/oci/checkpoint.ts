@@ -25,7 +25,7 @@ import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, identityOf, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu-options.ts";
-import { noteFrozen } from "./frozen.ts";
+import { noteFrozen, removeScratch } from "./frozen.ts";
 import { generationOf } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { isUnstarted, noteEnd, readMarker } from "./marker.ts";
@@ -85,6 +85,7 @@ export async function checkpoint(
   const started = startTime(pid);
   const scratch = scratchOf(call);
   mkdirSync(scratch, { recursive: true, mode: 0o700 });
+  let failed = true;
   try {
     // A pre-dump is no checkpoint yet, and CRIU stops the processes for it by itself, for a moment. With lazy pages the caller reads the
     // images while CRIU still serves the memory, as --status-fd tells him: they can't be put in their place afterwards.
@@ -93,6 +94,7 @@ export async function checkpoint(
         const env = await criuConfigFile(join(scratch, "criu.conf"), await criuConfigLines(dump, {}));
         await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath, env });
       });
+      failed = false;
       return { status: 0 };
     }
     const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id, features.name));
@@ -156,9 +158,11 @@ export async function checkpoint(
       await dumpContainer(target, request, { signal: wrapper.signal });
       wrapper.answer({ status: 0 }); // what was noted on the way is removed at once, in this turn of the event loop
     });
+    failed = false;
     if (!dump.leaveRunning && features.name === "crun") noteItsEnd(call, state.bundle);
   } finally {
-    rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
+    if (failed) await removeScratch(scratch);
+    else rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
   }
   return { status: 0 };
 }

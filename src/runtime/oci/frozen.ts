@@ -10,9 +10,10 @@ import { isAlive, startTime } from "../../linux/proc.ts";
 
 // Containers that a checkpoint holds frozen, on disk: a cedanad that is killed in the middle leaves none that stands still for ever.
 
-const suffix = ".frozen";
+/** Both begin with what no id of a container has. */
+const suffix = "~frozen";
 /** Beside it while a dump is in work: what is to be undone when the engine, which goes on without us, has come to its end. */
-const dumpSuffix = ".dumping";
+const dumpSuffix = "~dumping";
 
 interface DumpNote {
   cgroup: CgroupPaths;
@@ -60,7 +61,7 @@ export type Leftovers = (marker: string) => Promise<AbandonedDump>;
 export async function thawLeftovers(runDirectory: string, log: Logger): Promise<Leftovers> {
   const directory = join(runDirectory, "oci");
   const names = await readdir(directory).catch((): string[] => []); // ENOENT: nothing was ever frozen
-  for (const name of names.filter((one) => one.endsWith(suffix))) {
+  for (const [name] of await notesIn(directory, names, suffix)) {
     const note = join(directory, name);
     try {
       const cgroup = Cgroup.fromPaths(JSON.parse(await readFile(note, "utf8")));
@@ -72,12 +73,30 @@ export async function thawLeftovers(runDirectory: string, log: Logger): Promise<
     await forget(note, log);
   }
   const undone = new Map<string, Promise<AbandonedDump>>();
-  for (const name of names.filter((one) => one.endsWith(dumpSuffix))) {
-    const marker = join(directory, name.slice(0, -dumpSuffix.length));
+  for (const [name, ofWhom] of await notesIn(directory, names, dumpSuffix)) {
+    const marker = join(directory, ofWhom);
     undone.set(marker, undoDump(join(directory, name), log)); // not waited for here: the engine may be at work for long
   }
   await sweepScratches(runDirectory, log);
   return async (marker) => await undone.get(marker);
+}
+
+/** Notes of a kind, and the markers that they belong to. An older cedanad's begin with a dot, as the end of a container's id may. */
+async function notesIn(
+  directory: string,
+  names: readonly string[],
+  kind: string,
+): Promise<[string, string][]> {
+  const older = kind.replace("~", ".");
+  const found: [string, string][] = [];
+  for (const name of names) {
+    if (name.endsWith(kind)) found.push([name, name.slice(0, -kind.length)]);
+    else if (name.endsWith(older)) {
+      const text = await readFile(join(directory, name), "utf8").catch(() => ""); // removed meanwhile
+      if (!text.includes('"globalArgv":')) found.push([name, name.slice(0, -older.length)]);
+    }
+  }
+  return found;
 }
 
 /** Directories of an earlier cedanad's calls, but those of dumps, which are in their notes. */
@@ -101,7 +120,14 @@ async function sweepScratch(scratch: string, wrapper: number): Promise<void> {
   // Its engine may be at work there; they end one after the other.
   while (started !== undefined && isAlive(wrapper, started))
     await new Promise((resolve) => setTimeout(resolve, WRAPPER_POLL_MS).unref());
-  // CRIU mounts every cgroup hierarchy in its work path: to remove what is below would remove the host's cgroups.
+  await removeScratch(scratch);
+}
+
+/**
+ * Removes a directory in which a CRIU that was killed has worked. It mounts every cgroup hierarchy there: to remove what is below would
+ * remove the host's cgroups.
+ */
+export async function removeScratch(scratch: string): Promise<void> {
   for (const { mountPoint } of await mountsBelow(scratch)) await unmountLazily(mountPoint);
   await rm(scratch, { recursive: true, force: true });
 }
@@ -124,7 +150,7 @@ async function undoDump(note: string, log: Logger): Promise<AbandonedDump> {
     const cgroup = Cgroup.fromPaths(paths);
     const { abandonAttempt } = await import("../../checkpoint/dump.ts");
     left = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0, log);
-    await rm(scratch, { recursive: true, force: true });
+    await removeScratch(scratch);
     // Another one may have begun meanwhile: the freezer is its own then.
     const now = await readFile(note, "utf8").catch(() => undefined);
     if (now === undefined || (JSON.parse(now) as DumpNote).scratch !== scratch) return left;
