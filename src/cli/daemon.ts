@@ -8,7 +8,7 @@ import { daemonSocketName } from "../shim/socket-name.ts";
 
 const ANSWER_TIMEOUT_MS = 5_000;
 
-class NotRunning extends Unavailable {
+export class NotRunning extends Unavailable {
   override name = "NotRunning";
 }
 

@@ -1,4 +1,6 @@
 import { execFile } from "node:child_process";
+import { readdir, stat } from "node:fs/promises";
+import { join } from "node:path";
 import { promisify } from "node:util";
 import { type CriuFacts, type PreflightInput, preflight } from "../checkpoint/preflight/preflight.ts";
 import { type PreflightDocument, toDocument, toText } from "../checkpoint/preflight/report.ts";
@@ -6,16 +8,20 @@ import { CriuFailed, InvalidRequest, NotFound } from "../errors/index.ts";
 import { mayHaveGpu } from "../gpu/present.ts";
 import { findGpuProcesses } from "../gpu/processes.ts";
 import { childrenOf, isAlive } from "../linux/proc.ts";
+import { engineName } from "../runtime/engine.ts";
+import { containerState } from "../runtime/oci/state.ts";
 import { preflightInput } from "../runtime/preflight.ts";
-import { daemonStatus } from "./daemon.ts";
+import { daemonStatus, NotRunning } from "./daemon.ts";
 import { WrongUsage } from "./failure.ts";
 
 const run = promisify(execFile);
 
-/** A container of a running cedanad, or a process with all that descend from it. */
+/** A container of a running cedanad or of an OCI engine, or a process with all that descend from it. */
 interface PreflightRequest {
   container?: string | undefined;
   namespace?: string | undefined;
+  /** directory of an engine's state */
+  root?: string | undefined;
   pid?: number | undefined;
   destination?: string | undefined;
 }
@@ -24,7 +30,7 @@ interface PreflightRequest {
 export async function runPreflight(
   request: PreflightRequest,
 ): Promise<{ text: string; document: PreflightDocument }> {
-  if ((request.container === undefined) === (request.pid === undefined))
+  if (!request.container === (request.pid === undefined))
     throw new WrongUsage(
       "preflight: give the id of a container, or a process by --pid; see `cedana preflight --help`",
     );
@@ -38,27 +44,79 @@ export async function runPreflight(
   return { text: toText(name, report), document: toDocument(report) };
 }
 
-async function ofContainer({ container, namespace, destination }: PreflightRequest) {
-  const { pods } = await daemonStatus();
+async function ofContainer(request: PreflightRequest) {
+  const container = request.container!;
+  const task =
+    (request.root === undefined ? await ofShim(container, request.namespace) : undefined) ??
+    (request.namespace === undefined ? await ofEngine(container, request.root) : undefined);
+  if (!task) {
+    const elsewhere = request.root ?? `${engineRoots.join(" or ")} (another engine's state: --root)`;
+    throw new NotFound(
+      request.namespace === undefined
+        ? `no container ${container} runs: cedanad has none (\`cedana query containerd\` shows those it has), and there is none in ${elsewhere}`
+        : `cedanad has no container ${container} in namespace ${request.namespace}: \`cedana query containerd\` shows those it has`,
+    );
+  }
+  const options = { destination: request.destination, criu: await criuFacts() };
+  return { name: `container ${task.id}`, input: await preflightInput(task, options) };
+}
+
+interface FoundContainer {
+  id: string;
+  pid: number;
+  bundle: string;
+  engine: "runc" | "crun";
+}
+
+async function ofShim(id: string, namespace: string | undefined): Promise<FoundContainer | undefined> {
+  const { pods } = await daemonStatus().catch((error: unknown) => {
+    if (error instanceof NotRunning) return { pods: [] };
+    throw error;
+  });
   const found = pods.flatMap((pod) =>
     pod.tasks.flatMap((task) =>
-      task.id === container && (namespace ?? pod.namespace) === pod.namespace
+      task.id === id && (namespace ?? pod.namespace) === pod.namespace
         ? [{ ...task, namespace: pod.namespace }]
         : [],
     ),
   );
-  const [task] = found;
-  if (!task)
-    throw new NotFound(
-      `cedanad has no container ${container}${namespace === undefined ? "" : ` in namespace ${namespace}`}: \`cedana query containerd\` shows those it has`,
-    );
   if (found.length > 1)
     throw new InvalidRequest(
-      `container ${container} is in the namespaces ${found.map((one) => one.namespace).join(", ")}: name one by --namespace`,
+      `container ${id} is in the namespaces ${found.map((one) => one.namespace).join(", ")}: name one by --namespace`,
     );
-  const engine = /(?:^|\/)crun$/.test(task.engine) ? "crun" : "runc";
-  const input = await preflightInput({ ...task, engine }, { destination, criu: await criuFacts() });
-  return { name: `container ${task.id}`, input };
+  const [task] = found;
+  return task && { ...task, engine: engineName(task.engine) };
+}
+
+/** Where the engines keep their state when their callers, as Podman, don't say. */
+const engineRoots = ["/run/runc", "/run/crun"];
+
+/** @param id  of a container, or the beginning of one, as Podman and Docker show them */
+async function ofEngine(id: string, root: string | undefined): Promise<FoundContainer | undefined> {
+  const found: { root: string; id: string }[] = [];
+  for (const one of root === undefined ? engineRoots : [root]) {
+    const names = await readdir(one).catch((error: NodeJS.ErrnoException) => {
+      if (root === undefined && error.code === "ENOENT") return []; // that engine has had none
+      throw new NotFound(`read the engine's state in ${one}: ${error.message}`, { cause: error });
+    });
+    const exact = names.filter((name) => name === id);
+    found.push(
+      ...(exact.length > 0 ? exact : names.filter((name) => name.startsWith(id))).map((name) => ({
+        root: one,
+        id: name,
+      })),
+    );
+  }
+  if (found.length > 1)
+    throw new InvalidRequest(
+      `${found.length} containers are called ${id}…: ${found.map((one) => one.id).join(", ")}`,
+    );
+  const [container] = found;
+  if (!container) return undefined;
+  const status = await stat(join(container.root, container.id, "status")).catch(() => undefined); // ENOENT: runc has none
+  const engine = status ? "crun" : "runc";
+  const state = await containerState({ ...container, engine });
+  return state && state.pid > 0 ? { ...state, engine } : undefined;
 }
 
 async function ofProcess({ destination }: PreflightRequest, pid: number) {

@@ -8,11 +8,15 @@ export class Preflight extends CedanaCommand {
     "Names every blocker, and every option that a checkpoint needs. Exit code 2: it can't be checkpointed as it is.";
   static override examples = [
     "cedana preflight web",
+    "cedana preflight $(podman inspect --format {{.Id}} web)",
     "cedana preflight --pid 4711 --destination /backup",
     "cedana preflight web --json",
   ];
   static override args = {
-    container: Args.string({ ignoreStdin: true, description: "id of a container under cedana's shim" }),
+    container: Args.string({
+      ignoreStdin: true,
+      description: "id of a container under cedana's shim, or of one of runc's or crun's",
+    }),
   };
   static override flags = {
     pid: Flags.integer({
@@ -20,6 +24,10 @@ export class Preflight extends CedanaCommand {
       description: "a process and all that descend from it, instead of a container",
     }),
     ...namespaceFlag,
+    root: Flags.string({
+      helpValue: "DIRECTORY",
+      description: "an engine's state with the container in it; default: /run/runc and /run/crun",
+    }),
     destination: Flags.string({
       helpValue: "DIRECTORY",
       description: "where the checkpoint would go, to see whether it has the space",

@@ -13,6 +13,7 @@ import {
 import { dirname, join } from "node:path";
 import { parse as parseToml } from "smol-toml";
 import { InvalidRequest, SyscallFailed } from "../errors/index.ts";
+import { readRecordNow, writeRecordNow } from "../linux/record-file.ts";
 import type { Target } from "./targets.ts";
 
 /*
@@ -79,8 +80,11 @@ export function planRegistration(target: Target, place: Place): Change {
     }
     case "containerd":
       return { path, before, after: withBlock(path, before, place) };
-    case "docker":
-      return { path, before, after: withDockerRuntimes(path, before, place) };
+    case "docker": {
+      // What we have written ourselves is no runtime of somebody else's: it may be from where the programs were before.
+      const theirs = note && before === note.after ? (note.before ?? undefined) : before;
+      return { path, before, after: withDockerRuntimes(path, theirs, place) };
+    }
   }
 }
 
@@ -126,8 +130,7 @@ export function apply(target: Target, place: Place, change: Change, undo: boolea
   };
   // The note first: an undo after a crash between the two finds the file as it was, which is what it wants.
   mkdirSync(dirname(notePath), { recursive: true, mode: 0o700 });
-  writeFileSync(`${notePath}.new`, JSON.stringify(note), { mode: 0o600 });
-  renameSync(`${notePath}.new`, notePath);
+  writeRecordNow(notePath, note);
   mkdirSync(dirname(change.path), { recursive: true, mode: 0o755 });
   writeWhole(change.path, change.after);
 }
@@ -300,8 +303,7 @@ function noteFile(target: Target, place: Place): string {
 }
 
 function readNote(target: Target, place: Place): Note | undefined {
-  const text = readIfThere(noteFile(target, place));
-  return text === undefined ? undefined : (JSON.parse(text) as Note);
+  return readRecordNow<Note>(noteFile(target, place));
 }
 
 function readIfThere(path: string): string | undefined {

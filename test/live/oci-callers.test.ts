@@ -205,9 +205,10 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
           [...text(at(side, "log")).matchAll(/ F (\d+)$/gm)].map((match) => Number(match[1]));
         await until(() => numbers().length > 2);
         const images = at(side, "checkpoint");
-        const checkpoint = ["checkpoint", "--image-path", images, "--work-path", bundle];
+        const checkpoint = ["checkpoint", "--file-locks", "--image-path", images, "--work-path", bundle];
         const left = await runtime(side, ...checkpoint, "--leave-running", "box");
         expect(left.status, left.stderr).toBe(0);
+        expect(entries(bundle)).toEqual(expect.arrayContaining(["dump.log", "stats-dump"])); // it exports them
         expect(JSON.parse((await runtime(side, "state", "box")).stdout).status).toBe("running");
         const ended = await runtime(side, ...checkpoint, "box");
         expect(ended.status, ended.stderr).toBe(0);
@@ -350,6 +351,98 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
       expect(await box("state", "box"), place.cedanadLog().slice(-1500)).toMatchObject({ status: 1 });
     } finally {
       await box("delete", "--force", "box");
+      writeFileSync(join(bundle, "config.json"), original);
+    }
+  });
+
+  it("restore a container with connections, for which CRI-O has no option", { timeout: 60_000 }, async () => {
+    const side = "wrapper";
+    const bundle = join(place.dir, side);
+    const original = readFileSync(join(bundle, "config.json"));
+    const spec = JSON.parse(original.toString());
+    spec.process.args = ["/programs/tcp"];
+    spec.annotations = { "cedana.io/tcp": "keep" };
+    writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
+    const begin = [
+      "--exit-dir",
+      at(side, "exits"),
+      "-P",
+      at(side, "conmon-pidfile"),
+      "-p",
+      at(side, "pidfile"),
+    ];
+    const numbers = () => [...text(at(side, "log")).matchAll(/ F (\d+)\b/g)].map((match) => Number(match[1]));
+    const more = async (count: number) =>
+      await until(() => numbers().length > count, {
+        what: () => `more than ${count}: ${text(at(side, "log"))}`,
+      });
+    try {
+      rmSync(at(side, "exits/box"), { force: true });
+      writeFileSync(at(side, "log"), "");
+      const first = await conmon(side, ...begin);
+      expect((await runtime(side, "start", "box")).status).toBe(0);
+      await more(3);
+      const images = at(side, "connected");
+      const flags = ["--file-locks", "--leave-running", "--image-path", images, "--work-path", bundle];
+      const dumped = await runtime(side, "checkpoint", ...flags, "box");
+      expect(dumped.status, dumped.stderr).toBe(0);
+      await more(numbers().length + 1); // it goes on with its connection
+      expect((await runtime(side, "kill", "box", "9")).status).toBe(0);
+      await until(() => !isAlive(first.pid as number));
+      expect((await runtime(side, "delete", "--force", "box")).status).toBe(0);
+      // The manifest tells the restore, also where the new container's annotations don't.
+      spec.annotations = {};
+      writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
+      const count = numbers().length;
+      const second = await conmon(side, ...begin, "--restore", images);
+      expect(second.pid, JSON.stringify(second)).toBeGreaterThan(0);
+      await more(count + 2);
+      const [from, then] = numbers().slice(count);
+      expect(from).toBeGreaterThan(1);
+      expect(then).toBe(from! + 1);
+    } finally {
+      await runtime(side, "delete", "--force", "box");
+      writeFileSync(join(bundle, "config.json"), original);
+    }
+  });
+
+  it("are told why not by what conmon sends upward", { timeout: 60_000 }, async () => {
+    const side = "wrapper";
+    const bundle = join(place.dir, side);
+    const original = readFileSync(join(bundle, "config.json"));
+    const annotate = (annotations: Record<string, string>) =>
+      writeFileSync(
+        join(bundle, "config.json"),
+        JSON.stringify({ ...JSON.parse(original.toString()), annotations }),
+      );
+    const begin = [
+      "--exit-dir",
+      at(side, "exits"),
+      "-P",
+      at(side, "conmon-pidfile"),
+      "-p",
+      at(side, "pidfile"),
+    ];
+    try {
+      annotate({ "cedana.io/kill-signal": "BLAH" });
+      const refused = await conmon(side, ...begin);
+      expect(refused.pid).toBeLessThan(0);
+      expect(refused.message).toMatch(/kill-signal names "BLAH", which is no signal/);
+      annotate({ "cedana.io/restore-from": "nothing" });
+      expect(await conmon(side, ...begin)).toMatchObject({
+        pid: expect.any(Number),
+        message: expect.stringMatching(/nothing/),
+      });
+      annotate({});
+      const images = at(side, "no-images");
+      mkdirSync(images, { recursive: true });
+      const empty = await conmon(side, ...begin, "--restore", images);
+      expect(empty.pid).toBeLessThan(0);
+      expect(empty.message).toContain(images);
+      expect((await runtime(side, "state", "box")).status).not.toBe(0);
+      expect(entries(join(place.runDir, "oci"))).toEqual([]);
+    } finally {
+      await runtime(side, "delete", "--force", "box");
       writeFileSync(join(bundle, "config.json"), original);
     }
   });

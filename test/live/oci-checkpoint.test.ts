@@ -5,7 +5,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { verifyArchive } from "../../src/checkpoint/archive/index.ts";
 import { missingCallers, type Outcome, Podman, type Side } from "./harness/callers.ts";
 import type { EngineName } from "./harness/live.ts";
-import { IMAGE, programs } from "./harness/programs.ts";
+import { IMAGE, programs, repository } from "./harness/programs.ts";
 import { entries, isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
@@ -304,6 +304,29 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       await ok("rm", "--force", "--time", "0", "c");
       expect(existsSync(path)).toBe(false);
     });
+
+    it.runIf(side === "wrapper")(
+      "which cedana preflight looks at before, by the id that Podman shows",
+      async () => {
+        await run("c");
+        await run("lock", [], lockHolder);
+        const look = async (name: string) =>
+          await podman.place.run([
+            join(repository, "bin/cedana"),
+            "preflight",
+            (await ok("ps", "--quiet", "--filter", `name=^${name}$`)).trim(),
+          ]);
+        const free = await look("c");
+        expect(free.status, free.stdout + free.stderr).toBe(0);
+        expect(free.stdout).toMatch(/^container [0-9a-f]{64}: can be checkpointed/);
+        expect((await look("lock")).stdout).toMatch(/^option +file-locks/m);
+        const nobody = await podman.place.run([join(repository, "bin/cedana"), "preflight", "nobody"]);
+        expect(nobody).toMatchObject({
+          status: 1,
+          stderr: expect.stringContaining("no container nobody runs"),
+        });
+      },
+    );
 
     it.runIf(side === "wrapper")(
       "though cedanad is killed before, and is started when none runs",

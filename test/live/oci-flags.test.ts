@@ -39,7 +39,7 @@ describe.skipIf(missing)("cedana-runtime checkpoint and restore", () => {
   afterEach(async () => {
     for (const root of ["one", "two"]) await runtime(root, "delete", "--force", "box");
     for (const child of started.splice(0)) child.kill("SIGKILL");
-    for (const name of ["images", "pages", "work", "out", "one", "two"])
+    for (const name of ["images", "pages", "work", "out", "pid", "status", "one", "two"])
       rmSync(at(name), { recursive: true, force: true });
     await place.expectNoLeftovers((argv) => /cedanad/.test(argv));
   });
@@ -206,6 +206,25 @@ describe.skipIf(missing)("cedana-runtime checkpoint and restore", () => {
       expect(absolute.stderr).toMatch(/--parent-path \/abs must be relative/);
     },
   );
+
+  it("restores in the foreground, as long as the container lives, and ends with its status", async () => {
+    await begin();
+    const dumped = await runtime("one", "checkpoint", "--image-path", at("images"), "box");
+    expect(dumped.status, dumped.stderr).toBe(0);
+    const before = numbers().length;
+    const flags = ["--image-path", at("images"), "--bundle", bundle, "--pid-file", at("pid"), "box"];
+    const line = place.runtime("wrapper", "--root", at("one"), "restore", ...flags);
+    background(`{ "$@" 2>&1 3>&-; echo $? >${at("status")}; } | cat >>${at("out")} 3>&-`, line);
+    await goesOn(before);
+    const { pid } = JSON.parse((await runtime("one", "state", "box")).stdout);
+    expect(readFileSync(at("pid"), "utf8").trim()).toBe(String(pid));
+    expect(existsSync(at("status"))).toBe(false);
+    expect((await runtime("one", "kill", "box", "KILL")).status).toBe(0);
+    const status = () => existsSync(at("status")) && readFileSync(at("status"), "utf8");
+    expect(await until(() => status() || undefined, { what: () => "the end of restore" })).toBe("137\n");
+    expect((await runtime("one", "state", "box")).stderr).toContain("does not exist");
+    expect(numbers()).toEqual(numbers().map((_, n) => n));
+  });
 
   it("hands the options of an LSM on to the engine as they are", async () => {
     // An engine that writes down what it is told, and says of itself what runc does.

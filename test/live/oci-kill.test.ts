@@ -135,6 +135,31 @@ describe.skipIf(missing)(`the same by cedana-runtime under Podman${missing ? ` (
     expect(await ok("wait", "c")).toBe("3");
   });
 
+  it("a container has its terminal, stdin and status as ever, foreground or not", async () => {
+    const annotated = ["run", "--rm", "--annotation", "cedana.io/kill-signal=HUP"];
+    expect(await ok(...annotated, "--tty", IMAGE, "sh", "-c", "tty; test -t 0 && test -t 1")).toBe(
+      "/dev/pts/0",
+    );
+    const failing = await podman.on(
+      "wrapper",
+      ...annotated,
+      IMAGE,
+      "sh",
+      "-c",
+      "echo out; echo err >&2; exit 3",
+    );
+    expect(failing).toEqual({ status: 3, stdout: "out\n", stderr: "err\n" });
+    expect((await podman.on("wrapper", ...annotated, IMAGE, "no-such-program")).status).toBe(127);
+    expect((await podman.on("wrapper", ...annotated, IMAGE, "/etc/passwd")).status).toBe(126);
+    const argv = podman.argv("wrapper", [...annotated, "--cgroup-parent", `/${podman.place.namespace}`]);
+    const cat = podman.place.spawn([...argv, "--interactive", IMAGE, "cat"], { input: true });
+    let said = "";
+    cat.stdout!.on("data", (chunk) => (said += chunk));
+    cat.stdin!.end("line\n".repeat(1000));
+    expect(await new Promise((resolve) => cat.once("close", resolve))).toBe(0);
+    expect(said).toBe("line\n".repeat(1000));
+  });
+
   it("what is no signal is refused at create, and nothing is left", async () => {
     const { status, stderr } = await podman.on(
       "wrapper",

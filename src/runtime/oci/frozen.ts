@@ -1,4 +1,4 @@
-import { mkdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, rmSync } from "node:fs";
 import { readdir, readFile, rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import type { Logger } from "pino";
@@ -7,6 +7,7 @@ import { thawWherever } from "../../checkpoint/freeze-marker.ts";
 import { Cgroup, type CgroupPaths } from "../../linux/cgroup.ts";
 import { mountsBelow, unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
+import { readRecord, writeRecordNow } from "../../linux/record-file.ts";
 
 // Containers that a checkpoint holds frozen, on disk: a cedanad that is killed in the middle leaves none that stands still for ever.
 
@@ -36,19 +37,13 @@ export async function noteFrozen(
   const paused = await cgroup.isFrozen();
   mkdirSync(dirname(marker), { recursive: true, mode: 0o700 });
   const dumpNote: DumpNote = { cgroup: cgroup.toJSON(), paused, scratch };
-  writeWhole(`${marker}${dumpSuffix}`, dumpNote);
-  if (!paused) writeWhole(`${marker}${suffix}`, cgroup);
+  writeRecordNow(`${marker}${dumpSuffix}`, dumpNote);
+  if (!paused) writeRecordNow(`${marker}${suffix}`, cgroup);
   try {
     await work();
   } finally {
     for (const one of [suffix, dumpSuffix]) rmSync(`${marker}${one}`, { force: true });
   }
-}
-
-/** At once, like what is removed: it is below the run directory, in memory, and the caller waits. */
-function writeWhole(path: string, content: object): void {
-  writeFileSync(`${path}.new`, JSON.stringify(content), { mode: 0o600 });
-  renameSync(`${path}.new`, path);
 }
 
 /** Of a container's marker: what became of the dump that an earlier cedanad was at. Never rejects. */
@@ -64,7 +59,9 @@ export async function thawLeftovers(runDirectory: string, log: Logger): Promise<
   for (const [name] of await notesIn(directory, names, suffix)) {
     const note = join(directory, name);
     try {
-      const cgroup = Cgroup.fromPaths(JSON.parse(await readFile(note, "utf8")));
+      const paths = await readRecord<CgroupPaths>(note);
+      if (!paths) continue; // its dump has ended meanwhile
+      const cgroup = Cgroup.fromPaths(paths);
       if (await cgroup.isFrozen().catch(() => false)) await cgroup.thaw();
       log.warn({ note: name }, "thawed a container whose checkpoint was cut off");
     } catch (error) {
@@ -146,14 +143,15 @@ async function isDumps(scratch: string): Promise<boolean> {
 async function undoDump(note: string, log: Logger): Promise<AbandonedDump> {
   let left: AbandonedDump;
   try {
-    const { cgroup: paths, paused, scratch } = JSON.parse(await readFile(note, "utf8")) as DumpNote;
+    const dump = await readRecord<DumpNote>(note);
+    if (!dump) return;
+    const { cgroup: paths, paused, scratch } = dump;
     const cgroup = Cgroup.fromPaths(paths);
     const { abandonAttempt } = await import("../../checkpoint/dump.ts");
     left = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0, log);
     await removeScratch(scratch);
     // Another one may have begun meanwhile: the freezer is its own then.
-    const now = await readFile(note, "utf8").catch(() => undefined);
-    if (now === undefined || (JSON.parse(now) as DumpNote).scratch !== scratch) return left;
+    if ((await readRecord<DumpNote>(note))?.scratch !== scratch) return left;
     if (!paused) await thawWherever(cgroup);
     log.warn({ note, ...left }, `${left ? "took up" : "undid"} a checkpoint that was cut off`);
   } catch (error) {
