@@ -1058,6 +1058,7 @@ async function runEngine(context: DumpContext, config: string): Promise<void> {
   const configFile = join(target.directory, "criu-dump.conf");
   await writeFile(configFile, config, { mode: 0o600 });
   await forgetReads(configFile);
+  const since = Date.now();
   try {
     const PATH = (await target.gate?.())?.path;
     const env = { CRIU_CONFIG_FILE: configFile, ...(PATH !== undefined && { PATH }) };
@@ -1066,7 +1067,9 @@ async function runEngine(context: DumpContext, config: string): Promise<void> {
     context.networkLock = "default";
     target.log.warn(`CRIU did not get what cedana had to tell it. ${KEEP_ENVIRONMENT}`);
   } catch (error) {
-    if (error instanceof RuntimeFailed && !(await wasRead(configFile)))
+    const log = await stat(join(context.workPath, "dump.log")).catch(() => undefined); // ENOENT: the engine did not come as far as CRIU
+    const criuRan = log !== undefined && log.mtimeMs >= since - 1000;
+    if (error instanceof RuntimeFailed && criuRan && !(await wasRead(configFile)))
       error.message += `. CRIU did not get what cedana had to tell it. ${KEEP_ENVIRONMENT}`;
     throw error;
   } finally {

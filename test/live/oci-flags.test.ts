@@ -49,10 +49,10 @@ describe.skipIf(missing)("cedana-runtime checkpoint and restore", () => {
   const runtime = (root: string, ...args: string[]) =>
     place.run(place.runtime("wrapper", "--root", at(root), ...args));
   let testPrograms = "";
-  function configure(cgroup: string, mounted = testPrograms): void {
+  function configure(cgroup: string, mounted = testPrograms, args = ["counter", "20"]): void {
     testPrograms = mounted;
     const cgroupsPath = place.cgroupsPath(cgroup);
-    const spec = containerSpec({ args: ["counter", "20"], cgroupsPath, programs: mounted });
+    const spec = containerSpec({ args, cgroupsPath, programs: mounted });
     writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
   }
 
@@ -93,8 +93,8 @@ describe.skipIf(missing)("cedana-runtime checkpoint and restore", () => {
           .filter((line) => /^\d+$/.test(line))
           .map(Number)
       : [];
-  async function begin(): Promise<void> {
-    configure("b");
+  async function begin(args?: string[]): Promise<void> {
+    configure("b", testPrograms, args);
     counting("one", "run");
     await until(() => numbers().length > 2);
   }
@@ -224,6 +224,75 @@ describe.skipIf(missing)("cedana-runtime checkpoint and restore", () => {
     expect(await until(() => status() || undefined, { what: () => "the end of restore" })).toBe("137\n");
     expect((await runtime("one", "state", "box")).stderr).toContain("does not exist");
     expect(numbers()).toEqual(numbers().map((_, n) => n));
+  });
+
+  const dump = (...flags: string[]) =>
+    runtime("one", "checkpoint", ...flags, "--image-path", at("images"), "--work-path", at("work"), "box");
+
+  it.each<[flags: string[], without: RegExp | undefined, args: string[]]>([
+    [["--tcp-established", "--tcp-skip-in-flight"], /skip-in-flight/, ["inflight"]],
+    [
+      ["--link-remap"],
+      /link.remap/i,
+      ["sh", "-c", "exec 5>/f; busybox ln /f /g; busybox rm /f; exec counter 20"],
+    ],
+    [["--tcp-established", "--network-lock", "nftables"], /tcp/, ["tcp"]],
+    [
+      ["--shell-job", "--ext-unix-sk", "--file-locks=true", "--manage-cgroups-mode=ignore"],
+      undefined,
+      ["counter"],
+    ],
+  ])(
+    "%j reaches CRIU, also where runc has no such option, and the restore by the manifest",
+    async (flags, without, args) => {
+      await begin(args);
+      if (without) {
+        const refused = await dump();
+        expect(refused.status).toBe(1);
+        expect(refused.stderr).toMatch(without);
+        expect(existsSync(at("images"))).toBe(false);
+        await goesOn(numbers().length);
+      }
+      const dumped = await dump(...flags);
+      expect(dumped.status, dumped.stderr).toBe(0);
+      const before = numbers().length;
+      counting("one", "restore", "--image-path", at("images"));
+      await goesOn(before);
+      expect(numbers()).toEqual(numbers().map((_, n) => n));
+      for (const name of ["f", "g"]) rmSync(join(bundle, "rootfs", name), { force: true });
+    },
+  );
+
+  it("refuses modes and locks that there are not, and the container runs on", async () => {
+    await begin();
+    for (const [flag, words] of [
+      ["--manage-cgroups-mode=nonsense", /"nonsense"; it may be soft, full, strict, ignore/],
+      ["--network-lock=nonsense", /"nonsense"; it may be iptables, nftables or skip/],
+    ] as const) {
+      const { status, stderr } = await dump(flag);
+      expect([status, stderr]).toEqual([1, expect.stringMatching(words)]);
+    }
+    await goesOn(numbers().length);
+  });
+
+  it("--tcp-close closes connections at the dump, or at the restore alone", { timeout: 60_000 }, async () => {
+    const failed = async () =>
+      await until(() => /^FAILED/m.test(readFileSync(at("out"), "utf8")), {
+        what: () => `a closed connection: ${readFileSync(at("out"), "utf8").slice(-500)}`,
+      });
+    for (const [atDump, atRestore] of [
+      [["--tcp-close"], []],
+      [["--tcp-established"], ["--tcp-close"]],
+    ] as const) {
+      await begin(["tcp"]);
+      const dumped = await dump(...atDump);
+      expect(dumped.status, dumped.stderr).toBe(0);
+      expect(readFileSync(at("out"), "utf8")).not.toMatch(/^FAILED/m);
+      counting("one", "restore", ...atRestore, "--image-path", at("images"));
+      await failed();
+      await runtime("one", "delete", "--force", "box");
+      for (const name of ["images", "out"]) rmSync(at(name), { recursive: true, force: true });
+    }
   });
 
   it("hands the options of an LSM on to the engine as they are", async () => {
