@@ -20,7 +20,7 @@ import { launcher } from "./subjects/launcher.ts";
 import { lazy } from "./subjects/lazy.ts";
 import { lifecycle, parallel } from "./subjects/lifecycle.ts";
 import { memory } from "./subjects/memory.ts";
-import { firstPodmanCheckpoint, passThrough, podmanRuns } from "./subjects/oci-runtime.ts";
+import { firstPodmanCheckpoint, passThrough, podmanAtWork, podmanRuns } from "./subjects/oci-runtime.ts";
 import { firstCall, gap } from "./subjects/recovery.ts";
 import { archiving, standstill } from "./subjects/standstill.ts";
 import { stdout } from "./subjects/stdout.ts";
@@ -40,6 +40,7 @@ const subjects: Subject[] = [
   gap,
   passThrough,
   podmanRuns,
+  podmanAtWork,
   firstPodmanCheckpoint,
 ];
 

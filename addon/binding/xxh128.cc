@@ -84,20 +84,25 @@ int64_t ReadInto(XXH3_state_t& hash, int fd, int64_t offset, int64_t length) {
 
 class ReadWorker : public Napi::AsyncWorker {
  public:
-  ReadWorker(const Napi::CallbackInfo& info, State& state, int fd, int64_t offset, int64_t length)
+  ReadWorker(const Napi::CallbackInfo& info, State& state, int fd, int64_t offset, int64_t length, bool to_disk)
       : Napi::AsyncWorker(info.Env()),
         deferred_(Napi::Promise::Deferred::New(info.Env())),
         held_(Napi::Persistent(info[0])),
         state_(state),
         fd_(fd),
         offset_(offset),
-        length_(length) {
+        length_(length),
+        to_disk_(to_disk) {
     state_.busy = true;
   }
 
   Napi::Promise Promise() { return deferred_.Promise(); }
 
-  void Execute() override { done_ = ReadInto(state_.hash, fd_, offset_, length_); }
+  void Execute() override {
+    // Only begins it, and says nothing of a failure: that is for whoever syncs.
+    if (to_disk_) sync_file_range(fd_, offset_, length_, SYNC_FILE_RANGE_WRITE);
+    done_ = ReadInto(state_.hash, fd_, offset_, length_);
+  }
 
   void OnOK() override {
     Napi::HandleScope scope(Env());
@@ -119,6 +124,7 @@ class ReadWorker : public Napi::AsyncWorker {
   int fd_;
   int64_t offset_;
   int64_t length_;
+  bool to_disk_;
   int64_t done_ = 0;
 };
 
@@ -228,12 +234,14 @@ Napi::Value Xxh128ReadSync(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), static_cast<double>(done));
 }
 
-// The same in the thread pool.
+// The same in the thread pool; with toDisk, sync_file_range(2) before it.
 Napi::Value Xxh128Read(const Napi::CallbackInfo& info) {
   State& state = StateArgument(info);
   int fd = IntArgument(info, 1, "fd");
   int64_t offset = LengthArgument(info, 2, "offset");
-  auto* worker = new ReadWorker(info, state, fd, offset, LengthArgument(info, 3, "length"));
+  int64_t length = LengthArgument(info, 3, "length");
+  bool to_disk = info.Length() > 4 && info[4].ToBoolean();
+  auto* worker = new ReadWorker(info, state, fd, offset, length, to_disk);
   Napi::Promise promise = worker->Promise();
   worker->Queue();
   return promise;

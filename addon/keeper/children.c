@@ -240,11 +240,12 @@ void children_spawn(const struct message *m) {
   frame_end(to, begin);
 }
 
-pid_t children_start_logger(char **argv, char **added, int out, int err, int ready) {
+pid_t children_start_logger(char **argv, char *const *own, char **added, int out, int err, int ready) {
   autofree char **env = environment(added);
-  autofree char *program = find_program(argv[0], getenv("PATH"));
+  /* The file may have been replaced meanwhile; what we run is there as long as we are. */
+  autofree char *program = argv ? find_program(argv[0], getenv("PATH")) : copy_string("/proc/self/exe");
   autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);
-  struct spawn s = {.path = program, .argv = argv, .env = env, .fds = {null, null, null, out, err, ready}, .fd_count = 6};
+  struct spawn s = {.path = program, .argv = argv ? argv : own, .env = env, .fds = {null, null, null, out < 0 ? null : out, err < 0 ? null : err, ready}, .fd_count = 6};
   return program ? spawn_program(&s) : -ENOENT;
 }
 

@@ -2,20 +2,21 @@
  * Stdio. An io object has up to three flows:
  *
  *   stdin    client's FIFO ──▶ pipe to the container, or its pty
- *   stdout   pipe from the container, or its pty ──▶ client's FIFO, a log file, a log program
+ *   stdout   pipe from the container, or its pty ──▶ client's FIFO, who writes a log file, a log program
  *   stderr   as stdout, never with a pty
  *
  * Pipe to pipe, large pieces go by splice(2) and small ones by copying: a spliced piece keeps a slot of the pipe to itself, so a
  * FIFO without a reader would be full after 16 lines, where a copy fills its pages. The size of the last piece decides. Pipes
  * grow when a flow first splices or first waits for its reader: they count against a limit per user (fs.pipe-user-pages-soft), which
  * a hundred quiet containers would reach with large ones, and past which their own pipes get two pages.
- * Into files (opened O_APPEND, which splice refuses) and from and to ptys everything is copied.
+ * From and to ptys everything is copied. Whoever writes a log file, a process of its own, reads the container's pipe itself, or what
+ * we copy from its pty: a file may make its writer wait.
  *
  * A flow asks for exactly the side that isn't ready, one event at a time (EPOLLONESHOT), and makes at most ROUNDS moves for an
  * event, so that a loud container doesn't keep the frames waiting.
  *
  * Output FIFOs are opened O_RDWR: a reader that leaves gives neither EPIPE nor end of file, and one that returns goes on where
- * the other stopped. A file that can't be written (ENOSPC) is tried again: the container waits. The stdin FIFO is held open for
+ * the other stopped. The stdin FIFO is held open for
  * writing by ourselves until IO_CLOSE_STDIN.
  */
 #include "keeper.h"
@@ -33,7 +34,6 @@
 #define ROUNDS 64
 #define COPY_SIZE (32 * 1024)
 #define SPLICE_MIN 8192 /* after a piece as large as this the next is spliced, after a smaller one copied: slots are two thirds full */
-#define WRITE_AGAIN_MS 500
 #define LOOK_MS 100
 #define LOOK_ALONE_MS 1000
 #define READER_LOOK_MS 20
@@ -44,9 +44,9 @@ enum { IO_ALL_PIPES = 1 };
 struct flow {
   struct io *io;
   struct watch from, to;
-  bool open, may_splice, splicing, grown, to_file, to_pollable, failing;
+  bool open, may_splice, splicing, grown, to_pollable;
   struct buffer pending; /* read, not yet written */
-  struct timer again;    /* writing to a file failed; or: look whether the rest has been read */
+  struct timer again;    /* look whether the rest has been read */
   int left;              /* write end of a FIFO that has unread bytes, after the end; 0: none */
   uint64_t look_ms;
 };
@@ -205,28 +205,16 @@ static int move_some(struct flow *f) {
   return 1;
 }
 
-static void flow_run(struct flow *f);
-
-static void write_again_due(struct timer *timer) { flow_run(container_of(timer, struct flow, again)); }
-
-/* The target takes nothing: end of the flow, but for a file, whose disk may have room again. */
+/* The target takes nothing: end of the flow. */
 static void flow_failed(struct flow *f, int error) {
-  if (!f->to_file || !buffer_length(&f->pending)) {
-    if (error != EPIPE && error != EIO) /* these two: the process, or its terminal, has ended */
-      daemon_log_line("%s/%s: stdio of %s: %s", keeper.namespace, keeper.id, f->io->key, strerror(error));
-    flow_close(f);
-    return;
-  }
-  if (!f->failing)
-    daemon_log_line("%s/%s: write the log file of %s: %s; its output waits", keeper.namespace, keeper.id, f->io->key, strerror(error));
-  f->failing = true;
-  timer_start(&f->again, WRITE_AGAIN_MS, write_again_due);
+  if (error != EPIPE && error != EIO) /* these two: the process, or its terminal, has ended */
+    daemon_log_line("%s/%s: stdio of %s: %s", keeper.namespace, keeper.id, f->io->key, strerror(error));
+  flow_close(f);
 }
 
 static void flow_run(struct flow *f) {
   for (unsigned round = 0; round < ROUNDS; round++) {
     int moved = move_some(f);
-    if (moved == 1) f->failing = false;
     if (moved == 1 || moved == -EINTR) continue;
     if (moved == 0) {
       flow_stop(f, true);
@@ -266,8 +254,7 @@ static void flow_open(struct flow *f, struct io *io, int from, int to, bool may_
   fcntl(from, F_SETFL, fcntl(from, F_GETFL) | O_NONBLOCK);
   fcntl(to, F_SETFL, fcntl(to, F_GETFL) | O_NONBLOCK);
   *f = (struct flow){.io = io, .from = {.fd = from, .ready = from_ready}, .to = {.fd = to, .ready = to_ready}, .open = true, .may_splice = may_splice};
-  f->to_file = fstat(to, &st) == 0 && S_ISREG(st.st_mode);
-  f->to_pollable = !f->to_file && !(S_ISCHR(st.st_mode) && !isatty(to));
+  f->to_pollable = fstat(to, &st) == 0 && !(S_ISCHR(st.st_mode) && !isatty(to));
   watch_events(&f->from, EPOLLIN | EPOLLONESHOT);
 }
 
@@ -301,17 +288,10 @@ static int open_fifo(const char *path, int mode, char **why) {
 /* An output's target; *why says what failed. */
 static int open_target(int kind, const char *path, char **why) {
   if (kind == KIND_FIFO) return open_fifo(path, O_RDWR, why);
-  int fd;
-  if (kind == KIND_FILE) {
-    make_parents(path, 0755);
-    fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK, 0644);
-  } else {
-    path = "/dev/null";
-    fd = open(path, O_WRONLY | O_CLOEXEC);
-  }
+  int fd = open("/dev/null", O_WRONLY | O_CLOEXEC);
   if (fd >= 0) return fd;
   int error = errno;
-  *why = format("open %s: %s", path, strerror(error));
+  *why = format("open /dev/null: %s", strerror(error));
   return -error;
 }
 
@@ -352,6 +332,7 @@ static bool io_destroy(struct io *io, struct tag tag) {
 }
 
 void io_logger_started(struct io *io, int error, const char *why) {
+  if (!error && (io->absent[0].path || io->absent[1].path)) return; /* readers_due follows */
   struct tag tag = io->opening;
   io->opening = (struct tag){0};
   result_send(tag, error, why);
@@ -398,6 +379,7 @@ static void readers_due(struct timer *timer) {
     timer_start(timer, io->readers_look_ms, readers_due);
     return;
   }
+  if (io->logger && logger_is_starting(io->logger)) return; /* io_logger_started follows */
   struct tag tag = io->opening;
   io->opening = (struct tag){0};
   result_send(tag, 0, NULL);
@@ -431,7 +413,12 @@ void io_open(const struct message *m) {
     result = logger_start(m, io, io->target, &io->logger, &why);
     if (result == 0 && io->terminal) close_fd(&io->target[1]);
   } else {
+    const char *files[2] = {NULL, NULL};
+    for (int i = 0; i < (io->terminal ? 1 : 2); i++)
+      if (kinds[i] == KIND_FILE) files[i] = paths[i] ? paths[i] : "";
+    if (result == 0 && (files[0] || files[1])) result = logger_start_files(m, io, files, io->target, &io->logger, &why);
     for (int i = 0; i < 2 && result == 0; i++) {
+      if (kinds[i] == KIND_FILE) continue;
       if (kinds[i] == KIND_NONE && !(io->terminal && i == 0) && !all_pipes) continue;
       autofd reader = kinds[i] == KIND_FIFO && paths[i] && limit_ms > 0 ? reader_of(paths[i]) : -1;
       if (reader == -ENXIO) {
@@ -459,7 +446,7 @@ void io_open(const struct message *m) {
         io->absent[i].from = ends[0];
       }
       if (io->target[i] < 0) continue;
-      if (kinds[0] == KIND_LOGGER) {
+      if (kinds[0] == KIND_LOGGER || kinds[i] == KIND_FILE) {
         io->child[1 + i] = io->target[i]; /* the program reads the container's pipe itself */
       } else if ((result = io_make_pipe(ends, m)) == 0) {
         io->child[1 + i] = ends[1];
@@ -475,15 +462,14 @@ void io_open(const struct message *m) {
   if (result < 0) {
     result_send(tag, -result, why ? why : strerror(-result));
     io_destroy(io, (struct tag){0});
-  } else if (io->logger) {
+  } else if (!io->logger && !io->absent[0].path && !io->absent[1].path) {
+    result_send(tag, 0, NULL);
+  } else {
     io->opening = tag_copy(tag);
-  } else if (io->absent[0].path || io->absent[1].path) {
-    io->opening = tag_copy(tag);
+    if (!io->absent[0].path && !io->absent[1].path) return; /* the logger's word follows */
     io->readers_until_ms = now_ms() + (uint64_t)limit_ms;
     io->readers_look_ms = 1;
     timer_start(&io->readers, io->readers_look_ms, readers_due);
-  } else {
-    result_send(tag, 0, NULL);
   }
 }
 

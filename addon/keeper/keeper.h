@@ -4,7 +4,7 @@
  *   requests.c  the TTRPC socket, its connections, requests and the results of their operations
  *   children.c  spawned and adopted processes
  *   io.c        stdio
- *   logger.c    log programs
+ *   logger.c    log programs, and who writes log files
  *   mount.c     mounts
  *   events.c    events for containerd
  */
@@ -46,6 +46,10 @@ struct task {
   int64_t *exec_pids;
   int event_fd; /* memory.oom_control of cgroups version 1; -1: none */
   struct watch oom;
+  char *oom_file;    /* memory.events; NULL: version 1 of cgroups */
+  int64_t oom_kills; /* that it counted, and that were told */
+  bool oom_pending;
+  struct timer oom_pause;
   struct task *next;
 };
 struct task *task_find(const char *id);
@@ -90,7 +94,8 @@ void children_signal(const struct message *m);
 void children_resend_exits(void);
 void children_ack(int64_t sequence);
 /* A log program: driver argv, its fds 3, 4, 5. Returns the pid. */
-pid_t children_start_logger(char **argv, char **env, int out, int err, int ready);
+/* argv NULL: `own`, which is ourselves by another name. An fd of -1: none. */
+pid_t children_start_logger(char **argv, char *const *own, char **env, int out, int err, int ready);
 
 /* ---- io.c ---- */
 struct io;
@@ -118,6 +123,9 @@ void io_logger_drained(struct io *io);
 struct logger;
 /* Starts the program; io_logger_started tells the rest. The caller has the pipes' write ends. */
 int logger_start(const struct message *m, struct io *io, int write_ends[2], struct logger **out, char **why);
+/* The same for log files, by a process of our own (file-log.c). NULL: not that stream, whose write end is -1. */
+int logger_start_files(const struct message *m, struct io *io, const char *const paths[2], int write_ends[2], struct logger **out, char **why);
+bool logger_is_starting(const struct logger *l);
 /* Looks for its having read everything; io_logger_drained tells. */
 void logger_drain(struct logger *l);
 bool logger_is_drained(const struct logger *l);

@@ -7,6 +7,13 @@
  *               shim; without them it would be killed by SIGPIPE
  *   drain       its end, which follows from the end of both streams; or, when it stays, that it has had nothing to read for a second
  *   end         its streams end, SIGTERM, and SIGKILL after TERMINATE_MS. The operation that frees it is answered when it is gone
+ *
+ * Log files (`file://`) are written by a process of the same kind, which is ourselves (file-log.c), and of which more is known:
+ *
+ *   ready       it says so, or why it can't be
+ *   dies early  another one is started, and goes on with what is in the pipes
+ *   drain       its end, which comes when all is written
+ *   end         SIGKILL: the operation that frees it waits for no disk
  */
 #include "keeper.h"
 #include "daemon.h"
@@ -19,6 +26,7 @@
 
 #define READY_MS 10000
 #define TERMINATE_MS 12000 /* as containerd's own shim */
+#define AGAIN_MS 100
 #define LOOK_MS 50
 #define IDLE_LOOKS 20 /* a second */
 
@@ -26,12 +34,14 @@ struct logger {
   struct child child;
   struct io *io; /* NULL: freed */
   char *name;
+  bool files;
+  char *paths[2]; /* of files */
   int read_ends[2];
   struct watch ready;
   struct timer limit; /* starting: of its patience; freed: of ours */
   struct timer look;
   unsigned idle_looks;
-  bool starting, ended;
+  bool starting, running, ended;
   struct tag freed_by;
 };
 
@@ -42,30 +52,44 @@ static void logger_free(struct logger *l) {
   timer_stop(&l->look);
   tag_free(&l->freed_by);
   free(l->name);
+  for (int i = 0; i < 2; i++) free(l->paths[i]);
   loop_free_later(l);
 }
 
+static void writer_says(struct logger *l);
+static void again_due(struct timer *timer);
+
 static void started(struct logger *l, int error, const char *why) {
   l->starting = false;
-  watch_close(&l->ready);
+  if (!l->files) watch_close(&l->ready); /* else it may have more to say */
   timer_stop(&l->limit);
   io_logger_started(l->io, error, why);
 }
 
 static void ended(struct child *child, int status) {
   struct logger *l = container_of(child, struct logger, child);
-  l->ended = true;
+  l->running = false;
   if (!l->io) {
     if (l->freed_by.step) result_send(l->freed_by, 0, NULL);
     logger_free(l);
     return;
   }
+  /* Before its last words are lost. */
+  if (l->files) writer_says(l);
+  if (!l->io) return; /* by these words, and freed */
   autofree char *how = WIFSIGNALED(status) ? format("signal %d", WTERMSIG(status)) : format("exit code %d", WEXITSTATUS(status));
   if (l->starting) {
+    l->ended = true;
     autofree char *why = format("log program %s ended before it was ready (%s)", l->name, how);
     started(l, ECHILD, why);
     return;
   }
+  if (l->files && status != 0) {
+    daemon_log_line("%s/%s: what writes %s (pid %d) ended with %s: another one follows", keeper.namespace, keeper.id, l->name, (int)child->pid, how);
+    timer_start(&l->limit, AGAIN_MS, again_due);
+    return;
+  }
+  l->ended = true;
   if (status != 0)
     daemon_log_line("%s/%s: log program %s (pid %d) ended with %s", keeper.namespace, keeper.id, l->name, (int)child->pid, how);
   timer_stop(&l->look);
@@ -78,7 +102,7 @@ static void limit_due(struct timer *timer) {
     kill(-l->child.pid, SIGKILL);
     return;
   }
-  autofree char *why = format("log program %s is not ready in time", l->name);
+  autofree char *why = l->files ? format("open %s: its file system does not answer", l->name) : format("log program %s is not ready in time", l->name);
   started(l, ETIMEDOUT, why);
 }
 
@@ -92,10 +116,39 @@ static bool is_exiting(pid_t pid) {
   return !at || strtoul(at, NULL, 10) & 4;
 }
 
+/* What a writer of ours has to say, see file-log.c. */
+static void writer_says(struct logger *l) {
+  char text[1024];
+  ssize_t n = l->ready.fd < 0 ? 0 : read(l->ready.fd, text, sizeof text - 1);
+  if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
+  if (n <= 0) {
+    watch_close(&l->ready); /* `ended` follows */
+    return;
+  }
+  text[n] = 0;
+  const char *words = text;
+  if (*words == '+') {
+    words++;
+    if (l->starting) started(l, 0, NULL);
+  } else if (*words == '-') {
+    char *rest;
+    int error = (int)strtol(words + 1, &rest, 10);
+    const char *why = *rest == ' ' ? rest + 1 : rest;
+    if (l->starting) started(l, error, why);
+    else daemon_log_line("%s/%s: %s; the output waits", keeper.namespace, keeper.id, why);
+    return;
+  }
+  if (*words) daemon_log_line("%s/%s: write %s: %s; its output waits", keeper.namespace, keeper.id, l->name, words);
+}
+
 static void ready(struct watch *watch, uint32_t events) {
   struct logger *l = container_of(watch, struct logger, ready);
   char byte;
   (void)events;
+  if (l->files) {
+    writer_says(l);
+    return;
+  }
   ssize_t n = read(watch->fd, &byte, 1);
   if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
   if (n <= 0 && is_exiting(l->child.pid)) {
@@ -103,6 +156,30 @@ static void ready(struct watch *watch, uint32_t events) {
     return;
   }
   started(l, 0, NULL);
+}
+
+/* Ourselves, by another name. @returns the pid, or -errno */
+static pid_t start_writer(struct logger *l) {
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0) return -errno;
+  char *argv[] = {"cedana-log", l->paths[0] ? l->paths[0] : "", l->paths[1] ? l->paths[1] : "", NULL};
+  pid_t pid = children_start_logger(NULL, argv, NULL, l->read_ends[0], l->read_ends[1], ends[1]);
+  close(ends[1]);
+  if (pid < 0) {
+    close(ends[0]);
+    return pid;
+  }
+  watch_close(&l->ready);
+  l->running = true;
+  child_watch(&l->child, pid, ended);
+  l->ready = (struct watch){.fd = ends[0], .ready = ready};
+  watch_events(&l->ready, EPOLLIN);
+  return pid;
+}
+
+static void again_due(struct timer *timer) {
+  struct logger *l = container_of(timer, struct logger, limit);
+  if (start_writer(l) < 0) timer_start(timer, AGAIN_MS, again_due);
 }
 
 int logger_start(const struct message *m, struct io *io, int write_ends[2], struct logger **out, char **why) {
@@ -131,13 +208,14 @@ int logger_start(const struct message *m, struct io *io, int write_ends[2], stru
   pid_t pid = result;
   if (result == 0) {
     ready_r = pipes[2][0], ready_w = pipes[2][1];
-    pid = children_start_logger(argv, env, l->read_ends[0], l->read_ends[1], ready_w);
+    pid = children_start_logger(argv, NULL, env, l->read_ends[0], l->read_ends[1], ready_w);
   }
   if (pid < 0) {
     *why = format("start log program %s: %s", argv[0], strerror(-pid));
     logger_free(l);
     return pid;
   }
+  l->running = true;
   child_watch(&l->child, pid, ended);
   fcntl(ready_r, F_SETFL, O_NONBLOCK);
   l->ready = (struct watch){.fd = ready_r, .ready = ready};
@@ -150,6 +228,36 @@ int logger_start(const struct message *m, struct io *io, int write_ends[2], stru
   *out = l;
   return 0;
 }
+
+int logger_start_files(const struct message *m, struct io *io, const char *const paths[2], int write_ends[2], struct logger **out, char **why) {
+  struct logger *l = allocate(sizeof *l);
+  const char *other = paths[0] && paths[1] && strcmp(paths[0], paths[1]) ? paths[1] : NULL;
+  const char *first = paths[0] ? paths[0] : paths[1];
+  *l = (struct logger){.io = io, .read_ends = {-1, -1}, .ready = {.fd = -1}, .files = true, .starting = true};
+  l->name = other ? format("the log files %s and %s", first, other) : format("the log file %s", first);
+  int result = 0;
+  for (int i = 0; i < 2 && result == 0; i++) {
+    int ends[2];
+    write_ends[i] = -1;
+    if (!paths[i] || (result = io_make_pipe(ends, m)) < 0) continue;
+    l->paths[i] = copy_string(paths[i]);
+    l->read_ends[i] = ends[0];
+    write_ends[i] = ends[1];
+  }
+  if (result == 0) result = start_writer(l);
+  if (result < 0) {
+    *why = format("start what writes %s: %s", l->name, strerror(-result));
+    for (int i = 0; i < 2; i++) close_fd(&write_ends[i]);
+    logger_free(l);
+    return result;
+  }
+  int64_t limit = message_int(m, FIELD_TIMEOUT_MS);
+  timer_start(&l->limit, limit > 0 ? (uint64_t)limit : READY_MS, limit_due);
+  *out = l;
+  return 0;
+}
+
+bool logger_is_starting(const struct logger *l) { return l->starting; }
 
 /* Whether both streams have ended and been read to their end. */
 static bool has_read_all(const struct logger *l) {
@@ -168,21 +276,26 @@ static void look_due(struct timer *timer) {
   else timer_start(timer, LOOK_MS, look_due);
 }
 
-bool logger_is_drained(const struct logger *l) { return l->ended || l->idle_looks >= IDLE_LOOKS; }
+bool logger_is_drained(const struct logger *l) { return l->ended || (!l->files && l->idle_looks >= IDLE_LOOKS); }
 
 void logger_drain(struct logger *l) {
-  if (!logger_is_drained(l) && !l->look.armed) timer_start(&l->look, LOOK_MS, look_due);
+  if (!l->files && !logger_is_drained(l) && !l->look.armed) timer_start(&l->look, LOOK_MS, look_due);
 }
 
 bool logger_end(struct logger *l, struct tag tag) {
   l->io = NULL;
-  if (l->ended) {
+  if (!l->running) {
     logger_free(l);
     return true;
   }
   for (int i = 0; i < 2; i++) close_fd(&l->read_ends[i]);
   watch_close(&l->ready);
   timer_stop(&l->look);
+  if (l->files) {
+    timer_stop(&l->limit);
+    kill(-l->child.pid, SIGKILL);
+    return true;
+  }
   l->freed_by = tag_copy(tag);
   kill(l->child.pid, SIGTERM);
   timer_start(&l->limit, environment_number("CEDANA_KEEPER_LOGGER_MS", TERMINATE_MS), limit_due);

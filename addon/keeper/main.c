@@ -9,5 +9,6 @@ int main(int argc, char **argv) {
   if (!strcmp(name, "cedana-exit")) return exit_main(argc, argv);
   if (!strcmp(name, "criu")) return criu_main(argc, argv);
   if (!strcmp(name, "tar")) return tar_main(argv);
+  if (!strcmp(name, "cedana-log")) return log_main(argc, argv);
   return launcher_main(argc, argv);
 }

@@ -3,6 +3,7 @@
 
 import { spawnSync } from "node:child_process";
 import { writeFileSync } from "node:fs";
+import { availableParallelism } from "node:os";
 import { join } from "node:path";
 import {
   CallerPlace,
@@ -14,7 +15,7 @@ import type { EngineName } from "../../test/live/harness/live.ts";
 import { IMAGE, programs } from "../../test/live/harness/programs.ts";
 import { isAlive } from "../../test/live/harness/system.ts";
 import { until } from "../../test/live/harness/until.ts";
-import { type Samples, type Side, type Subject, timeMs } from "../bench.ts";
+import { type Aim, type Samples, type Side, type Subject, timeMs } from "../bench.ts";
 
 const binaries: Record<EngineName, string> = { runc: "/usr/sbin/runc", crun: "/usr/bin/crun" };
 const programOf = (side: Side): Program => (side === "ours" ? "wrapper" : "engine");
@@ -92,7 +93,14 @@ function peakKb(argv: string[]): number {
 const RUN = "podman run --rm true";
 const CHECKPOINT = "podman container checkpoint, 16 MiB";
 const RESTORE = "podman container restore, 16 MiB";
+const WAITING = "podman container checkpoint, 16 MiB, of a program in epoll_wait";
+const COMPUTING = "podman container checkpoint, 16 MiB, of a program that computes";
 const FIRST = "podman container checkpoint with no cedanad: more than a warm one";
+
+const CHECKPOINT_AIM: Record<EngineName, Aim> = {
+  runc: { of: "ratio", atMost: 0.85 },
+  crun: { of: "ratio", atMost: 1 },
+};
 
 let podman: Podman | undefined;
 
@@ -102,12 +110,15 @@ async function on(side: Program, ...args: string[]): Promise<string> {
   return outcome.stdout;
 }
 
-/** A container named after its side, whose memory is filled. */
-async function begin(side: Program): Promise<void> {
-  const volume = `${await programs()}:/programs:ro`;
-  await on(side, "run", "--detach", "--name", side, "--volume", volume, IMAGE, "/programs/memory", "16");
+/** A container named after its side, whose memory is filled. @param program  in a directory that is mounted there as /programs */
+async function begin(side: Program, directory: string, ...program: string[]): Promise<void> {
+  const volume = `${directory}:/programs:ro`;
+  await on(side, "run", "--detach", "--name", side, "--volume", volume, IMAGE, ...program);
   await until(async () => /ready/.test(await on(side, "logs", side)), { everyMs: 20 });
 }
+
+/** It sums its memory up every 50 ms and sleeps in between, in nanosleep(2): recent kernels freeze it where it sleeps, at once. */
+const sleeper = async () => [await programs(), "/programs/memory", "16"] as const;
 
 const remove = (side: Program) => on(side, "rm", "--force", "--time", "0", side);
 
@@ -117,7 +128,7 @@ export const podmanRuns: Subject = {
     {
       name: CHECKPOINT,
       unit: "ms",
-      aim: { runc: { of: "ratio", atMost: 0.85 }, crun: { of: "ratio", atMost: 1 } },
+      aim: CHECKPOINT_AIM,
     },
     { name: RESTORE, unit: "ms", aim: { of: "ratio", atMost: 1 } },
   ],
@@ -129,10 +140,38 @@ export const podmanRuns: Subject = {
     const samples: Samples = { [RUN]: await timeMs(() => on(program, "run", "--rm", IMAGE, "true")) };
     // crun's own restore fails on a host with cgroups of both versions.
     if (side === "theirs" && bench.engine === "crun") return samples;
-    await begin(program);
+    await begin(program, ...(await sleeper()));
     samples[CHECKPOINT] = await timeMs(() => on(program, "container", "checkpoint", program));
     samples[RESTORE] = await timeMs(() => on(program, "container", "restore", program));
     await remove(program);
+    return samples;
+  },
+  end: endPodman,
+};
+
+/**
+ * The same of programs that have to run until they reach the place where the kernel freezes them: those that compute, in twice as many threads
+ * as there are CPUs, and those that wait for files or sockets. CRIU's own freezer of cgroups version 1 looks whether they have, and if not,
+ * again after 100 ms.
+ */
+export const podmanAtWork: Subject = {
+  rows: [WAITING, COMPUTING].map((name) => ({ name, unit: "ms", aim: CHECKPOINT_AIM })),
+  warmUps: 1,
+  missing: missingCallers,
+  async measure(bench, side) {
+    // crun's own restore, and so what is compared here, fails on a host with cgroups of both versions.
+    if (side === "theirs" && bench.engine === "crun") return {};
+    podman ??= await Podman.start(bench.engine);
+    const program = programOf(side);
+    const samples: Samples = {};
+    for (const [row, threads] of [
+      [WAITING, 0],
+      [COMPUTING, 2 * availableParallelism()],
+    ] as const) {
+      await begin(program, bench.programs, "/programs/worker", "16", String(threads));
+      samples[row] = await timeMs(() => on(program, "container", "checkpoint", program));
+      await remove(program);
+    }
     return samples;
   },
   end: endPodman,
@@ -146,7 +185,7 @@ export const firstPodmanCheckpoint: Subject = {
   missing: missingCallers,
   async measure(bench) {
     podman ??= await Podman.start(bench.engine);
-    await begin("wrapper");
+    await begin("wrapper", ...(await sleeper()));
     const checkpoint = () =>
       timeMs(() => on("wrapper", "container", "checkpoint", "--leave-running", "wrapper"));
     await checkpoint();

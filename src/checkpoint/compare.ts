@@ -7,8 +7,8 @@ import { criuVersion } from "../criu/version.ts";
 import { TimedOut, Unavailable } from "../errors/index.ts";
 import { statApart } from "../linux/apart.ts";
 import { pathInRoot } from "../linux/root-path.ts";
+import { isOlder } from "../linux/versions.ts";
 import { type CpuFacts, cpuFacts, instructionsMissing } from "./cpu.ts";
-import { isOlder } from "./dump.ts";
 import { type Finding, Found } from "./finding.ts";
 import { explainMissing, gpuMountSource } from "./gpu-mounts.ts";
 import type { GpuNode } from "./gpu-nodes.ts";
@@ -54,7 +54,7 @@ export interface ExternalMount {
   readonly mountPoint?: string | undefined;
 }
 
-export interface Comparison {
+interface Comparison {
   readonly findings: Finding[];
   /** for CRIU, besides what the engine says */
   readonly externalMounts: ExternalMount[];

@@ -35,11 +35,11 @@ class Followed {
   }
 
   /** @returns whether there may be more */
-  async takeBite(root: number): Promise<boolean> {
+  async takeBite(root: number, toDisk = false): Promise<boolean> {
     const flags = constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK;
     const fd = openBeneath(root, this.path, flags);
     try {
-      const read = await this.#hash.read(fd, this.size, BITE_BYTES);
+      const read = await this.#hash.read(fd, this.size, BITE_BYTES, { toDisk });
       this.size += read;
       return read === BITE_BYTES;
     } finally {
@@ -67,15 +67,16 @@ export interface Follower {
  * up with it, so that the digest of a large checkpoint is known soon after its end.
  * @param directory       of the checkpoint
  * @param options.images  directory of CRIU's images, in it or the same
+ * @param options.toDisk  the disk begins with what is there, beside CRIU: somebody is going to wait for it
  */
 export function followFiles(
   directory: string,
-  options: { images?: string; signal?: AbortSignal | undefined } = {},
+  options: { images?: string; toDisk?: boolean; signal?: AbortSignal | undefined } = {},
 ): Follower {
-  const { images = directory, signal } = options;
+  const { images = directory, toDisk = false, signal } = options;
   const end = new AbortController();
   const followed = new Map<string, Followed>();
-  const following = follow(directory, relative(directory, images), followed, end.signal);
+  const following = follow(directory, relative(directory, images), { followed, toDisk, end: end.signal });
   following.catch(() => {}); // told by finish, or abandoned
   return {
     get bytes() {
@@ -93,25 +94,29 @@ export function followFiles(
 async function follow(
   directory: string,
   images: string,
-  followed: Map<string, Followed>,
-  end: AbortSignal,
+  { followed, toDisk, end }: { followed: Map<string, Followed>; toDisk: boolean; end: AbortSignal },
 ): Promise<void> {
   const sizeOf = (path: string) => lstatSync(join(directory, path), { throwIfNoEntry: false })?.size;
   const pages = (number: number) => join(images, `pages-${number}.img`);
+  let before: number | undefined;
   for (let number = 1; !end.aborted; ) {
     const path = pages(number);
     const written = sizeOf(path);
     if (written !== undefined) {
       const left = written - (followed.get(path)?.size ?? 0);
       const isWhole = sizeOf(pages(number + 1)) !== undefined;
-      if (left >= BITE_BYTES || (isWhole && written > SMALL_BYTES && left > 0)) {
+      // One that hasn't grown since the last look is whole, too, as a rule.
+      const rests = written === before;
+      before = written;
+      if (left >= BITE_BYTES || ((isWhole || rests) && written > SMALL_BYTES && left > 0)) {
         const file = followed.get(path) ?? new Followed(path);
         followed.set(path, file);
-        await withDirectory(directory, (root) => file.takeBite(root));
+        await withDirectory(directory, (root) => file.takeBite(root, toDisk));
         continue;
       }
       if (isWhole) {
         number++;
+        before = undefined;
         continue;
       }
     }

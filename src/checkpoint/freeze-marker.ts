@@ -1,8 +1,7 @@
-import { renameSync, writeFileSync } from "node:fs";
-import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { NotFound } from "../errors/index.ts";
 import { Cgroup, type CgroupPaths } from "../linux/cgroup.ts";
+import { readRecord, writeRecordNow } from "../linux/record-file.ts";
 
 /** On disk while a dump holds its container frozen: whoever comes after a crash thaws it. @param directory  the owner's, the bundle */
 export function freezeMarker(directory: string): string {
@@ -29,20 +28,13 @@ export interface FreezeNote {
 
 /** At once, some 100 us: the container stands still, or is about to. */
 export function writeFreezeNote(directory: string, note: FreezeNote): void {
-  const path = freezeMarker(directory);
-  writeFileSync(`${path}.new`, JSON.stringify(note), { mode: 0o600 });
-  renameSync(`${path}.new`, path);
+  writeRecordNow(freezeMarker(directory), note);
 }
 
 /** @returns undefined when there is none, or one that says nothing */
 export async function readFreezeNote(directory: string): Promise<FreezeNote | undefined> {
-  const text = await readFile(freezeMarker(directory), "utf8").catch(() => undefined); // none
-  try {
-    const note = text === undefined ? undefined : (JSON.parse(text) as Partial<FreezeNote>);
-    return typeof note?.key === "string" && note.cgroup ? (note as FreezeNote) : undefined;
-  } catch {
-    return undefined;
-  }
+  const note = await readRecord<Partial<FreezeNote>>(freezeMarker(directory)).catch(() => undefined);
+  return typeof note?.key === "string" && note.cgroup ? (note as FreezeNote) : undefined;
 }
 
 /**

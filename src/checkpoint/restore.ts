@@ -1,43 +1,32 @@
-import { mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
-import { isAbsolute, join } from "node:path";
-import type { Logger } from "pino";
+import { mkdir, rm, writeFile } from "node:fs/promises";
+import { join } from "node:path";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
-import { InvalidRequest, NotFound, Unavailable, Unsupported } from "../errors/index.ts";
+import { Unavailable, Unsupported } from "../errors/index.ts";
 import { pluginsLoaded } from "../features/registry.ts";
-import { expectAnswer } from "../linux/apart.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { readMountInfo } from "../linux/mount-options.ts";
+import { readRecord, writeRecord } from "../linux/record-file.ts";
 import { adapterSteps } from "./adapters.ts";
-import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
-import { type ChainContext, runChain, type Step, timesByStep } from "./chain.ts";
-import {
-  compareFilesWithDiff,
-  compareToContainer,
-  compareToNode,
-  type ExternalMount,
-  type NodeFacts,
-  nodeFacts,
-  type RestoredContainer,
-} from "./compare.ts";
+import { runChain, type Step, timesByStep } from "./chain.ts";
+import { compareFilesWithDiff, type ExternalMount } from "./compare.ts";
+import { criuFailure, keepLog } from "./criu-failure.ts";
 import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
-import { criuFailure, keepLog } from "./dump.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
-import { type Finding, refusalOfRestore } from "./finding.ts";
+import { refusalOfRestore } from "./finding.ts";
 import { makeMountPoint } from "./gpu-mounts.ts";
 import { adaptedImages, adaptHostname } from "./identity.ts";
-import { type ImageFacts, readImageFacts } from "./image-facts.ts";
 import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
 import type { CheckpointManifest, ContainerIdentity } from "./manifest.ts";
-import { compareSizes, verifyFiles } from "./manifest-files.ts";
-import {
-  findArchive,
-  findFaultsOfFiles,
-  findingsOf,
-  isThere,
-  type OpenCheckpoint,
-  openDirectoryOf,
-} from "./open.ts";
+import { isThere, type OpenCheckpoint } from "./open.ts";
 import type { CriuPolicy } from "./policy.ts";
+import {
+  type ChainOptions,
+  type CheckContext,
+  checkContext,
+  type RestoreCandidate,
+  type RestoreLook,
+  restoreChecks,
+} from "./restore/checks.ts";
 import { writeRestoredFile } from "./restored-file.ts";
 import { applyRootfsDiff, hasRootfsDiff } from "./rootfs-diff/index.ts";
 import { UnpackedCheckpoint } from "./unpack.ts";
@@ -54,32 +43,14 @@ import { UnpackedCheckpoint } from "./unpack.ts";
  * repetition leaves lies in the owner's directory, whose deletion takes `discardRestore`.
  */
 
-export interface RestoreRequest {
+export interface RestoreRequest extends RestoreLook {
   /** tells this request from others of the same owner: a repetition after a crash has the same */
   readonly key: string;
   /** the request was begun by a cedanad before us */
   readonly repeated: boolean;
-  /** a checkpoint's directory, or an archive of one: absolute */
-  readonly path: string;
-  /** of the restore of what lies in an archive */
-  readonly unpack?: UnpackRequest | undefined;
-  /** a CPU with fewer instructions than at the dump is only worth a warning */
-  readonly ignoreCpu?: boolean | undefined;
-  /** every file is hashed before anything is made */
-  readonly verifyDigests?: boolean | undefined;
   /** CRIU's log and scratch; default: one that is removed */
   readonly workPath?: string | undefined;
 }
-
-export interface UnpackRequest {
-  /** where archives are unpacked to: absolute, made when missing */
-  readonly root: string;
-  /** The key of encrypted archives; undefined: there is none. */
-  secret(): Promise<Uint8Array | undefined>;
-}
-
-/** What can be asked of `checkRestore`. */
-export type RestoreLook = Pick<RestoreRequest, "path" | "unpack" | "ignoreCpu" | "verifyDigests">;
 
 /** What CRIU is told by way of the engine. */
 export interface EngineRestore {
@@ -93,18 +64,6 @@ export interface EngineRestore {
   readonly withoutPlugins: boolean;
   /** besides those that the engine tells CRIU of */
   readonly externalMounts: readonly ExternalMount[];
-}
-
-/** A container that may be restored, as its configuration has it. */
-export interface RestoreCandidate {
-  /** for messages: "task c1" */
-  readonly what: string;
-  /** directory of the owner's for small files that outlive a crash: the bundle */
-  readonly directory: string;
-  readonly container: RestoredContainer;
-  readonly log: Pick<Logger, "info" | "warn" | "error">;
-  /** What the images were taken with, changed by what the new container asks for. */
-  policy(manifest: CheckpointManifest | undefined): CriuPolicy;
 }
 
 /** What is restored, as its owner has it: the shim a task, the OCI runtime a container. */
@@ -151,21 +110,6 @@ export interface RestoreTarget extends RestoreCandidate {
   readonly lazy?: LazyTarget | undefined;
 }
 
-interface CheckContext extends ChainContext {
-  readonly target: RestoreCandidate;
-  readonly request: RestoreLook & Pick<RestoreRequest, "workPath">;
-  /** from `openCheckpoint` on */
-  checkpoint: OpenCheckpoint;
-  policy: CriuPolicy;
-  externalMounts: readonly ExternalMount[];
-  /** undefined: the images are broken, or a cedanad before us has read them */
-  facts: ImageFacts | undefined;
-  /** of this node, from `checkFilesOfCheckpoint` on */
-  node: NodeFacts | undefined;
-  /** what is wrong, and what differs: all of it, judged by `refuseDifferences` */
-  readonly findings: Finding[];
-}
-
 export interface RestoreContext extends CheckContext {
   readonly target: RestoreTarget;
   readonly request: RestoreRequest;
@@ -180,16 +124,6 @@ export interface RestoreContext extends CheckContext {
 }
 
 type RestoreStep = Step<RestoreContext>;
-
-/** What can be said before anything is made: a container's create, and again its restore, begin with it. */
-export const restoreChecks = [
-  validateRestoreRequest,
-  openCheckpoint, // from here on it is a directory
-  checkFilesOfCheckpoint,
-  compareWithContainer,
-  compareWithNode,
-  refuseDifferences, // one list of everything
-] as const satisfies readonly Step<CheckContext>[];
 
 /** The restore, in order. Each step undoes its own work when a later one fails. */
 export const restoreSteps = [
@@ -211,11 +145,6 @@ export const restoreSteps = [
   tellContainer, // restore.json, for the hook to read
   postRestoreHook, // of the container's own, last: it may use all that it has
 ] as const satisfies readonly RestoreStep[];
-
-interface ChainOptions {
-  signal?: AbortSignal;
-  onBoundary?: ChainContext["onBoundary"];
-}
 
 /**
  * Restores a container. When it fails, nothing of the container is left, and CRIU's log is kept as `criu-restore.log` in the owner's
@@ -260,18 +189,6 @@ export async function restore(
 }
 
 /**
- * Looks whether a restore can work, before anything of the container is made.
- * @throws what is wrong, as `restore` would
- */
-export async function checkRestore(
-  target: RestoreCandidate,
-  request: RestoreLook,
-  options: ChainOptions = {},
-): Promise<void> {
-  await runChain("checkRestore", restoreChecks, checkContext(target, request, options));
-}
-
-/**
  * Removes what a restore keeps for a repetition, when there can be none any more: it is on record as done, or its owner goes. After a lazy
  * restore only when the page daemon has ended: it reads what was unpacked.
  * @param unpackRoot  as in the request
@@ -282,109 +199,6 @@ export async function discardRestore(directory: string, unpackRoot: string | und
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
   await rm(appliedMark(directory), { force: true });
-}
-
-function checkContext(target: RestoreCandidate, request: RestoreLook, options: ChainOptions): CheckContext {
-  return {
-    target,
-    request,
-    checkpoint: { path: request.path, imagePath: "", manifest: undefined, manifestPath: undefined },
-    policy: target.policy(undefined),
-    externalMounts: [],
-    facts: undefined,
-    node: undefined,
-    findings: [],
-    times: [],
-    signal: options.signal ?? new AbortController().signal,
-    onBoundary: options.onBoundary,
-  };
-}
-
-async function validateRestoreRequest(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  const { path, workPath } = context.request;
-  if (!isAbsolute(path)) throw new InvalidRequest(`checkpoint ${path} is not an absolute path`);
-  if (workPath && !isAbsolute(workPath))
-    throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
-  for (const named of [path, workPath]) if (named) await expectAnswer(named);
-  await next();
-}
-
-// ---- the checkpoint --------------------------------------------------------------------------------------------------
-
-async function openCheckpoint(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  const { request, signal, target } = context;
-  const archive = await archiveOf(request.path);
-  if (archive === undefined) context.checkpoint = await openDirectoryOf(request.path);
-  else {
-    if (!request.unpack)
-      throw new Unsupported(
-        `checkpoint ${request.path} is an archive: extract it, and restore from the directory`,
-      );
-    // Fails closed: nothing is there to restore from until all of it has turned out authentic, complete and as its manifest says.
-    const secret = (await isEncryptedArchive(archive)) ? await request.unpack.secret() : undefined;
-    const unpacked = new UnpackedCheckpoint(request.unpack.root, target.directory);
-    context.checkpoint = await openDirectoryOf(await unpacked.open(archive, secret, signal));
-  }
-  context.policy = context.target.policy(context.checkpoint.manifest);
-  await next();
-}
-
-/** @returns undefined for a directory that holds the checkpoint's files */
-async function archiveOf(path: string): Promise<string | undefined> {
-  if (!(await isDirectory(path))) {
-    const found = await stat(path).catch(() => undefined);
-    if (!found) throw new NotFound(`checkpoint ${path} does not exist`);
-    return path;
-  }
-  const stored = await findArchive(path);
-  if (!stored) return undefined;
-  const faults = findingsOf(await compareSizes(path, stored.manifest));
-  if (faults.length > 0) throw refusalOfRestore(path, faults);
-  return stored.archive;
-}
-
-async function checkFilesOfCheckpoint(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, findings, request, signal } = context;
-  const { manifest, manifestPath } = checkpoint;
-  const verifies = request.verifyDigests && manifest && manifestPath;
-  // What the next steps compare is read beside it: each is many short waits for a small file.
-  const [faults, facts, node] = await Promise.all([
-    verifies ? verifyFiles(manifest, manifestPath, signal).then(findingsOf) : findFaultsOfFiles(checkpoint),
-    readImageFacts(checkpoint.imagePath),
-    nodeFacts(),
-  ]);
-  findings.push(...faults);
-  context.facts = facts;
-  context.node = node;
-  await next();
-}
-
-async function compareWithContainer(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, facts, findings, target } = context;
-  const compared = await compareToContainer(checkpoint, facts, target.container);
-  findings.push(...compared.findings);
-  context.externalMounts = compared.externalMounts;
-  if (compared.closesTcp && ["keep", "skip-in-flight"].includes(context.policy.tcp ?? ""))
-    context.policy = { ...context.policy, tcp: "close" };
-  await next();
-}
-
-async function compareWithNode(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  const { checkpoint, findings, node } = context;
-  const { ignoreCpu = false } = context.request;
-  // Of broken images nothing more can be told.
-  if (!findings.some(({ kind }) => kind === "checkpoint"))
-    findings.push(...(await compareToNode(checkpoint, node!, { ignoreCpu })));
-  await next();
-}
-
-async function refuseDifferences(context: CheckContext, next: () => Promise<void>): Promise<void> {
-  const { findings, request, target } = context;
-  const refusal = refusalOfRestore(request.path, findings);
-  if (refusal) throw refusal;
-  for (const { kind, message } of findings)
-    target.log.warn({ checkpoint: request.path, kind }, `restore all the same: ${message}`);
-  await next();
 }
 
 // ---- images ----------------------------------------------------------------------------------------------------------
@@ -459,9 +273,8 @@ async function earlierRestore(
   { key, repeated }: RestoreRequest,
 ): Promise<Omit<RestoreAttempt, "key"> | undefined> {
   if (!repeated) return undefined;
-  const text = await readFile(restoreAttemptFile(directory), "utf8").catch(() => undefined); // the crash came before it
-  const attempt = text === undefined ? undefined : (JSON.parse(text) as RestoreAttempt);
-  if (attempt?.key !== key) return undefined;
+  const attempt = await readRecord<RestoreAttempt>(restoreAttemptFile(directory));
+  if (attempt?.key !== key) return undefined; // the crash came before it
   const { checkpoint, policy, externalMounts, engineImages } = attempt;
   return { checkpoint, policy, externalMounts, engineImages };
 }
@@ -470,8 +283,7 @@ async function recordRestore(context: RestoreContext, next: () => Promise<void>)
   const { checkpoint, engineImages, externalMounts, policy, request, target } = context;
   const file = restoreAttemptFile(target.directory);
   const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts, engineImages };
-  await writeFile(`${file}.new`, JSON.stringify(attempt), { mode: 0o600 });
-  await rename(`${file}.new`, file);
+  await writeRecord(file, attempt);
   try {
     await next();
   } catch (error) {
@@ -608,7 +420,7 @@ async function prepareMountPoints(
 // ---- lazy pages ------------------------------------------------------------------------------------------------------
 
 /** Where a page daemon's guard and log are, below the owner's directory; whoever owns the daemon removes it. */
-export function pageDaemonDirectory(directory: string): string {
+function pageDaemonDirectory(directory: string): string {
   return join(directory, "lazy-pages");
 }
 

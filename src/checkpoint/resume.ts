@@ -1,10 +1,11 @@
 import { constants } from "node:fs";
-import { type FileHandle, open, readFile, rename, rm } from "node:fs/promises";
+import { type FileHandle, open, rename, rm } from "node:fs/promises";
 import { dirname } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { SyscallFailed, TimedOut, WrongState } from "../errors/index.ts";
 import { flock } from "../linux/addon.ts";
 import { bootId, isAlive } from "../linux/proc.ts";
+import { readRecord } from "../linux/record-file.ts";
 import {
   type CheckpointStore,
   claimSuffix,
@@ -80,6 +81,7 @@ export async function claimCheckpoint(
   using _lock = await lockDirectory(await store.directoryFor(owner, key));
   let found: StoredCheckpoint | undefined;
   for (const checkpoint of (await store.generations(owner, key)).reverse()) {
+    // One that can't be read is an error: to take it for none might run a container twice.
     const claim = await readRecord<ClaimRecord>(`${checkpoint.path}${claimSuffix}`);
     if (claim?.by === by && !claim.begun) return claimOf(checkpoint.path, by); // made before a crash
     if (found || (claim && !(claim.bootId !== bootId() && !claim.begun))) continue;
@@ -132,16 +134,6 @@ async function waitForItsEnd(path: string): Promise<void> {
 }
 
 // ---- files -----------------------------------------------------------------------------------------------------------
-
-/** @returns undefined when there is none. What can't be read is an error: to take it for nothing might run a container twice. */
-async function readRecord<T>(path: string): Promise<T | undefined> {
-  try {
-    return JSON.parse(await readFile(path, "utf8")) as T;
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
-    throw error;
-  }
-}
 
 async function writeSynced(path: string, record: object): Promise<void> {
   {

@@ -204,14 +204,6 @@ export class Staging implements AsyncDisposable {
   }
 
   /**
-   * An earlier checkpoint's path, relative to where this one will be, as it must be written while this one is made. Engines and
-   * CRIU want it relative; `commit` sets the link that CRIU makes of it right.
-   */
-  relativeParent(parentPath: string): string {
-    return relative(this.path, resolve(this.finalPath, parentPath));
-  }
-
-  /**
    * Syncs what was made and puts it in its place. When this throws, the place is as it was.
    * @param options.durable  false: what is new may be lost when the machine fails, and the disk is not waited for; where an older
    *                         checkpoint gives way, it is all the same

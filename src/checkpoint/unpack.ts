@@ -1,7 +1,7 @@
 import { createHash } from "node:crypto";
-import { mkdir, readdir, readFile, readlink, rename, rm, stat, writeFile } from "node:fs/promises";
+import { mkdir, readdir, readlink, rm, stat } from "node:fs/promises";
 import { join } from "node:path";
-import { BrokenImage } from "../errors/index.ts";
+import { readRecord, writeRecord } from "../linux/record-file.ts";
 import { extractArchive } from "./archive/index.ts";
 import { isThere } from "./open.ts";
 
@@ -52,14 +52,13 @@ export class UnpackedCheckpoint {
       archive,
       identity: [dev, ino, size, mtimeNs].join(" "),
     };
-    const noted = await readNote(this.#notePath);
+    const noted = await readRecord<Note>(this.#notePath);
     const isSame = noted && noted.archive === archive && noted.identity === wanted.identity;
     if (isSame && (await isThere(this.#path))) return this.#path;
     await this.remove();
     await mkdir(this.#root, { recursive: true, mode: 0o700 });
     await sweepUnpacked(this.#root);
-    await writeFile(`${this.#notePath}.new`, JSON.stringify(wanted), { mode: 0o600 });
-    await rename(`${this.#notePath}.new`, this.#notePath);
+    await writeRecord(this.#notePath, wanted);
     try {
       await extractArchive(archive, this.#path, { ...(secret && { secret }), signal });
     } catch (error) {
@@ -85,7 +84,7 @@ export async function sweepUnpacked(root: string): Promise<string[]> {
   const here = await mountNamespace();
   for (const name of await readdir(root).catch(() => [])) {
     const [, id] = /^([0-9a-f]{32})\.json$/.exec(name) ?? [];
-    const note = id && (await readNote(join(root, name)));
+    const note = id && (await readRecord<Note>(join(root, name)));
     if (!note || note.mountNamespace !== here || (await isThere(note.owner))) continue;
     await new UnpackedCheckpoint(root, note.owner).remove();
     swept.push(note.owner);
@@ -95,17 +94,4 @@ export async function sweepUnpacked(root: string): Promise<string[]> {
 
 async function mountNamespace(): Promise<string> {
   return await readlink("/proc/self/ns/mnt");
-}
-
-async function readNote(path: string): Promise<Note | undefined> {
-  const text = await readFile(path, "utf8").catch((error: NodeJS.ErrnoException) => {
-    if (error.code === "ENOENT") return undefined;
-    throw error;
-  });
-  if (text === undefined) return undefined;
-  try {
-    return JSON.parse(text) as Note;
-  } catch (cause) {
-    throw new BrokenImage(`${path} is not JSON`, { cause });
-  }
 }

@@ -29,7 +29,7 @@ export function matrixText({ columns, rows }: Pick<ListPluginsResponse, "columns
       ),
     ),
     "",
-    "✔ available  • not implemented  — not installed  ✖ incompatible",
+    "✔ available  • not supported  — not installed  ✖ incompatible",
   ].join("\n");
 }
 
@@ -41,7 +41,7 @@ function centred(text: string, width: number): string {
 export class Features extends CedanaCommand {
   static override summary = "Show which plugin has which feature";
   static override description =
-    "From what the plugins really export: ✔ available, • not implemented, — not installed, ✖ incompatible.";
+    "From what the plugins really export: ✔ available, • not supported, — not installed, ✖ incompatible.";
   static override examples = ["cedana features", "cedana features --errors"];
   static override flags = {
     errors: Flags.boolean({ description: "say why a plugin is incompatible" }),

@@ -13,6 +13,7 @@ import {
 import { dirname, join } from "node:path";
 import { parse as parseToml } from "smol-toml";
 import { InvalidRequest, SyscallFailed } from "../errors/index.ts";
+import { readRecordNow, writeRecordNow } from "../linux/record-file.ts";
 import type { Target } from "./targets.ts";
 
 /*
@@ -129,8 +130,7 @@ export function apply(target: Target, place: Place, change: Change, undo: boolea
   };
   // The note first: an undo after a crash between the two finds the file as it was, which is what it wants.
   mkdirSync(dirname(notePath), { recursive: true, mode: 0o700 });
-  writeFileSync(`${notePath}.new`, JSON.stringify(note), { mode: 0o600 });
-  renameSync(`${notePath}.new`, notePath);
+  writeRecordNow(notePath, note);
   mkdirSync(dirname(change.path), { recursive: true, mode: 0o755 });
   writeWhole(change.path, change.after);
 }
@@ -303,8 +303,7 @@ function noteFile(target: Target, place: Place): string {
 }
 
 function readNote(target: Target, place: Place): Note | undefined {
-  const text = readIfThere(noteFile(target, place));
-  return text === undefined ? undefined : (JSON.parse(text) as Note);
+  return readRecordNow<Note>(noteFile(target, place));
 }
 
 function readIfThere(path: string): string | undefined {

@@ -17,6 +17,7 @@ import { setPluginLoader } from "../features/registry.ts";
 import { gpuSlot } from "../gpu/slot.ts";
 import { flock, setCloexec } from "../linux/addon.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
+import { culprit } from "../shim/culprit.ts";
 import { ShimServer } from "../shim/shim-server.ts";
 import { apiSocketName, daemonSocketName } from "../shim/socket-name.ts";
 import { listenForApi } from "./api/listener.ts";
@@ -39,9 +40,14 @@ const runDirectory = process.env.CEDANA_RUN_DIR || "/run/cedana";
 const log = pino({ level: process.env.CEDANA_LOG_LEVEL || "info", base: { pid: process.pid } });
 
 process.on("uncaughtException", (error) => {
-  // State is in the bundles and the keepers; going on with a half-done transition would be worse than a restart of 100 ms.
-  log.fatal({ err: error }, "uncaught");
-  process.exit(70);
+  const who = culprit();
+  if (!who) {
+    // State is in the bundles and the keepers; going on with a half-done transition would be worse than a restart of 100 ms.
+    log.fatal({ err: error }, "uncaught");
+    process.exit(70);
+  }
+  log.fatal({ err: error }, `uncaught, in the work for ${who.what}, which is begun anew; please report it`);
+  who.fail();
 });
 
 // The slab that small Buffers are cut from is always alive, so V8 takes each one for long-lived, and lets it go only at a full collection,
@@ -67,7 +73,11 @@ const runtime = new RuntimeServer({
   endBelowConmon: () => end("conmon waits for its children"),
   isBusy: () => calls.active > 0 || gpuSlot.isRecovering(),
 });
-await runtime.revive(runDirectory);
+await runtime
+  .revive(runDirectory)
+  .catch((error) =>
+    log.error({ err: error }, "take up what an earlier cedanad has left of cedana-runtime's containers"),
+  );
 
 const shim = new ShimServer({
   log,
@@ -108,7 +118,10 @@ if (existsSync(unpackDirectory()))
 // By then every keeper has come back, and whoever goes on with a dump that was cut off has a lock on it.
 const SWEEP_STORE_AFTER_MS = 60_000;
 setTimeout(
-  () => void import("./sweep-store.ts").then(({ sweepStore }) => sweepStore(log)),
+  () =>
+    void import("./sweep-store.ts")
+      .then(({ sweepStore }) => sweepStore(log))
+      .catch((error) => log.warn({ err: error }, "sweep what crashes and GPU containers have left")),
   SWEEP_STORE_AFTER_MS,
 ).unref();
 

@@ -9,6 +9,7 @@ import type { Conversation, OciAnswer, OciCall } from "../runtime/oci/call.ts";
 import { Endings } from "../runtime/oci/endings.ts";
 import { Escalator } from "../runtime/oci/escalator.ts";
 import { thawLeftovers } from "../runtime/oci/frozen.ts";
+import { inNameOf } from "../shim/culprit.ts";
 import {
   encodeMessage,
   exitStatusOf,
@@ -85,12 +86,19 @@ export class RuntimeServer {
       this.#checkSoon();
     });
     wrapper.log.debug({ argv: call.argv }, "cedana-runtime asks");
-    // Loaded with the first call: on a node without such callers it would only take memory.
-    const answered = import("../runtime/oci/commands.ts").then(({ runCommand }) =>
-      runCommand(call, wrapper, this.#escalator, this.#endings),
-    );
-    void answered.then((answer) => answer && wrapper.answer(answer));
+    const culprit = {
+      what: `cedana-runtime ${call.command} ${call.id}`,
+      fail: () => void socket.destroy(), // it says so, and nothing is begun anew
+    };
+    void inNameOf(culprit, () => this.#answer(call, wrapper));
     return wrapper;
+  }
+
+  async #answer(call: OciCall, wrapper: Wrapper): Promise<void> {
+    // Loaded with the first call: on a node without such callers it would only take memory.
+    const { runCommand } = await import("../runtime/oci/commands.ts");
+    const answer = await runCommand(call, wrapper, this.#escalator, this.#endings);
+    if (answer) wrapper.answer(answer);
   }
 }
 

@@ -41,11 +41,6 @@ export const statusCode = {
   UNAUTHENTICATED: 16,
 } as const;
 
-/** The name of a status code, for people; an unknown number as itself. */
-export function statusName(code: number): string {
-  return Object.entries(statusCode).find(([, value]) => value === code)?.[0] ?? String(code);
-}
-
 // Names are written out: a bundler may rename a class.
 
 export class CedanaError extends Error {

@@ -21,7 +21,7 @@ export const code = {
 } as const;
 
 /** CUprocessState. Newer drivers know more of them, which mean "busy". */
-export const processState = { running: 0, locked: 1, checkpointed: 2, failed: 3 } as const;
+const processState = { running: 0, locked: 1, checkpointed: 2, failed: 3 } as const;
 
 export type ProcessStateName = keyof typeof processState | "busy";
 

@@ -103,13 +103,6 @@ async function control(
   throw new Unavailable(`${program} ${argv.join(" ")} ended with status ${status}: ${words}`);
 }
 
-/** Bytes on all devices. */
-export function deviceBytes(report: InterceptionReport): number {
-  return report.devices
-    .flatMap(({ memory }) => Object.values(memory))
-    .reduce((sum, { bytes }) => sum + bytes, 0);
-}
-
 /** For people: "2 of memory given to other processes (IPC)". */
 export function blockersOf(report: InterceptionReport): string[] {
   return report.blockers.map(({ what, count }) => (count === 1 ? what : `${what}, ${count} times`));

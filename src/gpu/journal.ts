@@ -1,8 +1,9 @@
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import type { DeviceOwner } from "../checkpoint/device-slot.ts";
 import type { CgroupPaths } from "../linux/cgroup.ts";
 import { bootId, isAlive, startTime } from "../linux/proc.ts";
+import { readRecordNow, writeRecordNow } from "../linux/record-file.ts";
 
 /*
  * What a dump is about to do to processes, on disk before it is done: a crash at any step leaves either nothing or a journal. It lies below the
@@ -64,8 +65,7 @@ export function writeJournal(
     processes: entries,
   };
   mkdirSync(journalDirectory(), { recursive: true, mode: 0o700 });
-  writeFileSync(`${file}.new`, JSON.stringify(journal), { mode: 0o600 });
-  renameSync(`${file}.new`, file);
+  writeRecordNow(file, journal);
 }
 
 /** Of what is still alive; undefined when there is none, or it is of another boot. */
@@ -74,15 +74,8 @@ export function readJournal({ initPid }: JournalOwner): Journal | undefined {
 }
 
 function parse(file: string): Journal | undefined {
-  let text: string;
-  try {
-    text = readFileSync(file, "utf8");
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
-    throw error;
-  }
-  const journal = JSON.parse(text) as Journal;
-  if (journal.version !== 1 || journal.boot !== bootId()) return undefined;
+  const journal = readRecordNow<Journal>(file);
+  if (journal?.version !== 1 || journal.boot !== bootId()) return undefined;
   const alive = journal.processes.filter(({ pid, startTime }) => isAlive(pid, startTime));
   return { ...journal, processes: alive };
 }

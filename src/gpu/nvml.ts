@@ -2,7 +2,7 @@ import type { NvmlAnswer } from "../linux/cuda.ts";
 import type { Deadlines } from "./deadlines.ts";
 import { type GpuDevice, type HelperKeeper, parseUuid } from "./means.ts";
 
-export function nvmlLibrary(): string {
+function nvmlLibrary(): string {
   return process.env.CEDANA_GPU_NVML || "libnvidia-ml.so.1";
 }
 

@@ -18,11 +18,15 @@ export const gpuSlot: DeviceSlot = {
   },
   recover: (owner) => {
     if (!hasJournal(owner)) return;
-    void import("./recover.ts").then(({ recoverInBackground }) => recoverInBackground(owner));
+    void import("./recover.ts")
+      .then(({ recoverInBackground }) => recoverInBackground(owner))
+      .catch((error) => owner.log.error({ err: error, what: owner.what }, "give processes their GPU back"));
   },
   isRecovering: () => recovering.size > 0,
   recoverAll: (directories, log) => {
     if (journals().length === 0) return;
-    void import("./recover.ts").then(({ recoverAll }) => recoverAll(directories, log));
+    void import("./recover.ts")
+      .then(({ recoverAll }) => recoverAll(directories, log))
+      .catch((error) => log.error({ err: error }, "give processes their GPUs back"));
   },
 };

@@ -46,7 +46,7 @@ export interface FileStat {
 }
 
 /** All kinds under /proc/PID/ns, the two that a process's children will get included. */
-export const namespaceKinds = [
+const namespaceKinds = [
   "mnt",
   "pid",
   "pid_for_children",

@@ -34,7 +34,7 @@ export const AF = { UNIX: 1, INET: 2, INET6: 10, NETLINK: 16, PACKET: 17, VSOCK:
 const IPPROTO = { TCP: 6, UDP: 17, UDPLITE: 136, RAW: 255 } as const;
 
 /** States of TCP; other families use ESTABLISHED, CLOSE and LISTEN of them. Source: net/tcp_states.h. */
-export const tcpStates = [
+const tcpStates = [
   "UNKNOWN",
   "ESTABLISHED",
   "SYN_SENT",

@@ -9,7 +9,7 @@ interface Xxh128Addon {
   xxh128Create(): State;
   xxh128Update(state: State, bytes: Uint8Array): void;
   xxh128ReadSync(state: State, fd: number, offset: number, length: number): number;
-  xxh128Read(state: State, fd: number, offset: number, length: number): Promise<number>;
+  xxh128Read(state: State, fd: number, offset: number, length: number, toDisk: boolean): Promise<number>;
   xxh128Digest(state: State): string;
   xxh128Files(
     directory: number,
@@ -37,9 +37,12 @@ export class Xxh128 {
     return addon().xxh128ReadSync(this.#state, fd, offset, length);
   }
 
-  /** The same in the thread pool. Until it is over, nothing else can be asked of this hash, and the descriptor must stay open. */
-  read(fd: number, offset: number, length: number): Promise<number> {
-    return addon().xxh128Read(this.#state, fd, offset, length);
+  /**
+   * The same in the thread pool. Until it is over, nothing else can be asked of this hash, and the descriptor must stay open.
+   * @param options.toDisk  the kernel begins to write these bytes to the disk, which nobody waits for; see sync_file_range(2)
+   */
+  read(fd: number, offset: number, length: number, { toDisk = false } = {}): Promise<number> {
+    return addon().xxh128Read(this.#state, fd, offset, length, toDisk);
   }
 
   /** 32 hexadecimal digits, as `xxh128sum` prints them. */

@@ -1,28 +1,18 @@
 import { execFile } from "node:child_process";
 import { realpathSync } from "node:fs";
-import { open, statfs } from "node:fs/promises";
-import { basename, dirname, isAbsolute } from "node:path";
+import { basename, isAbsolute } from "node:path";
 import { promisify } from "node:util";
-import {
-  AlreadyExists,
-  type CedanaError,
-  InvalidRequest,
-  NotFound,
-  RuntimeFailed,
-  Unavailable,
-  Unsupported,
-  WrongState,
-} from "../errors/index.ts";
+import { InvalidRequest, Unavailable, Unsupported } from "../errors/index.ts";
 import { fileIdentity } from "../linux/file-identity.ts";
 
-// The engines, runc and crun: command lines for the keeper to run, and what their failures mean. Nothing is executed
+// The engines, runc and crun: command lines for the keeper to run, and what a binary can do. Nothing is executed
 // here but `--version` and `--help`, once for each binary.
 //
 // Command lines are what containerd's own shim would give (go-runc), so that a container begun by the one can be gone
 // on with by the other: same root, same flags. What an engine lacks is refused by name, never left out silently.
 
 /** Where containerd's shim for runc keeps the engines' state, by containerd namespace below it. */
-export const defaultRuncRoot = "/run/containerd/runc";
+const defaultRuncRoot = "/run/containerd/runc";
 
 /** One program to run, with the environment of whoever runs it, and `env` (`NAME=value`) besides. */
 export interface EngineCommand {
@@ -170,11 +160,6 @@ export class Engine {
     if (options.features) this.name = options.features.name;
   }
 
-  /** Directory of one container's state, of interest for looking into, never for writing. */
-  stateDirectory(id: string): string {
-    return `${this.root}/${checkId(id)}`;
-  }
-
   create(options: CreateCommand): EngineCommand {
     return this.#command(options, "create", [
       "--bundle",
@@ -211,24 +196,12 @@ export class Engine {
     return this.#command(options, "kill", options.all ? ["--all"] : [], [String(options.signal)]);
   }
 
-  pause(options: Common): EngineCommand {
-    return this.#command(options, "pause", []);
-  }
-
-  resume(options: Common): EngineCommand {
-    return this.#command(options, "resume", []);
-  }
-
   /** @param options.resourcesFile  JSON file of the OCI LinuxResources */
   update(options: Common & { readonly resourcesFile: string }): EngineCommand {
     return this.#command(options, "update", [
       "--resources",
       absolute("resources file", options.resourcesFile),
     ]);
-  }
-
-  state(options: Common): EngineCommand {
-    return this.#command(options, "state", []);
   }
 
   /**
@@ -336,67 +309,6 @@ function absolute(what: string, path: string): string {
   return path;
 }
 
-/**
- * Options that reach CRIU past the engine, as the text of a configuration file.
- *
- * CRIU reads the file that `CRIU_CONFIG_FILE` names also when an engine starts it as `criu swrk`, after
- * /etc/criu/default.conf and before what the engine asks for; an option that the engine doesn't mention stays as the
- * file says.
- * @throws InvalidRequest for a cgroup path with quotes or control characters
- * Source: criu(8), "CONFIGURATION FILES".
- */
-export function criuConfig(options: {
-  readonly tcpClose?: boolean | undefined;
-  readonly skipInFlight?: boolean | undefined;
-  readonly leaveStopped?: boolean | undefined;
-  readonly lazyPages?: boolean | undefined;
-  readonly networkLock?: "skip" | "nftables" | undefined;
-  /** where CRIU looks for plugins; a directory without any keeps those of the machine away */
-  readonly pluginDirectory?: string | undefined;
-  /** What is mounted from outside, besides what the engine says. */
-  readonly externalMounts?: readonly { readonly key: string; readonly source: string }[] | undefined;
-  /** What cgroups are restored below instead of where they were, by controller; that of version 2 is "". */
-  readonly cgroupRoots?: readonly (readonly [controller: string, path: string])[] | undefined;
-  /** Where all hierarchies of cgroups are mounted, so that CRIU needs to mount none. */
-  readonly cgroupYard?: string | undefined;
-}): string {
-  return [
-    options.tcpClose && "tcp-close",
-    options.skipInFlight && "skip-in-flight",
-    options.leaveStopped && "leave-stopped",
-    options.lazyPages && "lazy-pages",
-    options.networkLock && `network-lock ${options.networkLock}`,
-    options.pluginDirectory !== undefined &&
-      `libdir "${absolute("plugin directory", options.pluginDirectory)}"`,
-    ...(options.externalMounts ?? []).map(
-      ({ key, source }) => `external ${quoted(`mnt[${key}]:${source}`, "mount")}`,
-    ),
-    ...(options.cgroupRoots ?? []).map(([controller, path]) => cgroupRoot(controller, path)),
-    options.cgroupYard !== undefined &&
-      `cgroup-yard "${absolute("directory of cgroups", options.cgroupYard)}"`,
-  ]
-    .filter(Boolean)
-    .map((line) => `${line}\n`)
-    .join("");
-}
-
-/** The same line by line. */
-export function criuLines(options: Parameters<typeof criuConfig>[0]): string[] {
-  return criuConfig(options).split("\n").filter(Boolean);
-}
-
-function cgroupRoot(controller: string, path: string): string {
-  return `cgroup-root ${quoted(`${controller}:${path}`, "cgroup path")}`;
-}
-
-// What comes from a container's configuration or from images must not become another option.
-function quoted(text: string, what: string): string {
-  // biome-ignore lint/suspicious/noControlCharactersInRegex: these are what is to be refused
-  if (/["\\\u0000-\u001f\u007f]/.test(text))
-    throw new InvalidRequest(`${what} ${JSON.stringify(text)} has characters that CRIU can't be told`);
-  return `"${text}"`;
-}
-
 function withCriuConfig(configFile: string | undefined, { argv }: EngineCommand): EngineCommand {
   if (configFile === undefined) return { argv };
   return { argv, env: [`CRIU_CONFIG_FILE=${absolute("CRIU configuration file", configFile)}`] };
@@ -475,138 +387,4 @@ export async function findBinary(binary: string): Promise<string> {
     }
   }
   throw new Unavailable(`engine ${binary} is not installed`);
-}
-
-// An engine writes a few lines; with --debug many, of which the last matter.
-const logTailBytes = 64 * 1024;
-
-/**
- * The last error in an engine's log, in JSON or text form.
- * @returns undefined when there is none
- */
-export async function lastLogError(logFile: string): Promise<string | undefined> {
-  return lastErrorIn(await tail(logFile, logTailBytes));
-}
-
-/** The end of a file, empty when there is none. */
-async function tail(path: string, bytes: number): Promise<string> {
-  const file = await open(path).catch(() => undefined);
-  if (!file) return "";
-  try {
-    const { size } = await file.stat();
-    const length = Math.min(size, bytes);
-    const { bytesRead, buffer } = await file.read(Buffer.alloc(length), 0, length, size - length);
-    return buffer.toString("utf8", 0, bytesRead);
-  } catch {
-    return ""; // a directory, or gone: then there is nothing to quote
-  } finally {
-    await file.close();
-  }
-}
-
-/**
- * Last error of a log's text: `{"level":"error","msg":…}` of either engine, logrus' `level=error msg="…"`; and where no
- * line is of either form, the last line, which is what the engines print on stderr.
- */
-export function lastErrorIn(text: string): string | undefined {
-  let last: string | undefined;
-  let plain: string | undefined;
-  for (const line of text.split("\n")) {
-    if (line.trim() === "") continue;
-    const entry = parseLogLine(line);
-    if (entry === undefined) plain = line.trim();
-    else if (["error", "fatal", "panic"].includes(entry.level)) last = entry.message;
-  }
-  return last ?? plain;
-}
-
-function parseLogLine(line: string): { level: string; message: string } | undefined {
-  if (line.startsWith("{")) {
-    try {
-      const { level, msg } = JSON.parse(line) as { level?: unknown; msg?: unknown };
-      if (typeof msg === "string") return { level: String(level), message: msg };
-    } catch {
-      return undefined; // cut at the front by `tail`, or no JSON
-    }
-  }
-  const [, level, quoted, bare] = /\blevel=(\w+)\b.*?\bmsg=(?:("(?:[^"\\]|\\.)*")|(\S+))/.exec(line) ?? [];
-  if (level === undefined) return undefined;
-  return { level, message: quoted ? unquote(quoted) : bare! };
-}
-
-function unquote(text: string): string {
-  try {
-    return JSON.parse(text) as string;
-  } catch {
-    return text.slice(1, -1); // an escape of Go's that JSON lacks
-  }
-}
-
-// What a failure means to containerd. Texts are those of runc 1.1 to 1.3 and crun 1.8 to 1.21; the Go shim matches the
-// same ones where it says NotFound, AlreadyExists or FailedPrecondition. The first that fits decides.
-const meanings: readonly [
-  pattern: RegExp,
-  error: new (message: string, options?: ErrorOptions) => CedanaError,
-][] = [
-  // runc: "container does not exist". crun says which of its files is missing.
-  [/container (?:"?\S+"? )?does not exist/i, NotFound],
-  [
-    /(?:error opening file|cannot open directory) `?[^`]*\/{ID}(?:\/status)?`?: No such file or directory/i,
-    NotFound,
-  ],
-  // A signal for a process that has ended: runc 1.1 says that the container isn't running.
-  [/process already finished|os: process already finished|no such process/i, NotFound],
-  [/container with (?:given )?id (?:already )?exists|container `[^`]*` already exists/i, AlreadyExists],
-  [/cannot exec in a stopped container|container not running|fail startup/i, WrongState],
-  [/cannot exec in a paused container|container `[^`]*` is paused/i, WrongState],
-  [/container not paused|cannot be (?:paused|resumed)/i, WrongState],
-  [
-    /cannot start an already running container|cannot start a container that has (?:stopped|run and stopped)/i,
-    WrongState,
-  ],
-  [/cannot open `[^`]*\/exec\.fifo`: No such file or directory/i, WrongState],
-  [/that is not stopped: |is not in `created` or `stopped` state/i, WrongState],
-  [/cannot be checkpointed in \w+ state/i, WrongState],
-];
-
-/**
- * The error for an engine that failed: NotFound, AlreadyExists or WrongState where its words say so, else RuntimeFailed
- * with the words.
- * @param outputFile  where the engine's stdout and stderr went, for failures that it doesn't log (crun: a missing bundle)
- */
-export async function engineFailure(
-  action: string,
-  id: string,
-  exitStatus: number,
-  logFile: string,
-  outputFile?: string,
-): Promise<CedanaError> {
-  const words = (await lastLogError(logFile)) ?? (outputFile && (await lastLogError(outputFile)));
-  return failureFrom(action, id, exitStatus, words || (await fullDisk(dirname(logFile))));
-}
-
-/** Why an engine may have been unable to say anything: no room for its log. */
-async function fullDisk(directory: string): Promise<string | undefined> {
-  const { bavail } = await statfs(directory).catch(() => ({ bavail: 1 })); // gone: then that isn't it
-  return bavail === 0
-    ? `no space left on device for ${directory}: the engine could not even say so`
-    : undefined;
-}
-
-/** As `engineFailure`, with the engine's words at hand. */
-export function failureFrom(
-  action: string,
-  id: string,
-  exitStatus: number,
-  words: string | undefined,
-): CedanaError {
-  const message = `${action} ${id}: ${words ?? `the engine ended with status ${exitStatus} and said nothing`}`;
-  if (words === undefined) return new RuntimeFailed(message, { exitStatus });
-  // A signal for a container that has ended is for nobody, and containerd takes NotFound for "already gone".
-  if (action === "kill" && /container not running/i.test(words)) return new NotFound(message);
-  for (const [pattern, Meaning] of meanings) {
-    const source = pattern.source.replace("{ID}", id.replace(/[.+]/g, "\\$&"));
-    if (new RegExp(source, pattern.flags).test(words)) return new Meaning(message);
-  }
-  return new RuntimeFailed(message, { exitStatus });
 }

@@ -1,10 +1,13 @@
 import { join, resolve } from "node:path";
-import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
+import type { DumpTarget, EngineDump } from "../checkpoint/dump/target.ts";
+import { dump as dumpContainer } from "../checkpoint/dump.ts";
 import { gateBelow } from "../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
+import { criuConfig } from "../criu/option-file.ts";
 import { toldPluginDirectory } from "../criu/plugins.ts";
 import { foreignHierarchies } from "../linux/cgroup-hierarchy.ts";
-import { criuConfig, Engine, engineFailure, engineVersion } from "../runtime/engine.ts";
+import { Engine, engineVersion } from "../runtime/engine.ts";
+import { engineFailure } from "../runtime/engine-failure.ts";
 import { hookOf } from "../runtime/hooks.ts";
 import { pluginsOf, specFacts } from "../runtime/manifest-facts.ts";
 import type { CheckpointRequestOptions } from "../runtime/options.ts";

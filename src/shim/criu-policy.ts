@@ -2,8 +2,8 @@ import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { CheckpointManifest } from "../checkpoint/manifest.ts";
 import { type CriuPolicy, cgroupsModes } from "../checkpoint/policy.ts";
+import { criuConfig } from "../criu/option-file.ts";
 import { InvalidRequest } from "../errors/index.ts";
-import { criuConfig } from "../runtime/engine.ts";
 import { type CheckpointRequestOptions, decodeCheckpointOptions } from "../runtime/options.ts";
 import { cedanaAnnotations, type OciSpec } from "../runtime/spec.ts";
 

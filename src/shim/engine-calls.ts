@@ -3,7 +3,8 @@ import { join } from "node:path";
 import { gateBelow } from "../criu/gate.ts";
 import { learnVersionAnswer } from "../criu/version-answer.ts";
 import { BrokenImage, NotFound } from "../errors/index.ts";
-import { type Engine, type EngineCommand, engineFailure, type RestoreCommand } from "../runtime/engine.ts";
+import type { Engine, EngineCommand, RestoreCommand } from "../runtime/engine.ts";
+import { engineFailure } from "../runtime/engine-failure.ts";
 import type { Container } from "./container.ts";
 import type { SpawnOptions, Tag, Work } from "./keeper.ts";
 

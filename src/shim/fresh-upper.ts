@@ -1,7 +1,8 @@
-import { chmod, chown, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { chmod, chown, readdir, rm, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { overlayLayers } from "../checkpoint/rootfs-diff/index.ts";
 import { Unsupported } from "../errors/index.ts";
+import { readRecord, writeRecord } from "../linux/record-file.ts";
 
 /*
  * Files of a container whose restore may fail and be followed by a start afresh (`cedana.io/on-restore-failure: fresh`): what the restore
@@ -36,13 +37,12 @@ export async function noteFreshUpper(bundle: string, rootfs: string): Promise<vo
     );
   const { mode, uid, gid } = await stat(upper);
   const note: FreshUpper = { path: upper, mode: mode & 0o7777, uid, gid };
-  await writeFile(`${freshUpperFile(bundle)}.new`, JSON.stringify(note), { mode: 0o600 });
-  await rename(`${freshUpperFile(bundle)}.new`, freshUpperFile(bundle));
+  await writeRecord(freshUpperFile(bundle), note);
 }
 
+/** @returns undefined when it didn't come to that */
 async function readFreshUpper(bundle: string): Promise<FreshUpper | undefined> {
-  const text = await readFile(freshUpperFile(bundle), "utf8").catch(() => undefined); // ENOENT: it didn't come to that
-  return text === undefined ? undefined : (JSON.parse(text) as FreshUpper);
+  return await readRecord<FreshUpper>(freshUpperFile(bundle));
 }
 
 /**

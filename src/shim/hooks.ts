@@ -2,7 +2,7 @@ import { readFileSync } from "node:fs";
 import { readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { TimedOut } from "../errors/index.ts";
-import { lastLogError } from "../runtime/engine.ts";
+import { lastLogError } from "../runtime/engine-failure.ts";
 import { endSession, type Hook, HookOutput, hookFailure } from "../runtime/hooks.ts";
 import { processLike } from "../runtime/spec.ts";
 import type { Container } from "./container.ts";

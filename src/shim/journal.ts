@@ -1,7 +1,8 @@
-import { readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Claim } from "../checkpoint/resume.ts";
 import { BrokenImage, SyscallFailed } from "../errors/index.ts";
+import { readRecordNow, writeRecordNow } from "../linux/record-file.ts";
 import type { Mount } from "../proto/generated/types.ts";
 import type { EscalationStep } from "../runtime/kill-policy.ts";
 import type { PendingEscalation } from "./escalation.ts";
@@ -11,9 +12,8 @@ import type { Exit } from "./process.ts";
 /**
  * A task's state as the next cedanad will find it: one small JSON file in the bundle, replaced at each transition.
  *
- * Written without fsync: a write survives the end of our process as soon as write(2) and rename(2) have returned, and no
- * container survives the end of the machine. The write is synchronous on purpose: 0.1 ms on the tmpfs that bundles live in,
- * less than the thread pool's round trips, and no other code may run between a transition and its record.
+ * The write is synchronous on purpose: 0.1 ms on the tmpfs that bundles live in, and no other code may run between a transition and its
+ * record.
  */
 export interface TaskRecord extends Partial<RestorationRecord> {
   version: 1;
@@ -76,6 +76,7 @@ export interface ExitRecord {
   atNs: string;
 }
 
+/** For a record to spread: nothing for a process that runs. */
 export function exitRecord(exit: Exit | undefined): { exit?: ExitRecord } {
   return exit ? { exit: { status: exit.status, atNs: exit.atNs.toString() } } : {};
 }
@@ -84,6 +85,7 @@ export function exitOf({ status, atNs }: ExitRecord): Exit {
   return { status, atNs: BigInt(atNs) };
 }
 
+/** A process that was added to the container. */
 export interface ExecRecord {
   execId: string;
   /** tells execs of the same name apart */
@@ -94,7 +96,7 @@ export interface ExecRecord {
   stdin: string;
   stdout: string;
   stderr: string;
-  /** the process as JSON, as containerd sent it: of a cedanad that had no file for it yet */
+  /** the OCI process, JSON: only in records of older versions, which had no file for it */
   spec?: string;
   exit?: ExitRecord;
 }
@@ -109,42 +111,18 @@ export const MAX_ANSWERS = 16;
 
 /** @throws SyscallFailed naming the file; the record before stays */
 export function writeTaskRecord(record: TaskRecord): void {
-  const path = join(record.bundle, FILE_NAME);
-  writeWhole(`${path}.new`, JSON.stringify(record));
-  renameSync(`${path}.new`, path);
+  writeRecordNow(join(record.bundle, FILE_NAME), record);
 }
 
-function writeWhole(path: string, text: string): void {
-  try {
-    writeFileSync(path, text, { mode: 0o600 });
-  } catch (error) {
-    rmSync(path, { force: true }); // half of it would only take room
-    const { code = "", errno = 0 } = error as NodeJS.ErrnoException;
-    throw new SyscallFailed(`write ${path}: ${(error as Error).message}`, {
-      cause: error,
-      errno: Math.abs(errno),
-      code,
-      syscall: "write",
-    });
-  }
-}
-
-/** @returns undefined when the bundle has none. @throws BrokenImage when it can't be read as a record of this version */
+/**
+ * @returns undefined when the bundle has none
+ * @throws BrokenImage when it can't be read as a record of this version, SyscallFailed when it can't be read now
+ */
 export function readTaskRecord(bundle: string): TaskRecord | undefined {
   const path = join(bundle, FILE_NAME);
-  let text: string;
-  try {
-    text = readFileSync(path, "utf8");
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
-    throw error;
-  }
-  try {
-    const record = JSON.parse(text) as TaskRecord;
-    if (record.version === 1 && typeof record.id === "string" && Array.isArray(record.execs)) return record;
-  } catch (error) {
-    throw new BrokenImage(`task record ${path} is not JSON`, { cause: error });
-  }
+  const record = readRecordNow<TaskRecord>(path);
+  if (record === undefined) return undefined;
+  if (record?.version === 1 && typeof record.id === "string" && Array.isArray(record.execs)) return record;
   throw new BrokenImage(`task record ${path} is not of version 1`);
 }
 
@@ -153,5 +131,11 @@ export function readTaskRecord(bundle: string): TaskRecord | undefined {
  * directory, container id.
  */
 export function writeEngineNote(bundle: string, binary: string, root: string, id: string): void {
-  writeWhole(join(bundle, "cedana-engine"), `${binary}\n${root}\n${id}\n`);
+  const path = join(bundle, "cedana-engine");
+  try {
+    writeFileSync(path, `${binary}\n${root}\n${id}\n`, { mode: 0o600 });
+  } catch (error) {
+    rmSync(path, { force: true }); // half of it would send the launcher to another engine
+    throw SyscallFailed.from(error);
+  }
 }

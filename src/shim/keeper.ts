@@ -277,6 +277,11 @@ export class Keeper {
     );
   }
 
+  /** Gives the connection up: the keeper comes back. */
+  disconnect(): void {
+    this.#socket.destroy();
+  }
+
   /** The connection has ended. */
   lost(): void {
     this.#closed = true;

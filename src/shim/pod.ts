@@ -3,6 +3,7 @@ import { join } from "node:path";
 import type { Logger } from "pino";
 import { BrokenImage } from "../errors/index.ts";
 import type { Dispatcher } from "../ttrpc/index.ts";
+import type { Culprit } from "./culprit.ts";
 import { type Event, forwardFrame } from "./events.ts";
 import { readTaskRecord } from "./journal.ts";
 import type { AdoptedExit, Keeper, Tag, Work } from "./keeper.ts";
@@ -28,7 +29,7 @@ export interface CallContext {
  * The tasks of one keeper: a container, or the containers of a Kubernetes pod. Takes the keeper's reports to the task they
  * belong to, and requests to the task service.
  */
-export class Pod {
+export class Pod implements Culprit {
   readonly keeper: Keeper;
   readonly namespace: string;
   /** containerd's own API; empty: unknown */
@@ -42,6 +43,7 @@ export class Pod {
   /** exits of pids that no task has, or not yet: Create, Start and Exec learn their pid from a file */
   readonly #unclaimed = new Map<number, AdoptedExit>();
   readonly #calls = new Map<number, { connection: number; abort: AbortController }>();
+  readonly #served = new Set<Promise<void>>();
   readonly #welcomedMs = Date.now();
   #startsUnderWay = 0;
   /** Until END, reports of a keeper that came back are only collected: requests must be running again before exits are told. */
@@ -132,7 +134,13 @@ export class Pod {
 
   requested(message: Message): void {
     if (this.#arriving) this.#arriving.requests.push(message);
-    else void this.#serve(message);
+    else void this.#begin(message);
+  }
+
+  #begin(message: Message): Promise<void> {
+    const served = this.#serve(message).finally(() => this.#served.delete(served));
+    this.#served.add(served);
+    return served;
   }
 
   connectionClosed(connection: number): void {
@@ -140,7 +148,7 @@ export class Pod {
   }
 
   outOfMemory(containerId: string): void {
-    void this.tasks.get(containerId)?.containerCgroup.outOfMemory();
+    void this.tasks.get(containerId)?.containerCgroup.noticeOutOfMemory();
   }
 
   eventRefused(containerId: string, key: string, why: string): void {
@@ -160,13 +168,26 @@ export class Pod {
     }
     this.#arriving = undefined;
     for (const task of this.tasks.values()) resumeCheckpoint(task);
-    const served = requests.map((request) => this.#serve(request)); // those that start something count from here on
+    const served = requests.map((request) => this.#begin(request)); // those that start something count from here on
     await new Promise((resolve) => setImmediate(resolve));
     for (const exit of exits) this.exited(exit);
     // What a dump had frozen is thawed, unless the same dump goes on.
     void Promise.allSettled(served.filter((_, index) => isCheckpoint(requests[index]!))).then(() =>
       Promise.all([...this.tasks.values()].map(undoLeftovers)),
     );
+  }
+
+  get what(): string {
+    return `the pod of keeper ${this.keeper.pid} (${[...this.tasks.keys()].join(", ") || "no task"})`;
+  }
+
+  fail(): void {
+    this.keeper.disconnect();
+  }
+
+  /** After the end of the connection: no call is at work any more. */
+  async settled(): Promise<void> {
+    while (this.#served.size > 0) await Promise.allSettled(this.#served);
   }
 
   lost(): void {

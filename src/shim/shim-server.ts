@@ -1,9 +1,11 @@
 import type { Socket } from "node:net";
+import { setTimeout as sleep } from "node:timers/promises";
 import type { Logger } from "pino";
 import { toStatus } from "../errors/index.ts";
 import { SealedEngines } from "../runtime/sealed-engines.ts";
 import { Dispatcher } from "../ttrpc/index.ts";
 import { answerStart } from "./bootstrap.ts";
+import { inNameOf } from "./culprit.ts";
 import { runtimeInfo } from "./info.ts";
 import { Keeper } from "./keeper.ts";
 import {
@@ -20,6 +22,8 @@ import { type CallContext, Pod } from "./pod.ts";
 import { serviceNames, taskService } from "./task-service.ts";
 
 const EPROTO = 71;
+/** A keeper takes a cedanad that doesn't welcome it within 10 s for one that hangs. */
+const SETTLE_MS = 5_000;
 
 const deleteFlags = { ended: 1, unknown: 2 } as const;
 
@@ -44,6 +48,8 @@ export class ShimServer {
   readonly #dispatcher = new Dispatcher<CallContext>();
   readonly #engines: SealedEngines;
   readonly #beginRuntime: (socket: Socket, message: Message) => WrapperCall;
+  /** by pid: keepers whose connections have ended and whose calls are still at work */
+  readonly #leaving = new Map<number, Promise<void>>();
 
   constructor(options: {
     log: Logger;
@@ -71,16 +77,12 @@ export class ShimServer {
   /** Takes over an accepted connection, from a peer that has been checked. */
   accept(socket: Socket): void {
     const reader = new MessageReader();
-    const connection: Connection = { socket, pod: undefined, runtime: undefined };
+    const connection: Connection = { socket, pod: undefined, runtime: undefined, waiting: undefined };
     socket.on("data", (chunk: Buffer) => {
       try {
-        for (const message of reader.push(chunk)) this.#handle(connection, message);
+        for (const message of reader.push(chunk)) this.#take(connection, message);
       } catch (error) {
-        this.#log.error(
-          { err: error, keeper: connection.pod?.keeper.pid },
-          "a keeper's connection is unusable",
-        );
-        socket.destroy();
+        this.#unusable(connection, error);
       }
     });
     socket.on("error", (error) => this.#log.warn({ err: error }, "a keeper's connection failed")); // close follows
@@ -90,16 +92,54 @@ export class ShimServer {
       if (!pod) return;
       this.pods.delete(pod);
       pod.lost();
+      this.#waitFor(pod);
       this.#log.info({ keeper: pod.keeper.pid, tasks: [...pod.tasks.keys()] }, "a keeper has gone");
     });
+  }
+
+  #unusable({ pod, socket }: Connection, error: unknown): void {
+    this.#log.error({ err: error, keeper: pod?.keeper.pid }, "a keeper's connection is unusable");
+    socket.destroy();
+  }
+
+  #take(connection: Connection, message: Message): void {
+    const { pod, waiting } = connection;
+    if (waiting) waiting.push(message);
+    else if (pod) inNameOf(pod, () => this.#handle(connection, message));
+    else this.#handle(connection, message);
+  }
+
+  /** A keeper that comes back while calls of its last connection are still at work would have them done twice at the same time. */
+  #waitFor(pod: Pod): void {
+    const { pid } = pod.keeper;
+    const settled = Promise.race([pod.settled(), sleep(SETTLE_MS, undefined, { ref: false })]).then(() => {
+      if (this.#leaving.get(pid) === settled) this.#leaving.delete(pid);
+    });
+    this.#leaving.set(pid, settled);
+  }
+
+  async #welcomeLater(connection: Connection, hello: Message, leaving: Promise<void>): Promise<void> {
+    connection.waiting = [];
+    await leaving;
+    const { waiting, socket } = connection;
+    connection.waiting = undefined;
+    if (socket.destroyed) return;
+    try {
+      for (const message of [hello, ...waiting]) this.#take(connection, message);
+    } catch (error) {
+      this.#unusable(connection, error);
+    }
   }
 
   #handle(connection: Connection, message: Message): void {
     const { pod } = connection;
     switch (message.type) {
-      case messageType.HELLO:
-        this.#welcome(connection, message);
+      case messageType.HELLO: {
+        const leaving = this.#leaving.get(message.int("pid"));
+        if (leaving) void this.#welcomeLater(connection, message, leaving);
+        else this.#welcome(connection, message);
         return;
+      }
       case messageType.START:
         this.#answer(connection, messageType.START_ANSWER, answerStart(message, this.#runDirectory));
         return;
@@ -137,7 +177,10 @@ export class ShimServer {
         pod.taskKnown(message);
         return;
       case messageType.END:
-        void pod.arrived();
+        void pod.arrived().catch((error) => {
+          this.#log.error({ err: error, keeper: pod.keeper.pid }, `take up ${pod.what}: it is tried again`);
+          pod.fail();
+        });
         return;
       case messageType.PING:
         pod.keeper.pong(message.int("nonce"));
@@ -194,7 +237,8 @@ export class ShimServer {
         this.#log.error({ err: error }, "a launcher's question failed");
         return { errno: EPROTO, message };
       })
-      .then((values) => connection.socket.write(encodeMessage(type, values)));
+      .then((values) => connection.socket.write(encodeMessage(type, values)))
+      .catch((error) => this.#unusable(connection, error));
   }
 
   /**
@@ -277,4 +321,6 @@ interface Connection {
   socket: Socket;
   pod: Pod | undefined;
   runtime: WrapperCall | undefined;
+  /** what has come since a HELLO that isn't answered yet */
+  waiting: Message[] | undefined;
 }

@@ -1,10 +1,11 @@
 import { randomUUID } from "node:crypto";
 import { existsSync } from "node:fs";
-import { copyFile, mkdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, readFile, rm, stat } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Compression } from "../checkpoint/archive/compressions.ts";
-import { abandonAttempt, type DumpOutcome, dump, type EngineDump } from "../checkpoint/dump.ts";
+import type { EngineDump } from "../checkpoint/dump/target.ts";
+import { abandonAttempt, type DumpOutcome, dump } from "../checkpoint/dump.ts";
 import { thawNoted } from "../checkpoint/freeze-marker.ts";
 import { MANIFEST_NAME, readManifest } from "../checkpoint/manifest.ts";
 import { offerCheckpoint } from "../checkpoint/resume.ts";
@@ -12,6 +13,7 @@ import { CheckpointStore, type StoredCheckpoint, type StoreOwner } from "../chec
 import { endOfWriters } from "../criu/leftovers.ts";
 import { InvalidRequest, NotFound, RuntimeFailed, WrongState } from "../errors/index.ts";
 import { startTime } from "../linux/proc.ts";
+import { readRecord, writeRecord } from "../linux/record-file.ts";
 import { allowedAnnotations } from "../runtime/annotated-checkpoint.ts";
 import { checkpointNameOf as nameOf, rootfsOf } from "../runtime/checkpoint-on.ts";
 import { type Configuration, readConfiguration } from "../runtime/configuration.ts";
@@ -165,12 +167,11 @@ const recordFile = (task: Container) => join(scratchOf(task), "request.json");
 export async function resumeCheckpoint(task: Container, onDumped: () => void): Promise<void> {
   await alone(task, async () => {
     try {
-      const text = await readFile(recordFile(task), "utf8").catch(() => undefined); // half made: nothing was begun
-      if (text === undefined) {
-        await rm(scratchOf(task), { recursive: true, force: true });
+      const record = await readRecord<DumpRecord>(recordFile(task));
+      if (!record) {
+        await rm(scratchOf(task), { recursive: true, force: true }); // half made: nothing was begun
         return;
       }
-      const record = JSON.parse(text) as DumpRecord;
       record.attempts += 1;
       if (record.attempts > MAX_ATTEMPTS) {
         await giveUp(task, record);
@@ -202,8 +203,7 @@ async function finish(
   const startedAt = performance.now();
   const scratch = scratchOf(task);
   await mkdir(scratch, { recursive: true, mode: 0o700 });
-  await writeFile(`${recordFile(task)}.new`, JSON.stringify(record), { mode: 0o600 });
-  await rename(`${recordFile(task)}.new`, recordFile(task));
+  await writeRecord(recordFile(task), record);
   const path = join(record.directory, record.generation);
   try {
     let outcome: DumpOutcome = { path, times: {}, frozenMs: 0 };

@@ -140,8 +140,7 @@ describe("a checkpoint in a store", () => {
   it("keeps CRIU's link to an earlier one right", async () => {
     fs.mkdirSync(at("before"));
     await using staging = await Staging.beside(store, "web");
-    const parent = staging.relativeParent("../before");
-    expect(path.resolve(staging.path, parent)).toBe(at("before"));
+    const parent = path.relative(staging.path, at("before"));
     fs.symlinkSync(parent, path.join(staging.path, "parent"));
     await staging.commit();
     expect(tree(store)).toEqual({ "web/parent": "-> ../before" });

@@ -10,7 +10,6 @@ const {
   RemoteFailed,
   RuntimeFailed,
   statusCode,
-  statusName,
   SyscallFailed,
   TimedOut,
   toExitCode,
@@ -142,9 +141,4 @@ describe("toExitCode", () => {
     expect(toExitCode(new CriuFailed("dump", { exitStatus: 52, log: "Error" }))).toBe(1);
     expect(toExitCode(new Error("x"))).toBe(1);
   });
-});
-
-it("names the codes", () => {
-  expect(statusName(15)).toBe("DATA_LOSS");
-  expect(statusName(99)).toBe("99");
 });

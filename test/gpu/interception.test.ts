@@ -5,13 +5,26 @@ import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { createInterface } from "node:readline";
 import { afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
-import { blockersOf, deviceBytes, interceptionReport, quiesce, resume } from "../../src/gpu/interception.ts";
+import {
+  blockersOf,
+  type InterceptionReport,
+  interceptionReport,
+  quiesce,
+  resume,
+} from "../../src/gpu/interception.ts";
 import { readTraces, type Trace } from "../../src/gpu/trace.ts";
 import { isAlive } from "../../src/linux/proc.ts";
 import { cached } from "../live/harness/programs.ts";
 import { until } from "../live/harness/until.ts";
 import { onRealGpu, standIn } from "./harness.ts";
 import { machineWithGpu } from "./machine.ts";
+
+/** Bytes on all devices. */
+function deviceBytes(report: InterceptionReport): number {
+  return report.devices
+    .flatMap(({ memory }) => Object.values(memory))
+    .reduce((sum, { bytes }) => sum + bytes, 0);
+}
 
 /*
  * The interception library as it is built, in front of the stand-in driver, and in front of one that only says what it was called with.

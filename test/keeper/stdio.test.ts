@@ -3,7 +3,9 @@
 import { execFileSync } from "node:child_process";
 import fs from "node:fs";
 import { beforeAll, describe, expect, it } from "vitest";
+import { childrenOf } from "../../src/linux/proc.ts";
 import type { FieldValues } from "../../src/shim/keeper-protocol.ts";
+import { canFuse, deadFuse } from "../live/harness/dead-fuse.ts";
 import { until } from "../live/harness/until.ts";
 import { BUILD_TIMEOUT_MS, buildKeeper, isRoot, kill, Pod, type } from "./harness.ts";
 
@@ -348,6 +350,99 @@ describe.concurrent("log files", () => {
       }
     },
   );
+});
+
+describe.concurrent("whoever writes a log file", () => {
+  /** The processes that do, of a pod. */
+  const nameOf = (pid: number) => {
+    try {
+      return fs.readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0")[0];
+    } catch {
+      return undefined; // it has just ended
+    }
+  };
+  const writersOf = (pod: Pod) => childrenOf(pod.pid).filter((pid) => nameOf(pid) === "cedana-log");
+
+  it("waits for a disk alone: the pod's exits are told and its frames answered, and nobody waits for him", async () => {
+    await using pod = await Pod.start();
+    await open(pod, { io: "a", stdout: pod.path("log"), stdoutKind: file });
+    const [writer] = writersOf(pod);
+    process.kill(writer!, "SIGSTOP"); // as in a write(2) to a disk that takes its time
+    const ended = start(pod, "a", "seq 0 30000; sleep 1000");
+    const loud = (await pod.link.take(type.SPAWNED)).int("pid");
+    pod.pids.push(loud);
+    const stdout = pod.mkfifo("out");
+    const reader = new Reader(stdout);
+    await open(pod, { io: "b", stdout, stdoutKind: fifo });
+    expect(await start(pod, "b", "echo served")()).toBe(0);
+    await until(() => reader.text === "served\n", { what: () => "the other's output" });
+    kill(loud);
+    expect(await ended()).not.toBe(0);
+    expect(await drain(pod, "a", 50)).toBe(ETIMEDOUT);
+    expect(await free(pod, "a")).toBe(0);
+    await until(() => writersOf(pod).length === 0, { what: () => "the end of who writes" });
+    await free(pod, "b");
+    await reader.leave();
+  });
+
+  it.skipIf(!canFuse)(
+    "is given up when the file can't even be opened, and keeps nobody from being served",
+    async () => {
+      await using pod = await Pod.start();
+      fs.mkdirSync(pod.path("dead"));
+      using _dead = deadFuse(pod.path("dead"));
+      const values = { io: "a", stdout: pod.path("dead/log"), stdoutKind: file, timeoutMs: 300 };
+      const opening = pod.link.operate(type.IO_OPEN, values);
+      await open(pod, { io: "b" });
+      expect(await start(pod, "b", "exit 3")()).toBe(3 << 8);
+      const message = await opening;
+      expect(message.int("errno")).toBe(ETIMEDOUT);
+      expect(message.string("message")).toMatch(
+        /open the log file .*dead\/log: its file system does not answer/,
+      );
+      await until(() => writersOf(pod).length === 0, { what: () => "the end of who waits" });
+      await free(pod, "b");
+    },
+  );
+
+  it("has another one follow when he is killed, who goes on", async () => {
+    await using pod = await Pod.start();
+    const log = pod.path("log");
+    await open(pod, { io: "a", stdout: log, stderr: log, stdoutKind: file, stderrKind: file });
+    fs.writeFileSync(pod.path("wait"), "");
+    const before = fdsOf(pod.pid).length;
+    const ended = start(
+      pod,
+      "a",
+      `echo one; while [ -e ${pod.path("wait")} ]; do sleep 0.02; done; echo two >&2`,
+    );
+    await until(() => fs.existsSync(log) && fs.readFileSync(log, "utf8") === "one\n", { what: () => "one" });
+    const [first] = writersOf(pod);
+    kill(first!);
+    await until(() => writersOf(pod).some((pid) => pid !== first), { what: () => "another one" });
+    expect(fdsOf(pod.pid).length).toBeLessThanOrEqual(before);
+    fs.rmSync(pod.path("wait"));
+    expect(await ended()).toBe(0);
+    expect(await drain(pod, "a")).toBe(0);
+    expect(fs.readFileSync(log, "utf8")).toBe("one\ntwo\n");
+    expect(pod.log()).toMatch(
+      /what writes the log file .*log \(pid \d+\) ended with signal 9: another one follows/,
+    );
+    await free(pod, "a");
+  });
+
+  it("is no part of a FIFO's or a terminal's way", async () => {
+    await using pod = await Pod.start();
+    const stdout = pod.mkfifo("out");
+    const reader = new Reader(stdout);
+    await open(pod, { io: "a", stdout, stdoutKind: fifo, stderr: pod.path("log"), stderrKind: file });
+    expect(await start(pod, "a", "echo out; echo err >&2")()).toBe(0);
+    expect(await drain(pod, "a")).toBe(0);
+    await until(() => reader.text === "out\n", { what: () => "the FIFO's" });
+    expect(fs.readFileSync(pod.path("log"), "utf8")).toBe("err\n");
+    await free(pod, "a");
+    await reader.leave();
+  });
 });
 
 describe.concurrent("terminals", () => {

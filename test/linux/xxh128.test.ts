@@ -21,6 +21,17 @@ const sizes = [0, 1, 3, 4, 8, 9, 16, 17, 128, 129, 240, 241, 1024, 1025, 262_144
 const bytesOf = (size: number) =>
   Buffer.from(Array.from({ length: size }, (_, at) => (at * 31 + size) & 255));
 
+/** What of a file is in the page cache: cachestat(2). undefined: the kernel doesn't know the call */
+function pagesOf(file: string): { dirty: number } | undefined {
+  const script = `
+import ctypes, os, sys
+arguments, found = (ctypes.c_uint64 * 2)(), (ctypes.c_uint64 * 5)()
+done = ctypes.CDLL(None).syscall(451, os.open(sys.argv[1], os.O_RDONLY), arguments, found, 0)
+print(found[1] if done == 0 else -1)`;
+  const dirty = Number(execFileSync("python3", ["-c", script, file], { encoding: "utf8" }));
+  return dirty < 0 ? undefined : { dirty };
+}
+
 describe("XXH3 of 128 bits", () => {
   it("is what xxh128sum prints, however the bytes come", async () => {
     for (const size of sizes) fs.writeFileSync(path.join(directory, `${size}`), bytesOf(size));
@@ -53,6 +64,23 @@ describe("XXH3 of 128 bits", () => {
     expect(read).toEqual(expected);
     const files = await xxh128Files(root, names, 2 ** 40, 0);
     expect(files).toEqual(sizes.map((size, at) => ({ size, digest: expected[at] })));
+  });
+
+  it("has the disk begin with what it reads, when it is told to", async ({ skip }) => {
+    const file = path.join(directory, "dirty");
+    fs.writeFileSync(file, Buffer.alloc(4 << 20, 1));
+    const before = pagesOf(file);
+    skip(before === undefined, "a kernel without cachestat(2), which came with 6.5");
+    skip(before!.dirty === 0, "nothing is ever dirty here: a tmpfs");
+    const fd = fs.openSync(file, "r");
+    try {
+      const hash = new Xxh128();
+      await hash.read(fd, 0, 2 << 20);
+      await hash.read(fd, 2 << 20, 2 << 20, { toDisk: true });
+      expect(pagesOf(file)!.dirty).toBeLessThanOrEqual(before!.dirty / 2); // clean, or on their way
+    } finally {
+      fs.closeSync(fd);
+    }
   });
 
   it("leaves alone what is larger than asked for, and sets the mode", async () => {

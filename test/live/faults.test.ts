@@ -59,6 +59,30 @@ describe("a request that ends cedanad", () => {
   });
 });
 
+describe("an error that nobody catches", () => {
+  it("costs the pod whose call it was its connection, and nobody else anything", async () => {
+    await using live = await Live.start({
+      containerd: "1.7",
+      engine: "runc",
+      env: { CEDANA_FAULT: "uncaught:Pause" },
+    });
+    await using task = await live.run(["counter", "20", "0"]);
+    await using other = await live.run(["counter", "20", "0"]);
+    const { pid } = live.cedanad()!;
+    await expect(task.pause()).rejects.toThrow(/Pause was in work when cedanad ended, twice/);
+    expect(live.cedanad()!.pid).toBe(pid);
+    expect(live.cedanadLog()).toMatch(
+      new RegExp(
+        `the fault that CEDANA_FAULT asks for.*uncaught, in the work for the pod of keeper \\d+ \\(${task.id}\\)`,
+      ),
+    );
+    expect((await other.execToEnd(["true"])).status).toBe(0);
+    await task.resume();
+    const before = await task.nextNumber();
+    expect(await task.nextNumber()).toBe(before + 1);
+  });
+});
+
 describe("a cedanad that speaks only version 1 of the keeper's protocol", () => {
   it("serves a keeper that speaks both", async () => {
     await using live = await Live.start({

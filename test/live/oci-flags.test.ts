@@ -254,8 +254,8 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       const status = () => existsSync(at("status")) && readFileSync(at("status"), "utf8");
       expect(await until(() => status() || undefined, { what: () => "the end of restore" })).toBe("137\n");
       const left = await runtime("one", "state", "box");
-    if (engine === "runc") expect(left.stderr).toContain("does not exist");
-    else expect(JSON.parse(left.stdout).status).toBe("stopped"); // crun leaves what has ended to its caller's delete
+      if (engine === "runc") expect(left.stderr).toContain("does not exist");
+      else expect(JSON.parse(left.stdout).status).toBe("stopped"); // crun leaves what has ended to its caller's delete
       expect(numbers()).toEqual(numbers().map((_, n) => n));
     });
 

@@ -93,6 +93,6 @@ describe("the feature matrix", () => {
       "Dump command   ✔           —",
       "X              •           ✖",
     ]);
-    expect(text).toMatch(/✔ available {2}• not implemented {2}— not installed {2}✖ incompatible$/);
+    expect(text).toMatch(/✔ available {2}• not supported {2}— not installed {2}✖ incompatible$/);
   });
 });

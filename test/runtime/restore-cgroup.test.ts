@@ -1,9 +1,9 @@
 import { existsSync, mkdirSync, rmdirSync } from "node:fs";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
+import { criuConfig } from "../../src/criu/option-file.ts";
 import { InvalidRequest } from "../../src/errors/index.ts";
 import { hostCgroupVersion, unifiedPath } from "../../src/linux/cgroup-hierarchy.ts";
-import { criuConfig } from "../../src/runtime/engine.ts";
 import { usesSystemd } from "../../src/runtime/oci/call.ts";
 import { RestoreCgroup } from "../../src/runtime/restore-cgroup.ts";
 

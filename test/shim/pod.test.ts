@@ -159,7 +159,7 @@ function record(id: string, more: Partial<TaskRecord>): string {
     stdin: "",
     stdout: "",
     stderr: "",
-    options: decodeOptions(undefined),
+    options,
     rootfsMounted: false,
     oomKills: 0,
     execs: [],
@@ -170,6 +170,7 @@ function record(id: string, more: Partial<TaskRecord>): string {
   return bundle;
 }
 
+const options = await decodeOptions(undefined);
 const exit = { status: 0, atNs: "1" };
 
 describe("a call whose time is over", () => {
@@ -312,6 +313,28 @@ describe("a Create that fails at its first file", () => {
     expect(await keeper.response(9)).toBe(statusCode.INTERNAL);
     expect((await keeper.takes(type.TASK_GONE)).string("id")).toBe("c1");
     expect(fs.readdirSync(bundle)).toEqual(["config.json"]);
+  });
+});
+
+describe("a pod that can't be taken up", () => {
+  it("has to come again, and keeps nobody else from being served", async () => {
+    const socket = connect(path.join(directory, "socket"));
+    const other = new FakeKeeper(socket);
+    try {
+      await other.settled();
+      other.send(type.END);
+      record("c1", { state: "running", pid: 4242 });
+      await keeper.settled();
+      const [pod] = [...shim.pods].filter((one) => one.tasks.size > 0);
+      pod!.arrived = () => Promise.reject(new Error("a mistake of ours"));
+      keeper.send(type.END);
+      await until(() => keeper.closed, { what: () => "the end of the connection" });
+      await other.settled();
+      expect(other.closed).toBe(false);
+      expect([...shim.pods]).toHaveLength(1);
+    } finally {
+      socket.destroy();
+    }
   });
 });
 

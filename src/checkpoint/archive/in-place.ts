@@ -8,7 +8,7 @@ import { createArchive } from "./index.ts";
 import { containerOf } from "./layout.ts";
 
 /** Names as people expect them of a tar. */
-export const archiveNames: Readonly<Record<Compression, string>> = {
+const archiveNames: Readonly<Record<Compression, string>> = {
   none: "checkpoint.tar",
   gzip: "checkpoint.tar.gz",
   lz4: "checkpoint.tar.lz4",

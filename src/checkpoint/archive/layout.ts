@@ -35,7 +35,7 @@ const SPEC_DUMP = "spec.dump";
  * @param manager  annotation `io.container.manager` of spec.dump, where it is known
  * @throws BrokenImage when it is no checkpoint; Unsupported for one of a whole pod
  */
-export function detectLayout(names: Iterable<string>, manager?: string): Layout {
+function detectLayout(names: Iterable<string>, manager?: string): Layout {
   const files = new Set(names);
   if (files.has(MANIFEST_NAME)) return files.has("inventory.img") ? "criu" : "cedana";
   if (files.has("pod.dump") || files.has("checkpointed.pods"))

@@ -180,7 +180,7 @@ function identity(process: ProcessInventory | undefined): Pick<Finding, "process
   return { process: { pid: process.pid, pidInContainer: process.pidInContainer, comm: process.stat.comm } };
 }
 
-export function socketInode(file: OpenFile): number | undefined {
+function socketInode(file: OpenFile): number | undefined {
   return file.link.startsWith("socket:[") ? inodeInBrackets(file.link) : undefined;
 }
 

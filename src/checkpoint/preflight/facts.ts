@@ -42,11 +42,6 @@ export function establishedTcp(context: Context): HeldSocket<InetSocket>[] {
   return heldTcp(context).filter(({ socket }) => socket.state !== "LISTEN" && socket.state !== "CLOSE");
 }
 
-/** Listeners with connections that nobody has accepted yet. */
-export function inFlightTcp(context: Context): HeldSocket<InetSocket>[] {
-  return listeningSockets(context).filter(({ socket }) => socket.receiveQueue > 0);
-}
-
 /** Unix sockets whose other end no process of the tree holds. */
 export function outsideUnixPeers(context: Context): HeldSocket<UnixSocket>[] {
   return [...heldSockets(context)].filter(

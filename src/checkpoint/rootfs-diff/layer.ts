@@ -280,7 +280,7 @@ function typeOf(info: BigIntStats): EntryType | undefined {
 }
 
 /** As gnu_dev_major(3) and gnu_dev_minor(3) take a device number apart. */
-export function deviceNumbers(rdev: bigint): { major: number; minor: number } {
+function deviceNumbers(rdev: bigint): { major: number; minor: number } {
   const major = ((rdev >> 8n) & 0xfffn) | ((rdev >> 32n) & 0xfffff000n);
   const minor = (rdev & 0xffn) | ((rdev >> 12n) & 0xffffff00n);
   return { major: Number(major), minor: Number(minor) };

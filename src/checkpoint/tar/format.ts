@@ -175,7 +175,7 @@ export function encodeHeader(entry: TarEntry): Buffer {
 }
 
 /** Bytes of data that a member has in the archive: without holes. */
-export function dataSize(entry: TarEntry): number {
+function dataSize(entry: TarEntry): number {
   if (entry.type !== "file") return 0;
   return entry.extents ? entry.extents.reduce((sum, { size }) => sum + size, 0) : entry.size;
 }

@@ -21,11 +21,11 @@ import type {
 import { readConfiguration } from "../../runtime/configuration.ts";
 import type { ApiCall } from "./context.ts";
 
-export async function openStore(): Promise<CheckpointStore> {
+async function openStore(): Promise<CheckpointStore> {
   return new CheckpointStore((await readConfiguration()).checkpoints.directory);
 }
 
-export function ownerOf(of: { namespace: string; podNamespace: string }): StoreOwner {
+function ownerOf(of: { namespace: string; podNamespace: string }): StoreOwner {
   return of.podNamespace === ""
     ? { namespace: of.namespace }
     : { namespace: of.namespace, podNamespace: of.podNamespace };

@@ -1,6 +1,7 @@
 import { chmodSync, rmSync } from "node:fs";
 import { createServer, type Server, type Socket } from "node:net";
 import type { Logger } from "pino";
+import { inNameOf } from "../../shim/culprit.ts";
 import { isAllowedPeer } from "../peer.ts";
 import type { ApiContext } from "./context.ts";
 
@@ -19,8 +20,10 @@ export function listenForApi(path: string, context: ApiContext): Server {
   const server = createServer((socket) => {
     // What is done about it: nothing; gRPC ends the session, or there was none yet.
     socket.on("error", (error) => log.debug({ err: error }, "a connection of the API failed"));
-    if (isAllowedPeer(socket, log)) void handOver(socket, context, log);
-    else socket.destroy();
+    if (isAllowedPeer(socket, log)) {
+      const culprit = { what: "a client of the management API", fail: () => void socket.destroy() };
+      void inNameOf(culprit, () => handOver(socket, context, log));
+    } else socket.destroy();
   });
   server.maxConnections = MAX_CONNECTIONS;
   server.on("error", (error) => log.error({ err: error, path }, "the management API can't be served"));

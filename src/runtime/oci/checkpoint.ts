@@ -1,16 +1,12 @@
 import { mkdirSync, rmSync } from "node:fs";
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
-import {
-  type CriuSettings,
-  type DumpRequest,
-  type DumpTarget,
-  dump as dumpContainer,
-  type EngineDump,
-} from "../../checkpoint/dump.ts";
+import type { CriuSettings, DumpRequest, DumpTarget, EngineDump } from "../../checkpoint/dump/target.ts";
+import { dump as dumpContainer } from "../../checkpoint/dump.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
+import { criuLines } from "../../criu/option-file.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
 import { expectAnswer } from "../../linux/apart.ts";
@@ -18,7 +14,8 @@ import { Cgroup } from "../../linux/cgroup.ts";
 import { foreignHierarchies } from "../../linux/cgroup-hierarchy.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
-import { criuLines, type EngineFeatures, engineVersion, failureFrom, lastErrorIn } from "../engine.ts";
+import { type EngineFeatures, engineVersion } from "../engine.ts";
+import { failureFrom, lastErrorIn } from "../engine-failure.ts";
 import { hookOf } from "../hooks.ts";
 import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, identityOf, type OciSpec, readSpec } from "../spec.ts";
@@ -78,8 +75,6 @@ export async function checkpoint(
     leaveRunning: preDump || options.has("leave-running"),
     pid: state.pid,
   };
-  const work = options.value("work-path");
-  for (const path of [dump.imagePath, work && resolve(call.cwd, work)]) if (path) await expectAnswer(path);
   const { pid } = state;
   const started = startTime(pid);
   const scratch = scratchOf(call);
@@ -88,6 +83,8 @@ export async function checkpoint(
     // A pre-dump is no checkpoint yet, and CRIU stops the processes for it by itself, for a moment. With lazy pages the caller reads the
     // images while CRIU still serves the memory, as --status-fd tells him: they can't be put in their place afterwards.
     if (preDump || options.has("lazy-pages")) {
+      for (const path of [dump.imagePath, resolve(call.cwd, options.value("work-path") ?? ".")])
+        await expectAnswer(path); // in the chain below, its first step asks
       await withImagePath(dump.imagePath, async () => {
         const env = await criuConfigFile(join(scratch, "criu.conf"), await criuConfigLines(dump, {}));
         await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath, env });

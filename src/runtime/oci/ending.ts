@@ -103,7 +103,7 @@ function killIfThere(pid: number): void {
  * @param thaw  called when it is held
  * @throws RuntimeFailed, TimedOut; then it runs, or has been killed
  */
-export async function exitFrozen(
+async function exitFrozen(
   helper: string,
   pid: number,
   status: number,

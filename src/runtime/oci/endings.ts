@@ -85,10 +85,10 @@ export class Endings {
       .then(({ end }) => end({ call, marker, log, signal: job.signal }))
       .catch((error) => this.#fallBack(path, marker, error, log))
       .finally(() => {
-        const now = readMarker(path); // undefined: deleted meanwhile
-        if (now?.ending) writeMarker(path, { ...now, ending: undefined });
         this.#jobs.delete(path);
         this.#done();
+        const now = readMarker(path); // undefined: deleted meanwhile
+        if (now?.ending) writeMarker(path, { ...now, ending: undefined });
       })
       .catch((error) => log.error({ err: error }, "note the end of a container"));
   }
@@ -126,7 +126,7 @@ export class Endings {
         writeMarker(path, next);
         const tooMany = new Cancelled(`cedanad ended in the middle of it ${TRIES} times`);
         if (next.ending.tries > TRIES) job.abort(tooMany);
-        void undone(path).then(() => this.#run(call, next, job));
+        void undone(path).then(() => this.#run(call, next, job)); // never rejects
       } catch (error) {
         this.#log.error({ err: error, path }, "take up a container that was being checkpointed at its end");
       }

@@ -1,11 +1,12 @@
-import { mkdirSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { readdir, readFile, rm } from "node:fs/promises";
+import { mkdirSync, rmSync } from "node:fs";
+import { readdir, rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import type { Logger } from "pino";
 import { thawWherever } from "../../checkpoint/freeze-marker.ts";
 import { Cgroup, type CgroupPaths } from "../../linux/cgroup.ts";
 import { mountsBelow, unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
+import { readRecord, writeRecordNow } from "../../linux/record-file.ts";
 
 // Containers that a checkpoint holds frozen, on disk: a cedanad that is killed in the middle leaves none that stands still for ever.
 
@@ -34,19 +35,13 @@ export async function noteFrozen(
   const paused = await cgroup.isFrozen();
   mkdirSync(dirname(marker), { recursive: true, mode: 0o700 });
   const dumpNote: DumpNote = { cgroup: cgroup.toJSON(), paused, scratch };
-  writeWhole(`${marker}${dumpSuffix}`, dumpNote);
-  if (!paused) writeWhole(`${marker}${suffix}`, cgroup);
+  writeRecordNow(`${marker}${dumpSuffix}`, dumpNote);
+  if (!paused) writeRecordNow(`${marker}${suffix}`, cgroup);
   try {
     await work();
   } finally {
     for (const one of [suffix, dumpSuffix]) rmSync(`${marker}${one}`, { force: true });
   }
-}
-
-/** At once, like what is removed: it is below the run directory, in memory, and the caller waits. */
-function writeWhole(path: string, content: object): void {
-  writeFileSync(`${path}.new`, JSON.stringify(content), { mode: 0o600 });
-  renameSync(`${path}.new`, path);
 }
 
 /**
@@ -62,13 +57,15 @@ export async function thawLeftovers(
   for (const name of names.filter((one) => one.endsWith(suffix))) {
     const note = join(directory, name);
     try {
-      const cgroup = Cgroup.fromPaths(JSON.parse(await readFile(note, "utf8")));
+      const paths = await readRecord<CgroupPaths>(note);
+      if (!paths) continue; // its dump has ended meanwhile
+      const cgroup = Cgroup.fromPaths(paths);
       if (await cgroup.isFrozen().catch(() => false)) await cgroup.thaw();
       log.warn({ note: name }, "thawed a container whose checkpoint was cut off");
     } catch (error) {
       log.error({ err: error, note: name }, "thaw a container whose checkpoint was cut off");
     }
-    await rm(note, { force: true });
+    await forget(note, log);
   }
   const undone = new Map<string, Promise<void>>();
   for (const name of names.filter((one) => one.endsWith(dumpSuffix))) {
@@ -114,22 +111,27 @@ async function isDumps(scratch: string): Promise<boolean> {
 
 /**
  * When the engine has come to its end, which may have frozen the container once more: what it made is removed, or kept where the
- * container is in it alone.
+ * container is in it alone. Never rejects.
  */
 async function undoDump(note: string, log: Logger): Promise<void> {
   try {
-    const { cgroup: paths, paused, scratch } = JSON.parse(await readFile(note, "utf8")) as DumpNote;
+    const dump = await readRecord<DumpNote>(note);
+    if (!dump) return;
+    const { cgroup: paths, paused, scratch } = dump;
     const cgroup = Cgroup.fromPaths(paths);
     const { abandonAttempt } = await import("../../checkpoint/dump.ts");
     const kept = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0);
     await rm(scratch, { recursive: true, force: true });
     // Another one may have begun meanwhile: the freezer is its own then.
-    const now = await readFile(note, "utf8").catch(() => undefined);
-    if (now === undefined || (JSON.parse(now) as DumpNote).scratch !== scratch) return;
+    if ((await readRecord<DumpNote>(note))?.scratch !== scratch) return;
     if (!paused) await thawWherever(cgroup);
     log.warn({ note, ...(kept !== undefined && { kept }) }, "undid a checkpoint that was cut off");
   } catch (error) {
     log.error({ err: error, note }, "undo a checkpoint that was cut off");
   }
-  await rm(note, { force: true });
+  await forget(note, log);
+}
+
+async function forget(note: string, log: Logger): Promise<void> {
+  await rm(note, { force: true }).catch((error) => log.error({ err: error, note }, "remove a note"));
 }

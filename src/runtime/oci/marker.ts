@@ -1,13 +1,14 @@
-import { mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, readdirSync, rmSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import type { Claim } from "../../checkpoint/resume.ts";
 import { BrokenImage } from "../../errors/index.ts";
 import { isAlive } from "../../linux/proc.ts";
+import { readRecordNow, writeRecordNow } from "../../linux/record-file.ts";
 import type { EscalationStep, KillPolicy } from "../kill-policy.ts";
 
 /*
- * The file that makes a container of cedana-runtime ours: the wrapper looks only whether it is there, cedanad writes and reads
- * it. Written without fsync: it must survive us, not the machine (no container survives that, and the directory is on a tmpfs).
+ * The record that makes a container of cedana-runtime ours: the wrapper looks only whether it is there, cedanad writes and reads it. Its
+ * directory is on a tmpfs.
  */
 
 export interface Marker {
@@ -58,25 +59,14 @@ export interface EndingRecord {
 
 export function writeMarker(path: string, marker: Marker): void {
   mkdirSync(dirname(path), { recursive: true, mode: 0o700 });
-  writeFileSync(`${path}.new`, JSON.stringify(marker), { mode: 0o600 });
-  renameSync(`${path}.new`, path);
+  writeRecordNow(path, marker);
 }
 
 /** @returns undefined when the container isn't ours. @throws BrokenImage */
 export function readMarker(path: string): Marker | undefined {
-  let text: string;
-  try {
-    text = readFileSync(path, "utf8");
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
-    throw error;
-  }
-  try {
-    const marker = JSON.parse(text) as Marker;
-    if (marker.version === 1 && typeof marker.id === "string") return marker;
-  } catch (error) {
-    throw new BrokenImage(`marker ${path} is not JSON`, { cause: error });
-  }
+  const marker = readRecordNow<Marker>(path);
+  if (marker === undefined) return undefined;
+  if (marker?.version === 1 && typeof marker.id === "string") return marker;
   throw new BrokenImage(`marker ${path} is not of version 1`);
 }
 

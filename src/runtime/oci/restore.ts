@@ -1,10 +1,12 @@
-import { mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { mkdirSync, rmSync } from "node:fs";
+import { mkdir, readFile, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { isThere } from "../../checkpoint/open.ts";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { restoreSucceeded } from "../../criu/log.ts";
+import { criuLines } from "../../criu/option-file.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { learnVersionAnswer } from "../../criu/version-answer.ts";
 import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
@@ -14,7 +16,8 @@ import { commandLineOf, isFromHere } from "../../linux/command-line.ts";
 import { unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, processStat, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
-import { criuLines, engineVersion, lastErrorIn } from "../engine.ts";
+import { engineVersion } from "../engine.ts";
+import { lastErrorIn } from "../engine-failure.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
 import { RestoreCgroup } from "../restore-cgroup.ts";
@@ -101,7 +104,7 @@ export async function restore(
     postRestoreHook:
       hook && ((env) => runHook({ call, wrapper }, { initPid: init.pid, bundle, spec }, hook, env, scratch)),
     setGeneration: async (generation) => {
-      if (init.pid > 0) await noteGeneration(call, init.pid, generation);
+      if (init.pid > 0) noteGeneration(call, init.pid, generation);
     },
     policy: (manifest) => {
       const policy = restorePolicy(options, spec, manifest);
@@ -216,7 +219,7 @@ export async function restore(
     wrapper.log.warn(
       "restored eagerly, though cedana.io/lazy asks for a lazy restore: cedana-runtime has nobody to look after a page daemon",
     );
-  await mkdir(scratch, { recursive: true, mode: 0o700 });
+  mkdirSync(scratch, { recursive: true, mode: 0o700 });
   let failed = true;
   try {
     await restoreContainer(
@@ -237,7 +240,7 @@ export async function restore(
     return { status, message: (error as Error).message };
   } finally {
     if (known === undefined && (failed || !detached)) removeMarker(call.marker);
-    await rm(scratch, { recursive: true, force: true });
+    rmSync(scratch, { recursive: true, force: true }); // a few small files in memory; the caller waits
   }
   return { status };
 }

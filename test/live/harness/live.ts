@@ -14,8 +14,9 @@ import { basename, join } from "node:path";
 import { promisify } from "node:util";
 import { cleanUp } from "./cleanup.ts";
 import { ContainerdClient, type Descriptor, type Mount } from "./client.ts";
+import { containerdConfig } from "./containerd-config.ts";
 import { EventLog } from "./events.ts";
-import { IMAGE, imageTar, PAUSE_IMAGE, pauseImageTar, programs, repository } from "./programs.ts";
+import { IMAGE, imageTar, pauseImageTar, programs, repository } from "./programs.ts";
 import { type Any, anyOf } from "./proto.ts";
 import { containerSpec, type SpecOptions } from "./spec.ts";
 import {
@@ -195,99 +196,24 @@ export class Live {
     // In memory: the disk of a test machine says nothing about the shim.
     execFileSync("mount", ["-t", "tmpfs", "-o", "size=8g,mode=711", "cedana-live", this.dir]);
     for (const name of ["run", "io", "tmp", "var"]) mkdirSync(join(this.dir, name), { mode: 0o700 });
-    // Not needed here, and slow to start or in need of directories outside of ours.
-    const disabled = [
-      ...(this.options.cri ? [] : ["io.containerd.grpc.v1.cri"]),
-      "io.containerd.internal.v1.opt",
-      "io.containerd.nri.v1.nri",
-    ];
-    writeFileSync(
-      join(this.dir, "config.toml"),
-      [
-        "version = 2", // 2.x migrates it
-        `root = "${this.dir}/root"`,
-        `state = "${this.dir}/state"`,
-        `disabled_plugins = ${JSON.stringify(disabled)}`,
-        "oom_score = 0",
-        "[grpc]",
-        `  address = "${this.address}"`,
-        "[ttrpc]",
-        `  address = "${this.address}.ttrpc"`,
-        "[debug]",
-        `  level = "${this.options.logLevel}"`,
-        ...(this.options.snapshotter === "blockfile" ? this.#blockfileConfig() : []),
-        ...(this.options.cri ? this.#criConfig() : []),
-        "",
-      ].join("\n"),
-    );
-  }
-
-  /** For pods that aren't in the node's network: an address each on their lo, and nothing else. */
-  #writeCni(): void {
-    const [configuration, programs] = [join(this.dir, "cni"), join(this.dir, "cni-bin")];
-    for (const directory of [configuration, programs]) mkdirSync(directory, { mode: 0o755 });
-    const conflist = { cniVersion: "0.3.1", name: "pods", plugins: [{ type: "address" }] };
-    writeFileSync(join(configuration, "10-pods.conflist"), JSON.stringify(conflist));
-    const cniVersion = "0.3.1";
-    const says = (answer: object) =>
-      `printf '%s\\n' '${JSON.stringify({ cniVersion, ...answer })}' | sed "s|ADDRESS|$address|; s|NETNS|$CNI_NETNS|"`;
-    const script = [
-      "#!/bin/sh",
-      "cat >/dev/null", // its configuration
-      `case "$CNI_COMMAND \${0##*/}" in`,
-      `VERSION*) ${says({ supportedVersions: [cniVersion] })} ;;`,
-      `"ADD address")`,
-      `  echo >>${this.dir}/cni-pods`,
-      `  address=192.0.2.$(wc -l <${this.dir}/cni-pods)`,
-      `  nsenter --net="$CNI_NETNS" sh -c "ip link set lo up && ip address add $address/32 dev lo" >&2 || exit 1`,
-      `  ${says({
-        interfaces: [{ name: "eth0", sandbox: "NETNS" }],
-        ips: [{ version: "4", interface: 0, address: "ADDRESS/32" }],
-      })} ;;`,
-      `ADD*) ${says({ interfaces: [], ips: [] })} ;;`,
-      "esac",
-    ];
-    for (const name of ["address", "loopback"])
-      writeFileSync(join(programs, name), `${script.join("\n")}\n`, { mode: 0o755 });
-  }
-
-  /** Each snapshot is a file with a file system, the first one an empty one. */
-  #blockfileConfig(): string[] {
-    const scratch = join(this.dir, "scratch.img");
-    execFileSync("mkfs.ext4", ["-q", scratch, "32M"], { stdio: "ignore" });
-    return [
-      `[plugins."io.containerd.snapshotter.v1.blockfile"]`,
-      `  root_path = "${this.dir}/root/blockfile"`,
-      `  scratch_file = "${scratch}"`,
-      `  fs_type = "ext4"`,
-    ];
-  }
-
-  #criConfig(): string[] {
-    this.#writeCni();
-    const cri = `plugins."io.containerd.grpc.v1.cri"`;
-    const byPath = this.options.cri === "path";
-    return [
-      `[${cri}]`,
-      `  sandbox_image = "${PAUSE_IMAGE}"`,
-      "  restrict_oom_score_adj = true", // this machine may not let us lower it
-      "  disable_apparmor = true",
-      `  stream_server_port = "0"`,
-      "  netns_mounts_under_state_dir = true",
-      `  [${cri}.cni]`,
-      `    conf_dir = "${this.dir}/cni"`,
-      `    bin_dir = "${this.dir}/cni-bin"`,
-      `  [${cri}.containerd]`,
-      `    default_runtime_name = "${liveRuntimes.cri}"`,
-      `  [${cri}.containerd.runtimes.${liveRuntimes.cri}]`,
-      `    runtime_type = "${byPath ? GO_SHIM : OURS}"`,
-      ...(byPath ? [`    runtime_path = "${join(repository, "bin/containerd-shim-cedana-v2")}"`] : []),
-      `    pod_annotations = ["cedana.io/*"]`,
-      `    container_annotations = ["cedana.io/*"]`,
-      `    [${cri}.containerd.runtimes.${liveRuntimes.cri}.options]`,
-      `      BinaryName = "${this.options.engine}"`,
-      `      Root = "${this.engineRoot}"`,
-    ];
+    const { cri, engine, logLevel, snapshotter } = this.options;
+    const byPath = cri === "path";
+    const config = containerdConfig({
+      dir: this.dir,
+      address: this.address,
+      logLevel,
+      snapshotter,
+      cri: cri
+        ? {
+            handler: liveRuntimes.cri,
+            type: byPath ? GO_SHIM : OURS,
+            path: byPath ? join(repository, "bin/containerd-shim-cedana-v2") : undefined,
+            engine,
+            engineRoot: this.engineRoot,
+          }
+        : undefined,
+    });
+    writeFileSync(join(this.dir, "config.toml"), config);
   }
 
   /** Where the engine keeps its containers, for runtimes that are told so. */
