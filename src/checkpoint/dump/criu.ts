@@ -1,5 +1,5 @@
 import { rmSync } from "node:fs";
-import { mkdir, readdir, rm, rmdir, writeFile } from "node:fs/promises";
+import { mkdir, readdir, rm, rmdir, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { forgetReads, wasRead } from "../../criu/config-file.ts";
@@ -267,6 +267,7 @@ async function runEngine(context: DumpContext, config: string): Promise<void> {
   const configFile = join(target.directory, "criu-dump.conf");
   await writeFile(configFile, config, { mode: 0o600 });
   await forgetReads(configFile);
+  const since = Date.now();
   try {
     const PATH = (await target.gate?.())?.path;
     const env = { CRIU_CONFIG_FILE: configFile, ...(PATH !== undefined && { PATH }) };
@@ -275,7 +276,9 @@ async function runEngine(context: DumpContext, config: string): Promise<void> {
     context.networkLock = "default";
     target.log.warn(`CRIU did not get what cedana had to tell it. ${KEEP_ENVIRONMENT}`);
   } catch (error) {
-    if (error instanceof RuntimeFailed && !(await wasRead(configFile)))
+    const log = await stat(join(context.workPath, "dump.log")).catch(() => undefined); // ENOENT: the engine did not come as far as CRIU
+    const criuRan = log !== undefined && log.mtimeMs >= since - 1000;
+    if (error instanceof RuntimeFailed && criuRan && !(await wasRead(configFile)))
       error.message += `. CRIU did not get what cedana had to tell it. ${KEEP_ENVIRONMENT}`;
     throw error;
   } finally {
