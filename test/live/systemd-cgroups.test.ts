@@ -84,6 +84,20 @@ for (const combination of enginesForCheckpoints) {
       await scopeIsGone("life");
     });
 
+    it("lives in its scope also where only the path of its cgroup says so, as Docker's does", async () => {
+      const { edit } = inScope("docker");
+      await using task = await live.run(["counter"], {
+        id: "docker",
+        runtimeOptions: live.engineOptions({}),
+        edit,
+      });
+      expect(cgroupOf(task.pid)).toBe(`0::/system.slice/${scopeOf("docker")}${own}`);
+      await task.kill(9);
+      expect(await task.wait()).toBe(137);
+      await task.delete();
+      await scopeIsGone("docker");
+    });
+
     it("is restored into a scope of its own, with its limits, and again from there", async () => {
       let task = await live.run(["counter"], inScope("gen0"));
       let last = await task.nextNumber();
