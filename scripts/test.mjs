@@ -16,7 +16,7 @@ const report = join(repository, "build/test-failures.json");
 const MOST_REPEATED = 6;
 
 const withSystemd = [
-  "systemd-cgroups",
+  "systemd",
   "oci-callers",
   "oci-checkpoint",
   "oci-docker",

@@ -3,7 +3,7 @@
 # a Debian that was booted; on any machine, also where neither is so.
 #
 # It is this machine's kernel, files and network in namespaces of their own (processes, mounts, cgroups, host name), with an empty
-# /run, an /etc whose changes are forgotten, and the systemd and D-Bus of this machine. systemd starts nothing but D-Bus. Only the
+# /run, an /etc whose changes are forgotten, and the systemd and D-Bus of this machine. systemd knows no other unit of the machine's. Only the
 # controllers that the machine has in version 2 are there. With COMMAND's end everything in it ends; its status is ours.
 set -eu
 
@@ -69,6 +69,12 @@ mkdir -p /run/etc/upper /run/etc/work /run/systemd/system /run/lock
 mount -t overlay -o lowerdir=/etc,upperdir=/run/etc/upper,workdir=/run/etc/work etc /etc
 umount --recursive /sys/fs/cgroup
 mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup
+# systemd knows no unit of the machine's but D-Bus: whatever a unit of the tests wants by default is there and does nothing. The machine's
+# own sysinit.target would set up the machine anew, and begin by emptying /tmp.
+for target in basic local-fs network multi-user paths remote-fs shutdown slices sockets sysinit timers umount; do
+  printf '[Unit]\nDescription=%s\nDefaultDependencies=no\n' "$target" >"/run/systemd/system/$target.target"
+done
+cp /lib/systemd/system/dbus.socket /lib/systemd/system/dbus.service /run/systemd/system/
 cat >/run/systemd/system/with-systemd.target <<'UNIT'
 [Unit]
 Description=A host for one command
@@ -76,17 +82,14 @@ DefaultDependencies=no
 Requires=dbus.socket
 After=dbus.socket
 UNIT
-for unit in dbus.socket dbus.service; do
-  mkdir -p "/run/systemd/system/$unit.d"
-  printf '[Unit]\nDefaultDependencies=no\n' >"/run/systemd/system/$unit.d/with-systemd.conf"
-done
+export SYSTEMD_UNIT_PATH=/run/systemd/transient:/run/systemd/system SYSTEMD_GENERATOR_PATH=/run/systemd/no-generators
 # systemd raises limits in /proc/sys that are the whole machine's.
 mount --bind /proc/sys /proc/sys
 mount -o remount,bind,ro /proc/sys
 (
   exec </dev/null
   until [ "$(systemctl is-active with-systemd.target 2>/dev/null)" = active ]; do sleep 0.05; done
-  umount /proc/sys
+  umount --lazy /proc/sys # systemd keeps a file in it open
   echo up >&3
 ) &
 exec 3>&-

@@ -144,7 +144,9 @@ static void task_gone(const char *id) {
     if (strcmp(t->id, id)) continue;
     *at = t->next;
     watch_close(&t->oom);
+    timer_stop(&t->oom_pause);
     close_fd(&t->event_fd);
+    free(t->oom_file);
     free(t->id);
     free(t->bundle);
     free(t->exec_pids);
@@ -154,19 +156,50 @@ static void task_gone(const char *id) {
   if (id) events_forget(id);
 }
 
+/* A container at its limit makes the kernel note something up to a hundred times a second, and may lose a process as often. */
+#define OOM_PAUSE_MS 100
+
+/* Of memory.events; the last that was read where it can't be. */
+static int64_t oom_kills(const struct task *t) {
+  autofree char *text = NULL;
+  if (read_file(t->oom_file, 4096, &text, NULL) < 0) return t->oom_kills;
+  char *line = strstr(text, "oom_kill ");
+  int64_t count = line ? (int64_t)strtoll(line + strlen("oom_kill "), NULL, 10) : 0;
+  return count;
+}
+
+static void oom_due(struct timer *timer);
+
+static void oom_tell(struct task *t) {
+  t->oom_pending = false;
+  if (!welcomed) return; /* the counters tell the next cedanad */
+  if (t->oom_file) { /* reclaim is noted there, too */
+    int64_t count = oom_kills(t);
+    if (count == t->oom_kills) return;
+    t->oom_kills = count;
+  }
+  size_t begin = frame_begin(&out, MESSAGE_OOM);
+  put_string(&out, FIELD_ID, t->id);
+  frame_end(&out, begin);
+  timer_start(&t->oom_pause, OOM_PAUSE_MS, oom_due);
+}
+
+static void oom_due(struct timer *timer) {
+  struct task *t = container_of(timer, struct task, oom_pause);
+  if (t->oom_pending) oom_tell(t);
+}
+
 static void oom_ready(struct watch *watch, uint32_t events) {
   struct task *t = container_of(watch, struct task, oom);
   char data[4096];
   (void)events;
   while (read(watch->fd, data, sizeof data) > 0) continue;
-  if (!welcomed) return; /* the counters tell the next cedanad */
-  size_t begin = frame_begin(&out, MESSAGE_OOM);
-  put_string(&out, FIELD_ID, t->id);
-  frame_end(&out, begin);
+  if (t->oom_pause.armed) t->oom_pending = true;
+  else oom_tell(t);
 }
 
 /*
- * Version 2 of cgroups: inotify on memory.events. Version 1: an eventfd registered by a line in cgroup.event_control, whose
+ * Version 2 of cgroups: inotify on memory.events, of which more kills are told, those of a tenth of a second together. Version 1: an eventfd registered by a line in cgroup.event_control, whose
  * notification begins with the memory.oom_control that must stay open.
  */
 void oom_watch(const struct message *m) {
@@ -179,7 +212,10 @@ void oom_watch(const struct message *m) {
   }
   if (!t) t = task_make(id); /* cedanad tells of the task when Create is done */
   watch_close(&t->oom);
+  timer_stop(&t->oom_pause);
   close_fd(&t->event_fd);
+  free(t->oom_file);
+  t->oom_file = NULL;
   bool version2 = message_int(m, FIELD_FLAGS) == 2;
   int error = 0;
   autofd fd = version2 ? inotify_init1(IN_CLOEXEC | IN_NONBLOCK) : eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -188,6 +224,8 @@ void oom_watch(const struct message *m) {
   } else if (version2) {
     autofree char *file = format("%s/memory.events", path);
     if (inotify_add_watch(fd, file, IN_MODIFY) < 0) error = errno;
+    t->oom_file = error ? NULL : file;
+    if (!error) file = NULL;
   } else {
     autofree char *control = format("%s/memory.oom_control", path);
     autofree char *registry = format("%s/cgroup.event_control", path);

@@ -46,6 +46,10 @@ struct task {
   int64_t *exec_pids;
   int event_fd; /* memory.oom_control of cgroups version 1; -1: none */
   struct watch oom;
+  char *oom_file;    /* memory.events; NULL: version 1 of cgroups */
+  int64_t oom_kills; /* that it counted, and that were told */
+  bool oom_pending;
+  struct timer oom_pause;
   struct task *next;
 };
 struct task *task_find(const char *id);

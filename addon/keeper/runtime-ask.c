@@ -31,17 +31,26 @@ extern char **environ;
 /* Stops that a child takes by itself (the terminal's), and those that mean us. */
 static const int passed_on[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH, SIGCONT};
 
+/* Absolute: cedanad is elsewhere, and markers are known by it. The caller frees. */
+static char *absolute(const char *path) {
+  char cwd[4096];
+  if (*path == '/') return copy_string(path);
+  while (starts_with(path, "./")) path += 2 + strspn(path + 2, "/");
+  if (!getcwd(cwd, sizeof cwd)) runtime_fail("find the working directory: %s", strerror(errno));
+  return format("%s/%s", cwd, path);
+}
+
 /* Where the engine keeps its state when nobody says. Of root's, crun alone goes by XDG_RUNTIME_DIR, which a login sets for root, too. */
-const char *runtime_state_root(void) {
-  if (runtime.root && *runtime.root) return runtime.root;
-  if (!starts_with(base_name(runtime.engine_path), "crun")) return "/run/runc";
+char *runtime_state_root(void) {
+  if (runtime.root && *runtime.root) return absolute(runtime.root);
+  if (!starts_with(base_name(runtime.engine_path), "crun")) return copy_string("/run/runc");
   const char *runtime_directory = getenv("XDG_RUNTIME_DIR");
-  return runtime_directory && *runtime_directory ? format("%s/crun", runtime_directory) : "/run/crun";
+  return runtime_directory && *runtime_directory ? format("%s/crun", runtime_directory) : copy_string("/run/crun");
 }
 
 char *runtime_marker(const char *id) {
   if (!*id || strchr(id, '/') || strlen(id) > 200) return NULL;
-  autofree char *root = copy_string(runtime_state_root());
+  autofree char *root = runtime_state_root();
   for (size_t length = strlen(root); length > 1 && root[length - 1] == '/';) root[--length] = 0;
   const char *directory = runtime_run_directory ? runtime_run_directory : run_directory();
   return format("%s/oci/%016llx-%s", directory, (unsigned long long)fnv1a(root, strlen(root)), id);
@@ -81,7 +90,8 @@ static void put_request(struct buffer *out) {
   for (int i = 1; i < runtime.command; i++) put_string(out, FIELD_GLOBAL_ARGV, runtime.argv[i]);
   for (int i = runtime.command; i < runtime.argc; i++) put_string(out, FIELD_ARGV, runtime.argv[i]);
   put_string(out, FIELD_PATH, runtime.engine_path);
-  put_string(out, FIELD_ROOT, runtime_state_root());
+  autofree char *root = runtime_state_root();
+  put_string(out, FIELD_ROOT, root);
   const char *id = runtime_container_id();
   autofree char *marker = id ? runtime_marker(id) : NULL;
   if (!marker)

@@ -262,7 +262,8 @@ static bool is_deleted_already(void) {
     if (!is(name, length, "root")) return false;
     if (!value) i++;
   }
-  autofree char *state = format("%s/%s", runtime_state_root(), id);
+  autofree char *root = runtime_state_root();
+  autofree char *state = format("%s/%s", root, id);
   struct stat st;
   return lstat(state, &st) < 0 && errno == ENOENT;
 }

@@ -51,6 +51,6 @@ void runtime_options_check(const char *command, char **arguments);
 /* The command is cedanad's to decide; never returns. */
 _Noreturn void runtime_ask(void);
 /* Directory of the engine's state: the caller's --root, or the engine's own default. */
-const char *runtime_state_root(void);
+char *runtime_state_root(void);
 /* By what the caller's root and id say: the file that makes a container ours. The caller frees. */
 char *runtime_marker(const char *id);

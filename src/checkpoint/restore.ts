@@ -9,8 +9,8 @@ import { readRecord, writeRecord } from "../linux/record-file.ts";
 import { adapterSteps } from "./adapters.ts";
 import { runChain, type Step, timesByStep } from "./chain.ts";
 import { compareFilesWithDiff, type ExternalMount } from "./compare.ts";
+import { criuFailure, keepLog } from "./criu-failure.ts";
 import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
-import { criuFailure, keepLog } from "./dump.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { refusalOfRestore } from "./finding.ts";
 import { makeMountPoint } from "./gpu-mounts.ts";
@@ -26,7 +26,7 @@ import {
   type RestoreCandidate,
   type RestoreLook,
   restoreChecks,
-} from "./restore-checks.ts";
+} from "./restore/checks.ts";
 import { writeRestoredFile } from "./restored-file.ts";
 import { applyRootfsDiff, hasRootfsDiff } from "./rootfs-diff/index.ts";
 import { UnpackedCheckpoint } from "./unpack.ts";

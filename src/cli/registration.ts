@@ -80,8 +80,11 @@ export function planRegistration(target: Target, place: Place): Change {
     }
     case "containerd":
       return { path, before, after: withBlock(path, before, place) };
-    case "docker":
-      return { path, before, after: withDockerRuntimes(path, before, place) };
+    case "docker": {
+      // What we have written ourselves is no runtime of somebody else's: it may be from where the programs were before.
+      const theirs = note && before === note.after ? (note.before ?? undefined) : before;
+      return { path, before, after: withDockerRuntimes(path, theirs, place) };
+    }
   }
 }
 

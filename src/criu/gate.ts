@@ -2,14 +2,16 @@ import { once } from "node:events";
 import {
   closeSync,
   existsSync,
+  mkdirSync,
   mkdtempSync,
   openSync,
+  readlinkSync,
   renameSync,
+  rmdirSync,
   rmSync,
   symlinkSync,
   writeFileSync,
 } from "node:fs";
-import { mkdir, readlink, rmdir } from "node:fs/promises";
 import { createServer, type Server, type Socket } from "node:net";
 import { join } from "node:path";
 import { environmentOf, programOf } from "../linux/proc.ts";
@@ -100,7 +102,7 @@ export class Gate implements Disposable {
       // A socket's address has 107 bytes; a bundle's path may have more.
       server.listen(`/proc/self/fd/${fd}/socket`);
       await once(server, "listening");
-      await mkdir(criuLog, { mode: 0o700 });
+      mkdirSync(criuLog, { mode: 0o700 });
     } catch (error) {
       gate[Symbol.dispose]();
       throw error;
@@ -109,8 +111,8 @@ export class Gate implements Disposable {
   }
 
   /** Clears the way past the gate: nothing is wrong any more with a CRIU that begins. */
-  async unbar(): Promise<void> {
-    await unbar(this.directory);
+  unbar(): void {
+    unbar(this.directory);
   }
 
   /**
@@ -156,18 +158,18 @@ export function isPassed(directory: string): boolean {
   return !existsSync(join(directory, CLOSED));
 }
 
-/** The same of a gate of a cedanad before us. */
-export async function unbar(directory: string): Promise<void> {
+/** The same of a gate of a cedanad before us. At once: the container may stand still, and who dumps has asked whether the path answers. */
+export function unbar(directory: string): void {
   try {
-    await rmdir(await readlink(join(directory, BARRED)));
+    rmdirSync(readlinkSync(join(directory, BARRED)));
   } catch (error) {
     if (!isNoBar(error)) throw error;
   }
 }
 
 /** With what bars the way past it. */
-export async function removeGate(directory: string): Promise<void> {
-  await unbar(directory);
+export function removeGate(directory: string): void {
+  unbar(directory);
   rmSync(directory, { recursive: true, force: true });
 }
 

@@ -31,12 +31,14 @@ export function criuConfig(options: {
     options.leaveStopped && "leave-stopped",
     options.lazyPages && "lazy-pages",
     options.networkLock && `network-lock ${options.networkLock}`,
-    options.pluginDirectory !== undefined && `libdir "${absolutePath(options.pluginDirectory)}"`,
+    options.pluginDirectory !== undefined &&
+      `libdir "${absolutePath("plugin directory", options.pluginDirectory)}"`,
     ...(options.externalMounts ?? []).map(
       ({ key, source }) => `external ${quoted(`mnt[${key}]:${source}`, "mount")}`,
     ),
     ...(options.cgroupRoots ?? []).map(([controller, path]) => cgroupRoot(controller, path)),
-    options.cgroupYard !== undefined && `cgroup-yard "${absolutePath(options.cgroupYard)}"`,
+    options.cgroupYard !== undefined &&
+      `cgroup-yard "${absolutePath("directory of cgroups", options.cgroupYard)}"`,
   ]
     .filter(Boolean)
     .map((line) => `${line}\n`)
@@ -60,8 +62,7 @@ function quoted(text: string, what: string): string {
   return `"${text}"`;
 }
 
-function absolutePath(path: string): string {
-  if (!isAbsolute(path))
-    throw new InvalidRequest(`plugin directory ${JSON.stringify(path)} is not an absolute path`);
+function absolutePath(what: string, path: string): string {
+  if (!isAbsolute(path)) throw new InvalidRequest(`${what} ${JSON.stringify(path)} is not an absolute path`);
   return path;
 }

@@ -1,5 +1,5 @@
 import { dirname } from "node:path";
-import type { DumpRequest } from "../checkpoint/dump.ts";
+import type { DumpRequest } from "../checkpoint/dump/target.ts";
 import { CheckpointStore, type StoreOwner } from "../checkpoint/store.ts";
 import { allowedAnnotations, storeOwner } from "./annotated-checkpoint.ts";
 import type { Configuration } from "./configuration.ts";

@@ -1,5 +1,5 @@
 import { readFile } from "node:fs/promises";
-import type { RestoreLook } from "../checkpoint/restore-checks.ts";
+import type { RestoreLook } from "../checkpoint/restore/checks.ts";
 import { SyscallFailed } from "../errors/index.ts";
 import { type Configuration, readConfiguration, unpackDirectory } from "./configuration.ts";
 

@@ -1,5 +1,6 @@
 import { join, resolve } from "node:path";
-import { type DumpTarget, dump as dumpContainer, type EngineDump } from "../checkpoint/dump.ts";
+import type { DumpTarget, EngineDump } from "../checkpoint/dump/target.ts";
+import { dump as dumpContainer } from "../checkpoint/dump.ts";
 import { gateBelow } from "../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
 import { criuConfig } from "../criu/option-file.ts";

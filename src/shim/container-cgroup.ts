@@ -18,6 +18,8 @@ export class ContainerCgroup {
   readonly #container: Container;
   #cgroup: Cgroup | undefined;
   #oomKills = 0;
+  /** looks at the counter that are left, while somebody looks */
+  #looksLeft = 0;
 
   constructor(container: Container) {
     this.#container = container;
@@ -70,18 +72,27 @@ export class ContainerCgroup {
         .catch((error) => log.warn({ err: error }, "watch for out-of-memory kills"));
   }
 
-  /** Publishes OOM kills that the cgroup counts and we haven't told of. */
-  async outOfMemory(attempts = OOM_COUNTER_ATTEMPTS): Promise<void> {
-    for (let attempt = 0; attempt < attempts && this.#cgroup; attempt++) {
-      const count = await this.#cgroup.oomKills().catch(() => 0); // no such file: the cgroup is gone with its counters
-      if (count > this.#oomKills) {
-        this.#oomKills = count;
-        this.#container.publish(`oom:${count}`, events.taskOom(this.#container.id));
-        this.#container.record();
-        return;
-      }
-      if (attempt + 1 < attempts) await sleep(OOM_COUNTER_INTERVAL_MS);
+  /** The keeper has noticed something: what is counted a little later is told, too. Notices of one moment are looked into together. */
+  async noticeOutOfMemory(): Promise<void> {
+    const isLooking = this.#looksLeft > 0;
+    this.#looksLeft = OOM_COUNTER_ATTEMPTS;
+    if (isLooking) return;
+    while (this.#looksLeft > 0) {
+      // A counter that has risen tells of the notices so far; the next one comes with the next kill.
+      this.#looksLeft -= 1;
+      if (await this.outOfMemory()) this.#looksLeft = 0;
+      if (this.#looksLeft > 0) await sleep(OOM_COUNTER_INTERVAL_MS);
     }
+  }
+
+  /** Publishes OOM kills that the cgroup counts and we haven't told of: one event, however many. @returns whether there were any */
+  async outOfMemory(): Promise<boolean> {
+    const count = (await this.#cgroup?.oomKills().catch(() => 0)) ?? 0; // no such file: the cgroup is gone with its counters
+    if (count <= this.#oomKills) return false;
+    this.#oomKills = count;
+    this.#container.publish(`oom:${count}`, events.taskOom(this.#container.id));
+    this.#container.record();
+    return true;
   }
 
   /** Ends every process that is left in it. */

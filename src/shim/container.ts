@@ -40,7 +40,7 @@ export interface Container {
    *   ends before the next record is written makes a difference.
    */
   record(): boolean;
-  /** Waits for an action whose failure is nobody's call's: it is logged. @returns whether it succeeded */
+  /** Waits for an action that no call depends on: its failure is logged. @returns whether it succeeded */
   logFailure(what: string, action: Promise<unknown>): Promise<boolean>;
 }
 

@@ -68,6 +68,7 @@ export class Execs {
     this.#exits = exits;
   }
 
+  /** undefined: there is none, or it has been deleted */
   get(execId: string): ExecProcess | undefined {
     return this.#processes.get(execId);
   }
@@ -96,7 +97,7 @@ export class Execs {
     this.#container.publish(`exec-added:${work.request}`, events.execAdded(id, execId));
   }
 
-  /** @returns its pid */
+  /** Starts one that is registered. @returns its pid */
   async start(work: Work, process: ExecProcess): Promise<number> {
     process.check("start");
     this.#check(process.execId);
@@ -164,7 +165,7 @@ export class Execs {
     );
   }
 
-  /** @returns its exit; undefined when it never ran */
+  /** Closes its stdio, and forgets it. @returns its exit; undefined when it never ran */
   async delete(work: Work, process: ExecProcess): Promise<Exit | undefined> {
     const { id, pod } = this.#container;
     if (process.state === "deleted")
@@ -210,6 +211,7 @@ export class Execs {
     }
   }
 
+  /** For the task's record. */
   records(): ExecRecord[] {
     return [...this.#processes.values()].map((process) => ({
       execId: process.execId,

@@ -10,6 +10,7 @@ import type { Process } from "./process.ts";
 /** How long Delete waits for output that a background child may hold open: as the Go shim, unless a test is in a hurry. */
 const DRAIN_LIMIT_MS = Number(process.env.CEDANA_DRAIN_LIMIT_MS) || 10_000;
 
+/** The task, as far as exits depend on it. */
 interface Owner extends Container {
   readonly execs: { values(): Iterable<Process> };
   readonly containerCgroup: ContainerCgroup;
@@ -70,7 +71,7 @@ export class Exits {
     if (init.heldExit && !init.starting && !execsLeft && !signals.ending.isUnderWay) void this.#publishInit();
   }
 
-  /** The exit of an init whose container will never have been told of. */
+  /** Drops an exit that nobody is told of: what its process belonged to is undone. */
   forget(process: Process): void {
     if (process.heldExit) this.#owner.pod.keeper.acknowledge(process.heldExit.sequence);
     process.heldExit = undefined;
@@ -90,7 +91,7 @@ export class Exits {
     const { init, containerCgroup } = this.#owner;
     // A kill for want of memory comes before the exit that it causes, also where the keeper can't watch for it.
     const held = init.heldExit;
-    await containerCgroup.outOfMemory(1);
+    await containerCgroup.outOfMemory();
     if (init.heldExit === held && held) this.#publish(init);
   }
 

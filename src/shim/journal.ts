@@ -76,6 +76,7 @@ export interface ExitRecord {
   atNs: string;
 }
 
+/** For a record to spread: nothing for a process that runs. */
 export function exitRecord(exit: Exit | undefined): { exit?: ExitRecord } {
   return exit ? { exit: { status: exit.status, atNs: exit.atNs.toString() } } : {};
 }
@@ -84,6 +85,7 @@ export function exitOf({ status, atNs }: ExitRecord): Exit {
   return { status, atNs: BigInt(atNs) };
 }
 
+/** A process that was added to the container. */
 export interface ExecRecord {
   execId: string;
   /** tells execs of the same name apart */
@@ -94,7 +96,7 @@ export interface ExecRecord {
   stdin: string;
   stdout: string;
   stderr: string;
-  /** the process as JSON, as containerd sent it: of a cedanad that had no file for it yet */
+  /** the OCI process, JSON: only in records of older versions, which had no file for it */
   spec?: string;
   exit?: ExitRecord;
 }

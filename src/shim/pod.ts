@@ -148,7 +148,7 @@ export class Pod implements Culprit {
   }
 
   outOfMemory(containerId: string): void {
-    void this.tasks.get(containerId)?.containerCgroup.outOfMemory();
+    void this.tasks.get(containerId)?.containerCgroup.noticeOutOfMemory();
   }
 
   eventRefused(containerId: string, key: string, why: string): void {

@@ -29,6 +29,7 @@ export interface Exit {
   atNs: bigint;
 }
 
+/** Nanoseconds since 1970. */
 export function nowNs(): bigint {
   return BigInt(Date.now()) * 1_000_000n;
 }

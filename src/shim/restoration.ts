@@ -18,6 +18,7 @@ import { planStdio } from "./stdio.ts";
 /** How long a restore whose page daemon has ended may go on: it fails within milliseconds where it can. */
 const ABANDONED_RESTORE_MS = 3_000;
 
+/** The task, as far as its restore depends on it. */
 export interface RestoredTask extends Container {
   readonly containerCgroup: ContainerCgroup;
   readonly engineCalls: EngineCalls;
@@ -26,6 +27,7 @@ export interface RestoredTask extends Container {
   writeRecord(): void;
 }
 
+/** What the task does for it. */
 interface Actions {
   /** the chain of a restore: see `restore.ts` */
   restore(work: Work): Promise<void>;
@@ -70,6 +72,7 @@ export class Restoration {
     return this.#state.source;
   }
 
+  /** As a task's record has it; undefined for a task that wasn't created from a checkpoint. */
   static stateOf(record: Partial<RestorationRecord>): RestorationState | undefined {
     if (record.restoreFrom === undefined) return undefined;
     return {
@@ -84,6 +87,7 @@ export class Restoration {
     };
   }
 
+  /** For the task's record. */
   get record(): RestorationRecord {
     const { source, rootfs, afresh } = this.#state;
     return {
@@ -105,6 +109,7 @@ export class Restoration {
     this.#use = await CheckpointUse.use(this.source.path);
   }
 
+  /** It may be removed again. */
   unlock(): void {
     this.#use?.[Symbol.dispose]();
   }

@@ -1,6 +1,6 @@
 import { isAbsolute } from "node:path";
 import type { CheckpointManifest } from "../checkpoint/manifest.ts";
-import { checkRestore } from "../checkpoint/restore-checks.ts";
+import { checkRestore } from "../checkpoint/restore/checks.ts";
 import { type Claim, returnClaim } from "../checkpoint/resume.ts";
 import { hasCriuFeature } from "../criu/probe.ts";
 import { InvalidRequest } from "../errors/index.ts";

@@ -12,6 +12,7 @@ import type { Process } from "./process.ts";
 
 const SIGKILL = 9;
 
+/** The task, as far as signals depend on it. */
 interface Owner extends Container {
   readonly containerCgroup: ContainerCgroup;
   readonly engineCalls: EngineCalls;
@@ -25,7 +26,9 @@ interface Owner extends Container {
  */
 export class Signals {
   readonly #owner: Owner;
+  /** a checkpoint in the place of a signal */
   readonly ending: Ending;
+  /** what follows a signal */
   readonly escalations: Escalations;
 
   /**
@@ -55,6 +58,7 @@ export class Signals {
     });
   }
 
+  /** For the task's record. */
   get record(): Pick<TaskRecord, "ending" | "escalations"> {
     return {
       ...(this.ending.record && { ending: this.ending.record }),

@@ -246,7 +246,7 @@ export class Task implements Container {
     try {
       this.#spec = await readSpec(this.bundle);
       await this.containerCgroup.find();
-      void this.containerCgroup.outOfMemory(1); // the keeper's notice may have gone to nobody
+      void this.containerCgroup.outOfMemory(); // the keeper's notice may have gone to nobody
       if (this.init.state === "running") this.#scheduleCheckpoints(true);
     } catch (error) {
       this.log.warn({ err: error }, "revive the task: its exit is expected");

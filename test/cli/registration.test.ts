@@ -133,6 +133,17 @@ describe("an existing configuration", () => {
     expect(register("containerd")).toBe(after.replaceAll("/opt/cedana/bin", "/elsewhere"));
   });
 
+  it("with older runtimes of ours gets the new ones in their place, and comes back to the byte", () => {
+    put(paths.docker, docker);
+    const after = register("docker");
+    place = { ...place, programs: "/elsewhere" };
+    expect(JSON.parse(register("docker"))).toEqual(
+      JSON.parse(after.replaceAll("/opt/cedana/bin", "/elsewhere")),
+    );
+    undo("docker");
+    expect(read(paths.docker)).toBe(docker);
+  });
+
   it("is shown as a difference with its surroundings", () => {
     put(paths.containerd, containerd2);
     const lines = unifiedDiff(planRegistration("containerd", place)).split("\n");

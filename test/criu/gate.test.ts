@@ -135,7 +135,7 @@ describe("the gate", () => {
       learnVersionAnswer(path, log);
       await until(() => existsSync(join(tools, "version")), { what: () => `CRIU's answer (${failures})` });
       gate[Symbol.dispose]();
-      await removeGate(gate.directory);
+      removeGate(gate.directory);
       gate = await Gate.make(work, { program: keeperBinary, path }, join(work, "dump.log"));
       for (const env of [gate.env, { PATH: path }]) {
         const answered = start(["swrk", "3"], { ...withoutGate, ...env });
@@ -196,7 +196,7 @@ describe("the gate", () => {
     ask(RequestType.DUMP);
     expect(await late).toEqual(no);
     expect(isPassed(gate.directory)).toBe(false);
-    await removeGate(gate.directory);
+    removeGate(gate.directory);
     const latest = spawn(keeperBinary, ["swrk", "3"], { argv0: "criu", env: gate.env, stdio: "ignore" });
     expect((await once(latest, "exit"))[0]).toBe(1);
   });
@@ -245,7 +245,7 @@ describe("the gate", () => {
     gate[Symbol.dispose]();
     gate[Symbol.dispose]();
     expect(existsSync(join(gate.directory, "socket"))).toBe(false);
-    await removeGate(gate.directory);
+    removeGate(gate.directory);
     expect(existsSync(gate.directory)).toBe(false);
     expect(existsSync(join(work, "dump.log"))).toBe(false);
   });
@@ -253,10 +253,10 @@ describe("the gate", () => {
   it("bars CRIU's log until the way is cleared, and takes nothing away that isn't its own", async () => {
     const log = join(work, "dump.log");
     expect(() => writeFileSync(log, "")).toThrow("EISDIR");
-    await gate.unbar();
-    await gate.unbar();
+    gate.unbar();
+    gate.unbar();
     writeFileSync(log, "CRIU's\n");
-    await removeGate(gate.directory);
+    removeGate(gate.directory);
     expect(readFileSync(log, "utf8")).toBe("CRIU's\n");
   });
 });

@@ -354,10 +354,14 @@ describe.concurrent("log files", () => {
 
 describe.concurrent("whoever writes a log file", () => {
   /** The processes that do, of a pod. */
-  const writersOf = (pod: Pod) =>
-    childrenOf(pod.pid).filter(
-      (pid) => fs.readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0")[0] === "cedana-log",
-    );
+  const nameOf = (pid: number) => {
+    try {
+      return fs.readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0")[0];
+    } catch {
+      return undefined; // it has just ended
+    }
+  };
+  const writersOf = (pod: Pod) => childrenOf(pod.pid).filter((pid) => nameOf(pid) === "cedana-log");
 
   it("waits for a disk alone: the pod's exits are told and its frames answered, and nobody waits for him", async () => {
     await using pod = await Pod.start();

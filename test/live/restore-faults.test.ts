@@ -3,8 +3,8 @@
 import { mkdtempSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { describe, expect, it } from "vitest";
+import { restoreChecks } from "../../src/checkpoint/restore/checks.ts";
 import { restoreSteps } from "../../src/checkpoint/restore.ts";
-import { restoreChecks } from "../../src/checkpoint/restore-checks.ts";
 import { boundariesOf } from "./harness/boundaries.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";

@@ -242,6 +242,9 @@ describe.skipIf(!traced)(`what is passed through${traced ? "" : " (no strace her
     const login = { XDG_RUNTIME_DIR: "/run/user/0" };
     expect(markerOf("crun", {})).toBe(markerOf("crun", login, "--root", "/run/crun"));
     expect(markerOf("crun", login)).toBe(markerOf("crun", {}, "--root=/run/user/0/crun/"));
+    const here = markerOf("runc", {}, "--root", join(work, "state"));
+    for (const relative of ["state", "./state", ".//state/"])
+      expect(markerOf("runc", {}, "--root", relative)).toBe(here);
     // runc goes by it for others than root alone, who have no markers.
     expect(markerOf("runc", login)).toBe(markerOf("runc", {}, "--root", "/run/runc"));
     expect(markerOf("runc", {})).not.toBe(markerOf("crun", {}));

@@ -4,6 +4,7 @@ import { dirname } from "node:path";
 import { SyscallFailed, Unavailable } from "../../errors/index.ts";
 import { answerWithin } from "../../linux/inventory.ts";
 import { AF } from "../../linux/sock-diag.ts";
+import { compareVersions } from "../../linux/versions.ts";
 import type { Context } from "./context.ts";
 import { memoryToDump } from "./facts.ts";
 
@@ -71,15 +72,4 @@ export function checkCriu(context: Context, kernel = release()): void {
       (!rule.onlySockets || hasInet)
     )
       context.report("criu-too-old", undefined, `CRIU ${criu.version} on Linux ${kernel}: ${rule.what}`);
-}
-
-/** By the numbers at their beginnings: "6.18.44-fc" is 6.18.44. */
-export function compareVersions(one: string, other: string): number {
-  const numbers = (text: string) => (/^v?(\d+(?:\.\d+)*)/.exec(text)?.[1] ?? "0").split(".").map(Number);
-  const [a, b] = [numbers(one), numbers(other)];
-  for (let i = 0; i < Math.max(a.length, b.length); i++) {
-    const difference = (a[i] ?? 0) - (b[i] ?? 0);
-    if (difference !== 0) return Math.sign(difference);
-  }
-  return 0;
 }

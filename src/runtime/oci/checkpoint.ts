@@ -1,13 +1,8 @@
 import { mkdirSync, rmSync } from "node:fs";
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
-import {
-  type CriuSettings,
-  type DumpRequest,
-  type DumpTarget,
-  dump as dumpContainer,
-  type EngineDump,
-} from "../../checkpoint/dump.ts";
+import type { CriuSettings, DumpRequest, DumpTarget, EngineDump } from "../../checkpoint/dump/target.ts";
+import { dump as dumpContainer } from "../../checkpoint/dump.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
@@ -80,8 +75,6 @@ export async function checkpoint(
     leaveRunning: preDump || options.has("leave-running"),
     pid: state.pid,
   };
-  const work = options.value("work-path");
-  for (const path of [dump.imagePath, work && resolve(call.cwd, work)]) if (path) await expectAnswer(path);
   const { pid } = state;
   const started = startTime(pid);
   const scratch = scratchOf(call);
@@ -90,6 +83,8 @@ export async function checkpoint(
     // A pre-dump is no checkpoint yet, and CRIU stops the processes for it by itself, for a moment. With lazy pages the caller reads the
     // images while CRIU still serves the memory, as --status-fd tells him: they can't be put in their place afterwards.
     if (preDump || options.has("lazy-pages")) {
+      for (const path of [dump.imagePath, resolve(call.cwd, options.value("work-path") ?? ".")])
+        await expectAnswer(path); // in the chain below, its first step asks
       await withImagePath(dump.imagePath, async () => {
         const env = await criuConfigFile(join(scratch, "criu.conf"), await criuConfigLines(dump, {}));
         await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath, env });

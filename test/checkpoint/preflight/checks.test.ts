@@ -4,13 +4,14 @@ import { externalMounts, memoryToDump, mountsOfContainer } from "../../../src/ch
 import { checkFiles, isOvermounted } from "../../../src/checkpoint/preflight/files.ts";
 import { checkMounts } from "../../../src/checkpoint/preflight/mounts.ts";
 import { checkNamespaces, checkOutside } from "../../../src/checkpoint/preflight/processes.ts";
-import { checkCriu, compareVersions } from "../../../src/checkpoint/preflight/resources.ts";
+import { checkCriu } from "../../../src/checkpoint/preflight/resources.ts";
 import { checkSockets } from "../../../src/checkpoint/preflight/sockets.ts";
 import { parseFdInfo } from "../../../src/linux/fdinfo.ts";
 import type { Inventory, OpenFile, ProcessInventory } from "../../../src/linux/inventory.ts";
 import { parseFileMapping } from "../../../src/linux/maps.ts";
 import { type MountInfo, parseMountInfoLine } from "../../../src/linux/mount-options.ts";
 import type { DiagnosedSocket } from "../../../src/linux/sock-diag.ts";
+import { compareVersions } from "../../../src/linux/versions.ts";
 
 const own = {
   mnt: 1,

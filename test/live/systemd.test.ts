@@ -1,16 +1,16 @@
-// Containers in scopes that systemd makes, as Kubernetes and Podman have them on a host where systemd is process 1 and all cgroups
+// Containers in scopes that systemd makes, and cedanad in its units, as Kubernetes and Podman have them on a host where systemd is process 1 and all cgroups
 // are of version 2: what Debian is. Elsewhere scripts/with-systemd.sh makes such a host; `npm test` runs these in it. A limit is
 // only asked for where the host's version 2 has its controller.
 
-import { spawnSync } from "node:child_process";
-import { existsSync, readFileSync } from "node:fs";
+import { execFileSync, spawnSync } from "node:child_process";
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { missingCallers, Podman } from "./harness/callers.ts";
-import { type EngineName, Live, type RunOptions } from "./harness/live.ts";
+import { type EngineName, isControl, Live, type RunOptions } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
 import { numbersIn } from "./harness/output.ts";
-import { IMAGE } from "./harness/programs.ts";
+import { IMAGE, repository } from "./harness/programs.ts";
 import { until } from "./harness/until.ts";
 
 const MEMORY = 64 << 20;
@@ -190,3 +190,74 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
     });
   },
 );
+
+describe.skipIf(isControl || lacks)(`cedanad in its unit${lacks ? ` (${lacks})` : ""}`, () => {
+  const units = "/run/systemd/system";
+  const systemctl = (...args: string[]) => execFileSync("systemctl", args, { encoding: "utf8" }).trim();
+  const mainPid = () => Number(systemctl("show", "--value", "--property=MainPID", "cedanad.service"));
+  /** As packaged, with what is not installed here, and directories of our own, in a file beside. */
+  function install(live: Live): void {
+    for (const name of ["cedanad.service", "cedanad.socket"])
+      writeFileSync(join(units, name), readFileSync(join(repository, "packaging/systemd", name)));
+    const environment = Object.entries(live.environment())
+      .filter(([name]) => name.startsWith("CEDANA_"))
+      .map(([name, value]) => `Environment=${name}=${value}\n`);
+    const own = {
+      "cedanad.service": `[Service]\nExecStart=\nExecStart=${repository}/bin/cedanad\n${environment.join("")}`,
+      "cedanad.socket": `[Socket]\nListenStream=\nListenStream=${live.runDir}/cedanad.sock\n`,
+    };
+    for (const [name, text] of Object.entries(own)) {
+      mkdirSync(join(units, `${name}.d`), { recursive: true });
+      writeFileSync(join(units, `${name}.d/own.conf`), text);
+    }
+    systemctl("daemon-reload");
+  }
+  function uninstall(): void {
+    systemctl("stop", "cedanad.socket", "cedanad.service");
+    for (const name of readdirSync(units).filter((name) => name.startsWith("cedanad.")))
+      rmSync(join(units, name), { recursive: true });
+    systemctl("daemon-reload");
+  }
+
+  it("is started by its socket, and can be killed, restarted and stopped while containers run", async () => {
+    await using live = await Live.start();
+    install(live);
+    try {
+      systemctl("start", "cedanad.socket");
+      expect(mainPid()).toBe(0);
+      await using task = await live.run(["counter"]);
+      const first = mainPid();
+      expect(live.cedanad()!.pid).toBe(first);
+      expect(cgroupOf(first)).toBe("0::/system.slice/cedanad.service");
+      expect(cgroupOf(task.pid)).not.toContain("cedanad");
+      // Without CAP_SYS_RESOURCE systemd lets it be.
+      const mayLower =
+        BigInt(`0x${/CapEff:\t(\w+)/.exec(readFileSync("/proc/self/status", "utf8"))![1]}`) & (1n << 24n);
+      expect(readFileSync(`/proc/${first}/oom_score_adj`, "utf8")).toBe(mayLower ? "-500\n" : "0\n");
+
+      process.kill(first, "SIGKILL");
+      await until(() => mainPid() !== first && mainPid() !== 0, { what: () => "systemd's next cedanad" });
+      expect((await task.execToEnd(["true"])).status).toBe(0);
+      const second = mainPid();
+      expect(live.cedanad()!.pid).toBe(second);
+
+      systemctl("restart", "cedanad.service");
+      expect(mainPid()).not.toBe(second);
+      expect((await task.execToEnd(["sh", "-c", "exit 3"])).status).toBe(3);
+      const image = await task.checkpoint({ exit: false });
+      expect(existsSync(image)).toBe(true);
+      expect(live.cedanad()!.pid).toBe(mainPid());
+
+      // Without its units the first who needs one starts it.
+      systemctl("stop", "cedanad.socket", "cedanad.service");
+      const before = await task.nextNumber();
+      expect(await task.nextNumber()).toBe(before + 1);
+      expect((await task.execToEnd(["true"])).status).toBe(0);
+      expect(mainPid()).toBe(0);
+      await task.kill(9);
+      expect(await task.wait()).toBe(137);
+    } finally {
+      uninstall();
+    }
+  });
+});

@@ -1,10 +1,10 @@
 import { stat } from "node:fs/promises";
 import { isAbsolute } from "node:path";
 import type { Logger } from "pino";
-import { InvalidRequest, NotFound, Unsupported } from "../errors/index.ts";
-import { expectAnswer } from "../linux/apart.ts";
-import { isDirectory, isEncryptedArchive } from "./archive/index.ts";
-import { type ChainContext, runChain, type Step } from "./chain.ts";
+import { InvalidRequest, NotFound, Unsupported } from "../../errors/index.ts";
+import { expectAnswer } from "../../linux/apart.ts";
+import { isDirectory, isEncryptedArchive } from "../archive/index.ts";
+import { type ChainContext, runChain, type Step } from "../chain.ts";
 import {
   compareToContainer,
   compareToNode,
@@ -12,14 +12,14 @@ import {
   type NodeFacts,
   nodeFacts,
   type RestoredContainer,
-} from "./compare.ts";
-import { type Finding, refusalOfRestore } from "./finding.ts";
-import { type ImageFacts, readImageFacts } from "./image-facts.ts";
-import type { CheckpointManifest } from "./manifest.ts";
-import { compareSizes, verifyFiles } from "./manifest-files.ts";
-import { findArchive, findFaultsOfFiles, findingsOf, type OpenCheckpoint, openDirectoryOf } from "./open.ts";
-import type { CriuPolicy } from "./policy.ts";
-import { UnpackedCheckpoint } from "./unpack.ts";
+} from "../compare.ts";
+import { type Finding, refusalOfRestore } from "../finding.ts";
+import { type ImageFacts, readImageFacts } from "../image-facts.ts";
+import type { CheckpointManifest } from "../manifest.ts";
+import { compareSizes, verifyFiles } from "../manifest-files.ts";
+import { findArchive, findFaultsOfFiles, findingsOf, type OpenCheckpoint, openDirectoryOf } from "../open.ts";
+import type { CriuPolicy } from "../policy.ts";
+import { UnpackedCheckpoint } from "../unpack.ts";
 
 /*
  * What can be said of a restore before anything of the container is made: whether the checkpoint is whole, and what differs between it and
