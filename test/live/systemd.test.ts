@@ -254,6 +254,14 @@ describe.skipIf(isControl || lacks)(`cedanad in its unit${lacks ? ` (${lacks})` 
       expect(await task.nextNumber()).toBe(before + 1);
       expect((await task.execToEnd(["true"])).status).toBe(0);
       expect(mainPid()).toBe(0);
+
+      // Where the units come back, systemd's takes over from that one.
+      const without = live.cedanad()!.pid;
+      systemctl("start", "cedanad.socket");
+      await using other = await live.run(["counter"], { id: "other" });
+      expect(await other.nextNumber()).toBe(0);
+      expect(live.cedanad()!.pid).toBe(mainPid());
+      await until(() => !existsSync(`/proc/${without}`), { what: () => "the end of the one before" });
       await task.kill(9);
       expect(await task.wait()).toBe(137);
     } finally {
