@@ -154,7 +154,10 @@ export async function checkpoint(
     });
     const { id, root, engine, globalArgv } = call;
     if (!dump.leaveRunning && features.name === "crun")
-      noteEnd(call.marker, marker ?? { version: 1, id, root, engine, globalArgv, bundle: state.bundle });
+      await noteEnd(
+        call.marker,
+        marker ?? { version: 1, id, root, engine, globalArgv, bundle: state.bundle },
+      );
   } finally {
     rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
   }
