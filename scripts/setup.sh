@@ -200,7 +200,11 @@ unpacked() {
   return 1
 }
 
-run_crit() { PYTHONPATH=$cache/crit-$(version_of criu --version)/usr/lib/python3/dist-packages /usr/bin/python3 -m crit "$@"; }
+# Python's own decoder: Debian 13's other one is in a library that is not unpacked with it.
+run_crit() {
+  PYTHONPATH=$cache/crit-$(version_of criu --version)/usr/lib/python3/dist-packages \
+    PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python /usr/bin/python3 -m crit "$@"
+}
 crit_runs() { run_crit --version >/dev/null 2>&1; }
 
 callers=$cache/callers

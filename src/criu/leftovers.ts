@@ -163,9 +163,9 @@ async function sleepUnless(signal: AbortSignal): Promise<boolean> {
   return !signal.aborted;
 }
 
-export function kill(pid: number): void {
+export function kill(pid: number, signal: NodeJS.Signals = "SIGKILL"): void {
   try {
-    process.kill(pid, "SIGKILL");
+    process.kill(pid, signal);
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error;
   }

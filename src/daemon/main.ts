@@ -1,26 +1,17 @@
-import {
-  chmodSync,
-  closeSync,
-  existsSync,
-  fstatSync,
-  mkdirSync,
-  openSync,
-  rmSync,
-  statSync,
-  writeFileSync,
-} from "node:fs";
+import { chmodSync, existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { pino } from "pino";
 import { fillDeviceSlot } from "../checkpoint/device-slot.ts";
 import { setPluginLoader } from "../features/registry.ts";
 import { gpuSlot } from "../gpu/slot.ts";
-import { flock, setCloexec } from "../linux/addon.ts";
+import { setCloexec } from "../linux/addon.ts";
 import { unpackDirectory } from "../runtime/configuration.ts";
 import { culprit } from "../shim/culprit.ts";
 import { ShimServer } from "../shim/shim-server.ts";
 import { apiSocketName, daemonSocketName } from "../shim/socket-name.ts";
 import { listenForApi } from "./api/listener.ts";
+import { takeLock } from "./lock.ts";
 import { leaveOwnCgroups } from "./own-cgroup.ts";
 import { keepLogShort } from "./own-log.ts";
 import { isAllowedPeer } from "./peer.ts";
@@ -34,7 +25,6 @@ import { RuntimeServer } from "./runtime-server.ts";
 
 const BUILD = process.env.CEDANA_BUILD ?? "0.1.0";
 const SOCKET_FD = 3;
-const LOCK_FD = 4;
 
 const runDirectory = process.env.CEDANA_RUN_DIR || "/run/cedana";
 const log = pino({ level: process.env.CEDANA_LOG_LEVEL || "info", base: { pid: process.pid } });
@@ -61,7 +51,11 @@ chmodSync(runDirectory, 0o700);
 const socketPath = join(runDirectory, daemonSocketName());
 const pidFile = join(runDirectory, "cedanad.pid");
 
-takeLock(`${socketPath}.lock`);
+const passed = process.env.LISTEN_FDS === "1";
+if (!(await takeLock(`${socketPath}.lock`, passed, log))) {
+  log.fatal({ socketPath }, "another cedanad serves this run directory");
+  process.exit(73);
+}
 
 fillDeviceSlot(gpuSlot);
 setPluginLoader(async () => await (await import("../plugins/load.ts")).loadPlugins(log, BUILD));
@@ -98,7 +92,6 @@ server.on("error", (error) => {
 // Before the shims' socket is served: whoever has had an answer there finds this one, too.
 const apiPath = join(runDirectory, apiSocketName());
 listenForApi(apiPath, { log, shim, runDirectory, calls });
-const passed = process.env.LISTEN_FDS === "1";
 if (!passed) rmSync(socketPath, { force: true });
 server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
   if (!passed) chmodSync(socketPath, 0o600);
@@ -134,27 +127,4 @@ function end(why: string): never {
   if (!passed || !process.env.LISTEN_PID) rmSync(socketPath, { force: true });
   leaveOwnCgroups();
   process.exit(0);
-}
-
-/** One cedanad for a socket. Who passed us the lock holds it for us; else we take it, and end when another has it. */
-function takeLock(path: string): void {
-  if (existsSync(path) && isSameFile(LOCK_FD, path)) {
-    setCloexec(LOCK_FD, true);
-    return;
-  }
-  const fd = openSync(path, "a", 0o600); // stays open, and locked, as long as we live
-  if (!flock(fd, "exclusive")) {
-    log.fatal({ path }, "another cedanad serves this run directory");
-    closeSync(fd);
-    process.exit(73);
-  }
-}
-
-function isSameFile(fd: number, path: string): boolean {
-  try {
-    const [a, b] = [fstatSync(fd), statSync(path)];
-    return a.ino === b.ino && a.dev === b.dev;
-  } catch {
-    return false; // EBADF: no fd 4 was passed
-  }
 }

@@ -235,6 +235,11 @@ export function cgroupPathV2(
   return `${slices.join("")}/${cgroupName(scope, id, engine)}`;
 }
 
+/** Whether the cgroup's path is SLICE:PREFIX:NAME, a scope's, which no caller writes who doesn't want systemd to make it. */
+export function namesScope(spec: OciSpec): boolean {
+  return /^[^/:]*:[^/:]*:[^/:]+$/.test(spec.linux?.cgroupsPath ?? "");
+}
+
 /** The spec's annotations; empty when it has none. */
 export function annotationsOf(spec: OciSpec): Readonly<Record<string, string>> {
   return spec.annotations ?? {};

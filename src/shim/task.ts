@@ -1,3 +1,4 @@
+import { existsSync } from "node:fs";
 import { rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -11,6 +12,7 @@ import {
   asksForCheckpoints,
   cedanaAnnotations,
   hasOurAnnotations,
+  namesScope,
   type OciSpec,
   readSpec,
 } from "../runtime/spec.ts";
@@ -150,7 +152,10 @@ export class Task implements Container {
     request: CreateRequest,
     answer: (task: Task) => Uint8Array,
   ): Promise<Task> {
-    const [options, spec] = await Promise.all([decodeOptions(request.options), readSpec(request.bundle)]);
+    const [given, spec] = await Promise.all([decodeOptions(request.options), readSpec(request.bundle)]);
+    // Docker, with systemd for its cgroups, has no options for a shim that it doesn't know.
+    const systemd = given.systemdCgroup || (namesScope(spec) && existsSync("/run/systemd/system"));
+    const options = { ...given, systemdCgroup: systemd };
     killPolicy(spec); // a signal that doesn't exist is refused now, not when it is needed
     execKillPolicy(spec, {});
     if (hasOurAnnotations(spec)) await (await import("../runtime/hooks.ts")).checkHooks(spec);

@@ -53,7 +53,7 @@ export interface CritAnswer {
 /** Asks crit.py, all in one go. */
 export function askCrit(questions: object[]): CritAnswer[] {
   const { stdout, stderr, status } = spawnSync("/usr/bin/python3", [join(import.meta.dirname, "crit.py")], {
-    env: { PYTHONPATH: critPath() },
+    env: { PYTHONPATH: critPath(), PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION: "python" }, // as setup.sh's run_crit
     input: questions.map((question) => JSON.stringify(question)).join("\n"),
     encoding: "utf8",
     maxBuffer: 1 << 30,

@@ -4,7 +4,7 @@ import { execFile, execFileSync, spawn } from "node:child_process";
 import { chmodSync, existsSync, mkdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { promisify } from "node:util";
-import { describe, expect, it } from "vitest";
+import { describe, expect, it, type TestContext } from "vitest";
 import { cedanadCgroup } from "./harness/cleanup.ts";
 import { isControl, Live } from "./harness/live.ts";
 import { skipUnless } from "./harness/matrix.ts";
@@ -119,35 +119,61 @@ describe.skipIf(isControl)("cedanad", () => {
     });
 
     it("takes the socket that was made for it before anybody asked", async (context) => {
-      skipUnless(
-        context,
-        existsSync("/usr/bin/systemd-socket-activate"),
-        "no systemd-socket-activate on this machine",
-      );
+      skipUnlessActivated(context);
       await using live = await Live.start();
-      // As the unit: directory 0700, socket 0600, made before anybody asks.
-      mkdirSync(live.runDir, { recursive: true, mode: 0o700 });
-      const socket = join(live.runDir, socketName());
-      const activator = spawn(
-        "systemd-socket-activate",
-        ["--listen", socket, ...environment(live), join(repository, "bin/cedanad")],
-        { stdio: "ignore" },
-      );
-      try {
-        await until(() => existsSync(socket), { what: () => "the socket" });
-        chmodSync(socket, 0o600);
-        const inode = statSync(socket).ino;
-        const { status, stdout } = await live.runToEnd(["sh", "-c", "echo activated; exit 5"]);
-        expect([status, stdout]).toEqual([5, "activated\n"]);
-        expect(live.cedanad()!.pid).toBe(activator.pid); // it became cedanad
-        expect(statSync(socket).ino).toBe(inode);
-      } finally {
-        activator.kill("SIGTERM");
-        await new Promise((resolve) => activator.once("exit", resolve));
-      }
+      await using activator = await activate(live);
+      const inode = statSync(activator.socket).ino;
+      const { status, stdout } = await live.runToEnd(["sh", "-c", "echo activated; exit 5"]);
+      expect([status, stdout]).toEqual([5, "activated\n"]);
+      expect(live.cedanad()!.pid).toBe(activator.pid); // it became cedanad
+      expect(statSync(activator.socket).ino).toBe(inode);
+    });
+
+    it("takes over from one that was there before the units were, and no container notices", async (context) => {
+      skipUnlessActivated(context);
+      await using live = await Live.start();
+      await using task = await live.run(["counter", "20", "6"], { stdio: false });
+      const before = live.cedanad()!.pid;
+      await using activator = await activate(live);
+      expect(isAlive(before)).toBe(true); // nobody has asked yet
+      const { status } = await live.runToEnd(["sh", "-c", "exit 5"]);
+      expect(status).toBe(5);
+      expect(live.cedanad()!.pid).toBe(activator.pid);
+      await until(() => !isAlive(before), { what: () => "the end of the cedanad before" });
+      expect(existsSync(activator.socket)).toBe(true);
+      await task.kill(15);
+      expect(await task.wait()).toBe(6);
     });
   });
 });
+
+function skipUnlessActivated(context: TestContext): void {
+  const program = existsSync("/usr/bin/systemd-socket-activate");
+  skipUnless(context, program, "no systemd-socket-activate on this machine");
+}
+
+/** As the unit: directory 0700, socket 0600, made before anybody asks, in the place of one that is there. */
+async function activate(live: Live): Promise<AsyncDisposable & { pid: number; socket: string }> {
+  mkdirSync(live.runDir, { recursive: true, mode: 0o700 });
+  const socket = join(live.runDir, socketName());
+  const inode = () => (existsSync(socket) ? statSync(socket).ino : undefined);
+  const before = inode();
+  const activator = spawn(
+    "systemd-socket-activate",
+    ["--listen", socket, ...environment(live), join(repository, "bin/cedanad")],
+    { stdio: "ignore" },
+  );
+  await until(() => ![before, undefined].includes(inode()), { what: () => "the socket" });
+  chmodSync(socket, 0o600);
+  return {
+    pid: activator.pid!,
+    socket,
+    [Symbol.asyncDispose]: async () => {
+      const exit = new Promise((resolve) => activator.once("exit", resolve));
+      if (activator.kill("SIGTERM")) await exit;
+    },
+  };
+}
 
 function environment(live: Live): string[] {
   return Object.entries(live.environment())

@@ -84,6 +84,20 @@ for (const combination of enginesForCheckpoints) {
       await scopeIsGone("life");
     });
 
+    it("lives in its scope also where only the path of its cgroup says so, as Docker's does", async () => {
+      const { edit } = inScope("docker");
+      await using task = await live.run(["counter"], {
+        id: "docker",
+        runtimeOptions: live.engineOptions({}),
+        edit,
+      });
+      expect(cgroupOf(task.pid)).toBe(`0::/system.slice/${scopeOf("docker")}${own}`);
+      await task.kill(9);
+      expect(await task.wait()).toBe(137);
+      await task.delete();
+      await scopeIsGone("docker");
+    });
+
     it("is restored into a scope of its own, with its limits, and again from there", async () => {
       let task = await live.run(["counter"], inScope("gen0"));
       let last = await task.nextNumber();
@@ -240,6 +254,14 @@ describe.skipIf(isControl || lacks)(`cedanad in its unit${lacks ? ` (${lacks})` 
       expect(await task.nextNumber()).toBe(before + 1);
       expect((await task.execToEnd(["true"])).status).toBe(0);
       expect(mainPid()).toBe(0);
+
+      // Where the units come back, systemd's takes over from that one.
+      const without = live.cedanad()!.pid;
+      systemctl("start", "cedanad.socket");
+      await using other = await live.run(["counter"], { id: "other" });
+      expect(await other.nextNumber()).toBe(0);
+      expect(live.cedanad()!.pid).toBe(mainPid());
+      await until(() => !existsSync(`/proc/${without}`), { what: () => "the end of the one before" });
       await task.kill(9);
       expect(await task.wait()).toBe(137);
     } finally {

@@ -243,7 +243,7 @@ export class CallerPlace {
   async expectNoLeftovers(allowed: (argv: string) => boolean = () => false): Promise<void> {
     // Podman leaves conmon's and pods' cgroups on a hybrid host, crun now and then a container's: with and without us.
     const isContainer = (path: string) =>
-      this.engine === "runc" && /\/libpod-[0-9a-f]{64}(\.scope)?$/.test(path);
+      (this.engine === "runc" || systemdRuns) && /\/libpod-[0-9a-f]{64}(\.scope)?$/.test(path);
     const left = () => [
       ...this.living().filter((argv) => !allowed(argv)),
       ...cgroupsOf(this.namespace).filter(isContainer),
