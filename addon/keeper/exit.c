@@ -23,6 +23,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <stdint.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -65,37 +66,68 @@ static int seize(pid_t pid, pid_t *threads, size_t *count) {
   return result;
 }
 
+/*
+ * What a stopped thread is made to do, in its own words: the kernel gives a 32-bit program's registers in their own form, which their
+ * size tells. A program of the x32 kind runs in 64-bit mode, where the 64-bit number of a call is taken from everybody.
+ */
 #if defined(__x86_64__)
-#define SYSCALL_INSTRUCTION "\x0f\x05"
-#define SYSCALL_LENGTH 2
-static unsigned long prepare(struct user_regs_struct *regs, int status) {
-  regs->orig_rax = (unsigned long long)-1; /* no interrupted call is taken up again */
-  regs->rax = SYS_exit_group;
-  regs->rdi = (unsigned long long)status;
-  return regs->rip;
+#define EXIT_GROUP_I386 252
+enum { I386_EBX, I386_EAX = 6, I386_ORIG_EAX = 11, I386_EIP, I386_COUNT = 17 };
+union registers {
+  struct user_regs_struct native;
+  uint32_t i386[I386_COUNT];
+};
+static bool prepare(union registers *regs, size_t size, int status, unsigned long *at, const char **instruction, size_t *length) {
+  *length = 2;
+  if (size == sizeof regs->native) {
+    regs->native.orig_rax = (unsigned long long)-1; /* no interrupted call is taken up again */
+    regs->native.rax = SYS_exit_group;
+    regs->native.rdi = (unsigned long long)status;
+    *at = regs->native.rip;
+    *instruction = "\x0f\x05"; /* syscall */
+    return true;
+  }
+  if (size != sizeof regs->i386) return false;
+  regs->i386[I386_ORIG_EAX] = (uint32_t)-1;
+  regs->i386[I386_EAX] = EXIT_GROUP_I386;
+  regs->i386[I386_EBX] = (uint32_t)status;
+  *at = regs->i386[I386_EIP];
+  *instruction = "\xcd\x80"; /* int 0x80 */
+  return true;
 }
 #elif defined(__aarch64__)
-#define SYSCALL_INSTRUCTION "\x01\x00\x00\xd4"
-#define SYSCALL_LENGTH 4
-static unsigned long prepare(struct user_regs_struct *regs, int status) {
-  regs->regs[8] = SYS_exit_group;
-  regs->regs[0] = (unsigned long long)status;
-  return regs->pc;
+union registers {
+  struct user_regs_struct native;
+};
+static bool prepare(union registers *regs, size_t size, int status, unsigned long *at, const char **instruction, size_t *length) {
+  if (size != sizeof regs->native) return false; /* a 32-bit program */
+  regs->native.regs[8] = SYS_exit_group;
+  regs->native.regs[0] = (unsigned long long)status;
+  *at = regs->native.pc;
+  *instruction = "\x01\x00\x00\xd4"; /* svc 0 */
+  *length = 4;
+  return true;
 }
 #else
 #error "cedana-exit knows x86-64 and arm64"
 #endif
 
 static int end(pid_t pid, pid_t thread, int status) {
-  struct user_regs_struct regs;
+  union registers regs;
   struct iovec all = {.iov_base = &regs, .iov_len = sizeof regs};
   if (ptrace(PTRACE_GETREGSET, thread, NT_PRSTATUS, &all) < 0) return fail("read the registers of", thread);
-  unsigned long at = prepare(&regs, status);
+  unsigned long at;
+  const char *instruction;
+  size_t length;
+  if (!prepare(&regs, all.iov_len, status, &at, &instruction, &length)) {
+    errno = ENOEXEC; /* of an architecture that we don't know */
+    return fail("make a system call of", thread);
+  }
   autofree char *path = format("/proc/%d/mem", (int)pid);
   autofd memory = open(path, O_RDWR | O_CLOEXEC);
   if (memory < 0) return fail("open the memory of", pid);
   /* Through read-only mappings, too: we trace it. */
-  if (pwrite(memory, SYSCALL_INSTRUCTION, SYSCALL_LENGTH, (off_t)at) != SYSCALL_LENGTH) return fail("write to the memory of", pid);
+  if (pwrite(memory, instruction, length, (off_t)at) != (ssize_t)length) return fail("write to the memory of", pid);
 #if defined(__aarch64__)
   int none = -1;
   struct iovec call = {.iov_base = &none, .iov_len = sizeof none};
@@ -104,6 +136,9 @@ static int end(pid_t pid, pid_t thread, int status) {
   if (ptrace(PTRACE_SETREGSET, thread, NT_PRSTATUS, &all) < 0) return fail("set the registers of", thread);
   return 0;
 }
+
+/* Signals that may be waiting for a thread; what stops more often doesn't do what it is made to. */
+#define STOPS_MAX 128
 
 int exit_main(int argc, char **argv) {
   if (argc != 3) {
@@ -119,6 +154,7 @@ int exit_main(int argc, char **argv) {
   if (write_all(1, "ready\n", 6) < 0) return fail("tell who has called us about", pid);
   /* Any thread will do; the first that stops. Others stay stopped until exit_group ends them. */
   pid_t ending = 0;
+  unsigned stops = 0;
   for (;;) {
     int wait_status;
     pid_t thread = waitpid(-1, &wait_status, __WALL);
@@ -133,6 +169,10 @@ int exit_main(int argc, char **argv) {
       continue;
     }
     if (!WIFSTOPPED(wait_status)) continue;
+    if (thread == ending && ++stops > STOPS_MAX) {
+      errno = ELOOP;
+      return fail("end", pid);
+    }
     if (!ending && (result = end(pid, thread, status))) return result;
     if (!ending) ending = thread;
     /* Again for a signal that came meanwhile (SIGCHLD of one that was killed), which it doesn't get. */

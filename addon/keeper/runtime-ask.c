@@ -6,9 +6,10 @@
  *   RUNTIME_ENDED   how it ended
  *   RUNTIME_ANSWER  the exit status, what is printed, and the error, which also goes to the --log file
  *
- * Signals: what we get while the child runs is passed on to it, except SIGKILL, which ends us: the child gets a SIGKILL then too
+ * Signals: what we get while the child runs is passed on to it, and ends us when there is none, except SIGKILL, which ends us: the child gets a SIGKILL then too
  * (PDEATHSIG), so that nothing goes on unwatched; cedanad sees our connection close and undoes what it had prepared.
- * cedanad missing or dead: it is started; after 10 s the command fails and says so. One that dies when the engine has restored a container
+ * cedanad missing or dead: it is started; after 10 s the command fails and says so. One that dies in the middle of a checkpoint has a successor,
+ * whom we ask again, once: he finishes it where the container has ended with it, or begins it anew. One that dies when the engine has restored a container
  * by its word leaves nobody who knows of it: we end it then, for the command has failed.
  */
 #include <fcntl.h>
@@ -49,7 +50,7 @@ char *runtime_state_root(void) {
 }
 
 char *runtime_marker(const char *id) {
-  if (!*id || strchr(id, '/') || strlen(id) > 200) return NULL;
+  if (!*id || strchr(id, '/') || strlen(id) > 200 || !strcmp(id, ".") || !strcmp(id, "..")) return NULL;
   autofree char *root = runtime_state_root();
   for (size_t length = strlen(root); length > 1 && root[length - 1] == '/';) root[--length] = 0;
   const char *directory = runtime_run_directory ? runtime_run_directory : run_directory();
@@ -83,6 +84,8 @@ static int receive(int fd, struct buffer *in, struct message *m) {
   }
 }
 
+static int deliveries;
+
 static void put_request(struct buffer *out) {
   char cwd[4096];
   if (!getcwd(cwd, sizeof cwd)) runtime_fail("find the working directory: %s", strerror(errno));
@@ -95,13 +98,14 @@ static void put_request(struct buffer *out) {
   const char *id = runtime_container_id();
   autofree char *marker = id ? runtime_marker(id) : NULL;
   if (!marker)
-    runtime_fail("%s: \"%s\" can't be the id of a container of cedana's: it may have 200 characters, and no slash", runtime.argv[runtime.command],
+    runtime_fail("%s: \"%s\" can't be the id of a container of cedana's: it may have 200 characters, no slash, and not be . or ..", runtime.argv[runtime.command],
                  id ? id : "");
   put_string(out, FIELD_ID, id);
   put_string(out, FIELD_MARKER, marker);
   put_string(out, FIELD_CWD, cwd);
   put_int(out, FIELD_PID, getpid());
   put_int(out, FIELD_MOUNT_NS, (int64_t)mount_namespace("/proc/self/ns/mnt"));
+  if (deliveries > 1) put_int(out, FIELD_DELIVERIES, deliveries);
   frame_end(out, begin);
 }
 
@@ -111,7 +115,13 @@ static volatile sig_atomic_t child;
 
 static void pass_on(int number) {
   int saved = errno;
-  if (child > 0) kill((pid_t)child, number);
+  if (child > 0) {
+    kill((pid_t)child, number);
+  } else if (number == SIGTERM || number == SIGINT || number == SIGHUP || number == SIGQUIT) {
+    /* Nobody to pass it on to: it means us, and cedanad undoes what it has begun. */
+    signal(number, SIG_DFL);
+    raise(number);
+  }
   errno = saved;
 }
 
@@ -276,7 +286,9 @@ void runtime_ask(void) {
     if (sigaction(passed_on[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(passed_on[i], &action, NULL);
   }
   struct message m;
-  bool restored = false;
+  bool restored = false, repeats = !strcmp(runtime.argv[runtime.command], "checkpoint");
+  deliveries = 1;
+again:
   while ((result = receive(fd, &in, &m)) == 0) {
     if (m.type == MESSAGE_RUNTIME_ANSWER) answer(&m);
     if (m.type == MESSAGE_RUNTIME_RUN) {
@@ -292,6 +304,14 @@ void runtime_ask(void) {
       if ((result = send_all(fd, &out, now_ms() + REACH_MS)) < 0) break;
     }
     message_free(&in, &m);
+  }
+  close(fd);
+  if (repeats && deliveries == 1) {
+    deliveries++;
+    buffer_free(&in);
+    buffer_free(&out);
+    if ((fd = ask(put_request, &in)) >= 0) goto again;
+    result = fd;
   }
   if (restored) delete_restored(caller);
   wake_successor();

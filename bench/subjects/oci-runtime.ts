@@ -104,6 +104,9 @@ const CHECKPOINT_AIM: Record<EngineName, Aim> = {
 
 let podman: Podman | undefined;
 
+/** Its files are on the machine's disk; what is below /run elsewhere is in memory here, too. */
+const startPodman = (engine: EngineName) => Podman.start(engine, {}, undefined, false, true);
+
 async function on(side: Program, ...args: string[]): Promise<string> {
   const outcome = await podman!.on(side, ...args);
   if (outcome.status !== 0) throw new Error(`podman ${args.join(" ")}: ${outcome.stderr}`);
@@ -135,7 +138,7 @@ export const podmanRuns: Subject = {
   warmUps: 1,
   missing: missingCallers,
   async measure(bench, side) {
-    podman ??= await Podman.start(bench.engine);
+    podman ??= await startPodman(bench.engine);
     const program = programOf(side);
     const samples: Samples = { [RUN]: await timeMs(() => on(program, "run", "--rm", IMAGE, "true")) };
     // crun's own restore fails on a host with cgroups of both versions.
@@ -161,7 +164,7 @@ export const podmanAtWork: Subject = {
   async measure(bench, side) {
     // crun's own restore, and so what is compared here, fails on a host with cgroups of both versions.
     if (side === "theirs" && bench.engine === "crun") return {};
-    podman ??= await Podman.start(bench.engine);
+    podman ??= await startPodman(bench.engine);
     const program = programOf(side);
     const samples: Samples = {};
     for (const [row, threads] of [
@@ -184,7 +187,7 @@ export const firstPodmanCheckpoint: Subject = {
   warmUps: 1,
   missing: missingCallers,
   async measure(bench) {
-    podman ??= await Podman.start(bench.engine);
+    podman ??= await startPodman(bench.engine);
     await begin("wrapper", ...(await sleeper()));
     const checkpoint = () =>
       timeMs(() => on("wrapper", "container", "checkpoint", "--leave-running", "wrapper"));

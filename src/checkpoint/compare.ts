@@ -106,11 +106,6 @@ export async function compareFilesWithDiff(
 
 // ---- mounts ----------------------------------------------------------------------------------------------------------
 
-/**
- * CRIU makes the mounts that the images have, and no others. Those from outside it knows by the engine's key, which for a bind mount is
- * where it is mounted.
- * @returns what is hidden from the container in the way of another engine
- */
 /** A volume's server may be gone. */
 async function look(source: string): Promise<"there" | "missing" | "silent"> {
   try {
@@ -121,6 +116,11 @@ async function look(source: string): Promise<"there" | "missing" | "silent"> {
   }
 }
 
+/**
+ * CRIU makes the mounts that the images have, and no others. Those from outside it knows by the engine's key, which for a bind mount is
+ * where it is mounted.
+ * @returns what is hidden from the container in the way of another engine
+ */
 async function compareMounts(
   mounts: readonly DumpedMount[],
   container: RestoredContainer,
@@ -128,6 +128,11 @@ async function compareMounts(
 ): Promise<ExternalMount[]> {
   const external: ExternalMount[] = [];
   const rootMount = mounts.find(({ mountPoint }) => mountPoint === "/")?.id;
+  // All sources are asked at once, each in a thread of its own: one after another, they would be most of what is done here.
+  const sources = mounts.map(({ externalKey: key }) => key !== undefined && container.binds.get(key));
+  const looks = new Map(
+    [...new Set(sources)].filter((one) => typeof one === "string").map((one) => [one, look(one)]),
+  );
   for (const { externalKey: key, root, mountPoint, parentId } of mounts) {
     if (key === undefined) continue;
     const gpuSource = container.binds.has(key) ? undefined : gpuMountSource(mountPoint, key, root);
@@ -147,7 +152,7 @@ async function compareMounts(
     }
     const source = container.binds.get(key);
     if (source !== undefined) {
-      const there = await look(source);
+      const there = await looks.get(source);
       if (there !== "there")
         found.error(
           "mount",

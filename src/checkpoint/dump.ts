@@ -1,6 +1,7 @@
 import { mkdirSync, rmSync } from "node:fs";
 import { readFile, rm, stat, writeFile } from "node:fs/promises";
 import { isAbsolute, join, relative } from "node:path";
+import type { Logger } from "pino";
 import { removeGate } from "../criu/gate.ts";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { endOfWriters } from "../criu/leftovers.ts";
@@ -35,7 +36,7 @@ import {
 } from "./dump/context.ts";
 import { criuDump, meetCriu, openWorkPath, startEngine } from "./dump/criu.ts";
 import { digestAlongside, findChanges, takeRootfs } from "./dump/files.ts";
-import { askForFacts, recordDump } from "./dump/manifest.ts";
+import { askForFacts, finishAttempt, recordDump } from "./dump/manifest.ts";
 import {
   checkpointDevices,
   detectNetwork,
@@ -286,15 +287,23 @@ async function earlierAttempt(
   return { attempt, staging };
 }
 
+/** What became of a dump that nobody goes on with; undefined: nothing is left of it. */
+export type AbandonedDump =
+  /** the container has ended with it, and it was whole: it is in its place */
+  | { readonly finished: string }
+  /** the container has ended, and it can't be known to be whole: where the images are kept */
+  | { readonly kept: string }
+  | undefined;
+
 /**
- * After a crash, a dump that nobody goes on with: what was made is removed, or kept where the container is in it alone.
+ * After a crash, a dump that nobody goes on with: what was made is removed, or, where the container is in it alone, finished.
  * @param hasEnded  whether the container has; asked when nobody writes into the staging directory any more
- * @returns where it is kept
  */
 export async function abandonAttempt(
   directory: string,
   hasEnded: () => Promise<boolean>,
-): Promise<string | undefined> {
+  log: Pick<Logger, "error">,
+): Promise<AbandonedDump> {
   const path = join(directory, ATTEMPT_NAME);
   const attempt = await readRecord<Attempt>(path);
   if (!attempt) return undefined; // none was begun
@@ -303,10 +312,19 @@ export async function abandonAttempt(
   if (staging) await endOfWriters(staging.path);
   if (gate) removeGate(gate);
   const isLast = !leaveRunning && (phase !== "begun" || (await hasEnded()));
-  const kept = staging && isLast && !staging.isEmpty ? staging.keep() : undefined;
+  let left: AbandonedDump;
+  if (staging && isLast && !staging.isEmpty)
+    try {
+      left = (await finishAttempt(staging, attempt))
+        ? { finished: record.finalPath }
+        : { kept: staging.keep() };
+    } catch (error) {
+      left = { kept: staging.keep() };
+      log.error({ err: error, ...left }, "finish a checkpoint with which its container has ended");
+    }
   await staging?.[Symbol.asyncDispose]();
   await rm(path, { force: true });
-  return kept;
+  return left;
 }
 
 // ---- options ---------------------------------------------------------------------------------------------------------

@@ -13,8 +13,14 @@ export interface CriuPolicy {
   extUnix: boolean;
   shellJob: boolean;
   emptyNamespaces: string[];
+  /** one of `cgroupsModes`, or nothing */
   cgroupsMode: string;
+  /** names for deleted files that have others: of a dump, images say it to a restore */
+  linkRemap?: boolean | undefined;
 }
+
+/** What both engines know, "ignore" being ours: runc 1.1 refuses it. */
+export const cgroupsModes: readonly string[] = ["soft", "full", "strict", "ignore"];
 
 /**
  * How CRIU keeps packets from a network namespace whose sockets it dumps.

@@ -302,14 +302,17 @@ async function openRestoreWorkPath(context: RestoreContext, next: () => Promise<
   const { target, request } = context;
   context.workPath = request.workPath || defaultWorkPath(target.directory);
   await mkdir(context.workPath, { recursive: true, mode: 0o700 });
+  let mayHaveMounts = false;
   try {
     await next();
   } catch (error) {
+    mayHaveMounts = true; // of every cgroup hierarchy: never removed with what is below
     await keepLog(join(context.workPath, "restore.log"), join(target.directory, "criu-restore.log"));
     await unmountLeft([context.workPath], target);
+    mayHaveMounts = false;
     throw error;
   } finally {
-    if (!request.workPath) await rm(context.workPath, { recursive: true, force: true });
+    if (!request.workPath && !mayHaveMounts) await rm(context.workPath, { recursive: true, force: true });
   }
 }
 

@@ -8,7 +8,7 @@ import { programOf } from "../linux/proc.ts";
 import type { Conversation, OciAnswer, OciCall } from "../runtime/oci/call.ts";
 import { Endings } from "../runtime/oci/endings.ts";
 import { Escalator } from "../runtime/oci/escalator.ts";
-import { thawLeftovers } from "../runtime/oci/frozen.ts";
+import { type Leftovers, thawLeftovers } from "../runtime/oci/frozen.ts";
 import { inNameOf } from "../shim/culprit.ts";
 import {
   encodeMessage,
@@ -37,6 +37,7 @@ export class RuntimeServer {
   readonly #endings: Endings;
   readonly #endBelowConmon: () => void;
   readonly #isBusy: () => boolean;
+  #leftovers: Leftovers = async () => undefined;
   #active = 0;
   #check: NodeJS.Timeout | undefined;
 
@@ -65,8 +66,8 @@ export class RuntimeServer {
   /** What an earlier cedanad has left: containers frozen, signals to be sent. */
   async revive(runDirectory: string): Promise<void> {
     this.#escalator.revive(runDirectory);
-    const undone = await thawLeftovers(runDirectory, this.#log);
-    this.#endings.revive(runDirectory, undone);
+    this.#leftovers = await thawLeftovers(runDirectory, this.#log);
+    this.#endings.revive(runDirectory, this.#leftovers);
     deviceSlot()?.recoverAll(join(runDirectory, "c", "oci-"), this.#log);
   }
 
@@ -97,7 +98,7 @@ export class RuntimeServer {
   async #answer(call: OciCall, wrapper: Wrapper): Promise<void> {
     // Loaded with the first call: on a node without such callers it would only take memory.
     const { runCommand } = await import("../runtime/oci/commands.ts");
-    const answer = await runCommand(call, wrapper, this.#escalator, this.#endings);
+    const answer = await runCommand(call, wrapper, this.#escalator, this.#endings, this.#leftovers);
     if (answer) wrapper.answer(answer);
   }
 }
@@ -122,6 +123,7 @@ function callOf(message: Message): OciCall {
     marker: message.string("marker"),
     cwd: message.string("cwd"),
     pid: message.int("pid"),
+    repeated: message.int("deliveries") > 1,
   };
 }
 
@@ -149,6 +151,8 @@ class Wrapper implements Conversation, WrapperCall {
 
   run(argv: readonly string[], options: Parameters<Conversation["run"]>[1] = {}): Promise<number> {
     if (this.signal.aborted) return Promise.reject(new Cancelled("cedana-runtime has gone"));
+    if (this.#running)
+      return Promise.reject(new TypeError(`cedana-runtime is to run ${argv[0]} beside another program`));
     return new Promise((resolve, reject) => {
       this.#running = { resolve, reject };
       this.#send(messageType.RUNTIME_RUN, { argv, env: pairs(options.env), outputPath: options.outputPath });

@@ -101,7 +101,7 @@ function removeEnded(): Journal[] {
   }
   // Written and renamed in one go by the one cedanad: what is here under that name is a crash's.
   for (const name of names)
-    if (name.endsWith(".json.new")) rmSync(join(journalDirectory(), name), { force: true });
+    if (/\.json[.~]new$/.test(name)) rmSync(join(journalDirectory(), name), { force: true });
   return names
     .filter((name) => name.endsWith(".json"))
     .flatMap((name) => {

@@ -9,9 +9,12 @@ import { BrokenImage, SyscallFailed } from "../errors/index.ts";
 // "Now": at once, without the thread pool, whose two trips take longer than the write on a tmpfs. For what may not be interrupted by other
 // code, or while a container stands still.
 
+/** What no id of a container has, by which some records are named: what is written for one is never another one's. */
+const NEW = "~new";
+
 /** @throws SyscallFailed naming the file; the record before stays */
 export async function writeRecord(path: string, record: unknown): Promise<void> {
-  const temporary = `${path}.new`;
+  const temporary = `${path}${NEW}`;
   try {
     await writeFile(temporary, JSON.stringify(record), { mode: 0o600 });
     await rename(temporary, path);
@@ -23,7 +26,7 @@ export async function writeRecord(path: string, record: unknown): Promise<void> 
 
 /** As `writeRecord`. */
 export function writeRecordNow(path: string, record: unknown): void {
-  const temporary = `${path}.new`;
+  const temporary = `${path}${NEW}`;
   try {
     writeFileSync(temporary, JSON.stringify(record), { mode: 0o600 });
     renameSync(temporary, path);

@@ -1,14 +1,11 @@
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import type { CheckpointManifest } from "../checkpoint/manifest.ts";
-import type { CriuPolicy } from "../checkpoint/policy.ts";
+import { type CriuPolicy, cgroupsModes } from "../checkpoint/policy.ts";
 import { criuConfig } from "../criu/option-file.ts";
 import { InvalidRequest } from "../errors/index.ts";
 import { type CheckpointRequestOptions, decodeCheckpointOptions } from "../runtime/options.ts";
 import { cedanaAnnotations, type OciSpec } from "../runtime/spec.ts";
-
-/** What both engines know, "ignore" being ours. */
-const cgroupsModes = ["", "soft", "full", "strict", "ignore"];
 
 /**
  * @param options  of the call; default: none
@@ -18,9 +15,9 @@ export function dumpPolicy(
   options: CheckpointRequestOptions = decodeCheckpointOptions(undefined),
   spec: OciSpec,
 ): CriuPolicy {
-  if (!cgroupsModes.includes(options.cgroupsMode))
+  if (options.cgroupsMode !== "" && !cgroupsModes.includes(options.cgroupsMode))
     throw new InvalidRequest(
-      `cgroups mode is ${JSON.stringify(options.cgroupsMode)}; it may be ${cgroupsModes.slice(1).join(", ")}, or nothing`,
+      `cgroups mode is ${JSON.stringify(options.cgroupsMode)}; it may be ${cgroupsModes.join(", ")}, or nothing`,
     );
   const annotations = cedanaAnnotations(spec);
   return {

@@ -24,6 +24,8 @@ interface Owner extends Container {
  */
 export class Exits {
   readonly #owner: Owner;
+  /** what an init has left behind in a shared pid namespace has ended */
+  #rest: Promise<void> = Promise.resolve();
 
   constructor(owner: Owner) {
     this.#owner = owner;
@@ -52,7 +54,7 @@ export class Exits {
     }
     // In a shared pid namespace, the end of init ends nobody else: what is left in the cgroup goes with it.
     const { knownSpec, containerCgroup } = this.#owner;
-    if (process.isInit && knownSpec && sharesPidNamespace(knownSpec)) void containerCgroup.kill();
+    if (process.isInit && knownSpec && sharesPidNamespace(knownSpec)) this.#rest = containerCgroup.kill();
     this.release();
   }
 
@@ -89,8 +91,9 @@ export class Exits {
 
   async #publishInit(): Promise<void> {
     const { init, containerCgroup } = this.#owner;
-    // A kill for want of memory comes before the exit that it causes, also where the keeper can't watch for it.
     const held = init.heldExit;
+    await this.#rest; // it is frozen for it, which the engine's `delete`, which follows on the exit, takes for paused
+    // A kill for want of memory comes before the exit that it causes, also where the keeper can't watch for it.
     await containerCgroup.outOfMemory();
     if (init.heldExit === held && held) this.#publish(init);
   }

@@ -74,8 +74,8 @@ async function thaw(task: Task): Promise<void> {
     else if (init.exit) await thawNoted(bundle);
     await rm(marker, { force: true });
     const { abandonAttempt } = await import("../checkpoint/dump.ts");
-    const kept = await abandonAttempt(bundle, async () => init.exit !== undefined);
-    if (kept !== undefined) log.warn({ kept }, "kept the images of a dump that a crash cut off");
+    const left = await abandonAttempt(bundle, async () => init.exit !== undefined, log);
+    if (left) log.warn(left, "the container has ended with a dump that a crash cut off");
     log.warn("thawed: it had been frozen for a dump that a crash cut off");
   } catch (error) {
     log.error({ err: error }, "thaw a container that a dump cut off by a crash had frozen");

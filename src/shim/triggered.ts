@@ -333,14 +333,14 @@ async function checkpointOnce(
   await engineCheckpoint(task, (step) => task.pod.keeper.ownTag(step), engine, engineDump);
 }
 
-/** A dump that took cedanad along again and again: what it left is undone, or kept where it is the container's last. */
+/** A dump that took cedanad along again and again: what it left is undone, or finished or kept where it is the container's last. */
 async function giveUp(task: Container, record: DumpRecord): Promise<void> {
   const scratch = scratchOf(task);
-  const kept = await abandonAttempt(scratch, async () => task.init.exit !== undefined);
+  const left = await abandonAttempt(scratch, async () => task.init.exit !== undefined, task.log);
   if (task.init.state !== "paused") await thawNoted(scratch);
   await rm(scratch, { recursive: true, force: true });
   task.log.error(
-    { checkpoint: record.name, ...(kept !== undefined && { kept }) },
+    { checkpoint: record.name, ...left },
     `cedanad ended ${MAX_ATTEMPTS} times while it took a checkpoint: given up`,
   );
 }

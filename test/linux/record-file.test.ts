@@ -33,7 +33,7 @@ describe.each([
 
   it("stays as it was where the next one can't be written, and half of that isn't left", async () => {
     await write(file, { a: 1 });
-    fs.symlinkSync("nowhere/there", `${file}.new`);
+    fs.symlinkSync("nowhere/there", `${file}~new`);
     const failed = write(file, { a: 2 });
     await expect(failed).rejects.toThrow(SyscallFailed);
     await expect(failed).rejects.toThrow(/^write \/.*record\.json: ENOENT/);

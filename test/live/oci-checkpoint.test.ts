@@ -348,7 +348,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
         const pid = Number(/"pid":(\d+)/.exec(podman.place.cedanadLog().trim().split("\n").at(-1)!)?.[1]);
         const checkpoint = on("container", "checkpoint", "--leave-running", "c");
         const frozen = () =>
-          entries(join(podman.place.runDir, "oci")).some((name) => name.endsWith(".frozen"));
+          entries(join(podman.place.runDir, "oci")).some((name) => name.endsWith("~frozen"));
         await until(frozen, { everyMs: 1, what: () => "a frozen container" });
         process.kill(pid, "SIGKILL");
         const { status: failed, stderr } = await checkpoint;
@@ -359,7 +359,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
         const before = await sums();
         await until(async () => (await sums()) > before, { everyMs: 50, what: () => "it to go on" });
         const left = () =>
-          entries(join(podman.place.runDir, "oci")).some((name) => name.endsWith(".dumping")) ||
+          entries(join(podman.place.runDir, "oci")).some((name) => name.endsWith("~dumping")) ||
           entries(join(podman.place.runDir, "c")).some((name) => name.startsWith("oci-"));
         await until(() => !left(), { what: () => "the end of what the dump had begun" });
         await ok("container", "checkpoint", "--leave-running", "c");

@@ -18,245 +18,350 @@ import { containerSpec } from "./harness/spec.ts";
 import { entries } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
-// Options of checkpoint and restore that only migration tools use, through cedana-runtime over runc, which alone has them.
+// Options of checkpoint and restore that only migration tools use, through cedana-runtime. crun has fewer of its own than runc.
 
 const missing = missingCallers(); // for the mount namespace and the reaper
 const tracksDirtyPages = spawnSync("criu", ["check", "--feature", "mem_dirty_track"]).status === 0;
 
-describe.skipIf(missing)("cedana-runtime checkpoint and restore", () => {
-  let place: CallerPlace;
-  let bundle: string;
-  const started: ChildProcess[] = [];
-  beforeAll(async () => {
-    place = await CallerPlace.start("runc");
-    bundle = join(place.dir, "b");
-    for (const name of ["bin", "dev", "proc", "sys", "run", "programs"])
-      mkdirSync(join(bundle, "rootfs", name), { recursive: true });
-    copyFileSync("/usr/bin/busybox", join(bundle, "rootfs/bin/busybox"));
-    symlinkSync("busybox", join(bundle, "rootfs/bin/sh"));
-    configure("b", await programs());
-  });
-  afterEach(async () => {
-    for (const root of ["one", "two"]) await runtime(root, "delete", "--force", "box");
-    for (const child of started.splice(0)) child.kill("SIGKILL");
-    for (const name of ["images", "pages", "work", "out", "pid", "status", "one", "two"])
-      rmSync(at(name), { recursive: true, force: true });
-    await place.expectNoLeftovers((argv) => /cedanad/.test(argv));
-  });
-  afterAll(async () => await place?.stop());
-
-  const at = (name: string) => join(place.dir, name);
-  const runtime = (root: string, ...args: string[]) =>
-    place.run(place.runtime("wrapper", "--root", at(root), ...args));
-  let testPrograms = "";
-  function configure(cgroup: string, mounted = testPrograms): void {
-    testPrograms = mounted;
-    const cgroupsPath = place.cgroupsPath(cgroup);
-    const spec = containerSpec({ args: ["counter", "20"], cgroupsPath, programs: mounted });
-    writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
-  }
-
-  function background(script: string, argv: string[]): ChildProcess {
-    const [program, ...rest] = place.inside(["sh", "-c", script, "sh", ...argv]);
-    const stdio = ["ignore", "ignore", "ignore", "pipe"] as const;
-    const child = spawn(program!, rest, { env: place.env, cwd: place.dir, stdio: [...stdio] });
-    started.push(child);
-    return child;
-  }
-  /** A program whose --status-fd is 7. @returns it, when something has come there, which is ended by its end */
-  async function withStatus(output: string, argv: string[]): Promise<ChildProcess> {
-    const fifo = at(`${output}.status`);
-    rmSync(fifo, { force: true });
-    expect(spawnSync("mkfifo", [fifo]).status).toBe(0);
-    background(`cat ${fifo} >${fifo}.said; echo end >${fifo}.end`, []);
-    const child = background(`exec "$@" >>${at(output)} 2>&1 7>${fifo} 3>&-`, argv); // for runc it must not be readable, too
-    const said = () => (existsSync(`${fifo}.said`) ? readFileSync(`${fifo}.said`) : Buffer.alloc(0));
-    await until(() => said().length > 0 || existsSync(`${fifo}.end`), {
-      what: () => `a status: ${readFileSync(at(output), "utf8")}`,
+describe.skipIf(missing).each(["runc", "crun"] as const)(
+  "cedana-runtime checkpoint and restore over %s",
+  (engine) => {
+    const withRunc = it.skipIf(engine === "crun");
+    let place: CallerPlace;
+    let bundle: string;
+    const started: ChildProcess[] = [];
+    beforeAll(async () => {
+      place = await CallerPlace.start(engine);
+      bundle = join(place.dir, "b");
+      for (const name of ["bin", "dev", "proc", "sys", "run", "programs"])
+        mkdirSync(join(bundle, "rootfs", name), { recursive: true });
+      copyFileSync("/usr/bin/busybox", join(bundle, "rootfs/bin/busybox"));
+      symlinkSync("busybox", join(bundle, "rootfs/bin/sh"));
+      configure("b", await programs());
     });
-    expect([...said()], readFileSync(at(output), "utf8")).toEqual([0]);
-    return child;
-  }
-  /** A container's output by a real pipe: Node's are sockets, which CRIU can't put in the place of a pipe. */
-  function counting(root: string, ...args: string[]): void {
-    const line = place.runtime("wrapper", "--root", at(root), ...args, "--detach", "--bundle", bundle, "box");
-    background(`"$@" 2>&1 3>&- | cat >>${at("out")} 3>&-`, line);
-  }
-  const goesOn = async (before: number) =>
-    await until(() => numbers().length > before + 1, {
-      what: () => `it to go on: ${readFileSync(at("out"), "utf8").slice(-2000)}`,
+    afterEach(async () => {
+      for (const root of ["one", "two"]) await runtime(root, "delete", "--force", "box");
+      for (const child of started.splice(0)) child.kill("SIGKILL");
+      for (const name of ["images", "pages", "work", "out", "pid", "status", "one", "two"])
+        rmSync(at(name), { recursive: true, force: true });
+      await place.expectNoLeftovers((argv) => /cedanad/.test(argv));
     });
-  const numbers = () =>
-    existsSync(at("out"))
-      ? readFileSync(at("out"), "utf8")
-          .split("\n")
-          .filter((line) => /^\d+$/.test(line))
-          .map(Number)
-      : [];
-  async function begin(): Promise<void> {
-    configure("b");
-    counting("one", "run");
-    await until(() => numbers().length > 2);
-  }
+    afterAll(async () => await place?.stop());
 
-  async function freePort(): Promise<string> {
-    const server = createServer();
-    await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-    const { port } = server.address() as AddressInfo;
-    await new Promise((resolve) => server.close(resolve));
-    return String(port);
-  }
-
-  it("tells on --status-fd that lazy pages can be fetched, and serves them", {
-    timeout: 60_000,
-  }, async () => {
-    await begin();
-    const [images, work] = [at("images"), at("work")];
-    mkdirSync(work);
-    const port = await freePort();
-    const flags = ["--lazy-pages", "--page-server", `127.0.0.1:${port}`, "--status-fd", "7"];
-    const argv = place.runtime(
-      "wrapper",
-      "--root",
-      at("one"),
-      "checkpoint",
-      ...flags,
-      "--image-path",
-      images,
-      "box",
-    );
-    const dump = await withStatus("dump.out", argv);
-    const ended = new Promise((resolve) => dump.once("exit", resolve));
-    expect(entries(images)).toContain("inventory.img"); // the caller takes them along now
-    const before = numbers().length;
-    const pages = ["lazy-pages", "--page-server", "--address", "127.0.0.1", "--port", port];
-    background(`exec "$@" >>${at("pages.out")} 2>&1 3>&-`, ["criu", ...pages, "-D", images, "-W", work]);
-    await until(() => existsSync(join(work, "lazy-pages.socket")));
-    configure("c");
-    counting("two", "restore", "--lazy-pages", "--image-path", images, "--work-path", work);
-    await goesOn(before);
-    expect(numbers()).toEqual(numbers().map((_, n) => n));
-    expect(await ended, readFileSync(at("dump.out"), "utf8")).toBe(0);
-    await until(() => existsSync(at("dump.out.status.end"))); // nobody else holds it, cedanad above all
-  });
-
-  it("sends memory to a page server, and restores from what it has got", { timeout: 60_000 }, async () => {
-    await begin();
-    const [images, pages] = [at("images"), at("pages")];
-    mkdirSync(pages);
-    const port = await freePort();
-    const server = ["page-server", "--images-dir", pages, "--address", "127.0.0.1", "--port", port];
-    await withStatus("server.out", ["criu", ...server, "--status-fd", "7"]);
-    const to = ["--page-server", `127.0.0.1:${port}`, "--image-path", images];
-    const { status, stderr } = await runtime("one", "checkpoint", ...to, "box");
-    expect(status, stderr).toBe(0);
-    expect(entries(images).filter((name) => /^pages-/.test(name))).toEqual([]);
-    expect(entries(pages).filter((name) => /^pages-/.test(name))).not.toEqual([]);
-    cpSync(pages, images, { recursive: true });
-    const before = numbers().length;
-    counting("one", "restore", "--image-path", images);
-    await goesOn(before);
-    expect(numbers()).toEqual(numbers().map((_, n) => n));
-  });
-
-  it.runIf(tracksDirtyPages)("goes from pre-dump to pre-dump to the dump", { timeout: 60_000 }, async () => {
-    await begin();
-    mkdirSync(at("images"));
-    for (const [name, ...flags] of [
-      ["first", "--pre-dump"],
-      ["second", "--pre-dump", "--parent-path", "../first"],
-      ["last", "--parent-path", "../second"],
-    ]) {
-      const path = join(at("images"), name!);
-      const { status, stderr } = await runtime("one", "checkpoint", ...flags, "--image-path", path, "box");
-      expect(status, stderr).toBe(0);
+    const at = (name: string) => join(place.dir, name);
+    const runtime = (root: string, ...args: string[]) =>
+      place.run(place.runtime("wrapper", "--root", at(root), ...args));
+    let testPrograms = "";
+    function configure(cgroup: string, mounted = testPrograms, args = ["counter", "20"]): void {
+      testPrograms = mounted;
+      const cgroupsPath = place.cgroupsPath(cgroup);
+      const spec = containerSpec({ args, cgroupsPath, programs: mounted });
+      writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
     }
-    const before = numbers().length;
-    counting("one", "restore", "--image-path", join(at("images"), "last"));
-    await until(() => numbers().length > before + 1);
-    expect(numbers()).toEqual(numbers().map((_, n) => n));
-  });
 
-  it.runIf(!tracksDirtyPages)(
-    "leaves nothing of a pre-dump that the kernel can't do, and the container runs",
-    async () => {
-      await begin();
-      const { status, stderr } = await runtime(
-        "one",
-        "checkpoint",
-        "--pre-dump",
-        "--image-path",
-        at("images"),
-        "box",
-      );
-      expect(status).not.toBe(0);
-      expect(stderr).toMatch(/dirty|missing features/i);
-      expect(existsSync(at("images"))).toBe(false);
-      const before = numbers().length;
-      await until(() => numbers().length > before + 1);
-      const absolute = await runtime(
-        "one",
-        "checkpoint",
-        "--parent-path",
-        "/abs",
-        "--image-path",
-        at("images"),
-        "box",
-      );
-      expect(absolute.stderr).toMatch(/--parent-path \/abs must be relative/);
-    },
-  );
-
-  it("restores in the foreground, as long as the container lives, and ends with its status", async () => {
-    await begin();
-    const dumped = await runtime("one", "checkpoint", "--image-path", at("images"), "box");
-    expect(dumped.status, dumped.stderr).toBe(0);
-    const before = numbers().length;
-    const flags = ["--image-path", at("images"), "--bundle", bundle, "--pid-file", at("pid"), "box"];
-    const line = place.runtime("wrapper", "--root", at("one"), "restore", ...flags);
-    background(`{ "$@" 2>&1 3>&-; echo $? >${at("status")}; } | cat >>${at("out")} 3>&-`, line);
-    await goesOn(before);
-    const { pid } = JSON.parse((await runtime("one", "state", "box")).stdout);
-    expect(readFileSync(at("pid"), "utf8").trim()).toBe(String(pid));
-    expect(existsSync(at("status"))).toBe(false);
-    expect((await runtime("one", "kill", "box", "KILL")).status).toBe(0);
-    const status = () => existsSync(at("status")) && readFileSync(at("status"), "utf8");
-    expect(await until(() => status() || undefined, { what: () => "the end of restore" })).toBe("137\n");
-    expect((await runtime("one", "state", "box")).stderr).toContain("does not exist");
-    expect(numbers()).toEqual(numbers().map((_, n) => n));
-  });
-
-  it("hands the options of an LSM on to the engine as they are", async () => {
-    // An engine that writes down what it is told, and says of itself what runc does.
-    const engine = at("runc-that-listens");
-    writeFileSync(
-      engine,
-      `#!/bin/sh\nfor one; do case $one in --version | --help | state | delete) exec runc "$@" ;; esac; done\necho "$@" >>${at("told")}\nexit 1\n`,
-      { mode: 0o755 },
-    );
-    await begin();
-    const dumped = await runtime("one", "checkpoint", "--image-path", at("images"), "box");
-    expect(dumped.status, dumped.stderr).toBe(0);
-    const lsm = ["--lsm-profile", "apparmor:box", "--lsm-mount-context=system_u:object_r:c1"];
-    const { status } = await place.run(
-      place.runtime(
+    function background(script: string, argv: string[]): ChildProcess {
+      const [program, ...rest] = place.inside(["sh", "-c", script, "sh", ...argv]);
+      const stdio = ["ignore", "ignore", "ignore", "pipe"] as const;
+      const child = spawn(program!, rest, { env: place.env, cwd: place.dir, stdio: [...stdio] });
+      started.push(child);
+      return child;
+    }
+    /** A program whose --status-fd is 7. @returns it, when something has come there, which is ended by its end */
+    async function withStatus(output: string, argv: string[]): Promise<ChildProcess> {
+      const fifo = at(`${output}.status`);
+      rmSync(fifo, { force: true });
+      expect(spawnSync("mkfifo", [fifo]).status).toBe(0);
+      background(`cat ${fifo} >${fifo}.said; echo end >${fifo}.end`, []);
+      const child = background(`exec "$@" >>${at(output)} 2>&1 7>${fifo} 3>&-`, argv); // for runc it must not be readable, too
+      const said = () => (existsSync(`${fifo}.said`) ? readFileSync(`${fifo}.said`) : Buffer.alloc(0));
+      await until(() => said().length > 0 || existsSync(`${fifo}.end`), {
+        what: () => `a status: ${readFileSync(at(output), "utf8")}`,
+      });
+      expect([...said()], readFileSync(at(output), "utf8")).toEqual([0]);
+      return child;
+    }
+    /** A container's output by a real pipe: Node's are sockets, which CRIU can't put in the place of a pipe. */
+    function counting(root: string, ...args: string[]): void {
+      const line = place.runtime(
         "wrapper",
-        "--engine",
-        engine,
         "--root",
-        at("one"),
-        "restore",
-        ...lsm,
-        "--image-path",
-        at("images"),
+        at(root),
+        ...args,
+        "--detach",
         "--bundle",
         bundle,
         "box",
-      ),
+      );
+      background(`"$@" 2>&1 3>&- | cat >>${at("out")} 3>&-`, line);
+    }
+    const goesOn = async (before: number) =>
+      await until(() => numbers().length > before + 1, {
+        what: () => `it to go on: ${readFileSync(at("out"), "utf8").slice(-2000)}`,
+      });
+    const numbers = () =>
+      existsSync(at("out"))
+        ? readFileSync(at("out"), "utf8")
+            .split("\n")
+            .filter((line) => /^\d+$/.test(line))
+            .map(Number)
+        : [];
+    async function begin(args?: string[]): Promise<void> {
+      configure("b", testPrograms, args);
+      counting("one", "run");
+      await until(() => numbers().length > 2);
+    }
+
+    async function freePort(): Promise<string> {
+      const server = createServer();
+      await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+      const { port } = server.address() as AddressInfo;
+      await new Promise((resolve) => server.close(resolve));
+      return String(port);
+    }
+
+    withRunc(
+      "tells on --status-fd that lazy pages can be fetched, and serves them",
+      {
+        timeout: 60_000,
+      },
+      async () => {
+        await begin();
+        const [images, work] = [at("images"), at("work")];
+        mkdirSync(work);
+        const port = await freePort();
+        const flags = ["--lazy-pages", "--page-server", `127.0.0.1:${port}`, "--status-fd", "7"];
+        const argv = place.runtime(
+          "wrapper",
+          "--root",
+          at("one"),
+          "checkpoint",
+          ...flags,
+          "--image-path",
+          images,
+          "box",
+        );
+        const dump = await withStatus("dump.out", argv);
+        const ended = new Promise((resolve) => dump.once("exit", resolve));
+        expect(entries(images)).toContain("inventory.img"); // the caller takes them along now
+        const before = numbers().length;
+        const pages = ["lazy-pages", "--page-server", "--address", "127.0.0.1", "--port", port];
+        background(`exec "$@" >>${at("pages.out")} 2>&1 3>&-`, ["criu", ...pages, "-D", images, "-W", work]);
+        await until(() => existsSync(join(work, "lazy-pages.socket")));
+        configure("c");
+        counting("two", "restore", "--lazy-pages", "--image-path", images, "--work-path", work);
+        await goesOn(before);
+        expect(numbers()).toEqual(numbers().map((_, n) => n));
+        expect(await ended, readFileSync(at("dump.out"), "utf8")).toBe(0);
+        await until(() => existsSync(at("dump.out.status.end"))); // nobody else holds it, cedanad above all
+      },
     );
-    expect(status).toBe(1);
-    expect(readFileSync(at("told"), "utf8")).toMatch(
-      / restore .*--lsm-profile=apparmor:box --lsm-mount-context=system_u:object_r:c1 box$/m,
+
+    withRunc(
+      "sends memory to a page server, and restores from what it has got",
+      { timeout: 60_000 },
+      async () => {
+        await begin();
+        const [images, pages] = [at("images"), at("pages")];
+        mkdirSync(pages);
+        const port = await freePort();
+        const server = ["page-server", "--images-dir", pages, "--address", "127.0.0.1", "--port", port];
+        await withStatus("server.out", ["criu", ...server, "--status-fd", "7"]);
+        const to = ["--page-server", `127.0.0.1:${port}`, "--image-path", images];
+        const { status, stderr } = await runtime("one", "checkpoint", ...to, "box");
+        expect(status, stderr).toBe(0);
+        expect(entries(images).filter((name) => /^pages-/.test(name))).toEqual([]);
+        expect(entries(pages).filter((name) => /^pages-/.test(name))).not.toEqual([]);
+        cpSync(pages, images, { recursive: true });
+        const before = numbers().length;
+        counting("one", "restore", "--image-path", images);
+        await goesOn(before);
+        expect(numbers()).toEqual(numbers().map((_, n) => n));
+      },
     );
-  });
-});
+
+    it.runIf(tracksDirtyPages)(
+      "goes from pre-dump to pre-dump to the dump",
+      { timeout: 60_000 },
+      async () => {
+        await begin();
+        mkdirSync(at("images"));
+        for (const [name, ...flags] of [
+          ["first", "--pre-dump"],
+          ["second", "--pre-dump", "--parent-path", "../first"],
+          ["last", "--parent-path", "../second"],
+        ]) {
+          const path = join(at("images"), name!);
+          const { status, stderr } = await runtime(
+            "one",
+            "checkpoint",
+            ...flags,
+            "--image-path",
+            path,
+            "box",
+          );
+          expect(status, stderr).toBe(0);
+        }
+        const before = numbers().length;
+        counting("one", "restore", "--image-path", join(at("images"), "last"));
+        await until(() => numbers().length > before + 1);
+        expect(numbers()).toEqual(numbers().map((_, n) => n));
+      },
+    );
+
+    it.runIf(!tracksDirtyPages)(
+      "leaves nothing of a pre-dump that the kernel can't do, and the container runs",
+      async () => {
+        await begin();
+        const { status, stderr } = await runtime(
+          "one",
+          "checkpoint",
+          "--pre-dump",
+          "--image-path",
+          at("images"),
+          "box",
+        );
+        expect(status).not.toBe(0);
+        expect(stderr).toMatch(/dirty|missing features|memory tracking/i);
+        expect(existsSync(at("images"))).toBe(false);
+        const before = numbers().length;
+        await until(() => numbers().length > before + 1);
+        const absolute = await runtime(
+          "one",
+          "checkpoint",
+          "--parent-path",
+          "/abs",
+          "--image-path",
+          at("images"),
+          "box",
+        );
+        expect(absolute.stderr).toMatch(/--parent-path \/abs must be relative/);
+      },
+    );
+
+    it("restores in the foreground, as long as the container lives, and ends with its status", async () => {
+      await begin();
+      const dumped = await runtime("one", "checkpoint", "--image-path", at("images"), "box");
+      expect(dumped.status, dumped.stderr).toBe(0);
+      const before = numbers().length;
+      const flags = ["--image-path", at("images"), "--bundle", bundle, "--pid-file", at("pid"), "box"];
+      const line = place.runtime("wrapper", "--root", at("one"), "restore", ...flags);
+      background(`{ "$@" 2>&1 3>&-; echo $? >${at("status")}; } | cat >>${at("out")} 3>&-`, line);
+      await goesOn(before);
+      const { pid } = JSON.parse((await runtime("one", "state", "box")).stdout);
+      expect(readFileSync(at("pid"), "utf8").trim()).toBe(String(pid));
+      expect(existsSync(at("status"))).toBe(false);
+      expect((await runtime("one", "kill", "box", "KILL")).status).toBe(0);
+      const status = () => existsSync(at("status")) && readFileSync(at("status"), "utf8");
+      expect(await until(() => status() || undefined, { what: () => "the end of restore" })).toBe("137\n");
+      const left = await runtime("one", "state", "box");
+      if (engine === "runc") expect(left.stderr).toContain("does not exist");
+      else expect(JSON.parse(left.stdout).status).toBe("stopped"); // crun leaves what has ended to its caller's delete
+      expect(numbers()).toEqual(numbers().map((_, n) => n));
+    });
+
+    const dump = (...flags: string[]) =>
+      runtime("one", "checkpoint", ...flags, "--image-path", at("images"), "--work-path", at("work"), "box");
+
+    it.each<[flags: string[], without: RegExp | undefined, args: string[]]>([
+      [["--tcp-established", "--tcp-skip-in-flight"], /skip-in-flight/, ["inflight"]],
+      [
+        ["--link-remap"],
+        /link.remap/i,
+        ["sh", "-c", "exec 5>/f; busybox ln /f /g; busybox rm /f; exec counter 20"],
+      ],
+      [["--tcp-established", "--network-lock", "nftables"], /tcp/, ["tcp"]],
+      [
+        ["--shell-job", "--ext-unix-sk", "--file-locks=true", "--manage-cgroups-mode=ignore"],
+        undefined,
+        ["counter"],
+      ],
+    ])(
+      "%j reaches CRIU, also where runc has no such option, and the restore by the manifest",
+      async (flags, without, args) => {
+        await begin(args);
+        if (without) {
+          const refused = await dump();
+          expect(refused.status).toBe(1);
+          expect(refused.stderr).toMatch(without);
+          expect(existsSync(at("images"))).toBe(false);
+          await goesOn(numbers().length);
+        }
+        const dumped = await dump(...flags);
+        expect(dumped.status, dumped.stderr).toBe(0);
+        const before = numbers().length;
+        counting("one", "restore", "--image-path", at("images"));
+        await goesOn(before);
+        expect(numbers()).toEqual(numbers().map((_, n) => n));
+        for (const name of ["f", "g"]) rmSync(join(bundle, "rootfs", name), { force: true });
+      },
+    );
+
+    it("refuses modes and locks that there are not, and the container runs on", async () => {
+      await begin();
+      for (const [flag, words] of [
+        ["--manage-cgroups-mode=nonsense", /"nonsense"; it may be soft, full, strict, ignore/],
+        ["--network-lock=nonsense", /"nonsense"; it may be iptables, nftables or skip/],
+      ] as const) {
+        const { status, stderr } = await dump(flag);
+        expect([status, stderr]).toEqual([1, expect.stringMatching(words)]);
+      }
+      await goesOn(numbers().length);
+    });
+
+    it("--tcp-close closes connections at the dump, or at the restore alone", {
+      timeout: 60_000,
+    }, async () => {
+      const failed = async () =>
+        await until(() => /^FAILED/m.test(readFileSync(at("out"), "utf8")), {
+          what: () => `a closed connection: ${readFileSync(at("out"), "utf8").slice(-500)}`,
+        });
+      for (const [atDump, atRestore] of [
+        [["--tcp-close"], []],
+        [["--tcp-established"], ["--tcp-close"]],
+      ] as const) {
+        await begin(["tcp"]);
+        const dumped = await dump(...atDump);
+        expect(dumped.status, dumped.stderr).toBe(0);
+        expect(readFileSync(at("out"), "utf8")).not.toMatch(/^FAILED/m);
+        counting("one", "restore", ...atRestore, "--image-path", at("images"));
+        await failed();
+        await runtime("one", "delete", "--force", "box");
+        for (const name of ["images", "out"]) rmSync(at(name), { recursive: true, force: true });
+      }
+    });
+
+    withRunc("hands the options of an LSM on to the engine as they are", async () => {
+      // An engine that writes down what it is told, and says of itself what runc does.
+      const engine = at("runc-that-listens");
+      writeFileSync(
+        engine,
+        `#!/bin/sh\nfor one; do case $one in --version | --help | state | delete) exec runc "$@" ;; esac; done\necho "$@" >>${at("told")}\nexit 1\n`,
+        { mode: 0o755 },
+      );
+      await begin();
+      const dumped = await runtime("one", "checkpoint", "--image-path", at("images"), "box");
+      expect(dumped.status, dumped.stderr).toBe(0);
+      const lsm = ["--lsm-profile", "apparmor:box", "--lsm-mount-context=system_u:object_r:c1"];
+      const { status } = await place.run(
+        place.runtime(
+          "wrapper",
+          "--engine",
+          engine,
+          "--root",
+          at("one"),
+          "restore",
+          ...lsm,
+          "--image-path",
+          at("images"),
+          "--bundle",
+          bundle,
+          "box",
+        ),
+      );
+      expect(status).toBe(1);
+      expect(readFileSync(at("told"), "utf8")).toMatch(
+        / restore .*--lsm-profile=apparmor:box --lsm-mount-context=system_u:object_r:c1 box$/m,
+      );
+    });
+  },
+);

@@ -1,10 +1,15 @@
 import { spawn, spawnSync } from "node:child_process";
+import { once } from "node:events";
 import { chmodSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
+import { encodeMessage, messageType } from "../../src/shim/keeper-protocol.ts";
+import { daemonSocketName } from "../../src/shim/socket-name.ts";
 import { cedanadCgroup } from "../live/harness/cleanup.ts";
 import { removeCgroups } from "../live/harness/system.ts";
+import { until } from "../live/harness/until.ts";
 
 // The wrapper itself, with ordinary programs for an engine: what they see must be what they see without us.
 
@@ -525,5 +530,36 @@ describe("create and run", () => {
     expect(call([...args, "x"], env, path).status).toBe(1);
     expect(call([...args, `--bundle=${path}`, "x"], env).status).toBe(1);
     expect(call([...args, "x"], env).status).toBe(0);
+  });
+});
+
+describe.skipIf(!isRoot)("a command that cedanad is at", () => {
+  it("ends by the signal that it gets while no program of it runs", async () => {
+    const run = mkdtempSync(join(work, "run-"));
+    const server = createServer((socket) => {
+      socket.on("error", () => {});
+      socket.once("data", () => socket.write(encodeMessage(messageType.RUNTIME_WORKING, {})));
+    });
+    const asked = once(server, "connection");
+    server.listen(join(run, daemonSocketName()));
+    await once(server, "listening");
+    const child = spawn(wrapper, ["--cedana-config", config, "--engine", "/bin/echo", "checkpoint", "x"], {
+      env: { ...base, CEDANA_RUN_DIR: run },
+      stdio: "ignore",
+    });
+    const exited = once(child, "exit");
+    try {
+      const [socket] = (await asked) as [Socket];
+      const gone = once(socket, "close");
+      const status = () => readFileSync(`/proc/${child.pid}/status`, "utf8");
+      // It catches signals when it waits for cedanad's word.
+      await until(() => /^SigCgt:\s*0*[1-9a-f]/m.test(status()), { what: () => "the handlers" });
+      child.kill("SIGTERM");
+      expect(await exited).toEqual([null, "SIGTERM"]);
+      await gone; // and so cedanad knows
+    } finally {
+      child.kill("SIGKILL");
+      server.close();
+    }
   });
 });

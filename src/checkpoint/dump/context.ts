@@ -62,7 +62,12 @@ export interface Attempt {
   gate?: string | undefined;
   /** an engine has gone past the gate and ended the container: the images are whole, what else belongs to the checkpoint isn't there */
   pastGate?: boolean;
+  /** of a dump that ends the container, from the moment on in which it may: what its manifest will say, for whoever finds the images whole */
+  whole?: { draft: ManifestDraft; workPath: string; withFiles: boolean };
 }
+
+/** What is known of a checkpoint's manifest while it is made. */
+export type ManifestDraft = Omit<CheckpointManifest, "version" | "files" | "timings" | "rootfsDiff" | "gpu">;
 
 /** Writes down what has been done. */
 export function noteAttempt(context: DumpContext, news: Partial<Attempt> = {}): void {

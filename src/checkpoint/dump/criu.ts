@@ -1,11 +1,10 @@
 import { rmSync } from "node:fs";
-import { mkdir, readdir, rm, rmdir, writeFile } from "node:fs/promises";
+import { mkdir, readdir, rm, rmdir, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { forgetReads, wasRead } from "../../criu/config-file.ts";
 import { Gate, isPassed, removeGate, unbar } from "../../criu/gate.ts";
 import { unlockNetwork, waitForCriu } from "../../criu/leftovers.ts";
-import { explainCriuLog } from "../../criu/log.ts";
 import { CriuFailed, InvalidRequest, RuntimeFailed, SyscallFailed, WrongState } from "../../errors/index.ts";
 import { cgroupYard } from "../../linux/cgroup-hierarchy.ts";
 import { isOlder } from "../../linux/versions.ts";
@@ -13,6 +12,8 @@ import { criuFailure, keepLog } from "../criu-failure.ts";
 import { findGpuMounts } from "../gpu-mounts.ts";
 import { isCriuFile } from "../staging.ts";
 import { type DumpContext, imagesIn, inHundredths, noteAttempt } from "./context.ts";
+import { lastWord } from "./last-word.ts";
+import { manifestDraft } from "./manifest.ts";
 import { noteFreeze } from "./standstill.ts";
 import type { EngineDump } from "./target.ts";
 
@@ -214,6 +215,10 @@ export async function criuDump(context: DumpContext, next: () => Promise<void>):
         withoutPlugins: context.devices?.withoutCriuPlugins ?? false,
         cgroupYard: await yardOf(context),
       });
+      if (!leaveRunning)
+        noteAttempt(context, {
+          whole: { draft: manifestDraft(context), workPath, withFiles: request.rootfs !== undefined },
+        });
       engine?.gate?.unbar();
       engine?.gate?.open(config);
       await (engine ? engine.end : runEngine(context, config));
@@ -262,6 +267,7 @@ async function runEngine(context: DumpContext, config: string): Promise<void> {
   const configFile = join(target.directory, "criu-dump.conf");
   await writeFile(configFile, config, { mode: 0o600 });
   await forgetReads(configFile);
+  const since = Date.now();
   try {
     const PATH = (await target.gate?.())?.path;
     const env = { CRIU_CONFIG_FILE: configFile, ...(PATH !== undefined && { PATH }) };
@@ -270,7 +276,9 @@ async function runEngine(context: DumpContext, config: string): Promise<void> {
     context.networkLock = "default";
     target.log.warn(`CRIU did not get what cedana had to tell it. ${KEEP_ENVIRONMENT}`);
   } catch (error) {
-    if (error instanceof RuntimeFailed && !(await wasRead(configFile)))
+    const log = await stat(join(context.workPath, "dump.log")).catch(() => undefined); // ENOENT: the engine did not come as far as CRIU
+    const criuRan = log !== undefined && log.mtimeMs >= since - 1000;
+    if (error instanceof RuntimeFailed && criuRan && !(await wasRead(configFile)))
       error.message += `. CRIU did not get what cedana had to tell it. ${KEEP_ENVIRONMENT}`;
     throw error;
   } finally {
@@ -280,11 +288,3 @@ async function runEngine(context: DumpContext, config: string): Promise<void> {
 
 /** How long a CRIU without an engine may go on: it holds the processes, and has all of their memory to write. */
 const CRIU_ALONE_MS = 10 * 60_000;
-
-/** CRIU's last word, in its log alone where nobody was left to hear it; undefined: it was killed, or not even started. */
-async function lastWord(workPath: string): Promise<"finished" | "failed" | undefined> {
-  const log = await explainCriuLog(join(workPath, "dump.log")).catch(() => undefined); // it was not even started
-  const says = (word: RegExp) => log?.lastLines.some((line) => word.test(line));
-  if (says(/Dumping finished successfully/)) return "finished";
-  return says(/FAILED/) ? "failed" : undefined;
-}

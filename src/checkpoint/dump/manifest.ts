@@ -1,12 +1,23 @@
+import { rm } from "node:fs/promises";
 import { release } from "node:os";
-import { relative } from "node:path";
+import { join, relative } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { timesByStep } from "../chain.ts";
 import { cpuFacts } from "../cpu.ts";
 import { digestTree } from "../follow.ts";
-import type { CheckpointManifest } from "../manifest.ts";
+import { type CheckpointManifest, MANIFEST_NAME } from "../manifest.ts";
 import { writeManifest } from "../manifest-files.ts";
-import { absoluteParent, type DumpContext, type Facts, finalImagePath, inHundredths } from "./context.ts";
+import type { Staging } from "../staging.ts";
+import {
+  type Attempt,
+  absoluteParent,
+  type DumpContext,
+  type Facts,
+  finalImagePath,
+  inHundredths,
+  type ManifestDraft,
+} from "./context.ts";
+import { lastWord } from "./last-word.ts";
 import type { DumpTarget } from "./target.ts";
 
 // What a dump says of itself in its manifest.
@@ -18,24 +29,17 @@ export async function recordDump(context: DumpContext, next: () => Promise<void>
     context.follower?.abandon(); // CRIU had done its part, and what came after it failed: nobody asks for the digests any more
     throw error;
   }
-  const { target, request, startedAt, staging } = context;
+  const { startedAt, staging } = context;
   const [cpu, image] = await context.facts!;
   const files = await (context.follower?.finish() ?? digestTree(staging.path, { signal: context.signal }));
   await writeManifest(
     staging.path,
     {
-      createdAt: new Date(startedAt).toISOString(),
-      ...target.facts,
-      ...(context.adapters.length > 0 && { plugins: [...(target.facts.plugins ?? []), ...context.adapters] }),
-      ...request.origin,
+      ...manifestDraft(context),
       ...(image && { image }),
       ...(context.attempt.rootfsDiff && { rootfsDiff: context.attempt.rootfsDiff }),
       ...(context.attempt.gpu && { gpu: context.attempt.gpu }),
       cpu,
-      kernel: release(),
-      ...(process.env.CEDANA_BUILD && { cedanaVersion: process.env.CEDANA_BUILD }),
-      ...(context.criu !== undefined && { criuVersion: context.criu }),
-      options: optionsOf(context),
       timings: {
         ...timesByStep(context.times),
         frozenMs: inHundredths(context.frozenMs),
@@ -45,6 +49,46 @@ export async function recordDump(context: DumpContext, next: () => Promise<void>
     },
     { files, synced: false }, // by the commit, with all the rest
   );
+}
+
+export function manifestDraft(context: DumpContext): ManifestDraft {
+  const { target, request, startedAt, adapters, criu } = context;
+  return {
+    createdAt: new Date(startedAt).toISOString(),
+    ...target.facts,
+    ...(adapters.length > 0 && { plugins: [...(target.facts.plugins ?? []), ...adapters] }),
+    ...request.origin,
+    kernel: release(),
+    ...(process.env.CEDANA_BUILD && { cedanaVersion: process.env.CEDANA_BUILD }),
+    ...(criu !== undefined && { criuVersion: criu }),
+    options: optionsOf(context),
+  };
+}
+
+/**
+ * After a crash, for a container that has ended: puts a whole checkpoint in its place, with the manifest that it was to have.
+ * @returns whether it was whole
+ */
+export async function finishAttempt(
+  staging: Staging,
+  { whole, phase, rootfsDiff, gpu }: Attempt,
+): Promise<boolean> {
+  if (!whole || (whole.withFiles && !rootfsDiff)) return false;
+  if (phase === "begun" && (await lastWord(whole.workPath)) !== "finished") return false;
+  await rm(join(staging.path, MANIFEST_NAME), { force: true }); // of a commit that was cut off
+  await writeManifest(
+    staging.path,
+    {
+      ...whole.draft,
+      ...(rootfsDiff && { rootfsDiff }),
+      ...(gpu && { gpu }),
+      cpu: await cpuFacts(),
+      timings: { totalMs: Date.now() - Date.parse(whole.draft.createdAt) },
+    },
+    { files: await digestTree(staging.path), synced: false },
+  );
+  await staging.commit();
+  return true;
 }
 
 async function factsOf(target: DumpTarget): Promise<Facts> {

@@ -19,6 +19,8 @@ export interface OciCall {
   readonly cwd: string;
   /** of the wrapper */
   readonly pid: number;
+  /** a cedanad before us has ended in the middle of it */
+  readonly repeated?: boolean;
 }
 
 export interface RunOptions {

@@ -2,7 +2,7 @@ import { mkdirSync, rmSync } from "node:fs";
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, resolve } from "node:path";
 import type { CriuSettings, DumpRequest, DumpTarget, EngineDump } from "../../checkpoint/dump/target.ts";
-import { dump as dumpContainer } from "../../checkpoint/dump.ts";
+import { type AbandonedDump, dump as dumpContainer } from "../../checkpoint/dump.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
@@ -21,7 +21,7 @@ import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, identityOf, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu-options.ts";
-import { noteFrozen } from "./frozen.ts";
+import { noteFrozen, removeScratch } from "./frozen.ts";
 import { generationOf } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { isUnstarted, noteEnd, readMarker } from "./marker.ts";
@@ -79,6 +79,7 @@ export async function checkpoint(
   const started = startTime(pid);
   const scratch = scratchOf(call);
   mkdirSync(scratch, { recursive: true, mode: 0o700 });
+  let failed = true;
   try {
     // A pre-dump is no checkpoint yet, and CRIU stops the processes for it by itself, for a moment. With lazy pages the caller reads the
     // images while CRIU still serves the memory, as --status-fd tells him: they can't be put in their place afterwards.
@@ -89,6 +90,7 @@ export async function checkpoint(
         const env = await criuConfigFile(join(scratch, "criu.conf"), await criuConfigLines(dump, {}));
         await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath, env });
       });
+      failed = false;
       return { status: 0 };
     }
     const cgroup = await Cgroup.of(pid, cgroupName(spec, call.id, features.name));
@@ -152,13 +154,38 @@ export async function checkpoint(
       await dumpContainer(target, request, { signal: wrapper.signal });
       wrapper.answer({ status: 0 }); // what was noted on the way is removed at once, in this turn of the event loop
     });
-    const { id, root, engine, globalArgv } = call;
-    if (!dump.leaveRunning && features.name === "crun")
-      noteEnd(call.marker, marker ?? { version: 1, id, root, engine, globalArgv, bundle: state.bundle });
+    failed = false;
+    if (!dump.leaveRunning && features.name === "crun") noteItsEnd(call, state.bundle);
   } finally {
-    rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
+    if (failed) await removeScratch(scratch);
+    else rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
   }
   return { status: 0 };
+}
+
+/**
+ * The same for a caller who has asked before, of a cedanad that ended in the middle of it. A container that runs is dumped anew: what had
+ * been made was undone.
+ * @param left  what has become of that dump
+ */
+export async function checkpointAgain(
+  call: OciCall,
+  wrapper: Conversation,
+  left: AbandonedDump,
+): Promise<OciAnswer | undefined> {
+  if (!left) return await checkpoint(call, wrapper);
+  if ("kept" in left)
+    throw new CriuFailed(
+      `cedanad ended in the middle of the checkpoint of container ${call.id}, which has ended with it; whether it is whole nobody knows. What was made is kept in ${left.kept}`,
+    );
+  const [{ name }, state] = await Promise.all([engineVersion(call.engine), containerState(call)]);
+  if (name === "crun") noteItsEnd(call, state?.bundle);
+  return { status: 0 };
+}
+
+/** crun forgets nothing of a container by itself. */
+function noteItsEnd({ marker, id, root, engine, globalArgv }: OciCall, bundle: string | undefined): void {
+  noteEnd(marker, readMarker(marker) ?? { version: 1, id, root, engine, globalArgv, bundle });
 }
 
 /** Options of the caller's that the chain has. */

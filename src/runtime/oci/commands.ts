@@ -1,8 +1,9 @@
 import { messageOf, toExitCode, Unsupported } from "../../errors/index.ts";
 import type { Conversation, OciAnswer, OciCall } from "./call.ts";
-import { checkpoint } from "./checkpoint.ts";
+import { checkpoint, checkpointAgain } from "./checkpoint.ts";
 import type { Endings } from "./endings.ts";
 import type { Escalator } from "./escalator.ts";
+import type { Leftovers } from "./frozen.ts";
 import { create, kill, remove } from "./life.ts";
 import { restore } from "./restore.ts";
 import { start, state } from "./restored.ts";
@@ -16,11 +17,14 @@ export async function runCommand(
   wrapper: Conversation,
   escalator: Escalator,
   endings: Endings,
+  leftovers: Leftovers,
 ): Promise<OciAnswer | undefined> {
   try {
     switch (call.command) {
       case "checkpoint":
-        return await checkpoint(call, wrapper);
+        return call.repeated
+          ? await checkpointAgain(call, wrapper, await leftovers(call.marker))
+          : await checkpoint(call, wrapper);
       case "restore":
         return await restore(call, wrapper);
       case "create":

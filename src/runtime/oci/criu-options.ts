@@ -1,6 +1,6 @@
 import { writeFile } from "node:fs/promises";
 import type { CheckpointManifest } from "../../checkpoint/manifest.ts";
-import type { TcpPolicy } from "../../checkpoint/policy.ts";
+import { cgroupsModes, type TcpPolicy } from "../../checkpoint/policy.ts";
 import { InvalidRequest, Unsupported } from "../../errors/index.ts";
 import type { EngineFeatures } from "../engine.ts";
 import { cedanaAnnotations, type OciSpec } from "../spec.ts";
@@ -20,6 +20,7 @@ export interface Policy {
   readonly shellJob: boolean;
   readonly emptyNamespaces: readonly string[];
   readonly cgroupsMode: string | undefined;
+  readonly linkRemap?: boolean | undefined;
 }
 
 /** At a dump: what the container's annotations say, else what the caller does. */
@@ -31,7 +32,8 @@ export function dumpPolicy(options: Options, spec: OciSpec): Policy {
     extUnix: annotations.extUnix ?? options.has("ext-unix-sk"),
     shellJob: annotations.shellJob ?? options.has("shell-job"),
     emptyNamespaces: options.values("empty-ns"),
-    cgroupsMode: options.value("manage-cgroups-mode"),
+    cgroupsMode: cgroupsModeOf(options),
+    linkRemap: options.has("link-remap"),
   };
 }
 
@@ -53,8 +55,17 @@ export function restorePolicy(
     extUnix: annotations.extUnix ?? (options.has("ext-unix-sk") || (used?.extUnix ?? false)),
     shellJob: annotations.shellJob ?? (options.has("shell-job") || (used?.shellJob ?? false)),
     emptyNamespaces: options.has("empty-ns") ? options.values("empty-ns") : (used?.emptyNamespaces ?? []),
-    cgroupsMode: options.value("manage-cgroups-mode") ?? used?.cgroupsMode,
+    cgroupsMode: cgroupsModeOf(options) ?? used?.cgroupsMode,
   };
+}
+
+function cgroupsModeOf(options: Options): string | undefined {
+  const mode = options.value("manage-cgroups-mode");
+  if (mode !== undefined && !cgroupsModes.includes(mode))
+    throw new InvalidRequest(
+      `--manage-cgroups-mode is ${JSON.stringify(mode)}; it may be ${cgroupsModes.join(", ")}`,
+    );
+  return mode;
 }
 
 function tcpOf(options: Options): TcpPolicy | undefined {
@@ -121,7 +132,8 @@ export function engineArguments(
   if (policy.extUnix) add("ext-unix-sk", undefined);
   if (policy.shellJob) add("shell-job", undefined);
   for (const namespace of policy.emptyNamespaces) add("empty-ns", namespace);
-  if (policy.cgroupsMode) add("manage-cgroups-mode", policy.cgroupsMode);
+  // runc 1.1 refuses "ignore", and crun's restore doesn't heed it: it is what a restore of ours does without a mode.
+  if (policy.cgroupsMode && policy.cgroupsMode !== "ignore") add("manage-cgroups-mode", policy.cgroupsMode);
   for (const name of options.names()) {
     if (policyNames.has(name) || except.includes(name)) continue;
     const value = options.value(name);

@@ -5,6 +5,7 @@ import { isAlive, programOf, startTime } from "../../linux/proc.ts";
 import type { KillPlan } from "../kill-policy.ts";
 import type { OciCall } from "./call.ts";
 import type { Escalator } from "./escalator.ts";
+import type { Leftovers } from "./frozen.ts";
 import { type EndingRecord, type Marker, markersIn, readMarker, writeMarker } from "./marker.ts";
 import { cgroupOf, containerState } from "./state.ts";
 
@@ -102,7 +103,7 @@ export class Endings {
    * What an earlier cedanad has left in the middle.
    * @param undone  of a container's marker: when the dump of that cedanad has come to its end, and what it made is gone
    */
-  revive(runDirectory: string, undone: (path: string) => Promise<void>): void {
+  revive(runDirectory: string, undone: Leftovers): void {
     for (const path of markersIn(runDirectory)) {
       try {
         const marker = readMarker(path);

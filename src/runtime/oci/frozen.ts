@@ -1,7 +1,8 @@
 import { mkdirSync, rmSync } from "node:fs";
-import { readdir, rm } from "node:fs/promises";
+import { readdir, readFile, rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import type { Logger } from "pino";
+import type { AbandonedDump } from "../../checkpoint/dump.ts";
 import { thawWherever } from "../../checkpoint/freeze-marker.ts";
 import { Cgroup, type CgroupPaths } from "../../linux/cgroup.ts";
 import { mountsBelow, unmountLazily } from "../../linux/mount-options.ts";
@@ -10,9 +11,10 @@ import { readRecord, writeRecordNow } from "../../linux/record-file.ts";
 
 // Containers that a checkpoint holds frozen, on disk: a cedanad that is killed in the middle leaves none that stands still for ever.
 
-const suffix = ".frozen";
+/** Both begin with what no id of a container has. */
+const suffix = "~frozen";
 /** Beside it while a dump is in work: what is to be undone when the engine, which goes on without us, has come to its end. */
-const dumpSuffix = ".dumping";
+const dumpSuffix = "~dumping";
 
 interface DumpNote {
   cgroup: CgroupPaths;
@@ -44,17 +46,17 @@ export async function noteFrozen(
   }
 }
 
+/** Of a container's marker: what became of the dump that an earlier cedanad was at. Never rejects. */
+export type Leftovers = (marker: string) => Promise<AbandonedDump>;
+
 /**
  * At the start of a cedanad: what an earlier one has left frozen.
- * @returns of a container's marker: when the dump that was in work has come to its end, and what it made is gone
+ * @returns of a container's marker: when the dump that was in work has come to its end, and what became of it
  */
-export async function thawLeftovers(
-  runDirectory: string,
-  log: Logger,
-): Promise<(marker: string) => Promise<void>> {
+export async function thawLeftovers(runDirectory: string, log: Logger): Promise<Leftovers> {
   const directory = join(runDirectory, "oci");
   const names = await readdir(directory).catch((): string[] => []); // ENOENT: nothing was ever frozen
-  for (const name of names.filter((one) => one.endsWith(suffix))) {
+  for (const [name] of await notesIn(directory, names, suffix)) {
     const note = join(directory, name);
     try {
       const paths = await readRecord<CgroupPaths>(note);
@@ -67,13 +69,31 @@ export async function thawLeftovers(
     }
     await forget(note, log);
   }
-  const undone = new Map<string, Promise<void>>();
-  for (const name of names.filter((one) => one.endsWith(dumpSuffix))) {
-    const marker = join(directory, name.slice(0, -dumpSuffix.length));
+  const undone = new Map<string, Promise<AbandonedDump>>();
+  for (const [name, ofWhom] of await notesIn(directory, names, dumpSuffix)) {
+    const marker = join(directory, ofWhom);
     undone.set(marker, undoDump(join(directory, name), log)); // not waited for here: the engine may be at work for long
   }
   await sweepScratches(runDirectory, log);
   return async (marker) => await undone.get(marker);
+}
+
+/** Notes of a kind, and the markers that they belong to. An older cedanad's begin with a dot, as the end of a container's id may. */
+async function notesIn(
+  directory: string,
+  names: readonly string[],
+  kind: string,
+): Promise<[string, string][]> {
+  const older = kind.replace("~", ".");
+  const found: [string, string][] = [];
+  for (const name of names) {
+    if (name.endsWith(kind)) found.push([name, name.slice(0, -kind.length)]);
+    else if (name.endsWith(older)) {
+      const text = await readFile(join(directory, name), "utf8").catch(() => ""); // removed meanwhile
+      if (!text.includes('"globalArgv":')) found.push([name, name.slice(0, -older.length)]);
+    }
+  }
+  return found;
 }
 
 /** Directories of an earlier cedanad's calls, but those of dumps, which are in their notes. */
@@ -97,7 +117,14 @@ async function sweepScratch(scratch: string, wrapper: number): Promise<void> {
   // Its engine may be at work there; they end one after the other.
   while (started !== undefined && isAlive(wrapper, started))
     await new Promise((resolve) => setTimeout(resolve, WRAPPER_POLL_MS).unref());
-  // CRIU mounts every cgroup hierarchy in its work path: to remove what is below would remove the host's cgroups.
+  await removeScratch(scratch);
+}
+
+/**
+ * Removes a directory in which a CRIU that was killed has worked. It mounts every cgroup hierarchy there: to remove what is below would
+ * remove the host's cgroups.
+ */
+export async function removeScratch(scratch: string): Promise<void> {
   for (const { mountPoint } of await mountsBelow(scratch)) await unmountLazily(mountPoint);
   await rm(scratch, { recursive: true, force: true });
 }
@@ -110,26 +137,28 @@ async function isDumps(scratch: string): Promise<boolean> {
 }
 
 /**
- * When the engine has come to its end, which may have frozen the container once more: what it made is removed, or kept where the
+ * When the engine has come to its end, which may have frozen the container once more: what it made is removed, or finished where the
  * container is in it alone. Never rejects.
  */
-async function undoDump(note: string, log: Logger): Promise<void> {
+async function undoDump(note: string, log: Logger): Promise<AbandonedDump> {
+  let left: AbandonedDump;
   try {
     const dump = await readRecord<DumpNote>(note);
     if (!dump) return;
     const { cgroup: paths, paused, scratch } = dump;
     const cgroup = Cgroup.fromPaths(paths);
     const { abandonAttempt } = await import("../../checkpoint/dump.ts");
-    const kept = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0);
-    await rm(scratch, { recursive: true, force: true });
+    left = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0, log);
+    await removeScratch(scratch);
     // Another one may have begun meanwhile: the freezer is its own then.
-    if ((await readRecord<DumpNote>(note))?.scratch !== scratch) return;
+    if ((await readRecord<DumpNote>(note))?.scratch !== scratch) return left;
     if (!paused) await thawWherever(cgroup);
-    log.warn({ note, ...(kept !== undefined && { kept }) }, "undid a checkpoint that was cut off");
+    log.warn({ note, ...left }, `${left ? "took up" : "undid"} a checkpoint that was cut off`);
   } catch (error) {
     log.error({ err: error, note }, "undo a checkpoint that was cut off");
   }
   await forget(note, log);
+  return left;
 }
 
 async function forget(note: string, log: Logger): Promise<void> {

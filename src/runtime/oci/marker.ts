@@ -85,10 +85,17 @@ const KEPT_AFTER_END_MS = 60 * 60 * 1000;
  */
 export function noteEnd(path: string, marker: Marker): void {
   for (const other of markersIn(dirname(dirname(path)))) {
-    const { endedAtMs = Number.POSITIVE_INFINITY } = readMarker(other) ?? {};
-    if (endedAtMs < Date.now() - KEPT_AFTER_END_MS) removeMarker(other);
+    if (endOf(other) < Date.now() - KEPT_AFTER_END_MS) removeMarker(other);
   }
   writeMarker(path, { ...marker, endedAtMs: Date.now() });
+}
+
+function endOf(path: string): number {
+  try {
+    return readMarker(path)?.endedAtMs ?? Number.POSITIVE_INFINITY;
+  } catch {
+    return Number.POSITIVE_INFINITY; // broken: its own container's commands say so
+  }
 }
 
 /** Where a copy of a container's bundle is kept. */
@@ -101,7 +108,7 @@ export function markersIn(runDirectory: string): string[] {
   const directory = join(runDirectory, "oci");
   try {
     return readdirSync(directory)
-      .filter((name) => /^[0-9a-f]{16}-/.test(name) && !/\.(new|frozen|dumping)$/.test(name))
+      .filter((name) => /^[0-9a-f]{16}-[^~]*$/.test(name))
       .map((name) => join(directory, name));
   } catch {
     return []; // ENOENT: no container was ever ours

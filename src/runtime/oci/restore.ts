@@ -28,6 +28,7 @@ import { cedanaAnnotations, cgroupName, identityOf, movedFrom, readSpec } from "
 import { type Conversation, type OciAnswer, type OciCall, Options, usesSystemd } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
+import { removeScratch } from "./frozen.ts";
 import { noteGeneration } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
@@ -240,7 +241,8 @@ export async function restore(
     return { status, message: (error as Error).message };
   } finally {
     if (known === undefined && (failed || !detached)) removeMarker(call.marker);
-    rmSync(scratch, { recursive: true, force: true }); // a few small files in memory; the caller waits
+    if (failed) await removeScratch(scratch);
+    else rmSync(scratch, { recursive: true, force: true }); // a few small files in memory; the caller waits
   }
   return { status };
 }

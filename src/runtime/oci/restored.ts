@@ -18,7 +18,7 @@ import { generationOf } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { isUnstarted, type Marker, readMarker, writeMarker } from "./marker.ts";
 import { restore } from "./restore.ts";
-import { containerState, namespaceOf } from "./state.ts";
+import { containerState, namespaceOf, parseState } from "./state.ts";
 
 /*
  * Containers that are restored where their caller creates them, because their annotations ask for it.
@@ -276,7 +276,7 @@ export async function state(call: OciCall, wrapper: Conversation): Promise<OciAn
     wrapper.become(asGiven(call));
     return undefined;
   }
-  const told = JSON.parse(asked.stdout) as Record<string, unknown>;
+  const told = parseState<Record<string, unknown>>(asked.stdout, call);
   if (marker.copied) told.bundle = marker.bundle;
   if (isUnstarted(marker) && told.status === "running") told.status = "created";
   return { status: 0, output: `${JSON.stringify(told, undefined, 2)}\n` };

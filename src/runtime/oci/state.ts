@@ -1,7 +1,7 @@
 import { execFile } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import { Unavailable } from "../../errors/index.ts";
+import { RuntimeFailed, Unavailable } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { startTime } from "../../linux/proc.ts";
 import { engineName } from "../engine.ts";
@@ -72,11 +72,24 @@ export async function containerState(
       done({ error: failure, stdout: out, stderr: err }),
     ),
   );
-  if (!error) return JSON.parse(stdout) as ContainerState;
+  if (!error) return parseState<ContainerState>(stdout, call);
   if (/does not exist|No such file or directory/.test(stderr)) return undefined;
   throw new Unavailable(`ask ${call.engine} for the state of ${call.id}: ${stderr.trim() || error.message}`, {
     cause: error,
   });
+}
+
+/** What an engine prints for `state`. @throws RuntimeFailed */
+export function parseState<T>(text: string, { engine, id }: Pick<OciCall, "engine" | "id">): T {
+  try {
+    return JSON.parse(text) as T;
+  } catch (error) {
+    const cause = error;
+    throw new RuntimeFailed(
+      `state of container ${id}: ${engine} printed what is no JSON: ${text.slice(0, 200)}`,
+      { cause },
+    );
+  }
 }
 
 /** containerd's namespace, which its shims put last in the path of the engine's state; else one for all callers that have none. */

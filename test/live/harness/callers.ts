@@ -1,7 +1,7 @@
 // What calls an OCI runtime: Podman, Buildah, conmon, Docker, in private directories and a private mount namespace, so that
 // their mounts go with it. All of them are unpacked by scripts/setup.sh --with-callers.
 
-import { type ChildProcess, execFile, spawn } from "node:child_process";
+import { type ChildProcess, execFile, execFileSync, spawn } from "node:child_process";
 import {
   closeSync,
   existsSync,
@@ -92,12 +92,15 @@ export class CallerPlace {
    * @param daemonEnv  of the cedanad that cedana-runtime starts here
    * @param first      a directory that comes first in everybody's PATH
    * @param ownNetwork a network namespace, too: the machine's network is not ours to configure
+   * @param inMemory   what others have below /run is on a tmpfs, as there, also on a machine whose /run is on a disk; images and
+   *   containers' files stay where they are. For measurements
    */
   static async start(
     engine: EngineName,
     daemonEnv: Record<string, string> = {},
     first?: string,
     ownNetwork = false,
+    inMemory = false,
   ): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
     place.#ownNetwork = ownNetwork;
@@ -108,6 +111,10 @@ export class CallerPlace {
     }
     for (const name of ["home", "tmp", "run", "var", "xdg", "etc/cedana", "etc/containers", "etc-work"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
+    for (const name of inMemory ? ["run", "s", "libpod"] : []) {
+      mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
+      execFileSync("mount", ["-t", "tmpfs", "-o", "mode=0700", "tmpfs", join(place.dir, name)]); // cleanUp unmounts it
+    }
     for (const path of [place.config, join(place.dir, "etc/cedana/runtime.json")])
       writeFileSync(
         path,
@@ -236,7 +243,7 @@ export class CallerPlace {
   async expectNoLeftovers(allowed: (argv: string) => boolean = () => false): Promise<void> {
     // Podman leaves conmon's and pods' cgroups on a hybrid host, crun now and then a container's: with and without us.
     const isContainer = (path: string) =>
-      this.engine === "runc" && /\/libpod-[0-9a-f]{64}(\.scope)?$/.test(path);
+      (this.engine === "runc" || systemdRuns) && /\/libpod-[0-9a-f]{64}(\.scope)?$/.test(path);
     const left = () => [
       ...this.living().filter((argv) => !allowed(argv)),
       ...cgroupsOf(this.namespace).filter(isContainer),
@@ -318,8 +325,9 @@ export class Podman {
     daemonEnv: Record<string, string> = {},
     first?: string,
     ownNetwork = false,
+    inMemory = false,
   ): Promise<Podman> {
-    const place = await CallerPlace.start(engine, daemonEnv, first, ownNetwork);
+    const place = await CallerPlace.start(engine, daemonEnv, first, ownNetwork, inMemory);
     const podman = new Podman(place);
     try {
       place.configureContainers();

@@ -1,0 +1,50 @@
+// The files of cedana-runtime's containers, beside each other in one directory.
+
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { pino } from "pino";
+import { afterEach, beforeEach, expect, it } from "vitest";
+import { Cgroup } from "../../src/linux/cgroup.ts";
+import { noteFrozen, thawLeftovers } from "../../src/runtime/oci/frozen.ts";
+import { type Marker, markersIn, noteEnd, readMarker, writeMarker } from "../../src/runtime/oci/marker.ts";
+
+let run: string;
+beforeEach(() => {
+  run = mkdtempSync(join(tmpdir(), "cedana-markers-"));
+  for (const name of ["oci", "c"]) mkdirSync(join(run, name));
+});
+afterEach(() => rmSync(run, { recursive: true }));
+
+const at = (id: string) => join(run, "oci", `0123456789abcdef-${id}`);
+const marker = (id: string): Marker => ({ version: 1, id, root: "/r", engine: "/bin/true", globalArgv: [] });
+const ids = ["c", "c.frozen", "c.dumping", "c.new"];
+
+it("a container named like another one's note keeps its marker", async () => {
+  for (const id of ids) writeMarker(at(id), marker(id));
+  const cgroup = await Cgroup.of(process.pid);
+  await noteFrozen(at("c"), cgroup, join(run, "c", "none"), async () => {
+    expect(ids.map((id) => readMarker(at(id))?.id)).toEqual(ids);
+  });
+  expect(ids.map((id) => readMarker(at(id))?.id)).toEqual(ids);
+  expect(markersIn(run).sort()).toEqual(ids.map(at).sort());
+  await thawLeftovers(run, pino({ level: "silent" }));
+  expect(ids.map((id) => readMarker(at(id))?.id)).toEqual(ids);
+});
+
+it.each(["~", "."])("notes of a dump that was cut off are taken up, with %s", async (dot) => {
+  const cgroup = Cgroup.fromPaths((await Cgroup.of(process.pid)).toJSON());
+  writeFileSync(at(`c${dot}frozen`), JSON.stringify(cgroup));
+  const note = { cgroup, paused: true, scratch: join(run, "c", "none") };
+  writeFileSync(at(`c${dot}dumping`), JSON.stringify(note));
+  const leftovers = await thawLeftovers(run, pino({ level: "silent" }));
+  expect(await leftovers(at("c"))).toBeUndefined();
+  for (const name of ["frozen", "dumping"]) expect(existsSync(at(`c${dot}${name}`)), name).toBe(false);
+});
+
+it("a broken marker keeps no other container's end from being noted", () => {
+  writeFileSync(at("broken"), "{");
+  noteEnd(at("c"), marker("c"));
+  expect(readMarker(at("c"))?.endedAtMs).toBeGreaterThan(0);
+  expect(readFileSync(at("broken"), "utf8")).toBe("{");
+});
