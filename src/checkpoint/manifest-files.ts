@@ -1,4 +1,4 @@
-import { renameSync, rmSync, writeFileSync } from "node:fs";
+import { lstatSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { lstat, readdir, stat } from "node:fs/promises";
 import { join, relative } from "node:path";
 import { hashFiles, listTree, syncPath } from "./digest.ts";
@@ -129,15 +129,20 @@ export function compareFiles(
 const isOurs = (path: string) => path === MANIFEST_NAME || path === `${MANIFEST_NAME}.new`;
 const isParent = (path: string) => path === "parent" || path.endsWith("/parent");
 
+/** Looked at on the event loop, some us each; more of them, as a container with many processes has, by way of the thread pool. */
+const FILES_AT_ONCE = 200;
+
 /**
  * Whether the files that a restore reads are there in their size. Logs and statistics don't count: whoever copies or archives images may
  * leave them out.
  */
 export async function compareSizes(directory: string, manifest: CheckpointManifest): Promise<FileFault[]> {
+  const atOnce = manifest.files.length <= FILES_AT_ONCE;
+  const look = async (path: string) => (atOnce ? lstatSync(path) : await lstat(path));
   const faults = await Promise.all(
     manifest.files.map(async ({ path, size }): Promise<FileFault | undefined> => {
       if (!isRead(path)) return undefined;
-      const found = await lstat(join(directory, path)).catch((error: NodeJS.ErrnoException) => error);
+      const found = await look(join(directory, path)).catch((error: NodeJS.ErrnoException) => error);
       if (found instanceof Error) {
         const what = found.code === "ENOENT" ? "is missing" : `can't be looked at: ${found.message}`;
         return { path, kind: "missing", message: `${path} ${what}` };

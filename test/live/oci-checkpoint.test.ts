@@ -341,7 +341,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
     );
 
     it.runIf(side === "wrapper")(
-      "and cedanad is killed in the middle: the container runs on, and nothing stands still for ever",
+      "and cedanad is killed in the middle: the next one takes it, and the container runs on",
       async () => {
         await run("c", [], ["/programs/memory", "128"]);
         await ok("container", "checkpoint", "--leave-running", "c"); // cedanad runs, and isn't below conmon
@@ -352,9 +352,8 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
         await until(frozen, { everyMs: 1, what: () => "a frozen container" });
         process.kill(pid, "SIGKILL");
         const { status: failed, stderr } = await checkpoint;
-        expect(failed).not.toBe(0);
-        expect(stderr).toMatch(/cedanad at .* ended in the middle of it/);
-        expect(frozen()).toBe(false); // by the next cedanad, before the error is told
+        expect([failed, stderr]).toEqual([0, ""]);
+        expect(frozen()).toBe(false);
         const sums = async () => (await ok("logs", "c")).split("\n").length;
         const before = await sums();
         await until(async () => (await sums()) > before, { everyMs: 50, what: () => "it to go on" });

@@ -155,7 +155,7 @@ export async function checkpoint(
       wrapper.answer({ status: 0 }); // what was noted on the way is removed at once, in this turn of the event loop
     });
     failed = false;
-    if (!dump.leaveRunning && features.name === "crun") noteItsEnd(call, state.bundle);
+    if (!dump.leaveRunning && features.name === "crun") await noteItsEnd(call, state.bundle);
   } finally {
     if (failed) await removeScratch(scratch);
     else rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
@@ -179,13 +179,16 @@ export async function checkpointAgain(
       `cedanad ended in the middle of the checkpoint of container ${call.id}, which has ended with it; whether it is whole nobody knows. What was made is kept in ${left.kept}`,
     );
   const [{ name }, state] = await Promise.all([engineVersion(call.engine), containerState(call)]);
-  if (name === "crun") noteItsEnd(call, state?.bundle);
+  if (name === "crun") await noteItsEnd(call, state?.bundle);
   return { status: 0 };
 }
 
 /** crun forgets nothing of a container by itself. */
-function noteItsEnd({ marker, id, root, engine, globalArgv }: OciCall, bundle: string | undefined): void {
-  noteEnd(marker, readMarker(marker) ?? { version: 1, id, root, engine, globalArgv, bundle });
+async function noteItsEnd(
+  { marker, id, root, engine, globalArgv }: OciCall,
+  bundle: string | undefined,
+): Promise<void> {
+  await noteEnd(marker, readMarker(marker) ?? { version: 1, id, root, engine, globalArgv, bundle });
 }
 
 /** Options of the caller's that the chain has. */

@@ -1,4 +1,5 @@
 import { mkdirSync, readdirSync, rmSync } from "node:fs";
+import { readFile, stat } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import type { Claim } from "../../checkpoint/resume.ts";
 import { BrokenImage } from "../../errors/index.ts";
@@ -83,18 +84,17 @@ const KEPT_AFTER_END_MS = 60 * 60 * 1000;
  * After a checkpoint that has ended the container. crun forgets such a one, as runc does, but then says of it at `delete` what no
  * caller takes for "it is gone", containerd's shim above all, whose task could never be deleted.
  */
-export function noteEnd(path: string, marker: Marker): void {
-  for (const other of markersIn(dirname(dirname(path)))) {
-    if (endOf(other) < Date.now() - KEPT_AFTER_END_MS) removeMarker(other);
-  }
+export async function noteEnd(path: string, marker: Marker): Promise<void> {
   writeMarker(path, { ...marker, endedAtMs: Date.now() });
-}
-
-function endOf(path: string): number {
-  try {
-    return readMarker(path)?.endedAtMs ?? Number.POSITIVE_INFINITY;
-  } catch {
-    return Number.POSITIVE_INFINITY; // broken: its own container's commands say so
+  const since = Date.now() - KEPT_AFTER_END_MS;
+  for (const other of markersIn(dirname(dirname(path)))) {
+    try {
+      if ((await stat(other)).mtimeMs >= since) continue;
+      const { endedAtMs = since } = JSON.parse(await readFile(other, "utf8")) as Partial<Marker>;
+      if (endedAtMs < since) removeMarker(other);
+    } catch {
+      // ENOENT: its container was deleted meanwhile. One that is broken is said to be so to whoever asks for that container
+    }
   }
 }
 

@@ -1,13 +1,13 @@
 // The files of cedana-runtime's containers, beside each other in one directory.
 
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { pino } from "pino";
 import { afterEach, beforeEach, expect, it } from "vitest";
-import { Cgroup } from "../../src/linux/cgroup.ts";
-import { noteFrozen, thawLeftovers } from "../../src/runtime/oci/frozen.ts";
-import { type Marker, markersIn, noteEnd, readMarker, writeMarker } from "../../src/runtime/oci/marker.ts";
+import { Cgroup } from "../../../src/linux/cgroup.ts";
+import { noteFrozen, thawLeftovers } from "../../../src/runtime/oci/frozen.ts";
+import { type Marker, markersIn, noteEnd, readMarker, writeMarker } from "../../../src/runtime/oci/marker.ts";
 
 let run: string;
 beforeEach(() => {
@@ -42,9 +42,21 @@ it.each(["~", "."])("notes of a dump that was cut off are taken up, with %s", as
   for (const name of ["frozen", "dumping"]) expect(existsSync(at(`c${dot}${name}`)), name).toBe(false);
 });
 
-it("a broken marker keeps no other container's end from being noted", () => {
+it("a container's end is noted, and forgotten with a later one's when nobody has come to delete it", async () => {
+  const twoHours = 2 * 60 * 60 * 1000;
+  const long = new Date(Date.now() - twoHours);
+  writeMarker(at("lives"), marker("lives"));
+  writeMarker(at("ended"), { ...marker("ended"), endedAtMs: Date.now() - twoHours });
+  writeMarker(at("just-ended"), { ...marker("just-ended"), endedAtMs: Date.now() });
   writeFileSync(at("broken"), "{");
-  noteEnd(at("c"), marker("c"));
-  expect(readMarker(at("c"))?.endedAtMs).toBeGreaterThan(0);
+  for (const id of ["lives", "ended", "broken"]) utimesSync(at(id), long, long);
+  await noteEnd(at("new"), { ...marker("new"), kill: { signal: 1, escalation: [] } });
+  expect(readMarker(at("new"))).toMatchObject({
+    id: "new",
+    kill: { signal: 1 },
+    endedAtMs: expect.any(Number),
+  });
+  expect(existsSync(at("ended"))).toBe(false);
   expect(readFileSync(at("broken"), "utf8")).toBe("{");
+  expect(markersIn(run).sort()).toEqual(["broken", "just-ended", "lives", "new"].map(at));
 });
