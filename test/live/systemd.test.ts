@@ -7,12 +7,14 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { missingCallers, Podman } from "./harness/callers.ts";
-import { type EngineName, isControl, Live, type RunOptions } from "./harness/live.ts";
+import { Pod } from "./harness/cri.ts";
+import { type ContainerdVersion, type EngineName, isControl, Live, type RunOptions } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
 import { numbersIn } from "./harness/output.ts";
 import { IMAGE, repository } from "./harness/programs.ts";
 import { until } from "./harness/until.ts";
 
+const COUNTER = ["/programs/counter", "20", "7"];
 const MEMORY = 64 << 20;
 const slice = "/sys/fs/cgroup/system.slice";
 
@@ -190,6 +192,52 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
     });
   },
 );
+
+for (const { containerd, engine } of [
+  { containerd: "1.7", engine: "runc" },
+  { containerd: "2.1", engine: "crun" },
+] satisfies { containerd: ContainerdVersion; engine: EngineName }[]) {
+  const cpu = controllers.includes("cpu")
+    ? undefined
+    : "no cpu controller of version 2, which CRI's pods use";
+  const missing = missingFor({ containerd, engine }) ?? lacks ?? cpu;
+  const why = missing ? ` (${missing})` : "";
+  describe.skipIf(isControl || missing)(`a pod with ${engine} under containerd ${containerd}${why}`, () => {
+    it("is checkpointed when it is stopped, and its successor goes on in a scope of its own", async () => {
+      // Both ways in which a configuration may name us.
+      const cri = containerd === "1.7" ? "type" : "path";
+      await using live = await Live.start({ containerd, engine, cri, systemdCgroup: true });
+      const slice = `${live.namespace.replaceAll("-", "")}.slice`; // as the kubelet names a pod's
+      const expectInScope = ({ id }: { id: string }) => {
+        const scope = `cri-containerd-${id}.scope`;
+        const own = engine === "crun" ? "container" : "";
+        expect(readFileSync(join("/sys/fs/cgroup", slice, scope, own, "cgroup.procs"), "utf8")).toMatch(/\d/);
+        expect(isActive(scope)).toBe(true);
+        return scope;
+      };
+      try {
+        const annotations = { "cedana.io/checkpoint-on": "SIGTERM", "cedana.io/auto-resume": "drained" };
+        await using pod = await Pod.run(live, { annotations, slice });
+        const first = await pod.run(COUNTER);
+        await first.numberAfter(3);
+        expect(await first.exec(["sh", "-c", "exit 3"])).toMatchObject({ exitCode: 3 });
+        const scope = expectInScope(first);
+        await first.stop(60);
+        expect(await first.status()).toMatchObject({ state: "EXITED", exitCode: 143 });
+        const last = Number(first.lines().at(-1));
+        await first.remove();
+        await until(() => !isActive(scope), { what: () => `the end of ${scope}` });
+        const successor = await pod.run(COUNTER);
+        await successor.numberAfter(last);
+        expect(Number(successor.lines()[0])).toBe(last + 1);
+        expectInScope(successor);
+      } finally {
+        spawnSync("systemctl", ["stop", slice]);
+      }
+      expect(existsSync(join("/sys/fs/cgroup", slice))).toBe(false);
+    });
+  });
+}
 
 describe.skipIf(isControl || lacks)(`cedanad in its unit${lacks ? ` (${lacks})` : ""}`, () => {
   const units = "/run/systemd/system";

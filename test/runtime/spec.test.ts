@@ -11,6 +11,7 @@ import {
   groupOf,
   isSandboxContainer,
   movedFrom,
+  namesScope,
   type OciSpec,
   ownsNetworkNamespace,
   parseSpec,
@@ -169,6 +170,21 @@ describe("the path of the version 2 cgroup", () => {
     expect(cgroupPathV2({}, "c1", true, "runc")).toBe("/system.slice/runc-c1.scope");
     expect(cgroupPathV2({}, "c1", true, "crun")).toBe("/system.slice/crun-c1.scope/container");
     expect(cgroupPathV2({ linux: { cgroupsPath: "a.slice::" } }, "c1", true, "runc")).toBeUndefined();
+  });
+});
+
+describe("a cgroup path that names a scope of systemd's", () => {
+  it.each([
+    ["system.slice:docker:c1", true],
+    [":docker:c1", true],
+    ["kubepods-pod1.slice:cri-containerd:c1", true],
+    ["/default/c1", false],
+    ["/a:b:c", false],
+    ["a.slice/b:c:d", false],
+    ["a.slice:b", false],
+    ["", false],
+  ])("%j: %s", (cgroupsPath, expected) => {
+    expect(namesScope({ linux: { cgroupsPath } })).toBe(expected);
   });
 });
 

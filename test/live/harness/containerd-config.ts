@@ -14,7 +14,14 @@ interface Wanted {
   readonly snapshotter: string;
   /** Kubernetes' interface, with one runtime handler; undefined: there is none */
   readonly cri:
-    | { handler: string; type: string; path: string | undefined; engine: string; engineRoot: string }
+    | {
+        handler: string;
+        type: string;
+        path: string | undefined;
+        engine: string;
+        engineRoot: string;
+        systemdCgroup: boolean;
+      }
     | undefined;
 }
 
@@ -108,5 +115,6 @@ function criConfig(dir: string, cri: NonNullable<Wanted["cri"]>): string[] {
     `    [${plugin}.containerd.runtimes.${cri.handler}.options]`,
     `      BinaryName = "${cri.engine}"`,
     `      Root = "${cri.engineRoot}"`,
+    `      SystemdCgroup = ${cri.systemdCgroup}`,
   ];
 }

@@ -16,6 +16,8 @@ export interface PodOptions {
   /** gives the pod a network of its own, without which its name is the node's */
   hostname?: string;
   annotations?: Record<string, string>;
+  /** systemd's, in which its cgroups are */
+  slice?: string;
 }
 
 export interface CriContainerOptions {
@@ -52,7 +54,7 @@ export class Pod {
       hostname: options.hostname ?? "",
       annotations: options.annotations ?? {},
       linux: {
-        cgroupParent: `/${live.namespace}`, // where the harness looks for what is left
+        cgroupParent: `/${options.slice ?? live.namespace}`, // the latter is where the harness looks for what is left
         securityContext: { namespaceOptions: namespacesOf(options.hostname) },
       },
     };

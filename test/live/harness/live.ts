@@ -46,6 +46,8 @@ export interface LiveOptions {
   runtime?: string;
   /** Kubernetes' interface, with our shim as runtime handler: by its runtime type, or by its path under the type of the Go shim */
   cri?: false | "type" | "path";
+  /** of that runtime handler: systemd makes the cgroups */
+  systemdCgroup?: boolean;
   env?: Record<string, string>;
   /** a directory that goes before the others in PATH */
   path?: string;
@@ -134,6 +136,7 @@ export class Live {
         (engine === "crun" && !existsSync("/sys/fs/cgroup/cgroup.controllers") ? "v2" : "host"),
       runtime: options.runtime ?? runtimeUnderTest,
       cri: options.cri ?? false,
+      systemdCgroup: options.systemdCgroup ?? false,
       env: options.env ?? {},
       path: options.path ?? "",
       snapshotter: options.snapshotter ?? "overlayfs",
@@ -196,7 +199,7 @@ export class Live {
     // In memory: the disk of a test machine says nothing about the shim.
     execFileSync("mount", ["-t", "tmpfs", "-o", "size=8g,mode=711", "cedana-live", this.dir]);
     for (const name of ["run", "io", "tmp", "var"]) mkdirSync(join(this.dir, name), { mode: 0o700 });
-    const { cri, engine, logLevel, snapshotter } = this.options;
+    const { cri, engine, logLevel, snapshotter, systemdCgroup } = this.options;
     const byPath = cri === "path";
     const config = containerdConfig({
       dir: this.dir,
@@ -210,6 +213,7 @@ export class Live {
             path: byPath ? join(repository, "bin/containerd-shim-cedana-v2") : undefined,
             engine,
             engineRoot: this.engineRoot,
+            systemdCgroup,
           }
         : undefined,
     });
