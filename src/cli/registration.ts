@@ -200,12 +200,13 @@ function withBlock(path: string, before: string | undefined, place: Place): stri
     throw new InvalidRequest(
       `${path} has a runtime "cedana" already, which cedana setup did not write: remove it first`,
     );
+  const runc = version === 2 && losesRunc(member(table, ["plugins", plugin, "containerd"])) ? ["", RUNC] : [];
   const lines = template(place, `containerd/cedana-v${version}.toml`)
     .split("\n")
     .filter((line) => !/^version\s*=/.test(line));
   // Nothing but comments can stand before it then.
   const head = table.version === undefined ? [`version = ${version}`] : [];
-  const block = [blockBegin, ...head, lines.join("\n").trim(), blockEnd, ""].join("\n");
+  const block = [blockBegin, ...head, lines.join("\n").trim(), ...runc, blockEnd, ""].join("\n");
   const ended = rest === "" || rest.endsWith("\n") ? rest : `${rest}\n`;
   const after = `${ended}${ended === "" ? "" : "\n"}${block}`;
   try {
@@ -217,6 +218,16 @@ function withBlock(path: string, before: string | undefined, place: Place): stri
     );
   }
   return after;
+}
+
+const RUNC = `# containerd 1.x has a runtime of its own only as long as its configuration names none.
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"`;
+
+/** Whether containerd 1.x's own runtime is the default one, and goes with the first that is named: its CRI plugin refuses to start then. */
+function losesRunc(containerd: unknown): boolean {
+  const { runtimes = {}, default_runtime_name: name } = (containerd ?? {}) as TomlTable;
+  return Object.keys(runtimes as TomlTable).length === 0 && (name === undefined || name === "runc");
 }
 
 function withoutBlock(path: string, text: string): string {

@@ -109,6 +109,9 @@ export class CallerPlace {
       place.#path = `${first}:${systemPath}`;
       place.env.PATH = `${first}:${place.env.PATH}`;
     }
+    // Docker and we write scripts there, and systemd mounts /run so that nothing in it can be executed. cleanUp unmounts it.
+    execFileSync("mount", ["--bind", place.dir, place.dir]);
+    execFileSync("mount", ["-o", "remount,bind,exec", place.dir]);
     for (const name of ["home", "tmp", "run", "var", "xdg", "etc/cedana", "etc/containers", "etc-work"])
       mkdirSync(join(place.dir, name), { recursive: true, mode: 0o700 });
     for (const name of inMemory ? ["run", "s", "libpod"] : []) {
