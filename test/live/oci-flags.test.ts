@@ -81,7 +81,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       return child;
     }
     /** A container's output by a real pipe: Node's are sockets, which CRIU can't put in the place of a pipe. */
-    function counting(root: string, ...args: string[]): void {
+    function counting(root: string, ...args: string[]): ChildProcess {
       const line = place.runtime(
         "wrapper",
         "--root",
@@ -92,8 +92,10 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
         bundle,
         "box",
       );
-      background(`"$@" 2>&1 3>&- | cat >>${at("out")} 3>&-`, line);
+      return background(`"$@" 2>&1 3>&- | cat >>${at("out")} 3>&-`, line);
     }
+    const endOf = async (child: ChildProcess) =>
+      await until(() => child.exitCode !== null, { what: () => "the end of a command" });
     const goesOn = async (before: number) =>
       await until(() => numbers().length > before + 1, {
         what: () => `it to go on: ${readFileSync(at("out"), "utf8").slice(-2000)}`,
@@ -108,7 +110,10 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
     async function begin(args?: string[]): Promise<void> {
       configure("b", testPrograms, args);
       counting("one", "run");
-      await until(() => numbers().length > 2);
+      await until(() => numbers().length > 2, {
+        what: () =>
+          `it to count: ${existsSync(at("out")) ? readFileSync(at("out"), "utf8").slice(-2000) : "it says nothing"}`,
+      });
     }
 
     async function freePort(): Promise<string> {
@@ -323,8 +328,10 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
         const dumped = await dump(...atDump);
         expect(dumped.status, dumped.stderr).toBe(0);
         expect(readFileSync(at("out"), "utf8")).not.toMatch(/^FAILED/m);
-        counting("one", "restore", ...atRestore, "--image-path", at("images"));
+        const restoring = counting("one", "restore", ...atRestore, "--image-path", at("images"));
         await failed();
+        await endOf(restoring); // which its container may outrun
+        expect(readFileSync(at("out"), "utf8")).not.toMatch(/restore/); // it was restored, though it ended at once
         await runtime("one", "delete", "--force", "box");
         for (const name of ["images", "out"]) rmSync(at(name), { recursive: true, force: true });
       }

@@ -27,8 +27,9 @@ export interface CriContainerOptions {
   image?: string;
 }
 
+/** As kubelet has it for pods without shareProcessNamespace. */
 function namespacesOf(hostname: string | undefined): Message {
-  return hostname ? { network: POD, pid: CONTAINER } : { network: NODE };
+  return { network: hostname ? POD : NODE, pid: CONTAINER };
 }
 
 /** A pod, as `crictl runp` makes one. */

@@ -582,7 +582,7 @@ export class Live {
     for (const pid of this.#daemons())
       for (const path of mountsBelow(join(this.dir, "state"), pid))
         found.push(`mount ${path} seen by ${pid}`);
-    for (const path of cgroupsOf(this.namespace)) found.push(`cgroup ${path}`);
+    for (const path of cgroupsOf(this.namespace)) found.push(`cgroup ${path}${whoIsIn(path)}`);
     for (const root of [
       `/run/containerd/runc/${this.namespace}`,
       join(this.runDir, "runc", this.namespace),
@@ -627,6 +627,21 @@ export class Live {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.stop();
+  }
+}
+
+function whoIsIn(cgroup: string): string {
+  const pids = readIfThere(join(cgroup, "cgroup.procs")).split("\n").filter(Boolean);
+  return pids
+    .map((pid) => ` with ${pid} (${readIfThere(`/proc/${pid}/cmdline`).replaceAll("\0", " ").trim()})`)
+    .join("");
+}
+
+function readIfThere(path: string): string {
+  try {
+    return readFileSync(path, "utf8");
+  } catch {
+    return ""; // it has just gone
   }
 }
 
