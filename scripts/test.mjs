@@ -29,6 +29,9 @@ const withSystemd = [
 ].map((name) => `test/live/${name}.test.ts`);
 const systemdRuns = existsSync("/run/systemd/system") && existsSync("/sys/fs/cgroup/cgroup.controllers");
 
+/** with-systemd.sh's status where such a host can't be made. */
+const LACKING = 69;
+
 /** @returns vitest's status, and what failed; nothing is known of that where vitest itself did */
 function run(before, args) {
   mkdirSync(join(repository, "build"), { recursive: true });
@@ -45,6 +48,7 @@ function run(before, args) {
   });
   if (error) throw error;
   if (status === null) return { status: 1, failed: [], errors: 1 }; // by a signal
+  if (status === LACKING && !existsSync(report)) return { status, failed: [], errors: 0 };
   return { status, ...JSON.parse(readFileSync(report, "utf8")) };
 }
 
@@ -67,6 +71,8 @@ const args = process.argv.slice(2);
 const statuses = [runAndRepeat([], args)];
 if (args.length === 0 && !systemdRuns) {
   console.log("test: where systemd makes the cgroups");
-  statuses.push(runAndRepeat(["sh", join(import.meta.dirname, "with-systemd.sh")], withSystemd));
+  const status = runAndRepeat(["sh", join(import.meta.dirname, "with-systemd.sh")], withSystemd);
+  if (status === LACKING) console.log("test: skipped, for the reason above");
+  else statuses.push(status);
 }
 process.exit(statuses.find((status) => status !== 0) ?? 0);

@@ -4,22 +4,24 @@
 #
 # It is this machine's kernel, files and network in namespaces of their own (processes, mounts, cgroups, host name), with an empty
 # /run, an /etc whose changes are forgotten, and the systemd and D-Bus of this machine. systemd knows no other unit of the machine's. Only the
-# controllers that the machine has in version 2 are there. With COMMAND's end everything in it ends; its status is ours.
+# controllers that the machine has in version 2 are there. With COMMAND's end everything in it ends; its status is ours, or 69 where the
+# machine lacks what such a host is made of.
 set -eu
 
 die() { printf 'with-systemd: %s\n' "$*" >&2; exit 1; }
+lacks() { printf 'with-systemd: %s\n' "$*" >&2; exit 69; }
 
 [ $# -gt 0 ] || { sed -n '2,/^set -eu/s/^# \{0,1\}//p' "$0" | sed '$d' >&2; exit 2; }
 [ "$(id -u)" = 0 ] || die "needs root"
 for program in /lib/systemd/systemd dbus-daemon systemd-run unshare nsenter setpriv; do
-  command -v "$program" >/dev/null || die "$program is not on this machine: scripts/setup.sh --with-callers"
+  command -v "$program" >/dev/null || lacks "$program is not on this machine: scripts/setup.sh --with-callers"
 done
 
 if [ "${WITH_SYSTEMD:-}" != inside ]; then
   for top in /sys/fs/cgroup/unified /sys/fs/cgroup; do
     [ ! -e "$top/cgroup.procs" ] || break
   done
-  [ -e "$top/cgroup.controllers" ] || die "no cgroups of version 2 at /sys/fs/cgroup or /sys/fs/cgroup/unified"
+  [ -e "$top/cgroup.controllers" ] || lacks "no cgroups of version 2 at /sys/fs/cgroup or /sys/fs/cgroup/unified"
   cgroup=$top/with-systemd-$$
   dir=$(mktemp -d /run/with-systemd.XXXXXX)
   host=''
