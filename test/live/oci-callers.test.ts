@@ -55,6 +55,11 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
   const runtime = (side: Side, ...args: string[]) =>
     place.run(place.runtime(side, "--root", root(side), ...args));
   const at = (side: Side, name: string) => join(place.dir, side, name);
+  const exitAndPids = (side: Side) => [
+    ...["--exit-dir", at(side, "exits")],
+    ...["-P", at(side, "conmon-pidfile")],
+    ...["-p", at(side, "pidfile")],
+  ];
 
   /** conmon as CRI-O starts it: pipes by _OCI_SYNCPIPE and _OCI_STARTPIPE. @returns what conmon says of the container */
   async function conmon(side: Side, ...args: string[]): Promise<Record<string, unknown>> {
@@ -189,14 +194,7 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
       writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
       const before = readFileSync(join(bundle, "config.json"), "utf8");
       try {
-        const begin = [
-          "--exit-dir",
-          at(side, "exits"),
-          "-P",
-          at(side, "conmon-pidfile"),
-          "-p",
-          at(side, "pidfile"),
-        ];
+        const begin = exitAndPids(side);
         rmSync(at(side, "exits/box"), { force: true });
         writeFileSync(at(side, "log"), "");
         const first = await conmon(side, ...begin);
@@ -255,14 +253,7 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
       writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
       return JSON.stringify(spec);
     };
-    const begin = [
-      "--exit-dir",
-      at(side, "exits"),
-      "-P",
-      at(side, "conmon-pidfile"),
-      "-p",
-      at(side, "pidfile"),
-    ];
+    const begin = exitAndPids(side);
     const box = (...args: string[]) => runtime(side, ...args);
     const state = async () => JSON.parse((await box("state", "box")).stdout);
     const numbers = () => [...text(at(side, "log")).matchAll(/ F (\d+)$/gm)].map((match) => Number(match[1]));
@@ -363,14 +354,7 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
     spec.process.args = ["/programs/tcp"];
     spec.annotations = { "cedana.io/tcp": "keep" };
     writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
-    const begin = [
-      "--exit-dir",
-      at(side, "exits"),
-      "-P",
-      at(side, "conmon-pidfile"),
-      "-p",
-      at(side, "pidfile"),
-    ];
+    const begin = exitAndPids(side);
     const numbers = () => [...text(at(side, "log")).matchAll(/ F (\d+)\b/g)].map((match) => Number(match[1]));
     const more = async (count: number) =>
       await until(() => numbers().length > count, {
@@ -415,14 +399,7 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
         join(bundle, "config.json"),
         JSON.stringify({ ...JSON.parse(original.toString()), annotations }),
       );
-    const begin = [
-      "--exit-dir",
-      at(side, "exits"),
-      "-P",
-      at(side, "conmon-pidfile"),
-      "-p",
-      at(side, "pidfile"),
-    ];
+    const begin = exitAndPids(side);
     try {
       annotate({ "cedana.io/kill-signal": "BLAH" });
       const refused = await conmon(side, ...begin);
