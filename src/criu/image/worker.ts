@@ -4,8 +4,7 @@ import { parentPort, workerData } from "node:worker_threads";
 import { messageOf, NotFound } from "../../errors/index.ts";
 import { verifyImages } from "./verify.ts";
 
-try {
-  parentPort!.postMessage({ report: await verifyImages(workerData.directory) });
-} catch (error) {
-  parentPort!.postMessage({ isMissing: error instanceof NotFound, message: messageOf(error) });
-}
+verifyImages(workerData.directory).then(
+  (report) => parentPort!.postMessage({ report }),
+  (error) => parentPort!.postMessage({ isMissing: error instanceof NotFound, message: messageOf(error) }),
+);
