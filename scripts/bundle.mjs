@@ -53,7 +53,10 @@ export async function bundle(version, node) {
     ...(await program("src/checkpoint/worker/main.ts", "checkpoint-worker", define)),
     ...(await program("src/criu/image/worker.ts", "image-worker", define)),
     ...(await program("src/gpu/helper/main.ts", "gpu-helper", define)),
-    ...(await program("src/daemon/start.ts", "cedanad", { MAIN: JSON.stringify(name) })),
+    ...(await program("src/daemon/start.ts", "cedanad", {
+      MAIN: JSON.stringify(name),
+      MODULES_OF_NODE: JSON.stringify(modulesOfNode(source)),
+    })),
     ...(await commandLine(define)),
   ];
 }
@@ -122,6 +125,10 @@ async function commandLine(define) {
   });
   const isEntry = ({ path: file }) => Number(/^(cedana|commands)\./.test(path.basename(file)));
   return outputFiles.sort((a, b) => isEntry(a) - isEntry(b));
+}
+
+function modulesOfNode({ text }) {
+  return [...new Set(Array.from(text.matchAll(/\brequire\("(node:[\w/]+)"\)/g), ([, name]) => name))].sort();
 }
 
 /** V8 takes code that was made beforehand only with the flags with which it was made. */

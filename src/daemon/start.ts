@@ -10,8 +10,9 @@ import { compileFunction, constants } from "node:vm";
  * their names.
  */
 
-/** Name of both files, without an ending; from the build. */
+/** From the build: the name of both files, without an ending, and Node's modules that are needed sooner or later. */
 declare const MAIN: string;
+declare const MODULES_OF_NODE: readonly string[];
 
 const filename = join(import.meta.dirname, `${MAIN}.cjs`);
 
@@ -25,21 +26,20 @@ const main = compileFunction(
   },
 );
 const module = { exports: {} };
-main(module.exports, createRequire(filename), module, filename, import.meta.dirname);
+const require = createRequire(filename);
+for (const name of MODULES_OF_NODE) require(name);
+main(module.exports, require, module, filename, import.meta.dirname);
 
 /*
  * Nothing here lives on allocating or computing fast, and memory shall stay flat over thousands of containers: old objects are looked through
  * in small steps when the heap has gone a fifth of the way to its limit. TurboFan, and Maglev's inlining, would fill malloc's heap with some
  * MiB for a moment each time, some of which never go back, and bring 5 MB of Node's own code into memory; without them cedanad needs 7 % more
- * CPU. Told on the command line, these make V8 refuse all code that was made beforehand, that of Node's own modules, too: 30 ms more.
+ * CPU. With these flags V8 refuses all code that was made beforehand, that of Node's own modules, too: 30 ms more, were they there before.
  */
-const STARTED_AFTER_MS = 5_000;
-setTimeout(() => {
-  for (const flag of [
-    "optimize-for-size",
-    "incremental-marking-soft-trigger=20",
-    "no-turbofan",
-    "no-maglev-inlining",
-  ])
-    setFlagsFromString(`--${flag}`);
-}, STARTED_AFTER_MS).unref();
+for (const flag of [
+  "optimize-for-size",
+  "incremental-marking-soft-trigger=20",
+  "no-turbofan",
+  "no-maglev-inlining",
+])
+  setFlagsFromString(`--${flag}`);
