@@ -27,6 +27,7 @@ import {
   type RestoreLook,
   restoreChecks,
 } from "./restore/checks.ts";
+import { freeIds, type SharedPids } from "./restore/ids.ts";
 import { writeRestoredFile } from "./restored-file.ts";
 import { applyRootfsDiff, hasRootfsDiff } from "./rootfs-diff/index.ts";
 import { UnpackedCheckpoint } from "./unpack.ts";
@@ -92,6 +93,8 @@ export interface RestoreTarget extends RestoreCandidate {
   removeCgroup(): Promise<void>;
   /** which device becomes which (`cedana.io/gpu-map`) */
   readonly deviceMap?: string | undefined;
+  /** undefined: it has a pid namespace of its own */
+  readonly sharedPids?: SharedPids | undefined;
   /** the engine's restore returns when the container has ended, not when it runs */
   readonly inForeground?: boolean;
   /** Of the restored container. */
@@ -128,6 +131,7 @@ type RestoreStep = Step<RestoreContext>;
 /** The restore, in order. Each step undoes its own work when a later one fails. */
 export const restoreSteps = [
   ...restoreChecks,
+  reserveIds, // those of processes, where others live in their namespace; waits for who has one for a moment, refuses what stays
   adaptImages, // for another host name
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
@@ -199,6 +203,20 @@ export async function discardRestore(directory: string, unpackRoot: string | und
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
   await rm(appliedMark(directory), { force: true });
+}
+
+// ---- process ids -----------------------------------------------------------------------------------------------------
+
+/** Without facts an engine of before a crash may have restored it: the ids are its own. */
+async function reserveIds(
+  { facts, request, target }: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  if (target.sharedPids && facts) {
+    const refusal = refusalOfRestore(request.path, await freeIds(facts.ids, target.sharedPids, target.log));
+    if (refusal) throw refusal;
+  }
+  await next();
 }
 
 // ---- images ----------------------------------------------------------------------------------------------------------
