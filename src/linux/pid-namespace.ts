@@ -3,7 +3,7 @@ import { once } from "node:events";
 import { stat } from "node:fs/promises";
 import { text } from "node:stream/consumers";
 import { RuntimeFailed, SyscallFailed, TimedOut } from "../errors/index.ts";
-import { readMembership } from "./cgroup-hierarchy.ts";
+import { hostCgroupVersion, readMembership } from "./cgroup-hierarchy.ts";
 import { allPids, idsInNamespaces, namespaceInode, processStat, threadsOf } from "./proc.ts";
 import { Slices } from "./slices.ts";
 
@@ -97,7 +97,9 @@ function isIn(pid: number, namespace: number): boolean {
 /** "4711 (sleep) in cgroup /kubepods/c1" */
 async function describe(pid: number): Promise<string> {
   const membership = await readMembership(pid).catch(() => new Map<string, string>()); // it has ended
-  const [cgroup] = [...membership.values()].sort((a, b) => b.length - a.length);
+  const version2 = (await hostCgroupVersion()) === 2; // there, hierarchies of version 1 don't tell
+  const paths = version2 ? [membership.get("") ?? ""] : [...membership.values()];
+  const [cgroup] = paths.sort((a, b) => b.length - a.length);
   const found = processStat(pid);
   const zombie = found?.state === "Z" ? `, which has ended and waits for its parent ${found.parentPid}` : "";
   const where = cgroup && cgroup !== "/" ? ` in cgroup ${cgroup}` : "";
