@@ -8,13 +8,14 @@ import { readMountInfo } from "../linux/mount-options.ts";
 import { readRecord, writeRecord } from "../linux/record-file.ts";
 import { adapterSteps } from "./adapters.ts";
 import { runChain, type Step, timesByStep } from "./chain.ts";
+import { type ChangedImage, changedImages, linkImages, withoutOtherHierarchies } from "./changed-images.ts";
 import { compareFilesWithDiff, type ExternalMount } from "./compare.ts";
 import { criuFailure, keepLog } from "./criu-failure.ts";
 import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { refusalOfRestore } from "./finding.ts";
 import { makeMountPoint } from "./gpu-mounts.ts";
-import { adaptedImages, adaptHostname } from "./identity.ts";
+import { withHostname } from "./identity.ts";
 import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
 import type { CheckpointManifest, ContainerIdentity } from "./manifest.ts";
 import { isThere, type OpenCheckpoint } from "./open.ts";
@@ -91,6 +92,8 @@ export interface RestoreTarget extends RestoreCandidate {
   /** The container's cgroup is where its configuration says, whatever the images say. */
   prepareCgroup(policy: CriuPolicy): Promise<void>;
   removeCgroup(): Promise<void>;
+  /** hierarchies of version 1 beside the one of version 2 in which the container's cgroup is: those are others' */
+  readonly hasOtherHierarchies: boolean;
   /** which device becomes which (`cedana.io/gpu-map`) */
   readonly deviceMap?: string | undefined;
   /** undefined: it has a pid namespace of its own */
@@ -132,7 +135,7 @@ type RestoreStep = Step<RestoreContext>;
 export const restoreSteps = [
   ...restoreChecks,
   reserveIds, // those of processes, where others live in their namespace; waits for who has one for a moment, refuses what stays
-  adaptImages, // for another host name
+  adaptImages, // for another host name, and other hierarchies of cgroups
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
   restoreAdaptersOfPlugins, // those of all plugins stand here
@@ -199,7 +202,7 @@ export async function restore(
  */
 export async function discardRestore(directory: string, unpackRoot: string | undefined): Promise<void> {
   if (unpackRoot !== undefined) await new UnpackedCheckpoint(unpackRoot, directory).remove();
-  await rm(adaptedImages(directory), { recursive: true, force: true });
+  await rm(changedImages(directory), { recursive: true, force: true });
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
   await rm(appliedMark(directory), { force: true });
@@ -225,11 +228,20 @@ async function adaptImages(context: RestoreContext, next: () => Promise<void>): 
   const { checkpoint, facts, target } = context;
   const { container, directory } = target;
   try {
-    if (facts && (await adaptHostname(checkpoint.imagePath, facts, container.hostname, directory)))
-      context.engineImages = adaptedImages(directory);
+    if (facts) {
+      const { imagePath } = checkpoint;
+      const changes = [
+        await withHostname(imagePath, facts, container.hostname),
+        target.hasOtherHierarchies ? await withoutOtherHierarchies(imagePath) : undefined,
+      ].filter((change): change is ChangedImage => change !== undefined);
+      if (changes.length > 0) {
+        await linkImages(imagePath, directory, changes);
+        context.engineImages = changedImages(directory);
+      }
+    }
     await next();
   } finally {
-    await rm(adaptedImages(directory), { recursive: true, force: true });
+    await rm(changedImages(directory), { recursive: true, force: true });
   }
 }
 

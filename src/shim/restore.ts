@@ -97,6 +97,7 @@ export async function restore(task: RestoredTask, restoration: Restoration, work
     removeCgroup: async () =>
       void (await task.logFailure("remove the cgroup of a failed restore", removeCgroups(task, spec))),
     sharedPids: pidNamespace === undefined ? undefined : { path: pidNamespace, program },
+    hasOtherHierarchies: cgroup.hasOtherHierarchies,
     deviceMap: cedanaAnnotations(spec).gpuMap,
     cgroup: () => task.cgroup(),
     engineRestore: (options) => engineRestore(task, restoration, work, engine, spec, cgroup, options),

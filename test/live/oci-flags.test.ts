@@ -5,6 +5,7 @@ import {
   existsSync,
   mkdirSync,
   readFileSync,
+  rmdirSync,
   rmSync,
   symlinkSync,
   writeFileSync,
@@ -15,7 +16,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { CallerPlace, missingCallers } from "./harness/callers.ts";
 import { programs } from "./harness/programs.ts";
 import { containerSpec, type SpecOptions } from "./harness/spec.ts";
-import { entries } from "./harness/system.ts";
+import { cgroupRoots, entries } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 // Options of checkpoint and restore that only migration tools use, through cedana-runtime. crun has fewer of its own than runc.
@@ -363,6 +364,30 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       const argv = [`--pid=${pid}`, "cat", "/proc/sys/kernel/ns_last_pid"];
       expect(Number(spawnSync("nsenter", argv, { encoding: "utf8" }).stdout)).toBeGreaterThan(300);
     });
+
+    it.skipIf(engine === "runc" || !existsSync("/sys/fs/cgroup/freezer"))(
+      "makes none of others' cgroups again, which a checkpoint by the engine alone has taken along",
+      async () => {
+        const others = cgroupRoots().map((root) => join(root, `${place.namespace}-others`));
+        const there = () => others.filter((path) => existsSync(path));
+        try {
+          for (const path of others) mkdirSync(path);
+          await begin();
+          mkdirSync(at("work"));
+          const paths = ["--image-path", at("images"), "--work-path", at("work")];
+          const argv = place.runtime("engine", "--root", at("one"), "checkpoint", ...paths, "box");
+          const dumped = await place.run(argv);
+          expect(dumped.status, dumped.stderr).toBe(0);
+          for (const path of others) rmdirSync(path);
+          const before = numbers().length;
+          counting("two", "restore", ...paths);
+          await goesOn(before);
+          expect(there()).toEqual([]);
+        } finally {
+          for (const path of there()) rmdirSync(path);
+        }
+      },
+    );
 
     withRunc("hands the options of an LSM on to the engine as they are", async () => {
       // An engine that writes down what it is told, and says of itself what runc does.

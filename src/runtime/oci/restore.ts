@@ -140,6 +140,7 @@ export async function restore(
     prepareCgroup: ({ cgroupsMode }) => cgroup.make(cgroupsMode),
     removeCgroup: () => cgroup.remove(),
     sharedPids: pidNamespace === undefined ? undefined : { path: pidNamespace, program },
+    hasOtherHierarchies: cgroup.hasOtherHierarchies,
     deviceMap: cedanaAnnotations(spec).gpuMap,
     inForeground: !detached,
     cgroup: async () => {
