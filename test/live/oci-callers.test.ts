@@ -3,13 +3,12 @@ import { copyFileSync, mkdirSync, readFileSync, rmSync, symlinkSync, writeFileSy
 import { join } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
-import { changedImages, linkImages, withoutOtherHierarchies } from "../../src/checkpoint/changed-images.ts";
 import { CallerPlace, caller, missingCallers, type Side, sides, wrapper } from "./harness/callers.ts";
 import { type EngineName, GO_SHIM, Live } from "./harness/live.ts";
 import { IMAGE, imageTar, programs } from "./harness/programs.ts";
 import { anyOf } from "./harness/proto.ts";
 import { containerSpec, processSpec } from "./harness/spec.ts";
-import { entries, isAlive, systemdRuns } from "./harness/system.ts";
+import { entries, isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 // Callers other than Podman and Docker. CRI-O is in no Debian release: its calls of conmon and of the runtime are replayed here with
@@ -182,14 +181,6 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
     expect(String(said.engine[9]).trim(), JSON.stringify(said.engine)).toBe("7"); // conmon's exit file
   });
 
-  /** Images that the engine took alone, without cgroups of everybody on this machine: it would make those again that have gone since. */
-  async function harmless(side: Side, images: string): Promise<string> {
-    const change = side === "engine" && systemdRuns && (await withoutOtherHierarchies(images));
-    if (!change) return images;
-    await linkImages(images, join(place.dir, side), [change]);
-    return changedImages(join(place.dir, side));
-  }
-
   // With crun alone no restore succeeds on a host that has cgroups of both versions; the engine's side is the control with runc.
   const restoring: Side[] = engine === "runc" ? [...sides] : ["wrapper"];
   it.each(restoring)(
@@ -225,7 +216,7 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
         rmSync(at(side, "exits/box"));
         const count = numbers().length;
         // As CRI-O restores: conmon calls `restore --detach --image-path … --work-path …` itself.
-        const second = await conmon(side, ...begin, "--restore", await harmless(side, images));
+        const second = await conmon(side, ...begin, "--restore", images);
         expect(second.pid, JSON.stringify(second)).toBeGreaterThan(0);
         expect(Number(readFileSync(at(side, "pidfile"), "utf8"))).toBe(second.pid);
         const parent = readFileSync(`/proc/${second.pid}/stat`, "latin1").split(") ")[1]!.split(" ")[1];
