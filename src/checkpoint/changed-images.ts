@@ -48,18 +48,23 @@ const CGROUPS = "cgroup.img";
 /**
  * The image of cgroups with nothing but the hierarchy of version 2. Of one that an engine took alone where that is mounted beside others, CRIU
  * would make in those what was there on the whole host at the dump, other containers' cgroups too, which nobody removes.
- * @returns undefined where it names no others, or nothing else
+ * @returns undefined where it names none in others (as ours), or none in that of version 2
  */
 export async function withoutOtherHierarchies(imagePath: string): Promise<ChangedImage | undefined> {
   const before = await readOne(join(imagePath, CGROUPS), "CGROUP").catch((error: NodeJS.ErrnoException) => {
     if (error.code !== "ENOENT") throw error; // nobody has asked for cgroups
   });
   const all = (before?.controllers ?? []) as Message[];
-  const controllers = all.filter(({ cnames }) => (cnames as string[]).includes(""));
-  if (!before || controllers.length === all.length || controllers.length === 0) return undefined;
+  const controllers = all.filter(isOfVersion2);
+  const strangers = all.filter((one) => !isOfVersion2(one) && ((one.dirs ?? []) as Message[]).length > 0);
+  if (!before || strangers.length === 0 || controllers.length === 0) return undefined;
   const sets = ((before.sets ?? []) as Message[]).map((set) => ({
     ...set,
     ctls: ((set.ctls ?? []) as Message[]).filter(({ name }) => name === ""),
   }));
   return { name: CGROUPS, kind: "cgroup_entry", message: { ...before, sets, controllers } };
+}
+
+function isOfVersion2({ cnames }: Message): boolean {
+  return (cnames as string[]).includes("");
 }

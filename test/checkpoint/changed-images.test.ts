@@ -52,6 +52,8 @@ describe("cgroups of other hierarchies", () => {
     expect(await withoutOtherHierarchies(images)).toBeUndefined();
     writeCgroups([own]);
     expect(await withoutOtherHierarchies(images)).toBeUndefined();
+    writeCgroups([{ ...others, dirs: [] }, own]);
+    expect(await withoutOtherHierarchies(images)).toBeUndefined();
     writeCgroups([others]);
     expect(await withoutOtherHierarchies(images)).toBeUndefined();
   });

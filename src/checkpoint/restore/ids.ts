@@ -40,7 +40,7 @@ export async function freeIds(
   const found = new Found("container");
   const state = await waitForIds(ids, shared, log).catch((error) => {
     const what = "which process ids are taken can't be found out; restored all the same";
-    log.warn({ err: error, namespace: shared.path }, what);
+    log.warn({ err: error, pidNamespace: shared.path }, what);
   });
   if (!state) return [];
   const { max, taken } = state;
@@ -67,7 +67,7 @@ async function waitForIds(
     if (state.taken.length === 0 || performance.now() >= deadline) return state;
     if (pause === 10)
       log.info(
-        { namespace: path, ids: state.taken.slice(0, MAX_NAMED) },
+        { pidNamespace: path, ids: state.taken.slice(0, MAX_NAMED) },
         "waits for process ids that are taken",
       );
     await sleep(pause);
