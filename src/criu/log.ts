@@ -223,7 +223,8 @@ export const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   {
     id: "pid-taken",
     pattern: /Can't fork for \d+: File exists|Pid \d+ do not match expected|Setting PID failed/,
-    advice: "a pid of the checkpoint is in use: restore into a pid namespace of its own",
+    advice:
+      "a process id of the checkpoint is in use: restore again when it is free, or into a pid namespace of its own",
   },
   {
     id: "address",

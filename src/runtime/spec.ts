@@ -202,6 +202,16 @@ export function ownsNetworkNamespace(spec: OciSpec): boolean {
   return namespace !== undefined && !namespace.path;
 }
 
+/**
+ * The pid namespace that the container shares with others, as a path; undefined: it has one of its own.
+ * @param parent  whoever starts the engine, whose namespace is meant where none is named
+ */
+export function sharedPidNamespace(spec: OciSpec, parent: number): string | undefined {
+  const namespace = spec.linux?.namespaces?.find(({ type }) => type === "pid");
+  if (!namespace) return `/proc/${parent}/ns/pid`;
+  return namespace.path || undefined;
+}
+
 /** Whether the container's processes are in a user namespace that isn't the host's. */
 export function hasUserNamespace(spec: OciSpec): boolean {
   return spec.linux?.namespaces?.some(({ type }) => type === "user") ?? false;

@@ -62,7 +62,7 @@ function mount(mountPoint: string, externalKey?: string, root = "/"): DumpedMoun
 }
 
 function facts(changes: Partial<ImageFacts> = {}): ImageFacts {
-  const nothing = { files: [], sockets: [], hostname: undefined, hostnameImage: undefined };
+  const nothing = { ids: [1], files: [], sockets: [], hostname: undefined, hostnameImage: undefined };
   return { mounts: [mount("/")], ...nothing, ...changes };
 }
 

@@ -5,6 +5,7 @@ import {
   existsSync,
   mkdirSync,
   readFileSync,
+  rmdirSync,
   rmSync,
   symlinkSync,
   writeFileSync,
@@ -14,8 +15,8 @@ import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { CallerPlace, missingCallers } from "./harness/callers.ts";
 import { programs } from "./harness/programs.ts";
-import { containerSpec } from "./harness/spec.ts";
-import { entries } from "./harness/system.ts";
+import { containerSpec, type SpecOptions } from "./harness/spec.ts";
+import { cgroupRoots, entries } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 // Options of checkpoint and restore that only migration tools use, through cedana-runtime. crun has fewer of its own than runc.
@@ -52,10 +53,15 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
     const runtime = (root: string, ...args: string[]) =>
       place.run(place.runtime("wrapper", "--root", at(root), ...args));
     let testPrograms = "";
-    function configure(cgroup: string, mounted = testPrograms, args = ["counter", "20"]): void {
+    function configure(
+      cgroup: string,
+      mounted = testPrograms,
+      args = ["counter", "20"],
+      namespaces: SpecOptions["namespaces"] = {},
+    ): void {
       testPrograms = mounted;
       const cgroupsPath = place.cgroupsPath(cgroup);
-      const spec = containerSpec({ args, cgroupsPath, programs: mounted });
+      const spec = containerSpec({ args, cgroupsPath, programs: mounted, namespaces });
       writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
     }
 
@@ -107,8 +113,8 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
             .filter((line) => /^\d+$/.test(line))
             .map(Number)
         : [];
-    async function begin(args?: string[]): Promise<void> {
-      configure("b", testPrograms, args);
+    async function begin(args?: string[], namespaces?: SpecOptions["namespaces"]): Promise<void> {
+      configure("b", testPrograms, args, namespaces);
       counting("one", "run");
       await until(() => numbers().length > 2, {
         what: () =>
@@ -336,6 +342,52 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
         for (const name of ["images", "out"]) rmSync(at(name), { recursive: true, force: true });
       }
     });
+
+    it("keeps its ids free where it shares a pid namespace", async () => {
+      /** @returns the path of a pid namespace with one process */
+      const othersPids = async () => {
+        const script = 'echo "$$"; exec sleep 1000';
+        const child = spawn("unshare", ["--pid", "--fork", "--kill-child", "sh", "-c", script]);
+        started.push(child);
+        await new Promise((resolve) => child.stdout.once("data", resolve));
+        const init = readFileSync(`/proc/${child.pid}/task/${child.pid}/children`, "utf8").trim();
+        return `/proc/${init}/ns/pid`;
+      };
+      await begin(undefined, { pid: await othersPids() });
+      const dumped = await runtime("one", "checkpoint", "--image-path", at("images"), "box");
+      expect(dumped.status, dumped.stderr).toBe(0);
+      const before = numbers().length;
+      const pid = await othersPids();
+      configure("c", testPrograms, undefined, { pid });
+      counting("two", "restore", "--image-path", at("images"));
+      await goesOn(before);
+      const argv = [`--pid=${pid}`, "cat", "/proc/sys/kernel/ns_last_pid"];
+      expect(Number(spawnSync("nsenter", argv, { encoding: "utf8" }).stdout)).toBeGreaterThan(300);
+    });
+
+    it.skipIf(engine === "runc" || !existsSync("/sys/fs/cgroup/freezer"))(
+      "makes none of others' cgroups again, which a checkpoint by the engine alone has taken along",
+      async () => {
+        const others = cgroupRoots().map((root) => join(root, `${place.namespace}-others`));
+        const there = () => others.filter((path) => existsSync(path));
+        try {
+          for (const path of others) mkdirSync(path);
+          await begin();
+          mkdirSync(at("work"));
+          const paths = ["--image-path", at("images"), "--work-path", at("work")];
+          const argv = place.runtime("engine", "--root", at("one"), "checkpoint", ...paths, "box");
+          const dumped = await place.run(argv);
+          expect(dumped.status, dumped.stderr).toBe(0);
+          for (const path of others) rmdirSync(path);
+          const before = numbers().length;
+          counting("two", "restore", ...paths);
+          await goesOn(before);
+          expect(there()).toEqual([]);
+        } finally {
+          for (const path of there()) rmdirSync(path);
+        }
+      },
+    );
 
     withRunc("hands the options of an LSM on to the engine as they are", async () => {
       // An engine that writes down what it is told, and says of itself what runc does.

@@ -9,6 +9,7 @@ import { until } from "./harness/until.ts";
 const IDENTITY = ["/programs/identity", "192.0.2.1"];
 
 for (const containerd of ["1.7", "2.1"] satisfies ContainerdVersion[]) {
+  const sharesProcesses = containerd === "1.7"; // in one of the two
   const missing = !containerdBinaries(containerd) && `containerd ${containerd} is not installed`;
   describe.skipIf(missing)(`a pod under containerd ${containerd}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
@@ -31,14 +32,14 @@ for (const containerd of ["1.7", "2.1"] satisfies ContainerdVersion[]) {
         );
       let last: string[];
       {
-        await using pod = await Pod.run(live, { hostname: "first" });
+        await using pod = await Pod.run(live, { hostname: "first", sharesProcesses });
         const container = await pod.run(IDENTITY, { annotations: { "cedana.io/tcp": "keep" } });
         await container.exec(["sh", "-c", "echo kept > /kept"]);
         last = await saysAfter(container, 3);
         expect(last.slice(1)).toEqual(["first", "open"]);
         await live.cedana("dump", "containerd", container.id, "--name", "moving");
       }
-      await using pod = await Pod.run(live, { hostname: "second" });
+      await using pod = await Pod.run(live, { hostname: "second", sharesProcesses });
       const moved = await pod.run(IDENTITY, { annotations: { "cedana.io/restore-from": "moving" } });
       expect((await saysAfter(moved, Number(last[0]))).slice(1)).toEqual(["second", "closed"]);
       expect((await moved.exec(["cat", "/kept"])).stdout).toBe("kept\n");

@@ -24,7 +24,14 @@ import { RestoreCgroup } from "../restore-cgroup.ts";
 import { configForRestore } from "../restore-configuration.ts";
 import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
-import { cedanaAnnotations, cgroupName, identityOf, movedFrom, readSpec } from "../spec.ts";
+import {
+  cedanaAnnotations,
+  cgroupName,
+  identityOf,
+  movedFrom,
+  readSpec,
+  sharedPidNamespace,
+} from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options, usesSystemd } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
@@ -88,6 +95,8 @@ export async function restore(
   const marker = (): Marker =>
     readMarker(call.marker) ?? { version: 1, id, root, engine, globalArgv, kill, bundle };
 
+  const program = await wrapper.program();
+  const pidNamespace = sharedPidNamespace(spec, parent);
   const target: RestoreTarget = {
     what: `container ${id}`,
     directory: scratch,
@@ -121,7 +130,7 @@ export async function restore(
         bundle,
         path: file,
         engine: features.name,
-        program: await wrapper.program(),
+        program,
       });
       if (text === undefined) return;
       engineBundle = await copyOfBundle(call, bundle, text);
@@ -130,6 +139,8 @@ export async function restore(
     putConfigurationBack: async () => {}, // the copy goes with the container
     prepareCgroup: ({ cgroupsMode }) => cgroup.make(cgroupsMode),
     removeCgroup: () => cgroup.remove(),
+    sharedPids: pidNamespace === undefined ? undefined : { path: pidNamespace, program },
+    hasOtherHierarchies: cgroup.hasOtherHierarchies,
     deviceMap: cedanaAnnotations(spec).gpuMap,
     inForeground: !detached,
     cgroup: async () => {
@@ -163,7 +174,7 @@ export async function restore(
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
-      const { path: PATH } = await criuBelow(call.pid, await wrapper.program());
+      const { path: PATH } = await criuBelow(call.pid, program);
       const run = async () => await wrapper.run([...command, ...argv, id], { env: { PATH, ...env } });
       const onDeath = async (pids: number[]) => {
         for (const pid of pids) killProcess(pid);
