@@ -71,6 +71,14 @@ export function withoutLog(globalArgv: readonly string[]): string[] {
   });
 }
 
+/**
+ * The engine's options before the command where cedanad runs it itself: without the caller's log, whose errors these aren't, and with its root.
+ * A relative one, and crun's default, mean something else here.
+ */
+export function ownGlobalArgv({ globalArgv, root }: Pick<OciCall, "globalArgv" | "root">): string[] {
+  return [...withoutLog(globalArgv), `--root=${root}`];
+}
+
 /** Whether the engine was told to have systemd make its cgroups. crun has an option of its own for it, too. */
 export function usesSystemd(globalArgv: readonly string[]): boolean {
   let systemd = false;

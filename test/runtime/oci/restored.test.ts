@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { withoutLog } from "../../../src/runtime/oci/call.ts";
+import { ownGlobalArgv, withoutLog } from "../../../src/runtime/oci/call.ts";
 import { createOptions, signalOfUnstarted } from "../../../src/runtime/oci/restored.ts";
 import { namespaceOf } from "../../../src/runtime/oci/state.ts";
 
@@ -42,6 +42,11 @@ it("a call of our own doesn't write into the caller's log", () => {
       "debug",
     ]),
   ).toEqual(["--root", "/r", "--systemd-cgroup"]);
+});
+
+it("a call of our own has the caller's root, whatever he calls it", () => {
+  const call = { globalArgv: ["--root", "state", "--log=/l"], root: "/where/state" };
+  expect(ownGlobalArgv(call)).toEqual(["--root", "state", "--root=/where/state"]);
 });
 
 it.each([
