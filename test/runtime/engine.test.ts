@@ -148,6 +148,7 @@ describe("command lines", () => {
     expect(criuConfig({ cgroupRoots })).toBe('cgroup-root ":/pod/new"\ncgroup-root "name=systemd:/here"\n');
     expect(criuConfig({ cgroupYard: "/sys/fs/cgroup" })).toBe('cgroup-yard "/sys/fs/cgroup"\n');
     expect(criuConfig({})).toBe("");
+    expect(() => criuConfig({ pluginDirectory: '/w"\nlog-file "/x' })).toThrow(InvalidRequest);
     for (const path of ['/a"b', "/a\nexec-cmd", "/a\\"])
       expect(() => criuConfig({ cgroupRoots: [["", path]] })).toThrow(InvalidRequest);
   });
