@@ -1,9 +1,9 @@
-import { mkdirSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, rmSync } from "node:fs";
 import { readdir, readFile, rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import type { Logger } from "pino";
 import type { AbandonedDump } from "../../checkpoint/dump.ts";
-import { thawWherever } from "../../checkpoint/freeze-marker.ts";
+import { hookNote, thawWherever } from "../../checkpoint/freeze-marker.ts";
 import { Cgroup, type CgroupPaths } from "../../linux/cgroup.ts";
 import { mountsBelow, unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
@@ -163,6 +163,7 @@ async function undoDump(note: string, log: Logger): Promise<AbandonedDump> {
     const cgroup = Cgroup.fromPaths(paths);
     const { abandonAttempt } = await import("../../checkpoint/dump.ts");
     try {
+      if (paused) await pauseAfterHook(scratch, cgroup);
       left = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0, log);
       await removeScratch(scratch);
     } catch (error) {
@@ -175,6 +176,14 @@ async function undoDump(note: string, log: Logger): Promise<AbandonedDump> {
   }
   await forget(note, log);
   return left;
+}
+
+/** A paused container ran for its hook: what its owner has paused must not go on. */
+async function pauseAfterHook(scratch: string, cgroup: Cgroup): Promise<void> {
+  if (!existsSync(hookNote(scratch))) return;
+  const { endHook } = await import("./hooks.ts");
+  await endHook(scratch, cgroup);
+  if ((await cgroup.pids()).length > 0) await cgroup.freeze();
 }
 
 async function forget(note: string, log: Logger): Promise<void> {

@@ -12,7 +12,7 @@ import { type AnnotatedCheckpoint, annotatedCheckpoint, maySetAside } from "../a
 import { engineName } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { cedanaAnnotations, cgroupName, type OciSpec, readSpec } from "../spec.ts";
-import { asGiven, type Conversation, type OciAnswer, type OciCall, ownGlobalArgv } from "./call.ts";
+import { asGiven, type Conversation, isSet, type OciAnswer, type OciCall, ownGlobalArgv } from "./call.ts";
 import { scratchOf } from "./checkpoint.ts";
 import { generationOf } from "./generation.ts";
 import { runHook } from "./hooks.ts";
@@ -74,7 +74,8 @@ export function createOptions(
         `flag provided but not defined: -${given}: a restored container can't have it`,
       );
     if (kind === "flag") {
-      if (attached !== "false") found.set(name, true);
+      if (isSet(attached)) found.set(name, true);
+      else found.delete(name);
       continue;
     }
     const value = attached ?? argv[++at];

@@ -62,6 +62,20 @@ it("a container doesn't stand still for a dump of which nothing can be made out 
   expect(existsSync(at("c~dumping"))).toBe(false);
 });
 
+it("a paused container that ran for its hook when its dump was cut off is paused again", async () => {
+  const [freezer, scratch] = [join(run, "freezer"), join(run, "c", "scratch")];
+  for (const directory of [freezer, scratch]) mkdirSync(directory);
+  writeFileSync(join(freezer, "freezer.state"), "THAWED");
+  writeFileSync(join(freezer, "cgroup.procs"), "1\n");
+  writeFileSync(join(scratch, "cedana-hook-ran"), "k\n");
+  const cgroup = { version: 1, paths: { freezer } };
+  writeFileSync(at("c~dumping"), JSON.stringify({ cgroup, paused: true, scratch }));
+  const leftovers = await thawLeftovers(run, pino({ level: "silent" }));
+  await leftovers(at("c"));
+  expect(readFileSync(join(freezer, "freezer.state"), "utf8")).toBe("FROZEN");
+  expect(existsSync(scratch)).toBe(false);
+});
+
 it("a container's end is noted, and forgotten with a later one's when nobody has come to delete it", async () => {
   const twoHours = 2 * 60 * 60 * 1000;
   const long = new Date(Date.now() - twoHours);

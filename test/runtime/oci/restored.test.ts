@@ -17,7 +17,9 @@ describe("the options of create and run", () => {
       "console-socket": "/s",
       detach: true,
     });
-    expect(createOptions(["-b", "/b", "--detach=false", "--", "-d"]).has("detach")).toBe(false);
+    for (const no of ["false", "F", "0"])
+      expect(createOptions(["-d", "-b", "/b", `--detach=${no}`, "--", "-d"]).has("detach"), no).toBe(false);
+    expect(createOptions(["--detach=T"]).has("detach")).toBe(true);
   });
 
   it("that nobody knows are refused, or passed over", () => {
