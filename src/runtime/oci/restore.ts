@@ -5,7 +5,7 @@ import { isThere } from "../../checkpoint/open.ts";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
-import { restoreSucceeded } from "../../criu/log.ts";
+import { explainCriuLog } from "../../criu/log.ts";
 import { criuLines } from "../../criu/option-file.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { learnVersionAnswer } from "../../criu/version-answer.ts";
@@ -191,7 +191,7 @@ export async function restore(
       const log = join(work, "restore.log");
       const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
       const ofThis = written !== undefined && written.mtimeMs >= since - 1000;
-      if (!detached && ofThis && (await restoreSucceeded(log))) {
+      if (!detached && ofThis && (await explainCriuLog(log)).outcome === "finished") {
         await cgroup.remove();
         return;
       }
