@@ -221,8 +221,8 @@ async function criuConfigLines(
   const { criuConfig } = engineArguments("checkpoint", features, options, policy, chainOptions);
   return [
     ...criuConfig,
-    ...(networkLock !== "default" && !options.has("network-lock") ? [`network-lock ${networkLock}`] : []),
     ...criuLines({
+      networkLock: networkLock === "default" || options.has("network-lock") ? undefined : networkLock,
       externalMounts,
       cgroupRoots: await foreignHierarchies(pid),
       cgroupYard,
