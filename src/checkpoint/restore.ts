@@ -1,4 +1,4 @@
-import { mkdir, rm, writeFile } from "node:fs/promises";
+import { mkdir, rm, rmdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { Unavailable, Unsupported } from "../errors/index.ts";
@@ -106,7 +106,7 @@ export interface RestoreTarget extends RestoreCandidate {
   engineRestore(options: EngineRestore): Promise<void>;
   /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
   endCriu(workPath: string): Promise<void>;
-  /** Then: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
+  /** Then: no process and nothing of the engine's state stays. */
   undoEngineRestore(options: Pick<EngineRestore, "lazy">): Promise<void>;
   /** where the engine shows CRIU the root file system */
   readonly criuRoots: readonly string[];
@@ -509,9 +509,15 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
     await next();
   } catch (error) {
     lazy?.restoreHasFailed();
-    await target.endCriu(workPath);
-    await unmountLeft(target.criuRoots, target);
-    await target.undoEngineRestore({ lazy: lazy !== undefined });
+    try {
+      await target.endCriu(workPath);
+      await unmountLeft(target.criuRoots, target); // or else the engine would delete what is mounted there
+      // crun makes its own in the bundle, and refuses to restore where it is there already.
+      for (const path of target.criuRoots) await rmdir(path).catch(() => {}); // ENOENT: none was made, or the engine has removed it
+      await target.undoEngineRestore({ lazy: lazy !== undefined });
+    } catch (cause) {
+      target.log.error({ err: cause }, "undo a failed restore"); // why it failed is what the caller has to know
+    }
     throw error;
   }
 }

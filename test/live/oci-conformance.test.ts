@@ -266,6 +266,7 @@ describe.each(cases)("cedana-runtime over $engine, with $kind", ({ engine, annot
       await place.ok([engine, "--root", join(dir, "wrapper/root"), "delete", "--force", "a"]);
       annotate({});
       expect(run("wrapper", "create", "--bundle", "a", "a").status).toBe(0);
+      expect(entries(join(dir, "run/oci"))).toEqual([]); // nothing is asked of us for it
       expect(run("wrapper", "start", "a").status).toBe(0);
       // Until it is heard, which the first process does from its trap on.
       const again = setInterval(() => run("wrapper", "kill", "a", "TERM"), 50);

@@ -14,9 +14,10 @@ import { type AddressInfo, createServer } from "node:net";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { CallerPlace, missingCallers } from "./harness/callers.ts";
+import { DeadlyCriu } from "./harness/deadly-criu.ts";
 import { programs } from "./harness/programs.ts";
 import { containerSpec, type SpecOptions } from "./harness/spec.ts";
-import { cgroupRoots, entries } from "./harness/system.ts";
+import { cgroupRoots, entries, pidsInCgroups } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 // Options of checkpoint and restore that only migration tools use, through cedana-runtime. crun has fewer of its own than runc.
@@ -30,9 +31,11 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
     const withRunc = it.skipIf(engine === "crun");
     let place: CallerPlace;
     let bundle: string;
+    let deadly: DeadlyCriu;
     const started: ChildProcess[] = [];
     beforeAll(async () => {
-      place = await CallerPlace.start(engine);
+      deadly = new DeadlyCriu();
+      place = await CallerPlace.start(engine, {}, deadly.directory);
       bundle = join(place.dir, "b");
       for (const name of ["bin", "dev", "proc", "sys", "run", "programs"])
         mkdirSync(join(bundle, "rootfs", name), { recursive: true });
@@ -47,7 +50,10 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
         rmSync(at(name), { recursive: true, force: true });
       await place.expectNoLeftovers((argv) => /cedanad/.test(argv));
     });
-    afterAll(async () => await place?.stop());
+    afterAll(async () => {
+      await place?.stop();
+      deadly?.[Symbol.dispose]();
+    });
 
     const at = (name: string) => join(place.dir, name);
     const runtime = (root: string, ...args: string[]) =>
@@ -268,6 +274,39 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       if (engine === "runc") expect(left.stderr).toContain("does not exist");
       else expect(JSON.parse(left.stdout).status).toBe("stopped"); // crun leaves what has ended to its caller's delete
       expect(numbers()).toEqual(numbers().map((_, n) => n));
+    });
+
+    it("takes checkpoints that are asked for at once one after another, and the container runs on", async () => {
+      await begin();
+      const taken = await Promise.all(
+        ["first", "second", "third"].map((name) =>
+          runtime("one", "checkpoint", "--leave-running", "--image-path", join(at("images"), name), "box"),
+        ),
+      );
+      for (const { status, stderr } of taken) expect(status, stderr).toBe(0);
+      expect(JSON.parse((await runtime("one", "state", "box")).stdout).status).toBe("running");
+      await goesOn(numbers().length);
+    });
+
+    it("leaves nothing of a restore in whose middle it is killed, and the next one succeeds", {
+      timeout: 60_000,
+    }, async () => {
+      await begin();
+      const dumped = await runtime("one", "checkpoint", "--image-path", at("images"), "box");
+      expect(dumped.status, dumped.stderr).toBe(0);
+      deadly.killNextAt("post-restore", "wrapper");
+      await endOf(counting("one", "restore", "--image-path", at("images")));
+      expect(deadly.killed()).toBe("cedana-runtime");
+      await until(() => entries(join(place.runDir, "c")).length === 0, {
+        what: () => "the end of the restore",
+      });
+      expect(entries(at("one"))).toEqual([]);
+      expect(
+        pidsInCgroups(place.namespace).filter((pid) => existsSync(`/proc/${pid}/root/programs/counter`)),
+      ).toEqual([]);
+      const before = numbers().length;
+      counting("one", "restore", "--image-path", at("images"));
+      await goesOn(before); // not after the last one: what was killed may have been let go before
     });
 
     const dump = (...flags: string[]) =>

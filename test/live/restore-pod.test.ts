@@ -1,8 +1,9 @@
 // A container of a pod goes on in another pod: another sandbox, other namespaces, another host name, by its annotation alone.
 
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { type CriContainer, Pod } from "./harness/cri.ts";
-import { type ContainerdVersion, containerdBinaries, Live } from "./harness/live.ts";
+import { type ContainerdVersion, containerdBinaries, type Live } from "./harness/live.ts";
+import { liveFor } from "./harness/suite.ts";
 import { until } from "./harness/until.ts";
 
 /** Its listener takes every address; its connection is to the first pod's. */
@@ -13,11 +14,9 @@ for (const containerd of ["1.7", "2.1"] satisfies ContainerdVersion[]) {
   const missing = !containerdBinaries(containerd) && `containerd ${containerd} is not installed`;
   describe.skipIf(missing)(`a pod under containerd ${containerd}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start({ containerd, engine: "runc", cri: containerd === "1.7" ? "type" : "path" });
+    liveFor({ containerd, engine: "runc", cri: containerd === "1.7" ? "type" : "path" }, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     it("takes on what was a container of another pod, with its files, in its own namespaces", async () => {
       const line = /^(\d+) (\S+) (\S+)$/;

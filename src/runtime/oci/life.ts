@@ -3,7 +3,7 @@ import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { injectedConfig } from "../gpu-injection.ts";
 import { checkHooks } from "../hooks.ts";
 import { execKillPolicy, killPolicy, planKill, signalNumber } from "../kill-policy.ts";
-import { readSpec } from "../spec.ts";
+import { hasOurAnnotations, readSpec } from "../spec.ts";
 import { asGiven, type Conversation, type OciAnswer, type OciCall } from "./call.ts";
 import type { Endings } from "./endings.ts";
 import type { Escalator } from "./escalator.ts";
@@ -21,7 +21,7 @@ const { SIGKILL } = constants.signals;
  * says on stdout, stderr and in its log is what the caller sees.
  */
 
-export async function create(call: OciCall, wrapper: Conversation): Promise<OciAnswer> {
+export async function create(call: OciCall, wrapper: Conversation): Promise<OciAnswer | undefined> {
   const bundle = bundleOf(call);
   const spec = await readSpec(bundle);
   const kill = killPolicy(spec);
@@ -33,6 +33,11 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
   const marker = { version: 1, id, root, engine, globalArgv, kill, bundle } as const;
   // One that is there may be of a container that the engine still has, or of one that somebody deleted past us.
   const taken = known !== undefined && (await containerState(call)) !== undefined;
+  if (!taken && !hasOurAnnotations(spec)) {
+    removeMarker(call.marker); // of one before it, for which we were asked
+    wrapper.become(asGiven(call));
+    return undefined;
+  }
   // The marker first: a kill right after create must find it.
   if (!taken) writeMarker(call.marker, marker);
   let status = 1;

@@ -1,11 +1,11 @@
-import { mkdirSync, rmSync } from "node:fs";
+import { mkdirSync } from "node:fs";
 import { mkdir, readFile, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { isThere } from "../../checkpoint/open.ts";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
-import { restoreSucceeded } from "../../criu/log.ts";
+import { explainCriuLog } from "../../criu/log.ts";
 import { criuLines } from "../../criu/option-file.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { learnVersionAnswer } from "../../criu/version-answer.ts";
@@ -32,13 +32,21 @@ import {
   readSpec,
   sharedPidNamespace,
 } from "../spec.ts";
-import { type Conversation, type OciAnswer, type OciCall, Options, usesSystemd } from "./call.ts";
+import {
+  type Conversation,
+  type OciAnswer,
+  type OciCall,
+  Options,
+  ownGlobalArgv,
+  usesSystemd,
+} from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
-import { removeScratch } from "./frozen.ts";
+import { dropScratch } from "./frozen.ts";
 import { noteGeneration } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
+import { runEngineHere } from "./own-engine.ts";
 import { CgroupOfRestore } from "./restore-cgroup.ts";
 import { containerState, namespaceOf } from "./state.ts";
 
@@ -194,7 +202,7 @@ export async function restore(
       const log = join(work, "restore.log");
       const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
       const ofThis = written !== undefined && written.mtimeMs >= since - 1000;
-      if (!detached && ofThis && (await restoreSucceeded(log))) {
+      if (!detached && ofThis && (await explainCriuLog(log)).outcome === "finished") {
         await cgroup.remove();
         return;
       }
@@ -216,8 +224,11 @@ export async function restore(
     undoEngineRestore: async () => {
       // One that failed has undone what it did, but not one that was killed.
       if (status === 0 || (!existed && (await isThere(join(root, id))))) {
+        // By ourselves: the wrapper may be what was killed.
         const outputPath = join(scratch, "output");
-        const deleted = await wrapper.run([engine, ...globalArgv, "delete", "--force", id], { outputPath });
+        const deleted = await runEngineHere([engine, ...ownGlobalArgv(call), "delete", "--force", id], {
+          outputPath,
+        });
         const words = lastErrorIn(await readFile(outputPath, "utf8").catch(() => "")); // ENOENT: it was not even started
         if (deleted !== 0)
           wrapper.log.error({ status: deleted, words }, "delete what a failed restore has left");
@@ -252,8 +263,7 @@ export async function restore(
     return { status, message: (error as Error).message };
   } finally {
     if (known === undefined && (failed || !detached)) removeMarker(call.marker);
-    if (failed) await removeScratch(scratch);
-    else rmSync(scratch, { recursive: true, force: true }); // a few small files in memory; the caller waits
+    await dropScratch(scratch, failed, wrapper.log);
   }
   return { status };
 }
