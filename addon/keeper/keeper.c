@@ -164,8 +164,7 @@ static int64_t oom_kills(const struct task *t) {
   autofree char *text = NULL;
   if (read_file(t->oom_file, 4096, &text, NULL) < 0) return t->oom_kills;
   char *line = strstr(text, "oom_kill ");
-  int64_t count = line ? (int64_t)strtoll(line + strlen("oom_kill "), NULL, 10) : 0;
-  return count;
+  return line ? (int64_t)strtoll(line + strlen("oom_kill "), NULL, 10) : 0;
 }
 
 static void oom_due(struct timer *timer);
@@ -199,8 +198,8 @@ static void oom_ready(struct watch *watch, uint32_t events) {
 }
 
 /*
- * Version 2 of cgroups: inotify on memory.events, of which more kills are told, those of a tenth of a second together. Version 1: an eventfd registered by a line in cgroup.event_control, whose
- * notification begins with the memory.oom_control that must stay open.
+ * Version 2 of cgroups: inotify on memory.events, which is read then: only kills are told. Version 1: an eventfd registered by a line in
+ * cgroup.event_control, which begins with its number and that of memory.oom_control, which must stay open.
  */
 void oom_watch(const struct message *m) {
   struct tag tag = tag_of(m);
