@@ -21,7 +21,7 @@
 #define LONELY_MS 60000        /* no task, no request: nobody needs us */
 #define LEAVE_MS 2000
 #define EARLY_MS 5000          /* a cedanad that ends sooner, without a welcome, wasn't well */
-#define QUICK_MS 1000          /* one that ends so soon after it, maybe because of what we told it */
+#define QUICK_MS 1000          /* one that ends so soon after it, maybe because of what we told it; CEDANA_KEEPER_QUICK_MS for tests */
 #define BACKOFF_MIN_MS 100
 #define BACKOFF_MAX_MS 5000    /* without a welcome */
 #define BACKOFF_QUICK_MAX_MS 1000 /* with one: others may need it, and so may our callers (State: 2 s) */
@@ -465,8 +465,9 @@ static void link_lost(void) {
   if (!welcomed) {
     backoff_ms = lived_ms < EARLY_MS ? longer(backoff_ms, BACKOFF_MAX_MS) : 0;
   } else {
-    backoff_ms = lived_ms < QUICK_MS && quick ? longer(backoff_ms, BACKOFF_QUICK_MAX_MS) : 0;
-    quick = lived_ms < QUICK_MS;
+    bool ended_soon = lived_ms < environment_number("CEDANA_KEEPER_QUICK_MS", QUICK_MS);
+    backoff_ms = ended_soon && quick ? longer(backoff_ms, BACKOFF_QUICK_MAX_MS) : 0;
+    quick = ended_soon;
   }
   welcomed = false;
   awaited = 0;
