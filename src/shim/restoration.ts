@@ -23,7 +23,7 @@ export interface RestoredTask extends Container {
   readonly containerCgroup: ContainerCgroup;
   readonly engineCalls: EngineCalls;
   readonly exits: Exits;
-  /** As `record`. @throws SyscallFailed when it can't be written */
+  /** As `record`. @throws SyscallFailed when it can't be written, Unavailable without the keeper */
   writeRecord(): void;
 }
 

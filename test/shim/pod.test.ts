@@ -10,7 +10,7 @@ import { statusCode, Unavailable } from "../../src/errors/index.ts";
 import { bootId } from "../../src/linux/proc.ts";
 import { task as api } from "../../src/proto/index.ts";
 import { decodeOptions } from "../../src/runtime/options.ts";
-import { type TaskRecord, writeTaskRecord } from "../../src/shim/journal.ts";
+import { readTaskRecord, type TaskRecord, writeTaskRecord } from "../../src/shim/journal.ts";
 import {
   encodeMessage,
   type FieldValues,
@@ -268,15 +268,18 @@ describe("a Create whose keeper ends in the middle of it", () => {
 
 describe("the claim on the checkpoint of a container whose restore fails", () => {
   /** The start's promise, and whether the checkpoint is claimed. */
-  async function restore(): Promise<{ started: Promise<number>; isClaimed: () => boolean }> {
+  async function restore(
+    onRestoreFailure: "fail" | "fresh" = "fail",
+  ): Promise<{ started: Promise<number>; isClaimed: () => boolean; bundle: string }> {
     const checkpoint = path.join(directory, "store", "generation");
     fs.mkdirSync(checkpoint, { recursive: true });
     const claim = { path: checkpoint, by: "c1 bundle" };
     fs.writeFileSync(`${checkpoint}.claim`, JSON.stringify({ by: claim.by, bootId: bootId(), begun: false }));
-    record("c1", {
+    const bundle = record("c1", {
       state: "createdFromCheckpoint",
       restoreFrom: checkpoint,
       restoreAsked: "annotation",
+      onRestoreFailure,
       claim,
     });
     keeper.send(type.END);
@@ -284,7 +287,7 @@ describe("the claim on the checkpoint of a container whose restore fails", () =>
     const work = { request: 9, repeated: false, sinceNs: 0n, tag: (step: string) => ({ request: 9, step }) };
     const started = [...shim.pods][0]!.tasks.get("c1")!.start(work);
     started.catch(() => {});
-    return { started, isClaimed: () => fs.existsSync(`${checkpoint}.claim`) };
+    return { started, isClaimed: () => fs.existsSync(`${checkpoint}.claim`), bundle };
   }
 
   it("is given back", async () => {
@@ -300,6 +303,17 @@ describe("the claim on the checkpoint of a container whose restore fails", () =>
     expect([...shim.pods]).toEqual([]);
     expect(isClaimed()).toBe(true);
   });
+
+  it.each(["fail", "fresh"] as const)(
+    "and its record are left to the task that the keeper gets when it comes back (on failure: %s)",
+    async (onFailure) => {
+      const { started, bundle } = await restore(onFailure);
+      const before = readTaskRecord(bundle);
+      close();
+      await expect(started).rejects.toThrow();
+      expect(readTaskRecord(bundle)).toEqual(before);
+    },
+  );
 });
 
 describe("a Create that fails at its first file", () => {
