@@ -10,9 +10,9 @@ import { readPidFile } from "./engine-calls.ts";
 import * as events from "./events.ts";
 import type { Exits } from "./exits.ts";
 import { type ExecRecord, exitOf, exitRecord } from "./journal.ts";
-import { stdioKind, type Work } from "./keeper.ts";
+import type { Work } from "./keeper.ts";
 import { type Exit, Process, type ProcessState, type ProcessStdio, refusal } from "./process.ts";
-import { planStdio } from "./stdio.ts";
+import { isLog, planStdio } from "./stdio.ts";
 
 export interface ExecRequest {
   execId: string;
@@ -124,10 +124,11 @@ export class Execs {
     const stdio = planStdio(process.io, process.stdio, id, namespace, options);
     try {
       await this.#intercept(process.file("json"));
-      // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
+      // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object. What the output
+      // of a log goes through may fail when that is there already.
       const opened = keeper.ioOpen(work.tag("io"), stdio);
       opened.catch(() => {}); // looked at below, if we get there
-      if (stdio.stdoutKind === stdioKind.logProgram) await opened; // it takes until the program is ready
+      if (isLog(stdio.stdoutKind) || isLog(stdio.stderrKind)) await opened;
       const { argv } = engine.exec({
         id,
         processFile: process.file("json"),

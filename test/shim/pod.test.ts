@@ -170,6 +170,7 @@ function record(id: string, more: Partial<TaskRecord>): string {
   return bundle;
 }
 
+const tagOf = (message: Message) => ({ request: message.int("request"), step: message.string("step") });
 const options = await decodeOptions(undefined);
 const exit = { status: 0, atNs: "1" };
 
@@ -209,6 +210,23 @@ describe("an exec", () => {
   const spec = JSON.stringify({
     args: ["true"],
     env: ["CEDANA_KILL_SIGNAL=INT", `BIG=${"x".repeat(100_000)}`],
+  });
+
+  it.each([
+    ["a log file", { stdout: "file:///no/such/log" }],
+    ["a log file for its errors alone", { stderr: "file:///no/such/log" }],
+    ["a log program", { stdout: "binary:///no/such" }],
+  ])("runs no sooner than %s is there for its output, and not at all without it", async (_what, output) => {
+    const exec = { execId: "e1", serial: 3, state: "created", pid: 0 };
+    record("c1", { state: "running", execs: [{ ...exec, ...stdio, ...output }] });
+    keeper.send(type.END);
+    keeper.hold(type.IO_OPEN);
+    keeper.call(9, "Start", api.StartRequest.encode({ id: "c1", execId: "e1" }));
+    const { request, step } = tagOf(await keeper.takes(type.IO_OPEN));
+    keeper.send(type.RESULT, { request, step, errno: 2, message: "open /no/such/log: No such file" });
+    expect(await keeper.response(9)).toBe(statusCode.INTERNAL);
+    await keeper.settled();
+    expect(keeper.log.filter((message) => message.type === type.SPAWN)).toEqual([]);
   });
 
   it("makes the record of its task no longer by what it executes", async () => {
