@@ -49,7 +49,10 @@ async function wait<T>(
     clearTimeout(timer);
   }
   leftBehind.push(what);
-  call.then(discard, () => {}).finally(() => leftBehind.splice(leftBehind.indexOf(what), 1));
+  call
+    .then(discard)
+    .catch(() => {}) // nobody waits any more for what it says
+    .finally(() => leftBehind.splice(leftBehind.indexOf(what), 1));
   throw noAnswer(what, `no answer within ${timeoutMs / 1000} s`);
 }
 
