@@ -13,7 +13,7 @@ import { posix } from "node:path";
 import type { Logger } from "pino";
 import { SyscallFailed, WrongState } from "../errors/index.ts";
 import { makeNode, openBeneath } from "../linux/addon.ts";
-import { isServed, openApart, openBeneathApart } from "../linux/apart.ts";
+import { isServed, O_PATH, openApart, openBeneathApart } from "../linux/apart.ts";
 import { splitDevice } from "../linux/fdinfo.ts";
 import { pidsInNamespaces } from "../linux/proc.ts";
 
@@ -94,9 +94,6 @@ async function openParent(root: number, path: string): Promise<number> {
   }
   return await openBeneathApart(root, path, flags);
 }
-
-/** Of openat2(2), which Node's constants lack: a descriptor that only stands for the file. */
-const O_PATH = 0o10000000;
 
 function makeOne(parent: number, node: GpuNode, log: Pick<Logger, "info" | "warn">): void {
   const name = posix.basename(node.path);

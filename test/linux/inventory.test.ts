@@ -6,9 +6,10 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, it, vi } from "vitest";
 import { findAddon } from "../../src/linux/addon.ts";
+import { O_PATH } from "../../src/linux/apart.ts";
 import { answerWithin, isKernelMemory, parseStatus, takeInventory } from "../../src/linux/inventory.ts";
 import { namespaceInode } from "../../src/linux/proc.ts";
-import { canFuse, deadFuse, O_PATH } from "../live/harness/dead-fuse.ts";
+import { canFuse, deadFuse } from "../live/harness/dead-fuse.ts";
 
 it("reads the lines of status that count", () => {
   const text =
