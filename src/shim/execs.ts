@@ -172,7 +172,7 @@ export class Execs {
     if (process.state === "deleted")
       throw new NotFound(`process does not exist ${process.execId}: it has been deleted from task ${id}`);
     process.check("delete");
-    if (process.exit && !(await process.drained)) await this.#exits.drain(work, process);
+    if (process.exit) await this.#exits.drain(work, process);
     // Not waited for: it can't fail, and the keeper takes it up before our answer.
     pod.keeper.ioFree(work.tag("io-free"), process.io).catch(() => {}); // Unavailable: the keeper took all along
     process.move("delete");

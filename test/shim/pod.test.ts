@@ -229,6 +229,23 @@ describe("an exec", () => {
     expect(keeper.log.filter((message) => message.type === type.SPAWN)).toEqual([]);
   });
 
+  it("is deleted when the limit of its output has passed once, which begins with its end", async () => {
+    record("c1", {
+      state: "running",
+      execs: [{ execId: "e1", serial: 3, state: "running", pid: 4242, ...stdio }],
+    });
+    keeper.send(type.END);
+    keeper.hold(type.IO_DRAIN);
+    keeper.send(type.EXIT, { sequence: 1, pid: 4242, waitStatus: 0, atNs: 1n });
+    const { request, step } = tagOf(await keeper.takes(type.IO_DRAIN));
+    keeper.call(9, "Delete", api.DeleteRequest.encode({ id: "c1", execId: "e1" }));
+    await keeper.settled();
+    expect(keeper.log.some((message) => message.type === type.RESPONSE)).toBe(false);
+    keeper.send(type.RESULT, { request, step, errno: 110, message: "output is still open" });
+    expect(await keeper.response(9)).toBe(statusCode.OK);
+    expect(keeper.log.filter((message) => message.type === type.IO_DRAIN)).toHaveLength(1);
+  });
+
   it("makes the record of its task no longer by what it executes", async () => {
     const bundle = record("c1", { state: "running" });
     keeper.send(type.END);
