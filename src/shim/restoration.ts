@@ -107,6 +107,7 @@ export class Restoration {
     if (this.#owner.init.state !== "createdFromCheckpoint") return;
     const { CheckpointUse } = await import("../checkpoint/use.ts");
     this.#use = await CheckpointUse.use(this.source.path);
+    if (!this.#owner.pod.keeper.connected) this.unlock(); // it has gone meanwhile
   }
 
   /** It may be removed again. */

@@ -6,6 +6,7 @@ import os from "node:os";
 import path from "node:path";
 import { pino } from "pino";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { CheckpointUse } from "../../src/checkpoint/use.ts";
 import { statusCode, Unavailable } from "../../src/errors/index.ts";
 import { bootId } from "../../src/linux/proc.ts";
 import { task as api } from "../../src/proto/index.ts";
@@ -349,6 +350,24 @@ describe("the claim on the checkpoint of a container whose restore fails", () =>
       expect(readTaskRecord(bundle)).toEqual(before);
     },
   );
+});
+
+describe("the checkpoint of a task that is yet to be restored", () => {
+  it("may be removed when the keeper has gone", async () => {
+    const checkpoint = path.join(directory, "generation");
+    fs.mkdirSync(checkpoint);
+    record("c1", { state: "createdFromCheckpoint", restoreFrom: checkpoint });
+    keeper.send(type.END);
+    const removable = async () => {
+      using use = await CheckpointUse.remove(checkpoint);
+      return use !== undefined;
+    };
+    keeper.call(9, "State", api.StateRequest.encode({ id: "c1" }));
+    expect(await keeper.response(9)).toBe(statusCode.OK); // it has been taken up
+    expect(await removable()).toBe(false);
+    close();
+    await until(removable, { what: () => "the end of the task's lock" });
+  });
 });
 
 describe("a Create that fails at its first file", () => {
