@@ -181,7 +181,7 @@ async function engineRestore(
   cgroup: RestoreCgroup,
   { imagePath, workPath, policy, externalMounts, lazy, withoutPlugins }: EngineRestore,
 ): Promise<void> {
-  const configFile = await criuConfigFile(task.bundle, "restore", {
+  const configFile = await criuConfigFile(task.bundle, {
     tcpClose: policy.tcp === "close",
     lazyPages: lazy,
     pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),

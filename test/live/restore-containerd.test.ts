@@ -48,7 +48,7 @@ for (const combination of enginesForCheckpoints) {
       while (last < 5) last = await task.nextNumber();
       await live.cedana("dump", "containerd", task.id, "--exit");
       await task.wait();
-      const output = join(live.dir, "tmp/out.log");
+      const output = join(live.dir, "tmp/out #1?.log");
 
       const again = await restore(task.id, "--output", output);
       expect(again).toMatchObject({ id: task.id, created: false });
