@@ -5,7 +5,9 @@ import { messageOf, NotFound } from "../../errors/index.ts";
 import { verifyImages } from "./verify.ts";
 
 try {
-  parentPort!.postMessage({ report: await verifyImages(workerData.directory) });
+  parentPort!.postMessage({
+    report: await verifyImages(workerData.directory, { memoryOnly: workerData.memoryOnly }),
+  });
 } catch (error) {
   parentPort!.postMessage({ isMissing: error instanceof NotFound, message: messageOf(error) });
 }
