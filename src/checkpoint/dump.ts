@@ -1,5 +1,5 @@
 import { mkdirSync, rmSync } from "node:fs";
-import { readFile, rm, stat, writeFile } from "node:fs/promises";
+import { readFile, rm, writeFile } from "node:fs/promises";
 import { isAbsolute, join, relative } from "node:path";
 import type { Logger } from "pino";
 import { removeGate } from "../criu/gate.ts";
@@ -12,7 +12,6 @@ import {
   CriuFailed,
   InvalidRequest,
   messageOf,
-  NotFound,
   Unsupported,
   WrongState,
 } from "../errors/index.ts";
@@ -29,6 +28,7 @@ import {
   attemptFile,
   type DumpContext,
   type DumpStep,
+  finalImagePath,
   imagesIn,
   inHundredths,
   mustSync,
@@ -37,6 +37,7 @@ import {
 import { criuDump, meetCriu, openWorkPath, startEngine } from "./dump/criu.ts";
 import { digestAlongside, findChanges, takeRootfs } from "./dump/files.ts";
 import { askForFacts, finishAttempt, isInPlace, recordDump } from "./dump/manifest.ts";
+import { checkParent, isTrackedSince, withoutParent } from "./dump/parent.ts";
 import {
   checkpointDevices,
   detectNetwork,
@@ -50,6 +51,7 @@ import type { DumpRequest, DumpTarget } from "./dump/target.ts";
 import { dumpFeatures, type PluginDump } from "./features.ts";
 import { hookNote } from "./freeze-marker.ts";
 import { findGpuMounts } from "./gpu-mounts.ts";
+import { inventoryDigests } from "./parents.ts";
 import { preflight as findBlockers } from "./preflight/preflight.ts";
 import { refusalOf } from "./preflight/report.ts";
 import { Staging } from "./staging.ts";
@@ -121,6 +123,7 @@ export async function dump(
     staging: begun?.staging as Staging,
     workPath: "",
     parentPath: undefined,
+    parentDigests: [],
     adapters: [],
     networkLock: "default",
     criu: undefined,
@@ -227,8 +230,10 @@ async function validateDumpRequest(context: DumpContext, next: () => Promise<voi
     parentPath && absoluteParent(request),
   ];
   await Promise.all(paths.map((path) => path && expectAnswer(path)));
-  if (parentPath && !(await stat(join(absoluteParent(request), "inventory.img")).catch(() => undefined)))
-    throw new NotFound(`parent ${parentPath} of the checkpoint of ${target.what} holds no images`);
+  if (parentPath && !context.staging) {
+    const [parent, images] = [absoluteParent(request), finalImagePath(request)];
+    await checkParent(target.what, { parent, images, shown: parentPath }, context.signal);
+  }
   await next();
 }
 
@@ -247,11 +252,19 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
       "imagePath" in place
         ? await Staging.inside(place.imagePath)
         : await Staging.beside(place.directory, place.generation);
-    const { key, leaveRunning } = request;
+    const { key, leaveRunning, parentPath } = request;
     context.attempt = { key, leaveRunning, staging: context.staging.record(), phase: "begun" };
+    if (parentPath && !isTrackedSince(target.tracking, absoluteParent(request))) {
+      context.attempt.withoutParent = true;
+      target.log.warn(withoutParent(target.what, parentPath));
+    }
   }
   noteAttempt(context);
-  context.parentPath = request.parentPath && relative(imagesIn(context), absoluteParent(request));
+  if (request.parentPath && !context.attempt.withoutParent) {
+    const parent = absoluteParent(request);
+    context.parentPath = relative(imagesIn(context), parent);
+    context.parentDigests = await inventoryDigests(parent);
+  }
   mkdirSync(imagesIn(context), { recursive: true, mode: 0o700 });
   await next();
   noteAttempt(context, { phase: "committing" });

@@ -72,7 +72,10 @@ export interface CheckpointManifest {
     /** how packets were kept away meanwhile; absent: CRIU's default */
     networkLock?: "skip" | "nftables";
     leaveRunning: boolean;
+    /** of the earlier images that it builds on, relative to its own */
     parentPath?: string;
+    /** of the inventories of these and of those that they build on, the nearest first */
+    parentDigests?: string[];
   };
   /** SHA-256 of the container's config.json as parsed, hexadecimal */
   specDigest: string;

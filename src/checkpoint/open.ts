@@ -1,9 +1,11 @@
 import { stat } from "node:fs/promises";
 import { join } from "node:path";
+import { verifyImagesInWorker } from "../criu/image/verify-in-worker.ts";
 import { BrokenImage, InvalidRequest, NotFound } from "../errors/index.ts";
 import { type Finding, Found } from "./finding.ts";
 import { type CheckpointManifest, readManifest } from "./manifest.ts";
 import { compareSizes, type FileFault } from "./manifest-files.ts";
+import { inventoryDigests } from "./parents.ts";
 
 /** A checkpoint that lies in a directory. */
 export interface OpenCheckpoint {
@@ -56,7 +58,23 @@ async function findImages(path: string): Promise<string> {
 export async function findFaultsOfFiles(checkpoint: OpenCheckpoint): Promise<Finding[]> {
   const { manifest, manifestPath } = checkpoint;
   const faults = manifest && manifestPath ? await compareSizes(manifestPath, manifest) : [];
-  return [...findingsOf(faults), ...(await findMissingParts(checkpoint, faults))];
+  const missing = await findMissingParts(checkpoint, faults);
+  return [
+    ...findingsOf(faults),
+    ...missing,
+    ...(missing.length > 0 ? [] : await findFaultsOfParents(checkpoint)),
+  ];
+}
+
+/** Memory that CRIU reads from earlier images: it would notice in the middle of the restore. */
+async function findFaultsOfParents({ imagePath, manifest }: OpenCheckpoint): Promise<Finding[]> {
+  const builds = manifest ? manifest.options.parentPath : await isThere(join(imagePath, "parent"));
+  if (!builds) return [];
+  const found = new Found("checkpoint");
+  const { findings } = await verifyImagesInWorker(imagePath, { memoryOnly: true });
+  for (const { severity, kind, file, what } of findings)
+    if (severity === "error") found.error(kind, `${file} ${what}`, file);
+  return found.list;
 }
 
 export function findingsOf(faults: readonly FileFault[]): Finding[] {
@@ -77,9 +95,22 @@ export async function findMissingParts(
       "descriptors",
       "it has no descriptors.json, which engines write beside CRIU's images: it is incomplete, or a dump of processes rather than of a container",
     );
-  const { parentPath } = manifest?.options ?? {};
+  const { parentPath, parentDigests } = manifest?.options ?? {};
   if (parentPath && !(await isThere(join(imagePath, "parent", "inventory.img"))))
     found.error("parent", `it builds on the pre-dump ${parentPath} (from its directory), which is missing`);
+  else if (parentPath && parentDigests) {
+    const there = await inventoryDigests(join(imagePath, "parent"));
+    const wrong = parentDigests.findIndex((digest, at) => digest !== there[at]);
+    if (wrong >= 0)
+      found.error(
+        "parent",
+        `it builds on the pre-dump ${parentPath} (from its directory), ${
+          wrong === 0
+            ? "where another one is now"
+            : `and this one on others, of which number ${wrong} is ${there[wrong] === undefined ? "missing" : "another one now"}`
+        }`,
+      );
+  }
   return found.list;
 }
 

@@ -1,4 +1,5 @@
 import { join, resolve } from "node:path";
+import type { TrackedSince } from "../checkpoint/dump/parent.ts";
 import type { DumpTarget, EngineDump } from "../checkpoint/dump/target.ts";
 import { dump as dumpContainer } from "../checkpoint/dump.ts";
 import { gateBelow } from "../criu/gate.ts";
@@ -6,6 +7,7 @@ import { killCriu, whileWatchingCriu } from "../criu/leftovers.ts";
 import { criuConfig } from "../criu/option-file.ts";
 import { toldPluginDirectory } from "../criu/plugins.ts";
 import { foreignHierarchies } from "../linux/cgroup-hierarchy.ts";
+import { readProcessNote, writeProcessNote } from "../linux/process-notes.ts";
 import { Engine, engineVersion } from "../runtime/engine.ts";
 import { engineFailure } from "../runtime/engine-failure.ts";
 import { hookOf } from "../runtime/hooks.ts";
@@ -53,6 +55,9 @@ export async function dump(task: Container, work: Work, request: CheckpointReque
   );
 }
 
+/** In the bundle: since which images the kernel marks pages that change. */
+const TRACKED_NAME = "cedana-tracked.json";
+
 /**
  * A task as the chain of the dump sees it.
  * @param own.tag  of operations: where a repetition after a crash derives the same again, nothing happens twice
@@ -89,6 +94,10 @@ export function dumpTarget(
       plugins: pluginsOf("containerd", engine.name),
     },
     image: async () => await (await import("./image.ts")).imageOf(task, spec),
+    tracking: {
+      since: () => readProcessNote<TrackedSince>(join(task.bundle, TRACKED_NAME), task.init.pid),
+      note: (since) => writeProcessNote(join(task.bundle, TRACKED_NAME), task.init.pid, since),
+    },
     wholeMemory: (signal) => task.memory.whole(signal),
     log: task.log,
     preDumpHook: async () => {

@@ -32,6 +32,7 @@ const written: Omit<CheckpointManifest, "version" | "files"> = {
     networkLock: "skip",
     leaveRunning: true,
     parentPath: "../before",
+    parentDigests: [`xxh128:${"cd".repeat(16)}`],
   },
   specDigest: "ab".repeat(32),
   timings: { totalMs: 154, frozenMs: 57.5 },

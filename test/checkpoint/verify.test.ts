@@ -121,6 +121,22 @@ describe.skipIf(reason)(`verifying a checkpoint without restoring it${reason ? `
       ["error checkpoint parent"],
     ],
     [
+      "another pre-dump in its place",
+      () => {
+        fs.mkdirSync(images("../before"));
+        fs.writeFileSync(images("../before/inventory.img"), "another");
+        fs.symlinkSync("../before", images("parent"));
+        editManifest((manifest) => {
+          Object.assign(manifest.options, {
+            parentPath: "../before",
+            parentDigests: [`xxh128:${"0".repeat(32)}`],
+          });
+          manifest.files.push({ path: "before/inventory.img", size: 7 });
+        });
+      },
+      ["error checkpoint parent"],
+    ],
+    [
       "a manifest that is none",
       () => fs.writeFileSync(path.join(checkpoint, "cedana.json"), "{"),
       ["error checkpoint manifest"],

@@ -5,17 +5,20 @@ import {
   existsSync,
   mkdirSync,
   readFileSync,
+  renameSync,
   rmdirSync,
   rmSync,
+  statSync,
   symlinkSync,
+  truncateSync,
   writeFileSync,
 } from "node:fs";
 import { type AddressInfo, createServer } from "node:net";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
-import { CallerPlace, missingCallers } from "./harness/callers.ts";
+import { CallerPlace, missingCallers, type Side } from "./harness/callers.ts";
 import { DeadlyCriu } from "./harness/deadly-criu.ts";
-import { programs } from "./harness/programs.ts";
+import { programs, repository } from "./harness/programs.ts";
 import { containerSpec, type SpecOptions } from "./harness/spec.ts";
 import { cgroupRoots, entries, pidsInCgroups } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
@@ -24,6 +27,9 @@ import { until } from "./harness/until.ts";
 
 const missing = missingCallers(); // for the mount namespace and the reaper
 const tracksDirtyPages = spawnSync("criu", ["check", "--feature", "mem_dirty_track"]).status === 0;
+const side: Side = process.env.CEDANA_TEST_OCI === "engine" ? "engine" : "wrapper";
+/** Of the program that the chains of pre-dumps are about; it has some more. */
+const PAGES = 256;
 
 describe.skipIf(missing).each(["runc", "crun"] as const)(
   "cedana-runtime checkpoint and restore over %s",
@@ -57,7 +63,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
 
     const at = (name: string) => join(place.dir, name);
     const runtime = (root: string, ...args: string[]) =>
-      place.run(place.runtime("wrapper", "--root", at(root), ...args));
+      place.run(place.runtime(side, "--root", at(root), ...args));
     let testPrograms = "";
     function configure(
       cgroup: string,
@@ -94,16 +100,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
     }
     /** A container's output by a real pipe: Node's are sockets, which CRIU can't put in the place of a pipe. */
     function counting(root: string, ...args: string[]): ChildProcess {
-      const line = place.runtime(
-        "wrapper",
-        "--root",
-        at(root),
-        ...args,
-        "--detach",
-        "--bundle",
-        bundle,
-        "box",
-      );
+      const line = place.runtime(side, "--root", at(root), ...args, "--detach", "--bundle", bundle, "box");
       return background(`"$@" 2>&1 3>&- | cat >>${at("out")} 3>&-`, line);
     }
     const endOf = async (child: ChildProcess) =>
@@ -196,64 +193,222 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       },
     );
 
-    it.runIf(tracksDirtyPages)(
-      "goes from pre-dump to pre-dump to the dump",
-      { timeout: 60_000 },
-      async () => {
-        await begin();
-        mkdirSync(at("images"));
-        for (const [name, ...flags] of [
-          ["first", "--pre-dump"],
-          ["second", "--pre-dump", "--parent-path", "../first"],
-          ["last", "--parent-path", "../second"],
-        ]) {
-          const path = join(at("images"), name!);
-          const { status, stderr } = await runtime(
-            "one",
-            "checkpoint",
-            ...flags,
-            "--image-path",
-            path,
-            "box",
-          );
-          expect(status, stderr).toBe(0);
-        }
-        const before = numbers().length;
-        counting("one", "restore", "--image-path", join(at("images"), "last"));
-        await until(() => numbers().length > before + 1);
-        expect(numbers()).toEqual(numbers().map((_, n) => n));
-      },
-    );
+    describe.runIf(tracksDirtyPages)("chains of pre-dumps", () => {
+      const images = (name: string) => join(at("images"), name);
+      const take = (name: string, ...flags: string[]) =>
+        runtime("one", "checkpoint", ...flags, "--image-path", images(name), "box");
+      async function taken(name: string, ...flags: string[]): Promise<void> {
+        const { status, stderr } = await take(name, ...flags);
+        expect(status, `${name} ${flags.join(" ")}: ${stderr}`).toBe(0);
+      }
+      const pages = (name: string) =>
+        entries(images(name))
+          .filter((file) => /^pages-/.test(file))
+          .reduce((sum, file) => sum + statSync(join(images(name), file)).size / 4096, 0);
+      const lines = () =>
+        (existsSync(at("out")) ? readFileSync(at("out"), "utf8") : "")
+          .split("\n")
+          .filter((line) => /^\d+ \d+ \d+$/.test(line))
+          .map((line) => line.split(" ").map(Number));
+      async function begin(): Promise<void> {
+        touched = 0;
+        configure("b", testPrograms, ["pages", String(PAGES)]);
+        counting("one", "run");
+        await until(() => lines().length > 2, { what: () => "it to begin" });
+        mkdirSync(at("images"), { recursive: true });
+      }
+      /** Memory is as it was: all that was ever written to it is there. */
+      async function isWhole(touched: number): Promise<void> {
+        const before = lines().length;
+        const [, done, sum] = await until(() => (lines().length > before + 1 ? lines().at(-1)! : undefined), {
+          what: () => `it to go on: ${readFileSync(at("out"), "utf8").slice(-2000)}`,
+        });
+        expect([done, sum]).toEqual([touched, touched]);
+        expect(lines().map(([n]) => n)).toEqual(lines().map((_, n) => n));
+      }
+      /** Restores it, as it was after so many changes, also where it runs; it can be changed, and is deleted. */
+      async function restores(name: string, changes: number, root = "one"): Promise<void> {
+        await runtime("one", "delete", "--force", "box");
+        const log = readFileSync(at("out"), "utf8").split("\n");
+        const last = log.findLastIndex((line) => line.split(" ")[1] === String(changes));
+        const n = Number(log[last]?.split(" ")[0]);
+        writeFileSync(at("out"), "");
+        counting(root, "restore", "--image-path", images(name));
+        await until(() => lines().length > 1, { what: () => `${name}: ${readFileSync(at("out"), "utf8")}` });
+        expect(lines()[0]!.slice(1), name).toEqual([changes, changes]);
+        expect(lines()[0]![0]).toBeLessThanOrEqual(n + 1);
+        await touch(root);
+        expect(lines().at(-1)!.slice(1)).toEqual([changes + 1, changes + 1]);
+        expect((await runtime(root, "delete", "--force", "box")).status).toBe(0);
+        writeFileSync(at("out"), log.join("\n"));
+      }
+      const manifest = (name: string) => JSON.parse(readFileSync(join(images(name), "cedana.json"), "utf8"));
+      let touched = 0;
+      /** Changes the next page. */
+      async function touch(root = "one"): Promise<void> {
+        touched = lines().at(-1)![1]! + 1;
+        const { status, stderr } = await runtime(root, "kill", "box", "USR1");
+        expect(status, stderr).toBe(0);
+        await until(() => lines().at(-1)![1] === touched, { what: () => "a page to be changed" });
+      }
 
-    it.runIf(!tracksDirtyPages)(
-      "leaves nothing of a pre-dump that the kernel can't do, and the container runs",
-      async () => {
+      it("from pre-dump to pre-dump to the dump: each has what has changed, and the newest is restored, twice", async () => {
         await begin();
-        const { status, stderr } = await runtime(
-          "one",
-          "checkpoint",
-          "--pre-dump",
-          "--image-path",
-          at("images"),
-          "box",
-        );
-        expect(status).not.toBe(0);
-        expect(stderr).toMatch(/dirty|missing features|memory tracking/i);
-        expect(existsSync(at("images"))).toBe(false);
-        const before = numbers().length;
-        await until(() => numbers().length > before + 1);
-        const absolute = await runtime(
-          "one",
-          "checkpoint",
-          "--parent-path",
-          "/abs",
-          "--image-path",
-          at("images"),
-          "box",
-        );
-        expect(absolute.stderr).toMatch(/--parent-path \/abs must be relative/);
-      },
-    );
+        await taken("first", "--pre-dump");
+        expect(pages("first")).toBeGreaterThan(PAGES);
+        for (let n = 0; n < 3; n++) await touch();
+        await taken("second", "--pre-dump", "--parent-path", "../first");
+        expect(pages("second")).toBeLessThan(PAGES / 2);
+        expect(pages("second")).toBeGreaterThanOrEqual(3);
+        await touch();
+        await taken("last", "--parent-path", "../second");
+        expect(pages("last")).toBeLessThan(PAGES / 2);
+        for (const root of ["one", "two"]) await restores("last", 4, root);
+      });
+
+      it.runIf(side === "wrapper")(
+        "builds on the latest images alone: those before them lack what was changed since",
+        async () => {
+          await begin();
+          await taken("first", "--pre-dump");
+          await touch();
+          await taken("second", "--leave-running", "--parent-path", "../first");
+          expect(manifest("second").options.parentPath).toBe("../first");
+          await touch();
+          await taken("third", "--leave-running", "--parent-path", "../first");
+          expect(manifest("third").options.parentPath).toBeUndefined();
+          expect(place.cedanadLog()).toMatch(/dumped whole, without its parent \.\.\/first/);
+          expect(pages("third")).toBeGreaterThan(PAGES);
+          await touch();
+          await taken("fourth", "--pre-dump", "--parent-path", "../first");
+          expect(pages("fourth")).toBeGreaterThan(PAGES);
+          await touch();
+          await taken("last", "--parent-path", "../fourth");
+          expect(pages("last")).toBeLessThan(PAGES / 2);
+          for (const [name, at] of [
+            ["second", 1],
+            ["third", 2],
+            ["last", 4],
+          ] as const)
+            await restores(name, at);
+        },
+      );
+
+      it.runIf(side === "wrapper")("refuses what can't be built on, and the container runs on", async () => {
+        await begin();
+        await taken("first", "--pre-dump");
+        await taken("second", "--pre-dump", "--parent-path", "../first");
+        const refused = async (words: RegExp, name: string, ...flags: string[]) => {
+          const before = entries(at("images"));
+          const { status, stderr } = await take(name, ...flags);
+          expect([status, stderr]).toEqual([1, expect.stringMatching(words)]);
+          expect(entries(at("images"))).toEqual(before);
+          await isWhole(touched);
+        };
+        for (const flags of [[], ["--pre-dump"]]) {
+          await refused(
+            /--parent-path \/.* must be relative/,
+            "new",
+            ...flags,
+            "--parent-path",
+            images("second"),
+          );
+          await refused(/parent \.\.\/none .*holds no images/, "new", ...flags, "--parent-path", "../none");
+          await refused(/would take the place of images/, "second", ...flags, "--parent-path", ".");
+          await refused(/would take the place of images/, "first", ...flags, "--parent-path", "../second");
+        }
+        const file = join(images("first"), entries(images("first")).find((name) => /^pages-/.test(name))!);
+        renameSync(file, at("pages"));
+        for (const flags of [[], ["--pre-dump"]])
+          await refused(
+            /not whole: parent\/pages-1\.img is missing/,
+            "new",
+            ...flags,
+            "--parent-path",
+            "../second",
+          );
+        copyFileSync(at("pages"), file);
+        truncateSync(file, 4096);
+        await refused(/not whole: parent\/pages-1\.img has 4096 bytes/, "new", "--parent-path", "../second");
+        renameSync(at("pages"), file);
+        await taken("new", "--parent-path", "../second"); // nothing of all that is in the way
+        await restores("new", touched);
+      });
+
+      it.runIf(side === "wrapper")(
+        "restores only on what it was built on, and says what has become of that",
+        { timeout: 90_000 },
+        async () => {
+          await begin();
+          await taken("first", "--pre-dump");
+          await taken("second", "--pre-dump", "--parent-path", "../first");
+          await touch();
+          await taken("last", "--parent-path", "../second");
+          const verify = () =>
+            place.run([join(repository, "bin/cedana"), "checkpoint", "verify", images("last")]);
+          const whole = await verify();
+          expect(whole.status, whole.stdout + whole.stderr).toBe(0);
+          const breaks = async (words: RegExp) => {
+            const verified = await verify();
+            expect([verified.status, verified.stdout + verified.stderr]).toEqual([
+              1,
+              expect.stringMatching(words),
+            ]);
+            const { status, stderr } = await runtime(
+              "one",
+              "restore",
+              "--detach",
+              "--bundle",
+              bundle,
+              "--image-path",
+              images("last"),
+              "box",
+            );
+            expect([status, stderr]).toEqual([1, expect.stringMatching(words)]);
+            expect((await runtime("one", "state", "box")).stderr).toMatch(/does not exist|No such file/);
+          };
+          const [first, kept] = [images("first"), at("pages")];
+          renameSync(first, kept);
+          await breaks(/of which number 1 is missing/);
+          mkdirSync(first);
+          for (const name of entries(kept)) copyFileSync(join(kept, name), join(first, name));
+          truncateSync(join(first, "pages-1.img"), 4096);
+          await breaks(/parent\/parent\/pages-1\.img.* has 4096 bytes/);
+          for (const name of entries(images("second"))) // another pre-dump, whole
+            if (name !== "parent") copyFileSync(join(images("second"), name), join(first, name));
+          await breaks(/of which number 1 is another one now/);
+          rmSync(first, { recursive: true });
+          renameSync(kept, first);
+          renameSync(images("second"), kept);
+          await breaks(/builds on the pre-dump \.\.\/second .*missing/);
+          renameSync(kept, images("second"));
+          await restores("last", 1);
+        },
+      );
+
+      it("takes the place of an earlier pre-dump, whole; nothing is left of one whose container is killed", async () => {
+        await begin();
+        await taken("first", "--pre-dump");
+        const before = statSync(join(images("first"), "inventory.img")).ino;
+        await touch();
+        await taken("first", "--pre-dump");
+        expect(statSync(join(images("first"), "inventory.img")).ino).not.toBe(before);
+        expect(entries(images("first")).filter((name) => name.startsWith("."))).toEqual([]);
+        await touch();
+        const [pre, killed] = await Promise.all([
+          take("second", "--pre-dump", "--parent-path", "../first"),
+          runtime("one", "kill", "box", "KILL"),
+        ]);
+        expect(killed.status, killed.stderr).toBe(0);
+        expect(existsSync(images("second"))).toBe(pre.status === 0);
+        await until(async () => /stopped/.test((await runtime("one", "state", "box")).stdout), {
+          what: () => "the end of the container",
+        });
+        const { status, stderr } = await take("last", "--parent-path", "../first");
+        expect(status, stderr).not.toBe(0);
+        expect(existsSync(images("last"))).toBe(false);
+      });
+    });
 
     it("restores in the foreground, as long as the container lives, and ends with its status", async () => {
       await begin();

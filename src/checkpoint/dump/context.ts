@@ -24,6 +24,8 @@ export interface DumpContext extends ChainContext {
   workPath: string;
   /** relative to the images where they are made */
   parentPath: string | undefined;
+  /** of the inventories of the images that it builds on */
+  parentDigests: string[];
   /** plugins whose adapters were run */
   readonly adapters: NonNullable<CheckpointManifest["plugins"]>;
   networkLock: NetworkLock;
@@ -55,6 +57,8 @@ export interface Attempt {
   /** `dumped`: the images are whole; `committing`: the manifest, too, and they are being put in their place */
   phase: "begun" | "dumped" | "committing";
   leaveRunning: boolean;
+  /** the request's parent is not built on */
+  withoutParent?: boolean;
   rootfsDiff?: RootfsDiffFacts;
   /** the devices' state is in the processes' memory; null: it turned out that nobody has any */
   gpu?: GpuFacts | null;
@@ -100,7 +104,7 @@ export function finalImagePath({ place }: DumpRequest): string {
   return "imagePath" in place ? place.imagePath : join(place.directory, place.generation, IMAGES_DIRECTORY);
 }
 
-/** Of the images of the pre-dump, which the request names. */
+/** Of the images that the request names to build on. */
 export function absoluteParent(request: DumpRequest): string {
   return resolve(finalImagePath(request), request.parentPath!);
 }

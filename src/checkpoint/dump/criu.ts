@@ -14,6 +14,7 @@ import { isCriuFile } from "../staging.ts";
 import { type DumpContext, imagesIn, inHundredths, noteAttempt } from "./context.ts";
 import { lastWord } from "./last-word.ts";
 import { manifestDraft } from "./manifest.ts";
+import { beginTracking, trackedSince } from "./parent.ts";
 import { noteFreeze } from "./standstill.ts";
 import type { EngineDump } from "./target.ts";
 
@@ -172,6 +173,12 @@ async function wentPast(context: DumpContext): Promise<void> {
       await rm(join(workPath, name), { recursive: true, force: true });
     if (attempt.gate) removeGate(attempt.gate);
     noteAttempt(context, { gate: undefined });
+    if (context.parentPath) {
+      beginTracking(target.tracking); // anew, by what was thrown away: the parent is no longer the latest
+      noteAttempt(context, { withoutParent: true });
+      context.parentPath = undefined;
+      context.parentDigests = [];
+    }
     target.log.warn(
       `the engine dumped ${target.what} past cedana's gate, while it ran: thrown away, and dumped again without. ${KEEP_ENVIRONMENT}`,
     );
@@ -225,6 +232,7 @@ export async function criuDump(context: DumpContext, next: () => Promise<void>):
         noteAttempt(context, {
           whole: { draft: manifestDraft(context), workPath, withFiles: request.rootfs !== undefined },
         });
+      if (context.parentPath) beginTracking(target.tracking);
       engine?.gate?.unbar();
       engine?.gate?.open(config);
       await (engine ? engine.end : runEngine(context, config));
@@ -254,6 +262,7 @@ export async function criuDump(context: DumpContext, next: () => Promise<void>):
     target.log.warn({ err: error }, "the engine has ended before it could say that CRIU's dump is whole");
   }
   context.ended = !leaveRunning;
+  if (context.parentPath && leaveRunning) trackedSince(target.tracking, imagesIn(context));
   noteAttempt(context, { phase: "dumped" });
   await next();
 }

@@ -112,8 +112,9 @@ export async function askForFacts(context: DumpContext, next: () => Promise<void
 }
 
 /** As used: a restore uses them again. */
-function optionsOf({ request, networkLock }: DumpContext): CheckpointManifest["options"] {
-  const { policy, leaveRunning, parentPath } = request;
+function optionsOf(context: DumpContext): CheckpointManifest["options"] {
+  const { request, networkLock, parentPath, parentDigests } = context;
+  const { policy, leaveRunning } = request;
   return {
     ...(policy.tcp && { tcp: policy.tcp }),
     fileLocks: policy.fileLocks,
@@ -123,6 +124,9 @@ function optionsOf({ request, networkLock }: DumpContext): CheckpointManifest["o
     ...(policy.cgroupsMode && { cgroupsMode: policy.cgroupsMode }),
     ...(networkLock !== "default" && { networkLock }),
     leaveRunning,
-    ...(parentPath && { parentPath: relative(finalImagePath(request), absoluteParent(request)) }),
+    ...(parentPath && {
+      parentPath: relative(finalImagePath(request), absoluteParent(request)),
+      parentDigests,
+    }),
   };
 }

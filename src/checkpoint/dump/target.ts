@@ -4,6 +4,7 @@ import type { Cgroup } from "../../linux/cgroup.ts";
 import type { CheckpointManifest } from "../manifest.ts";
 import type { CriuPolicy, NetworkLock } from "../policy.ts";
 import type { RootfsBase } from "../rootfs-diff/index.ts";
+import type { Tracking } from "./parent.ts";
 
 // What is asked of a dump, and what is dumped.
 
@@ -15,7 +16,7 @@ export interface DumpRequest {
   readonly place: DumpPlace;
   /** CRIU's log and scratch; default: one that is removed */
   readonly workPath?: string | undefined;
-  /** images of a pre-dump: absolute, or relative to the image path */
+  /** images to build on, a pre-dump's as a rule: absolute, or relative to the image path */
   readonly parentPath?: string | undefined;
   /** the container runs on; else it has ended when the dump is whole */
   readonly leaveRunning: boolean;
@@ -100,6 +101,7 @@ export interface DumpTarget {
   image?(): Promise<CheckpointManifest["image"]>;
   /** Does something that other calls for the container wait for; default: nobody else calls. */
   inTurn?<T>(work: () => Promise<T>): Promise<T>;
+  readonly tracking: Tracking;
   readonly log: Pick<Logger, "info" | "warn" | "error">;
   /**
    * What the container wants to do itself before it is dumped, in it, while it runs; undefined: nothing.

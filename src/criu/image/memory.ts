@@ -183,8 +183,14 @@ export class Memory {
       visited.add(path);
       return path;
     }
-    const why = path === undefined ? "leads nowhere" : "leads back to where it came from";
-    this.#findings.error("parent", `${this.#prefix}parent`, `the link to earlier images, ${target}, ${why}`);
+    const what = `the link to earlier images, ${target}, leads`;
+    const [file, isNeeded] = [
+      `${this.#prefix}parent`,
+      [...this.#pagemaps.values()].some(({ inParent }) => inParent.length > 0),
+    ];
+    if (path !== undefined) this.#findings.error("parent", file, `${what} back to where it came from`);
+    else if (isNeeded) this.#findings.error("parent", file, `${what} nowhere`);
+    else this.#findings.warning("parent", file, `${what} nowhere; nothing was left to them`); // Podman makes it all the same
     return undefined;
   }
 

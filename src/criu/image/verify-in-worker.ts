@@ -8,15 +8,17 @@ type Answer = { readonly report: ImageReport } | { readonly isMissing: boolean; 
 
 /**
  * verifyImages in a thread of its own: for whoever has an event loop to keep free.
+ * @param options.memoryOnly  see VerifyOptions
  * @param options.signal  ends the thread
  * @throws as verifyImages
  */
 export async function verifyImagesInWorker(
   directory: string,
-  options: { signal?: AbortSignal | undefined } = {},
+  options: { memoryOnly?: boolean; signal?: AbortSignal | undefined } = {},
 ): Promise<ImageReport> {
   options.signal?.throwIfAborted();
-  const worker = new Worker(workerFile(), { workerData: { directory }, execArgv: [] });
+  const { memoryOnly = false } = options;
+  const worker = new Worker(workerFile(), { workerData: { directory, memoryOnly }, execArgv: [] });
   try {
     const [answer] = (await once(worker, "message", { signal: options.signal })) as [Answer];
     if ("report" in answer) return answer.report;

@@ -39,6 +39,8 @@ export interface ImageReport {
 interface VerifyOptions {
   /** files that aren't CRIU's and aren't looked at, besides logs, descriptors.json and our manifest */
   ignore?: (name: string) => boolean;
+  /** no image but those of memory: where it is, and that all of it is there; of earlier images, too */
+  memoryOnly?: boolean;
   signal?: AbortSignal | undefined;
 }
 
@@ -82,10 +84,18 @@ class Check {
   }
 
   async run(): Promise<void> {
+    const { signal, memoryOnly } = this.#options;
+    const readMemory = readPagemaps(this.#findings, signal);
+    if (memoryOnly) {
+      await readMemory(this.#memory, this.#directory, "");
+      await this.#memory.checkPages([]);
+      this.#parentPages = await this.#memory.checkParents(readMemory);
+      return;
+    }
     this.#names = new Set(await list(this.#directory));
     // By name: mm-* is before pagemap-*.
     for (const name of [...this.#names].sort()) {
-      this.#options.signal?.throwIfAborted();
+      signal?.throwIfAborted();
       if (this.#options.ignore?.(name) || notImages.test(name)) continue;
       await this.#checkFile(name);
     }
@@ -96,7 +106,7 @@ class Check {
     this.#checkInventory();
     await this.#memory.checkPages(this.#names);
     if (!this.#isPreDump) this.#references.check(this.#names);
-    this.#parentPages = await this.#memory.checkParents(readPagemaps(this.#findings, this.#options.signal));
+    this.#parentPages = await this.#memory.checkParents(readMemory);
   }
 
   report(): ImageReport {

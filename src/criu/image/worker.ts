@@ -4,7 +4,7 @@ import { parentPort, workerData } from "node:worker_threads";
 import { messageOf, NotFound } from "../../errors/index.ts";
 import { verifyImages } from "./verify.ts";
 
-verifyImages(workerData.directory).then(
+verifyImages(workerData.directory, { memoryOnly: workerData.memoryOnly }).then(
   (report) => parentPort!.postMessage({ report }),
   (error) => parentPort!.postMessage({ isMissing: error instanceof NotFound, message: messageOf(error) }),
 );

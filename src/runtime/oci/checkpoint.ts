@@ -1,8 +1,18 @@
 import { mkdirSync } from "node:fs";
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
-import { basename, dirname, isAbsolute, join, resolve } from "node:path";
+import { basename, dirname, isAbsolute, join, relative, resolve } from "node:path";
+import {
+  beginTracking,
+  checkParent,
+  isTrackedSince,
+  type TrackedSince,
+  type Tracking,
+  trackedSince,
+  withoutParent,
+} from "../../checkpoint/dump/parent.ts";
 import type { CriuSettings, DumpRequest, DumpTarget, EngineDump } from "../../checkpoint/dump/target.ts";
 import { type AbandonedDump, dump as dumpContainer } from "../../checkpoint/dump.ts";
+import { Staging } from "../../checkpoint/staging.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { killCriu, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
@@ -13,6 +23,7 @@ import { expectAnswer } from "../../linux/apart.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { foreignHierarchies } from "../../linux/cgroup-hierarchy.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
+import { readProcessNote, sweepProcessNotes, writeProcessNote } from "../../linux/process-notes.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { type EngineFeatures, engineVersion } from "../engine.ts";
 import { failureFrom, lastErrorIn } from "../engine-failure.ts";
@@ -93,10 +104,12 @@ export async function checkpointInTurn(
     if (preDump || options.has("lazy-pages")) {
       for (const path of [dump.imagePath, resolve(call.cwd, options.value("work-path") ?? ".")])
         await expectAnswer(path); // in the chain below, its first step asks
-      await withImagePath(dump.imagePath, async () => {
-        const env = await criuConfigFile(join(scratch, "criu.conf"), await criuConfigLines(dump, {}));
-        await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath, env });
-      });
+      const env = await criuConfigFile(join(scratch, "criu.conf"), await criuConfigLines(dump, {}));
+      if (preDump) await takePreDump(dump, wrapper, parentPath, env);
+      else
+        await withImagePath(dump.imagePath, async () => {
+          await runEngine(dump, wrapper, { imagePath: dump.imagePath, parentPath, env });
+        });
       failed = false;
       return { status: 0 };
     }
@@ -122,6 +135,7 @@ export async function checkpointInTurn(
         plugins: pluginsOf(features.name),
       },
       image: async () => annotatedImage(spec),
+      tracking: trackingOf(call, pid),
       log: wrapper.log,
       preDumpHook: async () => {
         const hook = await hookOf(spec, "pre-dump");
@@ -167,6 +181,48 @@ export async function checkpointInTurn(
     await dropScratch(scratch, failed, wrapper.log);
   }
   return { status: 0 };
+}
+
+/** Memory alone, while the container runs but for a moment. As a dump, it is made beside its place. */
+async function takePreDump(
+  dump: Dump,
+  wrapper: Conversation,
+  parentPath: string | undefined,
+  env: Record<string, string>,
+): Promise<void> {
+  const { call, imagePath, pid } = dump;
+  const tracking = trackingOf(call, pid);
+  const what = `container ${call.id}`;
+  let parent = parentPath && resolve(imagePath, parentPath);
+  if (parentPath && parent) {
+    await checkParent(what, { parent, images: imagePath, shown: parentPath }, wrapper.signal);
+    if (!isTrackedSince(tracking, parent)) {
+      wrapper.log.warn(withoutParent(what, parentPath));
+      parent = undefined;
+    }
+  }
+  await using staging = await Staging.inside(imagePath);
+  beginTracking(tracking);
+  await runEngine(dump, wrapper, {
+    imagePath: staging.path,
+    parentPath: parent && relative(staging.path, parent),
+    env,
+  });
+  trackedSince(tracking, staging.path);
+  await staging.commit({ durable: false });
+}
+
+/** A container without a marker needs a note, too: of its process, beside those of others. */
+function trackingOf(call: OciCall, pid: number): Tracking {
+  const directory = join(dirname(dirname(call.marker)), "oci-tracked");
+  const path = join(directory, basename(call.marker));
+  return {
+    since: () => readProcessNote<TrackedSince>(path, pid),
+    note: (since) => {
+      sweepProcessNotes(directory);
+      writeProcessNote(path, pid, since);
+    },
+  };
 }
 
 /**
