@@ -303,6 +303,34 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       await goesOn(before); // not after the last one: what was killed may have been let go before
     });
 
+    it("leaves a container alone whose id is asked for again", async () => {
+      await begin();
+      const dumped = await runtime(
+        "one",
+        "checkpoint",
+        "--leave-running",
+        "--image-path",
+        at("images"),
+        "box",
+      );
+      expect(dumped.status, dumped.stderr).toBe(0);
+      const spec = JSON.parse(readFileSync(join(bundle, "config.json"), "utf8"));
+      spec.annotations = { "cedana.io/restore-from": "nothing", "cedana.io/on-restore-failure": "fresh" };
+      writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
+      const twice = [
+        ["restore", "--detach", "--image-path", at("images")],
+        ["create"], // from a checkpoint that there isn't
+      ];
+      for (const command of twice) {
+        const { status, stderr } = await runtime("one", ...command, "--bundle", bundle, "box");
+        expect([status, stderr], command[0]).toEqual([1, expect.stringMatching(/exists/)]);
+      }
+      expect(JSON.parse((await runtime("one", "state", "box")).stdout).status).toBe("running");
+      expect(entries(join(place.runDir, "oci"))).toEqual([]);
+      await goesOn(numbers().length);
+      expect(numbers()).toEqual(numbers().map((_, n) => n));
+    });
+
     it("dumps to the end or not at all when it is killed in the middle", { timeout: 60_000 }, async () => {
       for (const moment of ["pre-dump", "post-dump"] as const) {
         await begin();
