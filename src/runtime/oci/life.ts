@@ -55,7 +55,8 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
   } finally {
     // `run` without --detach has deleted its container when it ends; a create that failed has none.
     const over = call.command === "run" && !createOptions(call.argv).has("detach");
-    if (!taken && (status !== 0 || over)) removeMarker(call.marker);
+    // Where there is one all the same (--keep, or another create was faster), it has its marker still.
+    if (!taken && (status !== 0 || over) && !(await isThere(join(root, id)))) removeMarker(call.marker);
   }
 }
 
