@@ -464,6 +464,60 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       await goesOn(before); // not after the last one: what was killed may have been let go before
     });
 
+    it("leaves a container alone whose id is asked for again", async () => {
+      await begin();
+      const dumped = await runtime(
+        "one",
+        "checkpoint",
+        "--leave-running",
+        "--image-path",
+        at("images"),
+        "box",
+      );
+      expect(dumped.status, dumped.stderr).toBe(0);
+      const spec = JSON.parse(readFileSync(join(bundle, "config.json"), "utf8"));
+      spec.annotations = { "cedana.io/restore-from": "nothing", "cedana.io/on-restore-failure": "fresh" };
+      writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
+      const twice = [
+        ["restore", "--detach", "--image-path", at("images")],
+        ["create"], // from a checkpoint that there isn't
+      ];
+      for (const command of twice) {
+        const { status, stderr } = await runtime("one", ...command, "--bundle", bundle, "box");
+        expect([status, stderr], command[0]).toEqual([1, expect.stringMatching(/exists/)]);
+      }
+      expect(JSON.parse((await runtime("one", "state", "box")).stdout).status).toBe("running");
+      expect(entries(join(place.runDir, "oci"))).toEqual([]);
+      await goesOn(numbers().length);
+      expect(numbers()).toEqual(numbers().map((_, n) => n));
+    });
+
+    it("dumps to the end or not at all when it is killed in the middle", { timeout: 60_000 }, async () => {
+      for (const moment of ["pre-dump", "post-dump"] as const) {
+        await begin();
+        deadly.killNextAt(moment, "wrapper");
+        const flags = ["--root", at("one"), "checkpoint", "--image-path", at("images"), "box"];
+        await endOf(background('"$@" >/dev/null 2>&1 3>&-; true', place.runtime("wrapper", ...flags)));
+        expect(deadly.killed(), moment).toBe("cedana-runtime");
+        await until(() => entries(join(place.runDir, "c")).length === 0, {
+          what: () => "the end of the dump",
+        });
+        expect(entries(join(place.runDir, "oci")).filter((name) => name.includes("~"))).toEqual([]);
+        const before = numbers().length;
+        if (existsSync(join(at("images"), "cedana.json"))) {
+          expect(
+            JSON.parse(readFileSync(join(at("images"), "cedana.json"), "utf8")).options.leaveRunning,
+          ).toBe(false);
+          await runtime("one", "delete", "--force", "box");
+          counting("one", "restore", "--image-path", at("images"));
+        } else expect(entries(at("images")), moment).toEqual([]);
+        await goesOn(before);
+        expect(numbers()).toEqual(numbers().map((_, n) => n));
+        await runtime("one", "delete", "--force", "box");
+        for (const name of ["images", "out"]) rmSync(at(name), { recursive: true, force: true });
+      }
+    });
+
     const dump = (...flags: string[]) =>
       runtime("one", "checkpoint", ...flags, "--image-path", at("images"), "--work-path", at("work"), "box");
 

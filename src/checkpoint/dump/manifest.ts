@@ -31,7 +31,9 @@ export async function recordDump(context: DumpContext, next: () => Promise<void>
   }
   const { startedAt, staging } = context;
   const [cpu, image] = await context.facts!;
-  const files = await (context.follower?.finish() ?? digestTree(staging.path, { signal: context.signal }));
+  // A container that is in its images alone gets its checkpoint, though nobody waits for it any more.
+  const signal = context.ended ? undefined : context.signal;
+  const files = await (context.follower?.finish(signal) ?? digestTree(staging.path, { signal }));
   await writeManifest(
     staging.path,
     {

@@ -5,7 +5,7 @@ import { isAlive, programOf, startTime } from "../../linux/proc.ts";
 import type { KillPlan } from "../kill-policy.ts";
 import type { OciCall } from "./call.ts";
 import type { Escalator } from "./escalator.ts";
-import type { Leftovers } from "./frozen.ts";
+import { isPausedByOwner, type Leftovers } from "./frozen.ts";
 import { type EndingRecord, type Marker, markersIn, readMarker, writeMarker } from "./marker.ts";
 import { cgroupOf, containerState } from "./state.ts";
 
@@ -67,7 +67,7 @@ export class Endings {
         signal: plan.signal,
         escalation: plan.escalation,
         helper: await programOf(call.pid), // while the wrapper is there
-        wasPaused: state.status === "paused",
+        wasPaused: state.status === "paused" && isPausedByOwner(call.marker),
         tries: 1,
       };
       writeMarker(call.marker, { ...marker, ending });

@@ -7,7 +7,7 @@ import { hookNote, thawWherever } from "../../checkpoint/freeze-marker.ts";
 import { Cgroup, type CgroupPaths } from "../../linux/cgroup.ts";
 import { mountsBelow, unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
-import { readRecord, writeRecordNow } from "../../linux/record-file.ts";
+import { readRecord, readRecordNow, writeRecordNow } from "../../linux/record-file.ts";
 
 // Containers that a checkpoint holds frozen, on disk: a cedanad that is killed in the middle leaves none that stands still for ever.
 
@@ -44,6 +44,14 @@ export async function noteFrozen(
   } finally {
     for (const one of [suffix, dumpSuffix]) rmSync(`${marker}${one}`, { force: true });
   }
+}
+
+/**
+ * Whether a container that stands still does so by its owner's will, and not for a dump of ours that is under way.
+ * @param marker  of the container
+ */
+export function isPausedByOwner(marker: string): boolean {
+  return readRecordNow<DumpNote>(`${marker}${dumpSuffix}`)?.paused ?? true;
 }
 
 /** Of a container's marker: what became of the dump that an earlier cedanad was at. Never rejects. */

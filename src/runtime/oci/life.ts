@@ -1,4 +1,6 @@
 import { constants } from "node:os";
+import { join } from "node:path";
+import { isThere } from "../../checkpoint/open.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { injectedConfig } from "../gpu-injection.ts";
 import { checkHooks } from "../hooks.ts";
@@ -29,10 +31,10 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
   await allowedAnnotations(spec); // what is forbidden or senseless is refused now
   await checkHooks(spec);
   const { id, root, engine, globalArgv } = call;
-  const known = readMarker(call.marker);
   const marker = { version: 1, id, root, engine, globalArgv, kill, bundle } as const;
-  // One that is there may be of a container that the engine still has, or of one that somebody deleted past us.
-  const taken = known !== undefined && (await containerState(call)) !== undefined;
+  // The engine has such a container, ours or not: it says so itself, and nothing is to happen to that one. A marker alone may be of one that
+  // somebody deleted past us.
+  const taken = await isThere(join(root, id));
   if (!taken && !hasOurAnnotations(spec)) {
     removeMarker(call.marker); // of one before it, for which we were asked
     wrapper.become(asGiven(call));
@@ -53,7 +55,8 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
   } finally {
     // `run` without --detach has deleted its container when it ends; a create that failed has none.
     const over = call.command === "run" && !createOptions(call.argv).has("detach");
-    if (!taken && (status !== 0 || over)) removeMarker(call.marker);
+    // Where there is one all the same (--keep, or another create was faster), it has its marker still.
+    if (!taken && (status !== 0 || over) && !(await isThere(join(root, id)))) removeMarker(call.marker);
   }
 }
 

@@ -9,14 +9,14 @@ import { explainCriuLog } from "../../criu/log.ts";
 import { criuLines } from "../../criu/option-file.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { learnVersionAnswer } from "../../criu/version-answer.ts";
-import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
+import { AlreadyExists, NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
 import { readApart } from "../../linux/apart.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { commandLineOf, isFromHere } from "../../linux/command-line.ts";
 import { unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, processStat, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
-import { engineVersion } from "../engine.ts";
+import { engineName, engineVersion } from "../engine.ts";
 import { lastErrorIn } from "../engine-failure.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
@@ -73,6 +73,29 @@ export async function restore(
   wrapper: Conversation,
   extra: RestoreExtra = {},
 ): Promise<OciAnswer> {
+  // Before anything is made: what fails later is undone, and one that is there is another's.
+  if (underWay.has(call.marker) || (await isThere(join(call.root, call.id)))) throw alreadyExists(call);
+  underWay.add(call.marker);
+  try {
+    return await restoreNew(call, wrapper, extra);
+  } finally {
+    underWay.delete(call.marker);
+  }
+}
+
+/** Markers of containers that are being restored. */
+const underWay = new Set<string>();
+
+/** In the engine's words. */
+function alreadyExists({ engine, id }: OciCall): AlreadyExists {
+  return new AlreadyExists(
+    engineName(engine) === "crun"
+      ? `container \`${id}\` already exists`
+      : "container with given ID already exists",
+  );
+}
+
+async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreExtra): Promise<OciAnswer> {
   const options = new Options(call.argv);
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
@@ -89,7 +112,6 @@ export async function restore(
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
-  const existed = await isThere(join(root, id)); // another container's: what fails is not to be deleted
   const within = await CgroupOfRestore.before(spec, id, systemd);
   const detached = options.has("detach");
   const hook = extra.standsStill ? undefined : await hookOf(spec, "post-restore");
@@ -223,7 +245,7 @@ export async function restore(
     },
     undoEngineRestore: async () => {
       // One that failed has undone what it did, but not one that was killed.
-      if (status === 0 || (!existed && (await isThere(join(root, id))))) {
+      if (status === 0 || (await isThere(join(root, id)))) {
         // By ourselves: the wrapper may be what was killed.
         const outputPath = join(scratch, "output");
         const deleted = await runEngineHere([engine, ...ownGlobalArgv(call), "delete", "--force", id], {

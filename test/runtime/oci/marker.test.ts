@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { pino } from "pino";
 import { afterEach, beforeEach, expect, it } from "vitest";
 import { Cgroup } from "../../../src/linux/cgroup.ts";
-import { noteFrozen, thawLeftovers } from "../../../src/runtime/oci/frozen.ts";
+import { isPausedByOwner, noteFrozen, thawLeftovers } from "../../../src/runtime/oci/frozen.ts";
 import {
   forgetEnds,
   type Marker,
@@ -47,6 +47,23 @@ it.each(["~", "."])("notes of a dump that was cut off are taken up, with %s", as
   const leftovers = await thawLeftovers(run, pino({ level: "silent" }));
   expect(await leftovers(at("c"))).toBeUndefined();
   for (const name of ["frozen", "dumping"]) expect(existsSync(at(`c${dot}${name}`)), name).toBe(false);
+});
+
+it("a container that stands still for a dump isn't one that its owner has paused", async () => {
+  const freezer = join(run, "freezer");
+  mkdirSync(freezer);
+  const cgroup = Cgroup.fromPaths({ version: 1, paths: { freezer } });
+  for (const [before, isPaused] of [
+    ["THAWED", false],
+    ["FROZEN", true],
+  ] as const) {
+    writeFileSync(join(freezer, "freezer.state"), before);
+    await noteFrozen(at("c"), cgroup, join(run, "c", "none"), async () => {
+      writeFileSync(join(freezer, "freezer.state"), "FROZEN");
+      expect(isPausedByOwner(at("c")), before).toBe(isPaused);
+    });
+    expect(isPausedByOwner(at("c")), before).toBe(true);
+  }
 });
 
 it("a container doesn't stand still for a dump of which nothing can be made out any more", async () => {
