@@ -15,8 +15,13 @@ import { apart, type NumbersOfStat, RESOLVE } from "./addon.ts";
 
 /** A call that hasn't come back by then is given up: `CEDANA_FILE_PATIENCE_MS`, for tests. */
 const PATIENCE_MS = Number(process.env.CEDANA_FILE_PATIENCE_MS) || 10_000;
-/** Threads that may have been given up: 6 MB. */
+/** Threads that may have been given up: 6 MB. Then nothing is tried any more. */
 const MAX_LEFT_BEHIND = 512;
+/**
+ * … and no question is asked. Below a server that is gone, callers ask with ever other paths; there must be room for what every container needs, whose
+ * configuration is read in this way.
+ */
+const MAX_LEFT_BY_QUESTIONS = 256;
 
 /** What was given up. */
 const leftBehind: { what: string; on: string }[] = [];
@@ -26,6 +31,8 @@ export interface Waiting {
   timeoutMs?: number | undefined;
   /** what is not asked again while a call of it is left behind; default: the same call on the same path */
   on?: string | undefined;
+  /** it is not tried where so many were given up */
+  mostLeftBehind?: number | undefined;
 }
 
 /**
@@ -39,9 +46,9 @@ async function wait<T>(
   begin: () => Promise<T>,
   options: Waiting & { discard?: (late: T) => void } = {},
 ): Promise<T> {
-  const { timeoutMs = PATIENCE_MS, on = what, discard } = options;
+  const { timeoutMs = PATIENCE_MS, on = what, mostLeftBehind = MAX_LEFT_BEHIND, discard } = options;
   if (leftBehind.some((one) => one.on === on)) throw noAnswer(what, "an earlier call still waits for it");
-  if (leftBehind.length >= MAX_LEFT_BEHIND)
+  if (leftBehind.length >= mostLeftBehind)
     throw new Unavailable(
       `${what}: not tried: ${leftBehind.length} file operations before it have not come back (${leftBehind[0]!.what}): find the mounts whose servers (NFS, FUSE) are gone, and unmount them (umount -f, umount -l)`,
     );
@@ -62,6 +69,11 @@ async function wait<T>(
     .catch(() => {}) // nobody waits any more for what it says
     .finally(() => leftBehind.splice(leftBehind.indexOf(left), 1));
   throw noAnswer(what, `no answer within ${timeoutMs / 1000} s`);
+}
+
+/** Of a question, that is. */
+function asked(waiting: Waiting): Waiting {
+  return { mostLeftBehind: MAX_LEFT_BY_QUESTIONS, ...waiting };
 }
 
 function noAnswer(what: string, why: string): TimedOut {
@@ -134,12 +146,12 @@ export async function tryHandleApart(
   timeoutMs: number,
 ): Promise<number> {
   const what = `find a watched file of ${mountPath}`;
-  return await wait(what, () => apart.tryHandle(mountPath, type, handle), { timeoutMs });
+  return await wait(what, () => apart.tryHandle(mountPath, type, handle), asked({ timeoutMs }));
 }
 
 /** stat(2). */
 export async function statApart(path: string, waiting: Waiting = {}): Promise<NumbersOfStat> {
-  return await wait(`stat ${path}`, () => apart.stat(path), waiting);
+  return await wait(`stat ${path}`, () => apart.stat(path), asked(waiting));
 }
 
 /** Of linux/magic.h: those whose every answer is a server's. */
@@ -159,7 +171,7 @@ const SERVED = new Set([
  * @throws TimedOut when there is no answer
  */
 export async function isServed(path: string, waiting: Waiting = {}): Promise<boolean> {
-  const type = await wait(`ask the file system of ${path}`, () => apart.fileSystem(path), waiting);
+  const type = await wait(`ask the file system of ${path}`, () => apart.fileSystem(path), asked(waiting));
   return SERVED.has(type);
 }
 

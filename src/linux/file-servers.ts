@@ -1,6 +1,6 @@
 import { TimedOut, Unavailable } from "../errors/index.ts";
 import type { NumbersOfStat } from "./addon.ts";
-import { isServed, statApart } from "./apart.ts";
+import { isServed, statApart, type Waiting } from "./apart.ts";
 
 /** A file system that doesn't answer by then counts as dead. */
 export const PATIENCE_MS = 2_000;
@@ -8,6 +8,8 @@ export const PATIENCE_MS = 2_000;
 const MAX_QUESTIONS = 8;
 /** After so many mounts without an answer no other is asked. */
 const MAX_SILENT = 8;
+/** All containers together leave so many questions behind, and room for those of callers. */
+const MAX_LEFT_BEHIND = 128;
 
 /** Who answers for the files of a mount: the kernel itself; a server; a server that doesn't. */
 type Answering = "kernel" | "server" | "nobody";
@@ -33,7 +35,7 @@ export class FileServers {
 
   async #find(mount: string, path: string): Promise<Answering> {
     try {
-      const served = await this.#ask(mount, () => isServed(path, { timeoutMs: PATIENCE_MS, on: mount }));
+      const served = await this.#ask(mount, () => isServed(path, waiting(mount)));
       return served === undefined ? "nobody" : served ? "server" : "kernel";
     } catch {
       return "kernel"; // closed meanwhile: stat(2) says so
@@ -42,7 +44,7 @@ export class FileServers {
 
   /** stat(2) of a file that a server answers for. @returns undefined when it didn't. @throws what stat(2) says */
   async stat(mount: string, path: string): Promise<NumbersOfStat | undefined> {
-    return await this.#ask(mount, () => statApart(path, { timeoutMs: PATIENCE_MS, on: mount }));
+    return await this.#ask(mount, () => statApart(path, waiting(mount)));
   }
 
   async #ask<T>(mount: string, question: () => Promise<T>): Promise<T | undefined> {
@@ -69,4 +71,8 @@ export class FileServers {
     if (next) next();
     else this.#questions -= 1;
   }
+}
+
+function waiting(mount: string): Waiting {
+  return { timeoutMs: PATIENCE_MS, on: `mount ${mount}`, mostLeftBehind: MAX_LEFT_BEHIND };
 }

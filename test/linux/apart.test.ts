@@ -111,6 +111,30 @@ describe.skipIf(!canFuse)("a file system that doesn't answer", () => {
     await (await open(directory)).close();
   });
 
+  it("that is asked with ever other paths keeps nobody from reading a file elsewhere", async () => {
+    const elsewhere = mkdtempSync(join(tmpdir(), "cedana-apart-"));
+    writeFileSync(join(elsewhere, "file"), "12345");
+    try {
+      using _dead = deadFuse(directory);
+      const questions = Array.from({ length: 256 }, (_, n) => expectAnswer(join(directory, `${n}`)));
+      for (const { status } of await Promise.allSettled(questions)) expect(status).toBe("rejected");
+      await expect(expectAnswer(join(directory, "one more"))).rejects.toThrow(
+        /one more: not tried: 256 file operations before it have not come back/,
+      );
+      expect((await readApart(join(elsewhere, "file"), 5)).toString()).toBe("12345");
+    } finally {
+      rmSync(elsewhere, { recursive: true });
+    }
+    await until(
+      () =>
+        expectAnswer(directory).then(
+          () => true,
+          () => false,
+        ),
+      { what: () => "the end of the waiting" },
+    );
+  });
+
   it("lets a thread of JavaScript end that waits for it, and the call come back after that", async () => {
     // In a process of its own: the mistake would end it.
     const script = `
