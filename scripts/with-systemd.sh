@@ -52,11 +52,13 @@ if [ "${WITH_SYSTEMD:-}" != inside ]; then
   while IFS=: read -r _ controllers path; do
     at=/sys/fs/cgroup/${controllers#name=}
     [ -n "$controllers" ] && [ "$path" = / ] && [ -e "$at/cgroup.procs" ] || continue
-    mkdir "$at/${cgroup##*/}"
-    others="$others $at/${cgroup##*/}"
+    own=$at/${cgroup##*/}
+    mkdir "$own"
     for file in cpuset.cpus cpuset.mems; do # without which nobody gets in
-      [ ! -e "$at/$file" ] || cat "$at/$file" >"$at/${cgroup##*/}/$file"
+      [ ! -e "$at/$file" ] || cat "$at/$file" >"$own/$file" || :
     done
+    # A hierarchy that lets nobody in is as it was.
+    if sh -c 'echo 0 >"$1/cgroup.procs"' sh "$own"; then others="$others $own"; else rmdir "$own"; fi
   done </proc/self/cgroup
   # COMMAND of a shell that is in those.
   in_others='for at in '$others'; do echo 0 >"$at/cgroup.procs"; done; exec "$@"'
