@@ -339,7 +339,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
           const breaks = async (words: RegExp) => {
             const verified = await verify();
             expect([verified.status, verified.stdout + verified.stderr]).toEqual([
-              1,
+              2,
               expect.stringMatching(words),
             ]);
             const { status, stderr } = await runtime(
