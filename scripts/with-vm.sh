@@ -104,7 +104,7 @@ UNIT
   ln -sf ../with-vm.service "$disk/etc/systemd/system/graphical.target.wants/"
   cp "$disk"/boot/vmlinuz-* "$made/vmlinuz"
   cp "$disk"/boot/initrd.img-* "$made/initrd"
-  mkfs.ext4 -q -F -d "$disk" "$made/root.img" 6G
+  mkfs.ext4 -q -F -d "$disk" "$made/root.img" 6G >>"$run/log" 2>&1
   rm -rf "$disk"
   touch "$made/whole"
 }
@@ -115,7 +115,7 @@ fi
 
 # --- the command ---
 
-mkfs.ext4 -q -F -d "$repository" "$run/repository.img" 3G
+mkfs.ext4 -q -F -d "$repository" "$run/repository.img" 3G >>"$run/log" 2>&1 || die "the repository's disk could not be made: $(tail -n 1 "$run/log")"
 quoted=''
 for word; do quoted="$quoted '$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'"; done
 cat >"$run/job" <<JOB
@@ -126,7 +126,7 @@ mount -o remount,size=60% /run
 export HOME=/root TERM=dumb NO_COLOR=1 PATH='$repository/node_modules/.bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
 status=0
 $quoted || status=\$?
-{ echo "status \$status"; head -c 1000000 /dev/zero; } | head -c 65536 >/dev/vdc
+{ echo "status \$status"; head -c 60000 /dev/zero; } >/dev/vdc
 sync
 systemctl poweroff --no-block
 JOB
