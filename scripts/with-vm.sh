@@ -119,14 +119,16 @@ mkfs.ext4 -q -F -d "$repository" "$run/repository.img" 3G >>"$run/log" 2>&1 || d
 quoted=''
 for word; do quoted="$quoted '$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'"; done
 cat >"$run/job" <<JOB
-exec </dev/null >/dev/ttyS1 2>&1
 stty -F /dev/ttyS1 raw
-mkdir -p '$repository' && mount /dev/vdb '$repository' && cd '$repository'
+command() {
+mkdir -p '$repository' && mount /dev/vdb '$repository' && cd '$repository' || return
 mount -o remount,size=60% /run
-export HOME=/root TERM=dumb NO_COLOR=1 PATH='$repository/node_modules/.bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
+export HOME=/root TERM=dumb PATH='$repository/node_modules/.bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
 status=0
 $quoted || status=\$?
 { echo "status \$status"; head -c 60000 /dev/zero; } >/dev/vdc
+}
+command </dev/null 2>&1 | cat >/dev/ttyS1 # for the command it is no terminal
 sync
 systemctl poweroff --no-block
 JOB
