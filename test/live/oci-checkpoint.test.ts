@@ -191,13 +191,43 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
         let before = (await numbers("c")).length;
         await ok("container", "restore", "c");
         await countsOn("c", before);
-        await ok("container", "checkpoint", "--pre-checkpoint", "--export", file("p.tar"), "c");
+        for (const name of ["earlier.tar", "p.tar"])
+          await ok("container", "checkpoint", "--pre-checkpoint", "--export", file(name), "c");
         await ok("container", "checkpoint", "--with-previous", "--export", file("w.tar"), "c");
         before = (await numbers("c")).length;
         await ok("rm", "c");
-        const archives = ["--import-previous", file("p.tar"), "--import", file("w.tar")];
-        await ok("container", "restore", ...archives, "--name", "d");
-        await countsOn("d", before);
+        const restore = ["container", "restore", "--import", file("w.tar"), "--name"];
+        for (const name of ["d", "e"]) {
+          await ok(...restore, name, "--import-previous", file("p.tar"));
+          await countsOn(name, before);
+        }
+        await fails(side === "wrapper" ? /builds on the pre-dump .*missing/ : /./, ...restore, "without");
+        if (side === "wrapper")
+          await fails(/where another one is now/, ...restore, "of", "--import-previous", file("earlier.tar"));
+        expect((await ok("ps", "--format", "{{.Names}}")).split("\n").sort()).toEqual(["d", "e"]);
+      },
+    );
+
+    // An engine alone takes memory for unchanged that has changed before the checkpoint in between.
+    it.runIf(tracksDirtyPages && side === "wrapper")(
+      "and with a previous one that isn't the latest any more: then the rest is all of it",
+      { timeout: 90_000 },
+      async () => {
+        await run("c", [], ["/programs/pages", "64"]);
+        const last = async () => (await ok("logs", "--tail", "1", "c")).split(" ").map(Number);
+        async function touch(touched: number): Promise<void> {
+          await ok("kill", "--signal", "USR1", "c");
+          await until(async () => (await last())[1] === touched, { everyMs: 50, what: () => "a change" });
+        }
+        await ok("container", "checkpoint", "--pre-checkpoint", "c");
+        await touch(1);
+        await ok("container", "checkpoint", "--with-previous", "--leave-running", "c");
+        await touch(2);
+        await ok("container", "checkpoint", "--with-previous", "c");
+        const [before] = await last();
+        await ok("container", "restore", "c");
+        await until(async () => (await last())[0]! > before! + 1, { everyMs: 50, what: () => "it to go on" });
+        expect((await last()).slice(1)).toEqual([2, 2]);
       },
     );
 

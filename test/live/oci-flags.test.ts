@@ -351,7 +351,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
           const breaks = async (words: RegExp) => {
             const verified = await verify();
             expect([verified.status, verified.stdout + verified.stderr]).toEqual([
-              1,
+              2,
               expect.stringMatching(words),
             ]);
             const { status, stderr } = await runtime(
@@ -386,28 +386,31 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
         },
       );
 
-      it("takes the place of an earlier pre-dump, whole; nothing is left of one whose container is killed", async () => {
-        await begin();
-        await taken("first", "--pre-dump");
-        const before = statSync(join(images("first"), "inventory.img")).ino;
-        await touch();
-        await taken("first", "--pre-dump");
-        expect(statSync(join(images("first"), "inventory.img")).ino).not.toBe(before);
-        expect(entries(images("first")).filter((name) => name.startsWith("."))).toEqual([]);
-        await touch();
-        const [pre, killed] = await Promise.all([
-          take("second", "--pre-dump", "--parent-path", "../first"),
-          runtime("one", "kill", "box", "KILL"),
-        ]);
-        expect(killed.status, killed.stderr).toBe(0);
-        expect(existsSync(images("second"))).toBe(pre.status === 0);
-        await until(async () => /stopped/.test((await runtime("one", "state", "box")).stdout), {
-          what: () => "the end of the container",
-        });
-        const { status, stderr } = await take("last", "--parent-path", "../first");
-        expect(status, stderr).not.toBe(0);
-        expect(existsSync(images("last"))).toBe(false);
-      });
+      it.runIf(side === "wrapper")(
+        "takes the place of an earlier pre-dump, whole; nothing is left of one whose container is killed",
+        async () => {
+          await begin();
+          await taken("first", "--pre-dump");
+          const before = statSync(join(images("first"), "inventory.img")).ino;
+          await touch();
+          await taken("first", "--pre-dump");
+          expect(statSync(join(images("first"), "inventory.img")).ino).not.toBe(before);
+          expect(entries(images("first")).filter((name) => name.startsWith("."))).toEqual([]);
+          await touch();
+          const [pre, killed] = await Promise.all([
+            take("second", "--pre-dump", "--parent-path", "../first"),
+            runtime("one", "kill", "box", "KILL"),
+          ]);
+          expect(killed.status, killed.stderr).toBe(0);
+          expect(existsSync(images("second"))).toBe(pre.status === 0);
+          await until(async () => /stopped/.test((await runtime("one", "state", "box")).stdout), {
+            what: () => "the end of the container",
+          });
+          const { status, stderr } = await take("last", "--parent-path", "../first");
+          expect(status, stderr).not.toBe(0);
+          expect(existsSync(images("last"))).toBe(false);
+        },
+      );
     });
 
     it("restores in the foreground, as long as the container lives, and ends with its status", async () => {
