@@ -38,7 +38,7 @@ process.on("uncaughtException", (error) => {
     log.fatal({ err: error }, "uncaught");
     process.exit(70);
   }
-  log.fatal({ err: error }, `uncaught, in the work for ${who.what}, which is begun anew; please report it`);
+  log.fatal({ err: error }, `uncaught, in the work for ${who.what}, whose connection ends; please report it`);
   who.fail();
 });
 
