@@ -36,7 +36,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       const clean = (text: string) =>
         text
           .replaceAll(side, "@")
-          .replaceAll(/^sleep [\d.]+ *\n/gm, "") // what a loop has just begun, or not
+          .replaceAll(/^(sleep [\d.]+|\[sleep\]) *\n/gm, "") // what a loop has just begun, or not; or what has just ended
           .replaceAll(/[0-9a-f]{64}/g, "ID")
           .replaceAll(/time="[^"]*"/g, "time=T");
       return { status, stdout: clean(stdout), stderr: clean(stderr) };
@@ -100,6 +100,8 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       expect((await both("exec", "@", "no-such-program")).status).toBe(127);
       expect((await both("exec", "--tty", "@", "tty")).stdout).toMatch(/pts/);
       expect((await both("exec", "--detach", "@", "touch", "/tmp/detached")).status).toBe(0);
+      for (const side of sides)
+        await until(async () => !(await podman.on(side, "top", side, "args")).stdout.includes("touch"));
       expect((await both("top", "@", "args")).stdout).toContain("trap");
       expect((await both("pause", "@")).status).toBe(0);
       expect(await inspect("{{.State.Status}}")).toBe("paused");
