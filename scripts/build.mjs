@@ -3,9 +3,7 @@
 //   node scripts/build.mjs [--only proto|ts|native]
 //
 //   proto    proto/*.proto            -> src/proto/generated/*.ts
-//   ts       src/{daemon,cli}         -> dist/cedanad.js, dist/cedana.js, dist/commands.js, and chunks that load when needed
-//            src/checkpoint/worker    -> dist/checkpoint-worker.js, what worker threads of both run
-//            src/gpu/helper           -> dist/gpu-helper.js, the process that loads a GPU driver
+//   ts       src                      -> dist (scripts/bundle.mjs says what)
 //   native   addon/keeper, addon/gpu  -> build/keeper/cedana-keeper, bin/containerd-shim-cedana-v2, bin/cedana-runtime
 //            addon/binding            -> build/binding/cedana.node
 //            addon/pages              -> build/pages/libcedana-pages.so
@@ -66,53 +64,16 @@ async function buildProto() {
 }
 
 async function buildTypeScript() {
-  const esbuild = await import("esbuild").catch(() => {
+  const { bundle } = await import("./bundle.mjs").catch(() => {
     throw new BuildFailed("esbuild is missing: run `npm ci`");
   });
-  const settings = {
-    absWorkingDir: root,
-    outdir: at("dist"),
-    bundle: true,
-    platform: "node",
-    target: "node24",
-    format: "esm",
-    splitting: true, // what is imported by `await import()` is a file of its own and costs nothing at the start
-    sourcemap: "linked",
-    legalComments: "linked",
-    external: ["@oclif/core"], // finds its plugins, and our package.json, by paths
-    // CommonJS packages (pino) ask for Node's own modules by require().
-    banner: {
-      js: 'import { createRequire as createRequire$ } from "node:module";\nconst require = createRequire$(import.meta.url);',
-    },
-    define: { "process.env.CEDANA_BUILD": JSON.stringify(version) },
-    logLevel: "warning",
-    write: false,
-  };
-  // The daemon and the command line share no chunks: each is one file as far as its start goes.
-  const entries = [
-    { cedanad: "src/daemon/main.ts" },
-    { cedana: "src/cli/main.ts", commands: "src/cli/commands.ts" },
-    { "image-worker": "src/criu/image/worker.ts" },
-    { "checkpoint-worker": "src/checkpoint/worker/main.ts" },
-    { "gpu-helper": "src/gpu/helper/main.ts" },
-  ];
-  const written = new Set();
+  const files = await bundle(version, pinnedNode).catch((error) => {
+    throw new BuildFailed(`bundle: ${error.message}`);
+  });
+  const written = new Set(files.map((file) => path.basename(file.path)));
   let news = 0;
-  for (const entry of entries) {
-    const present = Object.entries(entry).filter(([, file]) => fs.existsSync(at(file)));
-    if (present.length === 0) continue;
-    const [[name]] = present;
-    const result = await esbuild
-      .build({ ...settings, entryPoints: Object.fromEntries(present), chunkNames: `${name}-[name]-[hash]` })
-      .catch(() => {
-        throw new BuildFailed("esbuild failed"); // it has printed why
-      });
-    // Chunks first: an entry must never name a file that isn't there yet.
-    for (const file of result.outputFiles.sort((a, b) => isEntry(a.path, entry) - isEntry(b.path, entry))) {
-      written.add(path.basename(file.path));
-      if (writeIfChanged(file.path, file.contents) && !/\.(map|txt)$/.test(file.path)) news++;
-    }
-  }
+  for (const file of files)
+    if (writeIfChanged(file.path, file.contents) && !/\.(map|txt)$/.test(file.path)) news++;
   for (const file of list(at("dist"), /./)) {
     if (!written.has(path.basename(file)) && fs.statSync(file).mtimeMs < Date.now() - keepChunksMs)
       fs.rmSync(file);
@@ -120,14 +81,12 @@ async function buildTypeScript() {
   if (news > 0) say(`dist: ${news} bundles`);
 }
 
-const isEntry = (file, entry) => (Object.keys(entry).includes(path.basename(file).split(".", 1)[0]) ? 1 : 0);
-
 function buildKeeper() {
   if (!fs.existsSync(at("addon/keeper/Makefile"))) return;
   make("addon/keeper", [
     `OUT=${at("build/keeper")}`,
     `NODE=${pinnedNode}`,
-    `DAEMON_JS=${at("dist/cedanad.js")}`,
+    `DAEMON_JS=${at("dist/cedanad.cjs")}`,
     `VERSION=${version}`,
     `REVISION=${revision()}`,
   ]);

@@ -4,8 +4,10 @@
 #
 # It is this machine's kernel, files and network in namespaces of their own (processes, mounts, cgroups, host name), with an empty
 # /run, an /etc whose changes are forgotten, and the systemd and D-Bus of this machine. systemd knows no other unit of the machine's. Only the
-# controllers that the machine has in version 2 are there. With COMMAND's end everything in it ends; its status is ours, or 69 where the
-# machine lacks what such a host is made of.
+# controllers that the machine has in version 2 are there. Of the hierarchies of version 1, which nobody sees in it, it has cgroups of its own
+# where we are at the root: an engine that checkpoints alone puts those of its root into the images, and makes them again that have gone
+# since, which would be the whole machine's. With COMMAND's end everything in it ends; its status is ours, or 69 where the machine lacks what
+# such a host is made of.
 set -eu
 
 die() { printf 'with-systemd: %s\n' "$*" >&2; exit 1; }
@@ -23,6 +25,7 @@ if [ "${WITH_SYSTEMD:-}" != inside ]; then
   done
   [ -e "$top/cgroup.controllers" ] || lacks "no cgroups of version 2 at /sys/fs/cgroup or /sys/fs/cgroup/unified"
   cgroup=$top/with-systemd-$$
+  others=''
   dir=$(mktemp -d /run/with-systemd.XXXXXX)
   host=''
 
@@ -33,7 +36,8 @@ if [ "${WITH_SYSTEMD:-}" != inside ]; then
     [ ! -d "$cgroup" ] || {
       echo 1 >"$cgroup/cgroup.kill" 2>/dev/null || :
       i=0
-      until find "$cgroup" -depth -type d -exec rmdir {} + 2>/dev/null || [ $((i += 1)) -gt 100 ]; do sleep 0.05; done
+      # shellcheck disable=SC2086 # a list
+      until find "$cgroup" $others -depth -type d -exec rmdir {} + 2>/dev/null || [ $((i += 1)) -gt 100 ]; do sleep 0.05; done
     }
     rm -rf "$dir"
   }
@@ -45,10 +49,23 @@ if [ "${WITH_SYSTEMD:-}" != inside ]; then
   for controller in $(cat "$top/cgroup.controllers"); do
     echo "+$controller" >"$top/cgroup.subtree_control" 2>/dev/null || : # in use elsewhere: not there, then
   done
+  while IFS=: read -r _ controllers path; do
+    at=/sys/fs/cgroup/${controllers#name=}
+    [ -n "$controllers" ] && [ "$path" = / ] && [ -e "$at/cgroup.procs" ] || continue
+    own=$at/${cgroup##*/}
+    mkdir "$own"
+    for file in cpuset.cpus cpuset.mems; do # without which nobody gets in
+      [ ! -e "$at/$file" ] || cat "$at/$file" >"$own/$file" || :
+    done
+    # A hierarchy that lets nobody in is as it was.
+    if sh -c 'echo 0 >"$1/cgroup.procs"' sh "$own"; then others="$others $own"; else rmdir "$own"; fi
+  done </proc/self/cgroup
+  # COMMAND of a shell that is in those.
+  in_others='for at in '$others'; do echo 0 >"$at/cgroup.procs"; done; exec "$@"'
   mkfifo "$dir/up"
   # unshare waits for its child, and ends it with itself, as it ends with us. Only the child is in the cgroup: its own has to be empty for a cgroup below
   # to get controllers.
-  WITH_SYSTEMD=inside setpriv --pdeathsig KILL unshare --mount --uts --pid --fork --kill-child --propagation private \
+  WITH_SYSTEMD=inside sh -c "$in_others" sh setpriv --pdeathsig KILL unshare --mount --uts --pid --fork --kill-child --propagation private \
     sh -c 'echo 0 >"$1/cgroup.procs" && exec unshare --cgroup sh "$2" "$3"' sh "$cgroup" "$0" "$dir" \
     >"$dir/log" 2>&1 </dev/null &
   host=$!
@@ -57,7 +74,7 @@ if [ "${WITH_SYSTEMD:-}" != inside ]; then
   [ "$up" = up ] && [ -n "$pid" ] || { cat "$dir/log" >&2; die "systemd did not come up"; }
   # A shell that waits, rather than exec: clean_up follows.
   status=0
-  nsenter --target "${pid% }" --mount --pid --cgroup --uts --wdns="$PWD" \
+  sh -c "$in_others" sh nsenter --target "${pid% }" --mount --pid --cgroup --uts --wdns="$PWD" \
     systemd-run --quiet --scope --unit=command --property=Delegate=yes -- "$@" || status=$?
   exit "$status"
 fi

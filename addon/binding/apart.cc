@@ -5,17 +5,14 @@
 #include "apart.h"
 
 #include <fcntl.h>
-#include <linux/openat2.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
-#include <sys/syscall.h>
-#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <string>
 #include <vector>
 
+#include "files.h"
 #include "support.h"
 #include "unique-fd.h"
 
@@ -23,23 +20,18 @@ namespace {
 
 class Open : public Apart {
  public:
-  Open(Napi::Env env, UniqueFd directory, std::string path, struct open_how how)
-      : Apart(env), directory_(std::move(directory)), path_(std::move(path)), how_(how) {}
+  Open(Napi::Env env, UniqueFd directory, OpenRequest request)
+      : Apart(env), directory_(std::move(directory)), request_(std::move(request)) {}
 
  private:
   void Execute() override {
-    int from = directory_.valid() ? directory_.get() : AT_FDCWD;
-    for (int attempt = 0; attempt < 16; attempt++) {
-      fd_ = UniqueFd(static_cast<int>(syscall(SYS_openat2, from, path_.c_str(), &how_, sizeof(how_))));
-      if (fd_.valid() || (errno != EAGAIN && errno != EINTR)) break;
-    }
+    fd_ = request_.Open(directory_.valid() ? directory_.get() : AT_FDCWD);
     if (!fd_.valid()) Fail("openat2", errno);
   }
   Napi::Value Result(Napi::Env env) override { return Napi::Number::New(env, fd_.release()); }
 
   UniqueFd directory_;
-  std::string path_;
-  struct open_how how_;
+  OpenRequest request_;
   UniqueFd fd_;
 };
 
@@ -104,10 +96,9 @@ class Lock : public Apart {
 
  private:
   void Execute() override {
-    if (RetryOnEintr([&] { return flock(fd_.get(), operation_ | LOCK_NB); }) == 0)
-      taken_ = true;
-    else if (errno != EWOULDBLOCK)
-      Fail("flock", errno);
+    int taken = TryLock(fd_.get(), operation_);
+    if (taken == -1) return Fail("flock", errno);
+    taken_ = taken == 1;
   }
   Napi::Value Result(Napi::Env env) override { return Napi::Boolean::New(env, taken_); }
 
@@ -143,28 +134,24 @@ class FileSystem : public Apart {
 // openApart(directory, path, flags, mode, resolve): openat2(2); directory -1: none, the path is absolute.
 Napi::Value OpenApart(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
-  int directory = IntArgument(info, 0, "directory", -1);
-  std::string path = PathArgument(info, 1, "path");
-  struct open_how how = {};
-  how.flags = static_cast<unsigned>(IntArgument(info, 2, "flags")) | O_CLOEXEC;
-  how.mode = static_cast<unsigned>(IntArgument(info, 3, "mode"));
-  how.resolve = static_cast<unsigned>(IntArgument(info, 4, "resolve"));
+  OpenRequest request(info, -1);
   // A duplicate: who is tired of waiting closes his.
   UniqueFd own;
-  if (directory >= 0) {
-    own = UniqueFd(fcntl(directory, F_DUPFD_CLOEXEC, 0));
+  if (request.directory >= 0) {
+    own = UniqueFd(fcntl(request.directory, F_DUPFD_CLOEXEC, 0));
     if (!own.valid()) throw SystemError(env, "fcntl", errno);
   }
-  return (new Open(env, std::move(own), std::move(path), how))->Start(env);
+  return (new Open(env, std::move(own), std::move(request)))->Start(env);
 }
 
 // flockApart(fd, operation): flock(2) without waiting for others; false when somebody else has it.
 Napi::Value FlockApart(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
+  int operation = LockArgument(info, 1);
   // The lock is the open file's, whichever descriptor stands for it.
   UniqueFd own(fcntl(IntArgument(info, 0, "fd"), F_DUPFD_CLOEXEC, 0));
   if (!own.valid()) throw SystemError(env, "fcntl", errno);
-  return (new Lock(env, std::move(own), IntArgument(info, 1, "operation")))->Start(env);
+  return (new Lock(env, std::move(own), operation))->Start(env);
 }
 
 // readApart(path, most): a regular file, whole. EISDIR, EINVAL for what is no file, EFBIG.

@@ -57,9 +57,10 @@ class Apart {
     auto* job = static_cast<Apart*>(self);
     job->Execute();
     Napi::ThreadSafeFunction done = job->done_;
-    // Closing: the environment has gone, and nobody waits.
-    if (done.BlockingCall(job, [](Napi::Env env, Napi::Function, Apart* job) { job->Settle(env); }) != napi_ok) delete job;
-    done.Release();
+    if (done.BlockingCall(job, [](Napi::Env env, Napi::Function, Apart* job) { job->Settle(env); }) == napi_ok)
+      done.Release();
+    else
+      delete job; // closing: the environment has gone, and nobody waits. That answer was our release
     return nullptr;
   }
 

@@ -6,7 +6,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/openat2.h>
 #include <napi.h>
 #include <poll.h>
 #include <signal.h>
@@ -23,6 +22,7 @@
 
 #include "apart.h"
 #include "cuda.h"
+#include "files.h"
 #include "sealed.h"
 #include "seqpacket.h"
 #include "sockets.h"
@@ -89,29 +89,16 @@ Napi::Value PidfdPoll(const Napi::CallbackInfo& info) {
 Napi::Value Flock(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   int fd = IntArgument(info, 0, "fd");
-  int operation = IntArgument(info, 1, "operation");
-  if (operation != LOCK_SH && operation != LOCK_EX && operation != LOCK_UN)
-    throw Napi::TypeError::New(env, "operation must be LOCK_SH, LOCK_EX or LOCK_UN");
-  int result = RetryOnEintr([&] { return flock(fd, operation | LOCK_NB); });
-  if (result == -1 && errno == EWOULDBLOCK) return Napi::Boolean::New(env, false);
-  if (result == -1) throw SystemError(env, "flock", errno);
-  return Napi::Boolean::New(env, true);
+  int taken = TryLock(fd, LockArgument(info, 1));
+  if (taken == -1) throw SystemError(env, "flock", errno);
+  return Napi::Boolean::New(env, taken == 1);
 }
 
-// openat2(2). EAGAIN: a rename raced with the kernel's check of the path; the man page asks for a retry.
+// openat2(2)
 Napi::Value Openat2(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
-  int directory = IntArgument(info, 0, "directory");
-  std::string path = PathArgument(info, 1, "path");
-  struct open_how how = {};
-  how.flags = static_cast<unsigned>(IntArgument(info, 2, "flags")) | O_CLOEXEC;
-  how.mode = static_cast<unsigned>(IntArgument(info, 3, "mode"));
-  how.resolve = static_cast<unsigned>(IntArgument(info, 4, "resolve"));
-  UniqueFd fd;
-  for (int attempt = 0; attempt < 16; attempt++) {
-    fd = UniqueFd(static_cast<int>(syscall(SYS_openat2, directory, path.c_str(), &how, sizeof(how))));
-    if (fd.valid() || (errno != EAGAIN && errno != EINTR)) break;
-  }
+  OpenRequest request(info, 0);
+  UniqueFd fd = request.Open(request.directory);
   if (!fd.valid()) throw SystemError(env, "openat2", errno);
   return Napi::Number::New(env, fd.release());
 }

@@ -255,7 +255,7 @@ class Handle : public Apart {
   void Execute() override {
     UniqueFd mount(open(mount_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
     if (!mount.valid()) {
-      error_ = errno;
+      outcome_ = errno;
       return;
     }
     std::vector<uint8_t> space(sizeof(struct file_handle) + handle_.size());
@@ -264,14 +264,14 @@ class Handle : public Apart {
     handle->handle_type = type_;
     memcpy(handle->f_handle, handle_.data(), handle_.size());
     UniqueFd found(open_by_handle_at(mount.get(), handle, O_PATH | O_CLOEXEC));
-    if (!found.valid()) error_ = errno;
+    if (!found.valid()) outcome_ = errno;
   }
-  Napi::Value Result(Napi::Env env) override { return Napi::Number::New(env, error_); }
+  Napi::Value Result(Napi::Env env) override { return Napi::Number::New(env, outcome_); }
 
   std::string mount_;
   int type_;
   std::vector<uint8_t> handle_;
-  int error_ = 0;
+  int outcome_ = 0;
 };
 
 }  // namespace

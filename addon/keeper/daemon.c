@@ -118,8 +118,8 @@ static int make_listener(const char *path) {
 }
 
 /* The program: CEDANA_DAEMON, else `cedanad` beside our real file, else what the build recorded. */
-static int daemon_command(char *argv[8]) {
-  memset(argv, 0, 8 * sizeof *argv);
+static int daemon_command(char *argv[4]) {
+  memset(argv, 0, 4 * sizeof *argv);
   const char *given = getenv("CEDANA_DAEMON");
   if (given && *given) {
     argv[0] = copy_string(given);
@@ -139,11 +139,7 @@ static int daemon_command(char *argv[8]) {
   if (DAEMON_NODE[0] == 0 || DAEMON_JS[0] == 0) return -ENOENT;
   argv[0] = copy_string(DAEMON_NODE);
   argv[1] = "--max-semi-space-size=1"; /* as bin/cedanad, which says why */
-  argv[2] = "--optimize-for-size";
-  argv[3] = "--incremental-marking-soft-trigger=20";
-  argv[4] = "--no-turbofan";
-  argv[5] = "--no-maglev-inlining";
-  argv[6] = copy_string(DAEMON_JS);
+  argv[2] = copy_string(DAEMON_JS);
   return 0;
 }
 
@@ -171,14 +167,14 @@ int daemon_start(pid_t *pid) {
   if (connection >= 0) return connection;
   if (connection == -EAGAIN) return -EBUSY;
 
-  char *argv[8] = {0};
+  char *argv[4] = {0};
   result = daemon_command(argv);
   if (result < 0) {
     daemon_log_line("no cedanad to start: CEDANA_DAEMON is not set, none beside the shim, none recorded at build");
     return result;
   }
   autofree char *program = argv[0];
-  autofree char *script = argv[6];
+  autofree char *script = argv[2];
   autofd listener = make_listener(daemon_socket());
   if (listener < 0) return listener;
   autofd null = open("/dev/null", O_RDWR | O_CLOEXEC);

@@ -34,20 +34,19 @@
 #include "launcher.h"
 #include "util.h"
 
-#define THREADS_MAX 65536
-
 static int fail(const char *what, long pid) {
   fprintf(stderr, "cedana-exit: %s %ld: %s\n", what, pid, strerror(errno));
   return 1;
 }
 
-/* Threads that could be seized; nobody makes new ones in a frozen cgroup. */
-static int seize(pid_t pid, pid_t *threads, size_t *count) {
+/* Every thread; nobody makes new ones in a frozen cgroup. */
+static int seize(pid_t pid) {
   autofree char *path = format("/proc/%d/task", (int)pid);
   DIR *directory = opendir(path);
   if (!directory) return fail("list the threads of", pid);
   int result = 0;
-  for (struct dirent *entry; (entry = readdir(directory)) && *count < THREADS_MAX;) {
+  bool some = false;
+  for (struct dirent *entry; (entry = readdir(directory));) {
     pid_t thread = (pid_t)strtol(entry->d_name, NULL, 10);
     if (thread <= 0) continue;
     if (ptrace(PTRACE_SEIZE, thread, NULL, PTRACE_O_EXITKILL) < 0) {
@@ -55,11 +54,11 @@ static int seize(pid_t pid, pid_t *threads, size_t *count) {
       if (errno != ESRCH && errno != EPERM) result = fail("seize", thread);
       continue;
     }
-    threads[(*count)++] = thread;
+    some = true;
     ptrace(PTRACE_INTERRUPT, thread, NULL, NULL);
   }
   closedir(directory);
-  if (result == 0 && *count == 0) {
+  if (result == 0 && !some) {
     errno = EPERM; /* kernel.yama.ptrace_scope 3, or it has ended */
     return fail("trace", pid);
   }
@@ -147,9 +146,7 @@ int exit_main(int argc, char **argv) {
   }
   pid_t pid = (pid_t)strtol(argv[1], NULL, 10);
   int status = (int)strtol(argv[2], NULL, 10);
-  autofree pid_t *threads = allocate(THREADS_MAX * sizeof *threads);
-  size_t count = 0;
-  int result = seize(pid, threads, &count);
+  int result = seize(pid);
   if (result) return result;
   if (write_all(1, "ready\n", 6) < 0) return fail("tell who has called us about", pid);
   /* Any thread will do; the first that stops. Others stay stopped until exit_group ends them. */

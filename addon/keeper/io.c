@@ -16,8 +16,7 @@
  * event, so that a loud container doesn't keep the frames waiting.
  *
  * Output FIFOs are opened O_RDWR: a reader that leaves gives neither EPIPE nor end of file, and one that returns goes on where
- * the other stopped. The stdin FIFO is held open for
- * writing by ourselves until IO_CLOSE_STDIN.
+ * the other stopped. The stdin FIFO is held open for writing by ourselves until IO_CLOSE_STDIN.
  */
 #include "keeper.h"
 #include "daemon.h"

@@ -21,7 +21,7 @@
 #define LONELY_MS 60000        /* no task, no request: nobody needs us */
 #define LEAVE_MS 2000
 #define EARLY_MS 5000          /* a cedanad that ends sooner, without a welcome, wasn't well */
-#define QUICK_MS 1000          /* one that ends so soon after it, maybe because of what we told it */
+#define QUICK_MS 1000          /* one that ends so soon after it, maybe because of what we told it; CEDANA_KEEPER_QUICK_MS for tests */
 #define BACKOFF_MIN_MS 100
 #define BACKOFF_MAX_MS 5000    /* without a welcome */
 #define BACKOFF_QUICK_MAX_MS 1000 /* with one: others may need it, and so may our callers (State: 2 s) */
@@ -164,8 +164,7 @@ static int64_t oom_kills(const struct task *t) {
   autofree char *text = NULL;
   if (read_file(t->oom_file, 4096, &text, NULL) < 0) return t->oom_kills;
   char *line = strstr(text, "oom_kill ");
-  int64_t count = line ? (int64_t)strtoll(line + strlen("oom_kill "), NULL, 10) : 0;
-  return count;
+  return line ? (int64_t)strtoll(line + strlen("oom_kill "), NULL, 10) : 0;
 }
 
 static void oom_due(struct timer *timer);
@@ -199,8 +198,8 @@ static void oom_ready(struct watch *watch, uint32_t events) {
 }
 
 /*
- * Version 2 of cgroups: inotify on memory.events, of which more kills are told, those of a tenth of a second together. Version 1: an eventfd registered by a line in cgroup.event_control, whose
- * notification begins with the memory.oom_control that must stay open.
+ * Version 2 of cgroups: inotify on memory.events, which is read then: only kills are told. Version 1: an eventfd registered by a line in
+ * cgroup.event_control, which begins with its number and that of memory.oom_control, which must stay open.
  */
 void oom_watch(const struct message *m) {
   struct tag tag = tag_of(m);
@@ -466,8 +465,9 @@ static void link_lost(void) {
   if (!welcomed) {
     backoff_ms = lived_ms < EARLY_MS ? longer(backoff_ms, BACKOFF_MAX_MS) : 0;
   } else {
-    backoff_ms = lived_ms < QUICK_MS && quick ? longer(backoff_ms, BACKOFF_QUICK_MAX_MS) : 0;
-    quick = lived_ms < QUICK_MS;
+    bool ended_soon = lived_ms < environment_number("CEDANA_KEEPER_QUICK_MS", QUICK_MS);
+    backoff_ms = ended_soon && quick ? longer(backoff_ms, BACKOFF_QUICK_MAX_MS) : 0;
+    quick = ended_soon;
   }
   welcomed = false;
   awaited = 0;

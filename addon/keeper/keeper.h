@@ -93,8 +93,7 @@ void children_spawn(const struct message *m);
 void children_signal(const struct message *m);
 void children_resend_exits(void);
 void children_ack(int64_t sequence);
-/* A log program: driver argv, its fds 3, 4, 5. Returns the pid. */
-/* argv NULL: `own`, which is ourselves by another name. An fd of -1: none. */
+/* A log program with its fds 3, 4, 5; -1: none. argv NULL: ourselves, by the name in `own`. Returns the pid, or -errno. */
 pid_t children_start_logger(char **argv, char *const *own, char **env, int out, int err, int ready);
 
 /* ---- io.c ---- */
@@ -123,7 +122,7 @@ void io_logger_drained(struct io *io);
 struct logger;
 /* Starts the program; io_logger_started tells the rest. The caller has the pipes' write ends. */
 int logger_start(const struct message *m, struct io *io, int write_ends[2], struct logger **out, char **why);
-/* The same for log files, by a process of our own (file-log.c). NULL: not that stream, whose write end is -1. */
+/* The same for log files, by a process of our own (file-log.c). NULL: not that stream, whose write end is -1. -EINVAL for a relative path. */
 int logger_start_files(const struct message *m, struct io *io, const char *const paths[2], int write_ends[2], struct logger **out, char **why);
 bool logger_is_starting(const struct logger *l);
 /* Looks for its having read everything; io_logger_drained tells. */

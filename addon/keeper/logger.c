@@ -11,7 +11,7 @@
  * Log files (`file://`) are written by a process of the same kind, which is ourselves (file-log.c), and of which more is known:
  *
  *   ready       it says so, or why it can't be
- *   dies early  another one is started, and goes on with what is in the pipes
+ *   dies early  another one is started, and goes on with what is in the pipes; after a pause that grows where it can't
  *   drain       its end, which comes when all is written
  *   end         SIGKILL: the operation that frees it waits for no disk
  */
@@ -26,7 +26,8 @@
 
 #define READY_MS 10000
 #define TERMINATE_MS 12000 /* as containerd's own shim */
-#define AGAIN_MS 100
+#define AGAIN_MS 100 /* doubling to */
+#define AGAIN_MAX_MS 5000 /* where one that writes log files ends at once each time: its file can't be opened any more */
 #define LOOK_MS 50
 #define IDLE_LOOKS 20 /* a second */
 
@@ -38,7 +39,8 @@ struct logger {
   char *paths[2]; /* of files */
   int read_ends[2];
   struct watch ready;
-  struct timer limit; /* starting: of its patience; freed: of ours */
+  struct timer limit; /* starting: of its patience; freed: of ours; between two that write files: the pause */
+  uint64_t begun_ms, pause_ms; /* of who writes files */
   struct timer look;
   unsigned idle_looks;
   bool starting, running, ended;
@@ -57,7 +59,7 @@ static void logger_free(struct logger *l) {
 }
 
 static void writer_says(struct logger *l);
-static void again_due(struct timer *timer);
+static void start_again_later(struct logger *l);
 
 static void started(struct logger *l, int error, const char *why) {
   l->starting = false;
@@ -86,7 +88,7 @@ static void ended(struct child *child, int status) {
   }
   if (l->files && status != 0) {
     daemon_log_line("%s/%s: what writes %s (pid %d) ended with %s: another one follows", keeper.namespace, keeper.id, l->name, (int)child->pid, how);
-    timer_start(&l->limit, AGAIN_MS, again_due);
+    start_again_later(l);
     return;
   }
   l->ended = true;
@@ -171,6 +173,7 @@ static pid_t start_writer(struct logger *l) {
   }
   watch_close(&l->ready);
   l->running = true;
+  l->begun_ms = now_ms();
   child_watch(&l->child, pid, ended);
   l->ready = (struct watch){.fd = ends[0], .ready = ready};
   watch_events(&l->ready, EPOLLIN);
@@ -179,7 +182,14 @@ static pid_t start_writer(struct logger *l) {
 
 static void again_due(struct timer *timer) {
   struct logger *l = container_of(timer, struct logger, limit);
-  if (start_writer(l) < 0) timer_start(timer, AGAIN_MS, again_due);
+  if (start_writer(l) < 0) start_again_later(l);
+}
+
+static void start_again_later(struct logger *l) {
+  bool was_well = now_ms() - l->begun_ms > AGAIN_MAX_MS;
+  uint64_t longer = l->pause_ms * 2 > AGAIN_MAX_MS ? AGAIN_MAX_MS : l->pause_ms * 2;
+  l->pause_ms = was_well || l->pause_ms == 0 ? AGAIN_MS : longer;
+  timer_start(&l->limit, l->pause_ms, again_due);
 }
 
 int logger_start(const struct message *m, struct io *io, int write_ends[2], struct logger **out, char **why) {
@@ -230,6 +240,11 @@ int logger_start(const struct message *m, struct io *io, int write_ends[2], stru
 }
 
 int logger_start_files(const struct message *m, struct io *io, const char *const paths[2], int write_ends[2], struct logger **out, char **why) {
+  for (int i = 0; i < 2; i++)
+    if (paths[i] && paths[i][0] != '/') {
+      *why = format("log file \"%s\": not an absolute path", paths[i]);
+      return -EINVAL;
+    }
   struct logger *l = allocate(sizeof *l);
   const char *other = paths[0] && paths[1] && strcmp(paths[0], paths[1]) ? paths[1] : NULL;
   const char *first = paths[0] ? paths[0] : paths[1];

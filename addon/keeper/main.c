@@ -7,6 +7,7 @@ int main(int argc, char **argv) {
   if (!strcmp(name, "cedana-runtime")) return runtime_main(argv);
   if (!strcmp(name, "cedana-loopback")) return loopback_main();
   if (!strcmp(name, "cedana-exit")) return exit_main(argc, argv);
+  if (!strcmp(name, "cedana-pids")) return pids_main(argc, argv);
   if (!strcmp(name, "criu")) return criu_main(argc, argv);
   if (!strcmp(name, "tar")) return tar_main(argv);
   if (!strcmp(name, "cedana-log")) return log_main(argc, argv);

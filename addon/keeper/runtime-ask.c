@@ -314,7 +314,7 @@ again:
     result = fd;
   }
   if (restored) delete_restored(caller);
-  wake_successor();
+  if (fd >= 0) wake_successor(); /* else there is none, as we have just seen */
   runtime_fail("%s: cedanad at %s ended in the middle of it: %s; its log is %s", runtime.argv[runtime.command], daemon_socket(),
                strerror(-result), daemon_log());
 }

@@ -119,8 +119,14 @@ void runtime_options_check(const char *command, char **arguments) {
     bool set = true;
     if (!option->value && value && !parse_boolean(value, &set))
       wrong_usage(command, format("invalid boolean value \"%s\" for -%.*s: parse error", value, (int)length, name));
-    if (!set) continue;
-    canonical[out++] = option->value ? format("--%s=%s", option->name, value) : format("--%s", option->name);
+    if (set) {
+      canonical[out++] = option->value ? format("--%s=%s", option->name, value) : format("--%s", option->name);
+      continue;
+    }
+    int kept = 0; /* the last word on a flag counts */
+    for (int k = 0; k < out; k++)
+      if (strcmp(canonical[k] + 2, option->name)) canonical[kept++] = canonical[k];
+    out = kept;
   }
   if (ids != 1) wrong_usage(command, format("cedana-runtime: \"%s\" requires exactly 1 argument(s)", command));
   if (!*id) wrong_usage(command, format("cedana-runtime: \"%s\": the container id is empty", command));

@@ -86,9 +86,9 @@ export async function compareToContainer(
       `it is of the image ${dumpedImage}, this container of ${container.image}: files that the program has open or mapped must be the same`,
     );
   if (!facts) return { findings: found.list, externalMounts: [], closesTcp: false };
-  const externalMounts = await compareMounts(facts.mounts, container, found);
-  // What a rootfs diff brings isn't there yet: `compareFilesWithDiff`.
-  if (container.rootfs !== undefined && !(await hasRootfsDiff(path)))
+  const { externalMounts, silent } = await compareMounts(facts.mounts, container, found);
+  // What a rootfs diff brings isn't there yet: `compareFilesWithDiff`. What doesn't answer would be waited for at its files, too.
+  if (container.rootfs !== undefined && !silent && !(await hasRootfsDiff(path)))
     await compareFiles(facts, container, found);
   const closesTcp = await compareAddresses(facts.sockets, container.network, found);
   return { findings: found.list, externalMounts, closesTcp };
@@ -119,13 +119,13 @@ async function look(source: string): Promise<"there" | "missing" | "silent"> {
 /**
  * CRIU makes the mounts that the images have, and no others. Those from outside it knows by the engine's key, which for a bind mount is
  * where it is mounted.
- * @returns what is hidden from the container in the way of another engine
+ * @returns what is hidden from the container in the way of another engine; and whether a mount's source doesn't answer
  */
 async function compareMounts(
   mounts: readonly DumpedMount[],
   container: RestoredContainer,
   found: Found,
-): Promise<ExternalMount[]> {
+): Promise<{ externalMounts: ExternalMount[]; silent: boolean }> {
   const external: ExternalMount[] = [];
   const rootMount = mounts.find(({ mountPoint }) => mountPoint === "/")?.id;
   // All sources are asked at once, each in a thread of its own: one after another, they would be most of what is done here.
@@ -166,7 +166,8 @@ async function compareMounts(
         `it has a mount from outside at ${key} (${root} of its file system), which the new container lacks: give it the same mount`,
       );
   }
-  if (mounts.length === 0) return external;
+  const silent = (await Promise.all(looks.values())).includes("silent");
+  if (mounts.length === 0) return { externalMounts: external, silent };
   const dumped = new Set(mounts.map(({ mountPoint }) => mountPoint));
   for (const mountPoint of container.mountPoints)
     if (!dumped.has(mountPoint) && !isBelowAny(mountPoint, container.cgroupMountPoints))
@@ -174,7 +175,7 @@ async function compareMounts(
         "mount",
         `the container's mount at ${mountPoint} will not be there: the checkpoint has none`,
       );
-  return external;
+  return { externalMounts: external, silent };
 }
 
 /** How engines hide a file: by /dev/null in its place. */

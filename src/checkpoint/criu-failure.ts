@@ -13,8 +13,7 @@ export async function criuFailure(
   if (failure instanceof CriuFailed) return failure; // its owner has looked there
   const summary = await explainCriuLog(join(workPath, logName)).catch(() => undefined); // no log: CRIU was not even started
   if (!summary) return failure;
-  const isCutOff = !summary.lastLines.some((line) => /FAILED|finished successfully/.test(line));
-  if (isCutOff && summary.cause === undefined)
+  if (summary.outcome === undefined && summary.cause === undefined)
     return new CriuFailed(
       `${what} failed in the engine's step (${failure.message}): CRIU was killed: its log is cut off`,
       {

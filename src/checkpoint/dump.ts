@@ -36,7 +36,7 @@ import {
 } from "./dump/context.ts";
 import { criuDump, meetCriu, openWorkPath, startEngine } from "./dump/criu.ts";
 import { digestAlongside, findChanges, takeRootfs } from "./dump/files.ts";
-import { askForFacts, finishAttempt, recordDump } from "./dump/manifest.ts";
+import { askForFacts, finishAttempt, isInPlace, recordDump } from "./dump/manifest.ts";
 import { checkParent, isTrackedSince, withoutParent } from "./dump/parent.ts";
 import {
   checkpointDevices,
@@ -137,13 +137,17 @@ export async function dump(
     devices: undefined,
     frozenMs: 0,
     criuFrozenMs: undefined,
-    ended: false,
+    ended: begun !== undefined && isInImagesAlone(begun.attempt),
     times: [],
     signal: options.signal ?? new AbortController().signal,
     onBoundary: options.onBoundary,
   };
   await pluginsLoaded();
-  await runChain("dump", dumpSteps.flatMap(withAdapters), context);
+  try {
+    await runChain("dump", dumpSteps.flatMap(withAdapters), context);
+  } catch (error) {
+    throw context.staging ? await giveUp(context, error) : error;
+  }
   const outcome = {
     path: context.staging.finalPath,
     times: timesByStep(context.times),
@@ -255,22 +259,28 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
       target.log.warn(withoutParent(target.what, parentPath));
     }
   }
-  const { staging } = context;
+  noteAttempt(context);
+  if (request.parentPath && !context.attempt.withoutParent) {
+    const parent = absoluteParent(request);
+    context.parentPath = relative(imagesIn(context), parent);
+    context.parentDigests = await inventoryDigests(parent);
+  }
+  mkdirSync(imagesIn(context), { recursive: true, mode: 0o700 });
+  await next();
+  noteAttempt(context, { phase: "committing" });
+  await context.staging.commit({ durable: mustSync(context) });
+  rmSync(attemptFile(target), { force: true });
+}
+
+/**
+ * After a failure of any step, also of one before `openStaging`, for which a repetition has a staging directory already. Where the
+ * processes are in the images alone, these stay.
+ * @returns what the caller is told
+ */
+async function giveUp({ ended, staging, target }: DumpContext, error: unknown): Promise<unknown> {
   try {
-    noteAttempt(context);
-    if (request.parentPath && !context.attempt.withoutParent) {
-      const parent = absoluteParent(request);
-      context.parentPath = relative(imagesIn(context), parent);
-      context.parentDigests = await inventoryDigests(parent);
-    }
-    mkdirSync(imagesIn(context), { recursive: true, mode: 0o700 });
-    await next();
-    noteAttempt(context, { phase: "committing" });
-    await staging.commit({ durable: mustSync(context) });
-  } catch (error) {
-    if (!context.ended) throw error;
-    // The processes are in the images alone now: these stay, whatever fails.
-    throw new CriuFailed(
+    if (!ended) return error;
+    return new CriuFailed(
       `${target.what} was dumped and has ended, but its checkpoint could not be finished: ${messageOf(error)}. What was made is kept in ${staging.keep()}`,
       { cause: error },
     );
@@ -278,6 +288,11 @@ async function openStaging(context: DumpContext, next: () => Promise<void>): Pro
     await staging[Symbol.asyncDispose]();
     rmSync(attemptFile(target), { force: true });
   }
+}
+
+/** Whether an attempt before a crash has put the processes to their end. */
+function isInImagesAlone({ leaveRunning, phase, pastGate }: Attempt): boolean {
+  return !leaveRunning && (phase !== "begun" || pastGate === true);
 }
 
 /** What a cedanad before us did of this request. `committed`: all of it. */
@@ -320,13 +335,14 @@ export async function abandonAttempt(
   const path = join(directory, ATTEMPT_NAME);
   const attempt = await readRecord<Attempt>(path);
   if (!attempt) return undefined; // none was begun
-  const { staging: record, phase, leaveRunning, gate } = attempt;
+  const { staging: record, leaveRunning, gate } = attempt;
   const staging = Staging.resume(record);
   if (staging) await endOfWriters(staging.path);
   if (gate) removeGate(gate);
-  const isLast = !leaveRunning && (phase !== "begun" || (await hasEnded()));
+  const isLast = isInImagesAlone(attempt) || (!leaveRunning && (await hasEnded()));
   let left: AbandonedDump;
-  if (staging && isLast && !staging.isEmpty)
+  if (isLast && (await isInPlace(attempt))) left = { finished: record.finalPath };
+  else if (staging && isLast && !staging.isEmpty)
     try {
       left = (await finishAttempt(staging, attempt))
         ? { finished: record.finalPath }

@@ -34,6 +34,7 @@ export type Fault =
   | "mount"
   | "file"
   | "address"
+  | "pid"
   /** between it and the node */
   | "plugin"
   | "cpu"

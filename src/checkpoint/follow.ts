@@ -57,7 +57,7 @@ export interface Follower {
   /** so far */
   readonly bytes: number;
   /** The writer has ended: hashes what is left. @returns every regular file below the directory, sorted by path */
-  finish(): Promise<HashedFile[]>;
+  finish(signal?: AbortSignal): Promise<HashedFile[]>;
   /** Ends it where nobody calls `finish`. */
   abandon(): void;
 }
@@ -71,9 +71,9 @@ export interface Follower {
  */
 export function followFiles(
   directory: string,
-  options: { images?: string; toDisk?: boolean; signal?: AbortSignal | undefined } = {},
+  options: { images?: string; toDisk?: boolean } = {},
 ): Follower {
-  const { images = directory, toDisk = false, signal } = options;
+  const { images = directory, toDisk = false } = options;
   const end = new AbortController();
   const followed = new Map<string, Followed>();
   const following = follow(directory, relative(directory, images), { followed, toDisk, end: end.signal });
@@ -82,7 +82,7 @@ export function followFiles(
     get bytes() {
       return [...followed.values()].reduce((sum, { size }) => sum + size, 0);
     },
-    finish: async () => {
+    finish: async (signal) => {
       end.abort();
       await following;
       return await digestTree(directory, { followed, signal });

@@ -13,7 +13,7 @@ import { posix } from "node:path";
 import type { Logger } from "pino";
 import { SyscallFailed, WrongState } from "../errors/index.ts";
 import { makeNode, openBeneath } from "../linux/addon.ts";
-import { isServed, openApart, openBeneathApart } from "../linux/apart.ts";
+import { isServed, O_PATH, openApart, openBeneathApart } from "../linux/apart.ts";
 import { splitDevice } from "../linux/fdinfo.ts";
 import { pidsInNamespaces } from "../linux/proc.ts";
 
@@ -64,9 +64,7 @@ export async function makeGpuNodes(
       // The path may lead through links of the container's: never out of it, so none at all.
       const parent = await openParent(root, posix.dirname(node.path).slice(1));
       try {
-        // What is behind a server of the container's would be waited for.
-        if (await isServed(`/proc/self/fd/${parent}`))
-          throw new WrongState(`${node.path} is on a file system that the container serves itself`);
+        await refuseServed(parent, node.path);
         makeOne(parent, node, log);
       } finally {
         closeSync(parent);
@@ -79,6 +77,12 @@ export async function makeGpuNodes(
   }
 }
 
+/** What is behind a server of the container's would be waited for. */
+async function refuseServed(directory: number, path: string): Promise<void> {
+  if (await isServed(`/proc/self/fd/${directory}`))
+    throw new WrongState(`${path} is on a file system that the container serves itself`);
+}
+
 async function openParent(root: number, path: string): Promise<number> {
   const flags = constants.O_DIRECTORY | constants.O_RDONLY;
   try {
@@ -88,15 +92,13 @@ async function openParent(root: number, path: string): Promise<number> {
   }
   const above = await openBeneathApart(root, posix.dirname(path), flags); // of nvidia-caps
   try {
+    await refuseServed(above, `/${path}`);
     mkdirSync(`/proc/self/fd/${above}/${posix.basename(path)}`, 0o755);
   } finally {
     closeSync(above);
   }
   return await openBeneathApart(root, path, flags);
 }
-
-/** Of openat2(2), which Node's constants lack: a descriptor that only stands for the file. */
-const O_PATH = 0o10000000;
 
 function makeOne(parent: number, node: GpuNode, log: Pick<Logger, "info" | "warn">): void {
   const name = posix.basename(node.path);

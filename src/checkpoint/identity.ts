@@ -1,15 +1,15 @@
-import { mkdir, readdir, readFile, realpath, rm, symlink, writeFile } from "node:fs/promises";
-import { join, relative } from "node:path";
-import { encodeMessage, readOne } from "../criu/image/index.ts";
+import { join } from "node:path";
+import { readOne } from "../criu/image/index.ts";
 import { localAddresses } from "../linux/addresses.ts";
+import type { ChangedImage } from "./changed-images.ts";
 import type { Found } from "./finding.ts";
 import type { DumpedSocket, ImageFacts } from "./image-facts.ts";
 
 /*
  * Who a restored container is: another host name and other addresses than the one that was dumped may be its.
  *
- * The host name is in the images, and CRIU gives it to the new namespace. Where the new container has another, CRIU gets a directory of
- * links to the images, and in the place of one of them its copy with the new name. The images themselves stay as they were taken.
+ * The host name is in the images, and CRIU gives it to the new namespace. Where the new container has another, CRIU gets a copy with that
+ * (changed-images.ts).
  */
 
 /** Where a restored container has its network. */
@@ -72,35 +72,16 @@ function isLoopback(address: string): boolean {
   return address.startsWith("127.") || address === "::1";
 }
 
-/** A directory that CRIU is to take for the images, in an owner's directory. */
-export function adaptedImages(directory: string): string {
-  return join(directory, "criu-images");
-}
-
 /**
- * Makes the directory with the container's own host name, when the images have another.
- * @returns whether it did
+ * The image of the host name with the container's own, when the images have another.
+ * @returns undefined where they haven't
  */
-export async function adaptHostname(
+export async function withHostname(
   imagePath: string,
-  facts: ImageFacts,
+  { hostname: dumped, hostnameImage }: ImageFacts,
   hostname: string | undefined,
-  directory: string,
-): Promise<boolean> {
-  const { hostnameImage } = facts;
-  if (hostname === undefined || hostnameImage === undefined || facts.hostname === hostname) return false;
-  const adapted = adaptedImages(directory);
-  await rm(adapted, { recursive: true, force: true }); // of an attempt before a crash
-  await mkdir(adapted, { mode: 0o700 });
-  // Relative: CRIU opens some of them when the container's root is already its own, but the directory is still the host's.
-  const there = relative(await realpath(adapted), await realpath(imagePath));
-  for (const name of await readdir(imagePath))
-    if (name !== hostnameImage) await symlink(join(there, name), join(adapted, name));
-  const original = join(imagePath, hostnameImage);
-  const message = encodeMessage("utsns_entry", { ...(await readOne(original, "UTSNS")), nodename: hostname });
-  const words = (await readFile(original)).subarray(0, 8); // the magic ones
-  const length = Buffer.alloc(4);
-  length.writeUInt32LE(message.length);
-  await writeFile(join(adapted, hostnameImage), Buffer.concat([words, length, message]), { mode: 0o600 });
-  return true;
+): Promise<ChangedImage | undefined> {
+  if (hostname === undefined || hostnameImage === undefined || dumped === hostname) return undefined;
+  const before = await readOne(join(imagePath, hostnameImage), "UTSNS");
+  return { name: hostnameImage, kind: "utsns_entry", message: { ...before, nodename: hostname } };
 }

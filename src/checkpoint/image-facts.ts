@@ -39,6 +39,8 @@ export interface DumpedSocket {
 
 /** What CRIU's images ask of the surroundings of a restore. */
 export interface ImageFacts {
+  /** of processes, threads, process groups and sessions, as CRIU makes them again; ascending */
+  ids: number[];
   mounts: DumpedMount[];
   files: DumpedFile[];
   sockets: DumpedSocket[];
@@ -55,7 +57,8 @@ export interface ImageFacts {
 export async function readImageFacts(imagePath: string): Promise<ImageFacts | undefined> {
   try {
     const image = (name: string) => readImage(join(imagePath, `${name}.img`));
-    const [root] = await image("pstree");
+    const tree = await image("pstree");
+    const [root] = tree;
     const [ids] = await image(`ids-${Number(root?.pid)}`);
     const hostnameImage = `utsns-${Number(ids?.uts_ns_id)}`;
     const [mounts, files, remaps, [uts]] = await Promise.all([
@@ -67,6 +70,7 @@ export async function readImageFacts(imagePath: string): Promise<ImageFacts | un
     ]);
     const deleted = new Set(remaps.map(({ orig_id }) => Number(orig_id)));
     return {
+      ids: idsOf(tree),
       mounts: mounts.map(mountOf),
       files: files
         .map(({ reg }) => reg as Message | undefined)
@@ -88,6 +92,23 @@ export async function readImageFacts(imagePath: string): Promise<ImageFacts | un
 function absent(error: NodeJS.ErrnoException): Message[] {
   if (error.code === "ENOENT") return [];
   throw error;
+}
+
+/**
+ * A process group or session whose first process has ended gets a helper of its id, which ends when the others are there; but for those of
+ * the first process, which are others' where it hasn't its own.
+ */
+function idsOf(tree: readonly Message[]): number[] {
+  const numbers = (values: unknown[]) => values.map(Number);
+  const processes = new Set(
+    tree.flatMap(({ pid, threads }) => numbers([pid, ...((threads ?? []) as unknown[])])),
+  );
+  const [root] = tree;
+  const outside = numbers([root?.pgid, root?.sid]).filter((id) => !processes.has(id));
+  const groups = tree
+    .flatMap(({ pgid, sid }) => numbers([pgid, sid]))
+    .filter((id) => id > 0 && !outside.includes(id));
+  return [...new Set([...processes, ...groups])].sort((a, b) => a - b);
 }
 
 function mountOf(mount: Message): DumpedMount {

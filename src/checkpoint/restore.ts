@@ -1,4 +1,4 @@
-import { mkdir, rm, writeFile } from "node:fs/promises";
+import { mkdir, rm, rmdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { Unavailable, Unsupported } from "../errors/index.ts";
@@ -8,13 +8,14 @@ import { readMountInfo } from "../linux/mount-options.ts";
 import { readRecord, writeRecord } from "../linux/record-file.ts";
 import { adapterSteps } from "./adapters.ts";
 import { runChain, type Step, timesByStep } from "./chain.ts";
+import { type ChangedImage, changedImages, linkImages, withoutOtherHierarchies } from "./changed-images.ts";
 import { compareFilesWithDiff, type ExternalMount } from "./compare.ts";
 import { criuFailure, keepLog } from "./criu-failure.ts";
 import { type DeviceRestore, deviceSlot } from "./device-slot.ts";
 import { type PluginRestore, restoreFeatures } from "./features.ts";
 import { refusalOfRestore } from "./finding.ts";
 import { makeMountPoint } from "./gpu-mounts.ts";
-import { adaptedImages, adaptHostname } from "./identity.ts";
+import { withHostname } from "./identity.ts";
 import type { LazyRestore, LazyTarget } from "./lazy/begin.ts";
 import type { CheckpointManifest, ContainerIdentity } from "./manifest.ts";
 import { isThere, type OpenCheckpoint } from "./open.ts";
@@ -27,6 +28,7 @@ import {
   type RestoreLook,
   restoreChecks,
 } from "./restore/checks.ts";
+import { freeIds, type SharedPids } from "./restore/ids.ts";
 import { writeRestoredFile } from "./restored-file.ts";
 import { applyRootfsDiff, hasRootfsDiff } from "./rootfs-diff/index.ts";
 import { UnpackedCheckpoint } from "./unpack.ts";
@@ -90,8 +92,12 @@ export interface RestoreTarget extends RestoreCandidate {
   /** The container's cgroup is where its configuration says, whatever the images say. */
   prepareCgroup(policy: CriuPolicy): Promise<void>;
   removeCgroup(): Promise<void>;
+  /** hierarchies of version 1 beside the one of version 2 in which the container's cgroup is: those are others' */
+  readonly hasOtherHierarchies: boolean;
   /** which device becomes which (`cedana.io/gpu-map`) */
   readonly deviceMap?: string | undefined;
+  /** undefined: it has a pid namespace of its own */
+  readonly sharedPids?: SharedPids | undefined;
   /** the engine's restore returns when the container has ended, not when it runs */
   readonly inForeground?: boolean;
   /** Of the restored container. */
@@ -100,7 +106,7 @@ export interface RestoreTarget extends RestoreCandidate {
   engineRestore(options: EngineRestore): Promise<void>;
   /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
   endCriu(workPath: string): Promise<void>;
-  /** Then: no process and nothing of the engine's state stays. What doesn't go is logged, not thrown. */
+  /** Then: no process and nothing of the engine's state stays. */
   undoEngineRestore(options: Pick<EngineRestore, "lazy">): Promise<void>;
   /** where the engine shows CRIU the root file system */
   readonly criuRoots: readonly string[];
@@ -128,7 +134,8 @@ type RestoreStep = Step<RestoreContext>;
 /** The restore, in order. Each step undoes its own work when a later one fails. */
 export const restoreSteps = [
   ...restoreChecks,
-  adaptImages, // for another host name
+  reserveIds, // those of processes, where others live in their namespace; waits for who has one for a moment, refuses what stays
+  adaptImages, // for another host name, and other hierarchies of cgroups
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
   openRestoreWorkPath,
   restoreAdaptersOfPlugins, // those of all plugins stand here
@@ -195,10 +202,24 @@ export async function restore(
  */
 export async function discardRestore(directory: string, unpackRoot: string | undefined): Promise<void> {
   if (unpackRoot !== undefined) await new UnpackedCheckpoint(unpackRoot, directory).remove();
-  await rm(adaptedImages(directory), { recursive: true, force: true });
+  await rm(changedImages(directory), { recursive: true, force: true });
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
   await rm(appliedMark(directory), { force: true });
+}
+
+// ---- process ids -----------------------------------------------------------------------------------------------------
+
+/** Without facts an engine of before a crash may have restored it: the ids are its own. */
+async function reserveIds(
+  { facts, request, target }: RestoreContext,
+  next: () => Promise<void>,
+): Promise<void> {
+  if (target.sharedPids && facts) {
+    const refusal = refusalOfRestore(request.path, await freeIds(facts.ids, target.sharedPids, target.log));
+    if (refusal) throw refusal;
+  }
+  await next();
 }
 
 // ---- images ----------------------------------------------------------------------------------------------------------
@@ -207,11 +228,20 @@ async function adaptImages(context: RestoreContext, next: () => Promise<void>): 
   const { checkpoint, facts, target } = context;
   const { container, directory } = target;
   try {
-    if (facts && (await adaptHostname(checkpoint.imagePath, facts, container.hostname, directory)))
-      context.engineImages = adaptedImages(directory);
+    if (facts) {
+      const { imagePath } = checkpoint;
+      const changes = [
+        await withHostname(imagePath, facts, container.hostname),
+        target.hasOtherHierarchies ? await withoutOtherHierarchies(imagePath) : undefined,
+      ].filter((change): change is ChangedImage => change !== undefined);
+      if (changes.length > 0) {
+        await linkImages(imagePath, directory, changes);
+        context.engineImages = changedImages(directory);
+      }
+    }
     await next();
   } finally {
-    await rm(adaptedImages(directory), { recursive: true, force: true });
+    await rm(changedImages(directory), { recursive: true, force: true });
   }
 }
 
@@ -479,9 +509,15 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
     await next();
   } catch (error) {
     lazy?.restoreHasFailed();
-    await target.endCriu(workPath);
-    await unmountLeft(target.criuRoots, target);
-    await target.undoEngineRestore({ lazy: lazy !== undefined });
+    try {
+      await target.endCriu(workPath);
+      await unmountLeft(target.criuRoots, target); // or else the engine would delete what is mounted there
+      // crun makes its own in the bundle, and refuses to restore where it is there already.
+      for (const path of target.criuRoots) await rmdir(path).catch(() => {}); // ENOENT: none was made, or the engine has removed it
+      await target.undoEngineRestore({ lazy: lazy !== undefined });
+    } catch (cause) {
+      target.log.error({ err: cause }, "undo a failed restore"); // why it failed is what the caller has to know
+    }
     throw error;
   }
 }

@@ -1,6 +1,7 @@
 import { createHash } from "node:crypto";
 import { mkdir, readdir, readlink, rm, stat } from "node:fs/promises";
 import { join } from "node:path";
+import { BrokenImage } from "../errors/index.ts";
 import { readRecord, writeRecord } from "../linux/record-file.ts";
 import { extractArchive } from "./archive/index.ts";
 import { isThere } from "./open.ts";
@@ -52,8 +53,9 @@ export class UnpackedCheckpoint {
       archive,
       identity: [dev, ino, size, mtimeNs].join(" "),
     };
-    const noted = await readRecord<Note>(this.#notePath);
-    const isSame = noted && noted.archive === archive && noted.identity === wanted.identity;
+    const noted = await readNote(this.#notePath);
+    const isSame =
+      noted && noted !== "broken" && noted.archive === archive && noted.identity === wanted.identity;
     if (isSame && (await isThere(this.#path))) return this.#path;
     await this.remove();
     await mkdir(this.#root, { recursive: true, mode: 0o700 });
@@ -84,12 +86,28 @@ export async function sweepUnpacked(root: string): Promise<string[]> {
   const here = await mountNamespace();
   for (const name of await readdir(root).catch(() => [])) {
     const [, id] = /^([0-9a-f]{32})\.json$/.exec(name) ?? [];
-    const note = id && (await readRecord<Note>(join(root, name)));
-    if (!note || note.mountNamespace !== here || (await isThere(note.owner))) continue;
+    const note = id && (await readNote(join(root, name)));
+    if (!note) continue;
+    if (note === "broken") {
+      for (const left of [id, name]) await rm(join(root, left), { recursive: true, force: true });
+      continue;
+    }
+    if (note.mountNamespace !== here || (await isThere(note.owner))) continue;
     await new UnpackedCheckpoint(root, note.owner).remove();
     swept.push(note.owner);
   }
   return swept;
+}
+
+/**
+ * A note isn't synced: the machine's end may leave half of it. No owner has survived that, and nobody's restore may fail for it.
+ * @returns undefined when there is none
+ */
+async function readNote(path: string): Promise<Note | "broken" | undefined> {
+  return await readRecord<Note>(path).catch((error) => {
+    if (error instanceof BrokenImage) return "broken" as const;
+    throw error;
+  });
 }
 
 async function mountNamespace(): Promise<string> {

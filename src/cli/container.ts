@@ -109,14 +109,19 @@ export class QueryContainerd extends CedanaCommand {
 
   private print(container: QueriedContainer, tree: boolean): void {
     const { namespace, id, state, pid, engine, checkpoints, processes } = container;
-    const newest = checkpoints.at(-1);
     this.log(
-      `${namespace}/${id}  ${state}  pid ${pid}  ${engine}  ${processes.length} processes  ${
-        newest ? `${checkpoints.length} checkpoints, the last of ${newest.createdAt}` : "no checkpoint"
-      }`,
+      `${namespace}/${id}  ${state}  pid ${pid}  ${engine}  ${processes.length} processes  ${checkpointsText(checkpoints)}`,
     );
     if (tree) for (const line of processLines(processes)) this.log(`  ${line}`);
   }
+}
+
+function checkpointsText(checkpoints: QueriedContainer["checkpoints"]): string {
+  const newest = checkpoints.at(-1);
+  if (!newest) return "no checkpoint";
+  if (newest.path === "") return `✖ ${newest.fault}`;
+  const last = newest.fault === "" ? `the last of ${newest.createdAt}` : `of the last: ✖ ${newest.fault}`;
+  return `${checkpoints.length} checkpoints, ${last}`;
 }
 
 /** They come parents first: a child's line is further in than its parent's. */

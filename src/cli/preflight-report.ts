@@ -50,7 +50,7 @@ async function ofContainer(request: PreflightRequest) {
     (request.root === undefined ? await ofShim(container, request.namespace) : undefined) ??
     (request.namespace === undefined ? await ofEngine(container, request.root) : undefined);
   if (!task) {
-    const elsewhere = request.root ?? `${engineRoots.join(" or ")} (another engine's state: --root)`;
+    const elsewhere = request.root ?? `${engineRoots().join(" or ")} (another engine's state: --root)`;
     throw new NotFound(
       request.namespace === undefined
         ? `no container ${container} runs: cedanad has none (\`cedana query containerd\` shows those it has), and there is none in ${elsewhere}`
@@ -88,28 +88,29 @@ async function ofShim(id: string, namespace: string | undefined): Promise<FoundC
   return task && { ...task, engine: engineName(task.engine) };
 }
 
-/** Where the engines keep their state when their callers, as Podman, don't say. */
-const engineRoots = ["/run/runc", "/run/crun"];
+/** Where the engines keep their state when their callers, as Podman, don't say. Of root's, crun alone goes by XDG_RUNTIME_DIR. */
+function engineRoots(): string[] {
+  const { XDG_RUNTIME_DIR: session } = process.env;
+  return ["/run/runc", "/run/crun", ...(session ? [join(session, "crun")] : [])];
+}
 
 /** @param id  of a container, or the beginning of one, as Podman and Docker show them */
 async function ofEngine(id: string, root: string | undefined): Promise<FoundContainer | undefined> {
-  const found: { root: string; id: string }[] = [];
-  for (const one of root === undefined ? engineRoots : [root]) {
+  const all: { root: string; id: string }[] = [];
+  for (const one of root === undefined ? engineRoots() : [root]) {
     const names = await readdir(one).catch((error: NodeJS.ErrnoException) => {
       if (root === undefined && error.code === "ENOENT") return []; // that engine has had none
       throw new NotFound(`read the engine's state in ${one}: ${error.message}`, { cause: error });
     });
-    const exact = names.filter((name) => name === id);
-    found.push(
-      ...(exact.length > 0 ? exact : names.filter((name) => name.startsWith(id))).map((name) => ({
-        root: one,
-        id: name,
-      })),
-    );
+    all.push(...names.map((name) => ({ root: one, id: name })));
   }
+  const exact = all.filter((one) => one.id === id);
+  const found = exact.length > 0 ? exact : all.filter((one) => one.id.startsWith(id));
   if (found.length > 1)
     throw new InvalidRequest(
-      `${found.length} containers are called ${id}…: ${found.map((one) => one.id).join(", ")}`,
+      exact.length > 0
+        ? `container ${id} is in ${found.map((one) => one.root).join(" and in ")}: name one by --root`
+        : `${found.length} containers are called ${id}…: ${found.map((one) => one.id).join(", ")}`,
     );
   const [container] = found;
   if (!container) return undefined;

@@ -26,7 +26,8 @@ export class Preflight extends CedanaCommand {
     ...namespaceFlag,
     root: Flags.string({
       helpValue: "DIRECTORY",
-      description: "an engine's state with the container in it; default: /run/runc and /run/crun",
+      description:
+        "an engine's state with the container in it; default: /run/runc, /run/crun and $XDG_RUNTIME_DIR/crun",
     }),
     destination: Flags.string({
       helpValue: "DIRECTORY",

@@ -87,24 +87,27 @@ export class Gate implements Disposable {
   /**
    * @param inside   where its directory is made, under a name that no gate has had
    * @param criuLog  where CRIU will write its log; nothing is there
+   * @throws what the file system says; nothing is left then
    */
   static async make(inside: string, { program, path }: GateOptions, criuLog: string): Promise<Gate> {
     // At once: some 100 us, where each trip through a busy thread pool may take as long.
     const directory = mkdtempSync(join(inside, "criu-gate-"));
-    symlinkSync(program, join(directory, "criu"));
-    writeFileSync(join(directory, CLOSED), CLOSED_CONFIG, { mode: 0o600 });
-    writeFileSync(join(directory, "criu.conf"), "", { mode: 0o600 });
-    symlinkSync(criuLog, join(directory, BARRED));
-    const fd = openSync(directory, "r");
-    const server = createServer();
-    const gate = new Gate(directory, gateEnvironment(directory, path), server, fd);
+    let gate: Gate | undefined;
     try {
+      symlinkSync(program, join(directory, "criu"));
+      writeFileSync(join(directory, CLOSED), CLOSED_CONFIG, { mode: 0o600 });
+      writeFileSync(join(directory, "criu.conf"), "", { mode: 0o600 });
+      const fd = openSync(directory, "r");
+      const server = createServer();
+      gate = new Gate(directory, gateEnvironment(directory, path), server, fd);
       // A socket's address has 107 bytes; a bundle's path may have more.
       server.listen(`/proc/self/fd/${fd}/socket`);
       await once(server, "listening");
       mkdirSync(criuLog, { mode: 0o700 });
+      symlinkSync(criuLog, join(directory, BARRED));
     } catch (error) {
-      gate[Symbol.dispose]();
+      gate?.[Symbol.dispose]();
+      removeGate(directory);
       throw error;
     }
     return gate;

@@ -5,6 +5,7 @@ import { promisify } from "node:util";
 import type { Logger } from "pino";
 import { commandLineOf, isFromHere } from "../linux/command-line.ts";
 import { childrenOf, isAlive, processStat, startTime } from "../linux/proc.ts";
+import { Slices } from "../linux/slices.ts";
 
 // What is left of a CRIU whose caller was killed, or that was killed itself: it goes on alone, or its half-made processes wait for it.
 
@@ -40,9 +41,12 @@ export async function endOfWriters(path: string): Promise<void> {
 
 async function processesThat(is: (pid: number) => Promise<boolean>): Promise<number[]> {
   const found: number[] = [];
+  const { breathe } = new Slices(); // there may be tens of thousands, and most are told by a file of /proc, at once
   for (const name of await readdir("/proc")) {
     const pid = Number(name);
     if (pid > 0 && (await is(pid))) found.push(pid);
+    const pause = breathe();
+    if (pause) await pause;
   }
   return found;
 }

@@ -28,6 +28,8 @@ export interface CriuLogSummary {
   readonly lastLines: readonly string[];
   /** what the first known error means; undefined: nobody has told us yet */
   readonly cause: KnownCause | undefined;
+  /** its last word on the dump or restore; errors may stand before a good one. undefined: it was killed, or is still at work */
+  readonly outcome: "finished" | "failed" | undefined;
 }
 
 /** Read from the end: what of a long log is looked at as a whole. */
@@ -61,15 +63,6 @@ export async function explainCriuLog(path: string): Promise<CriuLogSummary> {
   return { ...summary, firstError, cause: causeOf([firstError, ...summary.errors]) };
 }
 
-/** Whether a restore's log ends well. Lines that are called errors may stand before that: not all of them matter to CRIU itself. */
-export async function restoreSucceeded(path: string): Promise<boolean> {
-  await using file = await open(path);
-  const { size } = await file.stat();
-  const tailStart = Math.max(0, size - TAIL_BYTES);
-  const tail = await readAt(file, tailStart, size - tailStart);
-  return tail.includes("Restore finished successfully");
-}
-
 /** The same of a log, or its end, that is at hand. */
 export function summarizeCriuLog(text: string): CriuLogSummary {
   const lines = text.split("\n").filter((line) => line.trim() !== "");
@@ -79,7 +72,15 @@ export function summarizeCriuLog(text: string): CriuLogSummary {
     errors: errors.slice(-MAX_ERRORS),
     lastLines: lines.slice(-MAX_LAST_LINES).map(printable),
     cause: causeOf(errors),
+    outcome: lines.map(outcomeOf).findLast((outcome) => outcome !== undefined),
   };
+}
+
+/** Whole lines: what a container has named so is in the middle of others. Source: CRIU, cr-dump.c and cr-restore.c. */
+function outcomeOf(line: string): CriuLogSummary["outcome"] {
+  const said = line.replace(/^\(\d+\.\d+\)\s*/, "");
+  if (/^(?:(?:Pre-d|D)umping|Restore) finished successfully/.test(said)) return "finished";
+  return /^Error \([^)]*\): (?:Pre-dumping|Dumping|Restoring) FAILED\./.test(said) ? "failed" : undefined;
 }
 
 /** The error that a line reports, without its time stamp; undefined for other lines. */
@@ -223,7 +224,8 @@ export const knownCauses: readonly (KnownCause & { pattern: RegExp })[] = [
   {
     id: "pid-taken",
     pattern: /Can't fork for \d+: File exists|Pid \d+ do not match expected|Setting PID failed/,
-    advice: "a pid of the checkpoint is in use: restore into a pid namespace of its own",
+    advice:
+      "a process id of the checkpoint is in use: restore again when it is free, or into a pid namespace of its own",
   },
   {
     id: "address",

@@ -7,7 +7,7 @@ import { InvalidRequest } from "../errors/index.ts";
  * CRIU reads the file that `CRIU_CONFIG_FILE` names also when an engine starts it as `criu swrk`, after
  * /etc/criu/default.conf and before what the engine asks for; an option that the engine doesn't mention stays as the
  * file says.
- * @throws InvalidRequest for a cgroup path with quotes or control characters
+ * @throws InvalidRequest for what has quotes or control characters
  * Source: criu(8), "CONFIGURATION FILES".
  */
 export function criuConfig(options: {
@@ -32,13 +32,13 @@ export function criuConfig(options: {
     options.lazyPages && "lazy-pages",
     options.networkLock && `network-lock ${options.networkLock}`,
     options.pluginDirectory !== undefined &&
-      `libdir "${absolutePath("plugin directory", options.pluginDirectory)}"`,
+      `libdir ${quoted(absolutePath("plugin directory", options.pluginDirectory), "plugin directory")}`,
     ...(options.externalMounts ?? []).map(
       ({ key, source }) => `external ${quoted(`mnt[${key}]:${source}`, "mount")}`,
     ),
     ...(options.cgroupRoots ?? []).map(([controller, path]) => cgroupRoot(controller, path)),
     options.cgroupYard !== undefined &&
-      `cgroup-yard "${absolutePath("directory of cgroups", options.cgroupYard)}"`,
+      `cgroup-yard ${quoted(absolutePath("directory of cgroups", options.cgroupYard), "directory of cgroups")}`,
   ]
     .filter(Boolean)
     .map((line) => `${line}\n`)
@@ -54,7 +54,7 @@ function cgroupRoot(controller: string, path: string): string {
   return `cgroup-root ${quoted(`${controller}:${path}`, "cgroup path")}`;
 }
 
-// What comes from a container's configuration or from images must not become another option.
+// What comes from a caller, a container's configuration or images must not become another option.
 function quoted(text: string, what: string): string {
   // biome-ignore lint/suspicious/noControlCharactersInRegex: these are what is to be refused
   if (/["\\\u0000-\u001f\u007f]/.test(text))

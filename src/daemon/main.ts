@@ -25,6 +25,8 @@ import { RuntimeServer } from "./runtime-server.ts";
 
 const BUILD = process.env.CEDANA_BUILD ?? "0.1.0";
 const SOCKET_FD = 3;
+// By then every keeper has come back, and whoever goes on with a dump that was cut off has a lock on it.
+const SWEEP_STORE_AFTER_MS = 60_000;
 
 const runDirectory = process.env.CEDANA_RUN_DIR || "/run/cedana";
 const log = pino({ level: process.env.CEDANA_LOG_LEVEL || "info", base: { pid: process.pid } });
@@ -36,7 +38,7 @@ process.on("uncaughtException", (error) => {
     log.fatal({ err: error }, "uncaught");
     process.exit(70);
   }
-  log.fatal({ err: error }, `uncaught, in the work for ${who.what}, which is begun anew; please report it`);
+  log.fatal({ err: error }, `uncaught, in the work for ${who.what}, whose connection ends; please report it`);
   who.fail();
 });
 
@@ -49,82 +51,84 @@ mkdirSync(join(runDirectory, "c"), { recursive: true, mode: 0o700 });
 chmodSync(runDirectory, 0o700);
 
 const socketPath = join(runDirectory, daemonSocketName());
+const apiPath = join(runDirectory, apiSocketName());
 const pidFile = join(runDirectory, "cedanad.pid");
 
 const passed = process.env.LISTEN_FDS === "1";
-if (!(await takeLock(`${socketPath}.lock`, passed, log))) {
-  log.fatal({ socketPath }, "another cedanad serves this run directory");
-  process.exit(73);
-}
+void serve();
 
-fillDeviceSlot(gpuSlot);
-setPluginLoader(async () => await (await import("../plugins/load.ts")).loadPlugins(log, BUILD));
+async function serve(): Promise<void> {
+  if (!(await takeLock(`${socketPath}.lock`, passed, log))) {
+    log.fatal({ socketPath }, "another cedanad serves this run directory");
+    process.exit(73);
+  }
 
-/** of the management API */
-const calls = { active: 0 };
-const runtime = new RuntimeServer({
-  log,
-  endBelowConmon: () => end("conmon waits for its children"),
-  isBusy: () => calls.active > 0 || gpuSlot.isRecovering(),
-});
-await runtime
-  .revive(runDirectory)
-  .catch((error) =>
-    log.error({ err: error }, "take up what an earlier cedanad has left of cedana-runtime's containers"),
-  );
+  fillDeviceSlot(gpuSlot);
+  setPluginLoader(async () => await (await import("../plugins/load.ts")).loadPlugins(log, BUILD));
 
-const shim = new ShimServer({
-  log,
-  runDirectory,
-  build: BUILD,
-  versionMax: Number(process.env.CEDANA_KEEPER_PROTOCOL_MAX) || undefined,
-  beginRuntime: (socket, message) => runtime.begin(socket, message),
-});
+  /** of the management API */
+  const calls = { active: 0 };
+  const runtime = new RuntimeServer({
+    log,
+    endBelowConmon: () => end("conmon waits for its children"),
+    isBusy: () => calls.active > 0 || gpuSlot.isRecovering(),
+  });
+  await runtime
+    .revive(runDirectory)
+    .catch((error) =>
+      log.error({ err: error }, "take up what an earlier cedanad has left of cedana-runtime's containers"),
+    );
 
-const server = createServer((socket) => {
-  if (isAllowedPeer(socket, log)) shim.accept(socket);
-  else socket.destroy();
-});
-server.on("error", (error) => {
-  log.fatal({ err: error, socketPath }, "listen");
-  process.exit(69);
-});
-// Before the shims' socket is served: whoever has had an answer there finds this one, too.
-const apiPath = join(runDirectory, apiSocketName());
-listenForApi(apiPath, { log, shim, runDirectory, calls });
-if (!passed) rmSync(socketPath, { force: true });
-server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
-  if (!passed) chmodSync(socketPath, 0o600);
-  else setCloexec(SOCKET_FD, true);
-  writeFileSync(pidFile, `${process.pid}\n`, { mode: 0o600 });
-  log.info({ socketPath, build: BUILD, node: process.version }, "cedanad serves");
-});
+  const shim = new ShimServer({
+    log,
+    runDirectory,
+    build: BUILD,
+    versionMax: Number(process.env.CEDANA_KEEPER_PROTOCOL_MAX) || undefined,
+    beginRuntime: (socket, message) => runtime.begin(socket, message),
+  });
 
-keepLogShort(join(runDirectory, "cedanad.log"), log);
+  const server = createServer((socket) => {
+    if (isAllowedPeer(socket, log)) shim.accept(socket);
+    else socket.destroy();
+  });
+  server.on("error", (error) => {
+    log.fatal({ err: error, socketPath }, "listen");
+    process.exit(69);
+  });
+  // Before the shims' socket is served: whoever has had an answer there finds this one, too.
+  listenForApi(apiPath, { log, shim, runDirectory, calls });
+  if (!passed) rmSync(socketPath, { force: true });
+  server.listen(passed ? { fd: SOCKET_FD } : { path: socketPath }, () => {
+    if (!passed) chmodSync(socketPath, 0o600);
+    else setCloexec(SOCKET_FD, true);
+    writeFileSync(pidFile, `${process.pid}\n`, { mode: 0o600 });
+    log.info({ socketPath, build: BUILD, node: process.version }, "cedanad serves");
+  });
 
-// What a restore that a crash of the machine has cut off had unpacked.
-if (existsSync(unpackDirectory()))
-  void import("../checkpoint/unpack.ts")
-    .then(({ sweepUnpacked }) => sweepUnpacked(unpackDirectory()))
-    .catch((error) => log.warn({ err: error }, "sweep unpacked checkpoints"));
+  keepLogShort(join(runDirectory, "cedanad.log"), log);
 
-// By then every keeper has come back, and whoever goes on with a dump that was cut off has a lock on it.
-const SWEEP_STORE_AFTER_MS = 60_000;
-setTimeout(
-  () =>
-    void import("./sweep-store.ts")
-      .then(({ sweepStore }) => sweepStore(log))
-      .catch((error) => log.warn({ err: error }, "sweep what crashes and GPU containers have left")),
-  SWEEP_STORE_AFTER_MS,
-).unref();
+  // What a restore that a crash of the machine has cut off had unpacked.
+  if (existsSync(unpackDirectory()))
+    void import("../checkpoint/unpack.ts")
+      .then(({ sweepUnpacked }) => sweepUnpacked(unpackDirectory()))
+      .catch((error) => log.warn({ err: error }, "sweep unpacked checkpoints"));
 
-for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => end(signal));
+  setTimeout(
+    () =>
+      void import("./sweep-store.ts")
+        .then(({ sweepStore }) => sweepStore(log))
+        .catch((error) => log.warn({ err: error }, "sweep what crashes and GPU containers have left")),
+    SWEEP_STORE_AFTER_MS,
+  ).unref();
 
-function end(why: string): never {
-  log.info({ why, tasks: shim.taskCount }, "cedanad ends; containers go on");
-  rmSync(pidFile, { force: true });
-  rmSync(apiPath, { force: true });
-  if (!passed || !process.env.LISTEN_PID) rmSync(socketPath, { force: true });
-  leaveOwnCgroups();
-  process.exit(0);
+  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => end(signal));
+
+  function end(why: string): never {
+    log.info({ why, tasks: shim.taskCount }, "cedanad ends; containers go on");
+    rmSync(pidFile, { force: true });
+    rmSync(apiPath, { force: true });
+    if (!passed || !process.env.LISTEN_PID) rmSync(socketPath, { force: true });
+    leaveOwnCgroups();
+    process.exit(0);
+  }
 }

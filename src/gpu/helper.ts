@@ -57,7 +57,7 @@ export class GpuHelper implements AsyncDisposable {
 
   static start(): GpuHelper {
     const isSource = import.meta.filename.endsWith(".ts");
-    const file = isSource ? "./helper/main.ts" : "./gpu-helper.js";
+    const file = isSource ? "./helper/main.ts" : "./gpu-helper.cjs";
     return new GpuHelper(
       spawn(process.execPath, [fileURLToPath(new URL(file, import.meta.url))], {
         stdio: ["pipe", "ignore", "pipe", "pipe"],

@@ -8,18 +8,32 @@ import { apart, type NumbersOfStat, RESOLVE } from "./addon.ts";
  * pod's. Not a thread of libuv's pool either: there are four. So each of these calls has a thread of its own, is waited for no longer than
  * 10 s, and stays behind alone (12 KB). What hasn't come back is not asked for again until it has.
  *
- *   a path in a container    every step of the way is taken by these calls
+ *   a path in a container    every step of the way is taken by these calls; many of them, by file-servers.ts
  *   a path of a caller's     he is root and means no harm, but his server may have died: it is asked once, before anything else
  *                            (`expectAnswer`). That it dies a moment later is left to the keepers, which replace a cedanad that hangs
  */
 
 /** A call that hasn't come back by then is given up: `CEDANA_FILE_PATIENCE_MS`, for tests. */
 const PATIENCE_MS = Number(process.env.CEDANA_FILE_PATIENCE_MS) || 10_000;
-/** Threads that may have been given up: 6 MB. */
+/** Threads that may have been given up: 6 MB. Then nothing is tried any more. */
 const MAX_LEFT_BEHIND = 512;
+/**
+ * … and no question is asked. Below a server that is gone, callers ask with ever other paths; there must be room for what every container needs, whose
+ * configuration is read in this way.
+ */
+const MAX_LEFT_BY_QUESTIONS = 256;
 
-/** What was given up, as errors name it. */
-const leftBehind: string[] = [];
+/** What was given up. */
+const leftBehind: { what: string; on: string }[] = [];
+
+/** How a call is waited for. */
+export interface Waiting {
+  timeoutMs?: number | undefined;
+  /** what is not asked again while a call of it is left behind; default: the same call on the same path */
+  on?: string | undefined;
+  /** it is not tried where so many were given up */
+  mostLeftBehind?: number | undefined;
+}
 
 /**
  * Waits until a call of its own thread is back.
@@ -30,13 +44,13 @@ const leftBehind: string[] = [];
 async function wait<T>(
   what: string,
   begin: () => Promise<T>,
-  options: { timeoutMs?: number; discard?: (late: T) => void } = {},
+  options: Waiting & { discard?: (late: T) => void } = {},
 ): Promise<T> {
-  const { timeoutMs = PATIENCE_MS, discard } = options;
-  if (leftBehind.includes(what)) throw noAnswer(what, "an earlier call still waits for it");
-  if (leftBehind.length >= MAX_LEFT_BEHIND)
+  const { timeoutMs = PATIENCE_MS, on = what, mostLeftBehind = MAX_LEFT_BEHIND, discard } = options;
+  if (leftBehind.some((one) => one.on === on)) throw noAnswer(what, "an earlier call still waits for it");
+  if (leftBehind.length >= mostLeftBehind)
     throw new Unavailable(
-      `${what}: not tried: ${leftBehind.length} file operations before it have not come back (${leftBehind[0]}): find the mounts whose servers (NFS, FUSE) are gone, and unmount them (umount -f, umount -l)`,
+      `${what}: not tried: ${leftBehind.length} file operations before it have not come back (${leftBehind[0]!.what}): find the mounts whose servers (NFS, FUSE) are gone, and unmount them (umount -f, umount -l)`,
     );
   const call = begin();
   const late = Symbol();
@@ -48,9 +62,18 @@ async function wait<T>(
   } finally {
     clearTimeout(timer);
   }
-  leftBehind.push(what);
-  call.then(discard, () => {}).finally(() => leftBehind.splice(leftBehind.indexOf(what), 1));
+  const left = { what, on };
+  leftBehind.push(left);
+  call
+    .then(discard)
+    .catch(() => {}) // nobody waits any more for what it says
+    .finally(() => leftBehind.splice(leftBehind.indexOf(left), 1));
   throw noAnswer(what, `no answer within ${timeoutMs / 1000} s`);
+}
+
+/** Of a question, that is. */
+function asked(waiting: Waiting): Waiting {
+  return { mostLeftBehind: MAX_LEFT_BY_QUESTIONS, ...waiting };
 }
 
 function noAnswer(what: string, why: string): TimedOut {
@@ -123,12 +146,12 @@ export async function tryHandleApart(
   timeoutMs: number,
 ): Promise<number> {
   const what = `find a watched file of ${mountPath}`;
-  return await wait(what, () => apart.tryHandle(mountPath, type, handle), { timeoutMs });
+  return await wait(what, () => apart.tryHandle(mountPath, type, handle), asked({ timeoutMs }));
 }
 
 /** stat(2). */
-export async function statApart(path: string, timeoutMs?: number): Promise<NumbersOfStat> {
-  return await wait(`stat ${path}`, () => apart.stat(path), { ...(timeoutMs && { timeoutMs }) });
+export async function statApart(path: string, waiting: Waiting = {}): Promise<NumbersOfStat> {
+  return await wait(`stat ${path}`, () => apart.stat(path), asked(waiting));
 }
 
 /** Of linux/magic.h: those whose every answer is a server's. */
@@ -147,9 +170,8 @@ const SERVED = new Set([
  * it counts.
  * @throws TimedOut when there is no answer
  */
-export async function isServed(path: string, timeoutMs?: number): Promise<boolean> {
-  const what = `ask the file system of ${path}`;
-  const type = await wait(what, () => apart.fileSystem(path), { ...(timeoutMs && { timeoutMs }) });
+export async function isServed(path: string, waiting: Waiting = {}): Promise<boolean> {
+  const type = await wait(`ask the file system of ${path}`, () => apart.fileSystem(path), asked(waiting));
   return SERVED.has(type);
 }
 

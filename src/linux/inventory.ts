@@ -1,9 +1,10 @@
 import { closeSync, constants, openSync, readFileSync, readlinkSync, type Stats } from "node:fs";
 import { readdir, readFile, stat } from "node:fs/promises";
-import { SyscallFailed, TimedOut, Unavailable } from "../errors/index.ts";
+import { SyscallFailed } from "../errors/index.ts";
 import { type NumbersOfStat, type SocketOfProcess, socketOf } from "./addon.ts";
-import { isServed, O_PATH, statApart } from "./apart.ts";
+import { O_PATH } from "./apart.ts";
 import { type FdInfo, parseFdInfo } from "./fdinfo.ts";
+import { FileServers, PATIENCE_MS } from "./file-servers.ts";
 import { type FileMapping, parseFileMapping } from "./maps.ts";
 import { type MountInfo, parseMountInfoLine } from "./mount-options.ts";
 import { inodeInBrackets, type ProcessStat, parseStat } from "./proc.ts";
@@ -114,8 +115,6 @@ export interface Inventory {
   readonly tookMs: number;
 }
 
-/** A file system that doesn't answer by then counts as dead. */
-export const PATIENCE_MS = 2_000;
 const concurrency = 8;
 
 /**
@@ -131,7 +130,7 @@ export async function takeInventory(
   const shared = {
     stats: new Map<string, Promise<FileStat | string>>(),
     mountOfFile: new Map<string, number>(),
-    mounts: new Map<string, Promise<MountAnswer>>(),
+    servers: new FileServers(),
   };
   const processes: ProcessInventory[] = [];
   const mounts = new Map<number, readonly MountInfo[]>();
@@ -169,12 +168,9 @@ async function settle(work: Promise<void>[]): Promise<void> {
 interface SharedFacts {
   readonly stats: Map<string, Promise<FileStat | string>>;
   readonly mountOfFile: Map<string, number>;
-  /** by mount namespace and mount */
-  readonly mounts: Map<string, Promise<MountAnswer>>;
+  /** of mounts that are told from others by their namespace and number */
+  readonly servers: FileServers;
 }
-
-/** Who answers for the files of a mount: the kernel itself; a server; a server that doesn't. */
-type MountAnswer = "kernel" | "server" | "nobody";
 
 async function ofProcess(
   pid: number,
@@ -311,35 +307,19 @@ export async function answerWithin<T>(question: Promise<T>): Promise<T | undefin
   }
 }
 
-/**
- * Of a file of the process's. No thread of the pool is risked for what a server answers for; of a mount whose server was silent once, nothing
- * more is asked.
- */
-async function statWithin(path: string, mount: string, shared: SharedFacts): Promise<FileStat | string> {
-  const whoAnswers = shared.mounts.get(mount) ?? askMount(path);
-  shared.mounts.set(mount, whoAnswers);
+/** Of a file of the process's. No thread of the pool is risked for what a server answers for. */
+async function statWithin(path: string, mount: string, { servers }: SharedFacts): Promise<FileStat | string> {
   const silent = `no answer within ${PATIENCE_MS} ms`;
-  const answers = await whoAnswers;
-  if (answers === "kernel") return (await answerWithin(statOf(path))) ?? silent;
-  if (answers === "nobody") return silent;
+  const answering = await servers.answering(mount, path);
+  if (answering === "kernel") return (await answerWithin(statOf(path))) ?? silent;
+  if (answering === "nobody") return silent;
   try {
-    return fileStat(statOfNumbers(await statApart(path, PATIENCE_MS)));
+    const found = await servers.stat(mount, path);
+    return found ? fileStat(statOfNumbers(found)) : silent;
   } catch (err) {
-    if (!isSilence(err)) return codeOf(err) || String(err);
-    shared.mounts.set(mount, Promise.resolve("nobody"));
-    return silent;
+    return codeOf(err) || String(err);
   }
 }
-
-async function askMount(path: string): Promise<MountAnswer> {
-  try {
-    return (await isServed(path, PATIENCE_MS)) ? "server" : "kernel";
-  } catch (err) {
-    return isSilence(err) ? "nobody" : "kernel"; // closed meanwhile: stat(2) says so
-  }
-}
-
-const isSilence = (err: unknown) => err instanceof TimedOut || err instanceof Unavailable;
 
 async function statOf(path: string): Promise<FileStat | string> {
   try {

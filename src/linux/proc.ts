@@ -128,7 +128,13 @@ export function ownMountNamespace(): number {
  * empty when it has ended.
  */
 export function pidsInNamespaces(pid: number): number[] {
-  const line = /^NSpid:\s*(.*)$/m.exec(readProc(`/proc/${pid}/status`) ?? "");
+  return idsInNamespaces(pid, "NSpid");
+}
+
+/** As `pidsInNamespaces`, of one of its threads, or the id of its process group. */
+export function idsInNamespaces(pid: number, field: "NSpid" | "NSpgid", thread = pid): number[] {
+  const status = readProc(`/proc/${pid}/task/${thread}/status`) ?? "";
+  const line = new RegExp(`^${field}:\\s*(.*)$`, "m").exec(status);
   return line?.[1] ? line[1].trim().split(/\s+/).map(Number) : [];
 }
 

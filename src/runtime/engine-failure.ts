@@ -78,7 +78,7 @@ const meanings: readonly [
   // runc: "container does not exist". crun says which of its files is missing.
   [/container (?:"?\S+"? )?does not exist/i, NotFound],
   [
-    /(?:error opening file|cannot open directory) `?[^`]*\/{ID}(?:\/status)?`?: No such file or directory/i,
+    /(?:error opening file|cannot open directory) [`'"]?[^`'"]*\/{ID}(?:\/status)?[`'"]?: No such file or directory/i,
     NotFound,
   ],
   // A signal for a process that has ended: runc 1.1 says that the container isn't running.
@@ -131,8 +131,9 @@ export function failureFrom(
   if (words === undefined) return new RuntimeFailed(message, { exitStatus });
   // A signal for a container that has ended is for nobody, and containerd takes NotFound for "already gone".
   if (action === "kill" && /container not running/i.test(words)) return new NotFound(message);
+  const literally = id.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"); // crun takes nearly every id
   for (const [pattern, Meaning] of meanings) {
-    const source = pattern.source.replace("{ID}", id.replace(/[.+]/g, "\\$&"));
+    const source = pattern.source.replace("{ID}", () => literally);
     if (new RegExp(source, pattern.flags).test(words)) return new Meaning(message);
   }
   return new RuntimeFailed(message, { exitStatus });

@@ -33,6 +33,11 @@ export class RestoreCgroup {
     this.#directory = directory;
   }
 
+  /** there are hierarchies besides that of version 2, which aren't the container's */
+  get hasOtherHierarchies(): boolean {
+    return this.roots?.some(([controller]) => controller !== "") ?? false;
+  }
+
   static async of({ spec, id, engine, systemd, parent }: RestoredInto): Promise<RestoreCgroup> {
     const path = (await hostCgroupVersion()) === 2 ? cgroupPathV2(spec, id, systemd, engine) : undefined;
     if (path === undefined) return new RestoreCgroup();

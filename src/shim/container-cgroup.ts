@@ -78,9 +78,10 @@ export class ContainerCgroup {
     this.#looksLeft = OOM_COUNTER_ATTEMPTS;
     if (isLooking) return;
     while (this.#looksLeft > 0) {
-      // A counter that has risen tells of the notices so far; the next one comes with the next kill.
-      this.#looksLeft -= 1;
-      if (await this.outOfMemory()) this.#looksLeft = 0;
+      const left = --this.#looksLeft;
+      const found = await this.outOfMemory();
+      // A counter that has risen tells of the notices before the look. Of one that came meanwhile it may tell later.
+      if (found && this.#looksLeft === left) this.#looksLeft = 0;
       if (this.#looksLeft > 0) await sleep(OOM_COUNTER_INTERVAL_MS);
     }
   }

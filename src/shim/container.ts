@@ -36,8 +36,8 @@ export interface Container {
   publish(key: string, event: Event): void;
   /**
    * Writes the task's record, and tells the keeper which pids it may answer with alone.
-   * @returns false when it can't be written (a full disk). What has happened has happened, so the call goes on; only a cedanad that
-   *   ends before the next record is written makes a difference.
+   * @returns false when it can't be written (a full disk), or the keeper has gone, which nothing is written without. What has happened has
+   *   happened, so the call goes on; only a cedanad that ends before the next record is written makes a difference.
    */
   record(): boolean;
   /** Waits for an action that no call depends on: its failure is logged. @returns whether it succeeded */

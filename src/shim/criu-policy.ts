@@ -57,15 +57,14 @@ export function policyOptions(policy: CriuPolicy) {
   };
 }
 
-/** What the engine has no flag for goes to CRIU by a configuration file of its own. */
+/** What the engine's `restore` has no flag for goes to CRIU by a configuration file of its own. The caller removes it. */
 export async function criuConfigFile(
   bundle: string,
-  action: "dump" | "restore",
   wanted: Parameters<typeof criuConfig>[0],
 ): Promise<{ criuConfigFile?: string }> {
   const text = criuConfig(wanted);
   if (text === "") return {};
-  const path = join(bundle, `criu-${action}.conf`);
+  const path = join(bundle, "criu-restore.conf");
   await writeFile(path, text, { mode: 0o600 });
   return { criuConfigFile: path };
 }

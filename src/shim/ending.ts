@@ -16,6 +16,8 @@ interface Owner {
   readonly what: string;
   readonly log: TaskLogger;
   readonly init: Pick<Process, "pid" | "state" | "exit" | "heldExit">;
+  /** who tells of the init's end */
+  readonly keeper: { readonly connected: boolean };
   /** to be written down before anything else happens */
   changed(): void;
   /** takes it; the container ends with it */
@@ -89,9 +91,9 @@ export class Ending {
 
   async #awaitEnd(resumed: Promise<void> | undefined): Promise<void> {
     await resumed;
-    const { init } = this.#owner;
+    const { init, keeper } = this.#owner;
     const deadline = resumed ? Date.now() + END_AFTER_DUMP_MS : 0;
-    while (!init.exit && !init.heldExit) {
+    while (!init.exit && !init.heldExit && keeper.connected) {
       if (isAlive(init.pid) && Date.now() > deadline)
         throw new Cancelled("cedanad ended before the checkpoint was whole");
       await sleep(LOOK_MS);

@@ -10,9 +10,9 @@ import { readPidFile } from "./engine-calls.ts";
 import * as events from "./events.ts";
 import type { Exits } from "./exits.ts";
 import { type ExecRecord, exitOf, exitRecord } from "./journal.ts";
-import { stdioKind, type Work } from "./keeper.ts";
+import type { Work } from "./keeper.ts";
 import { type Exit, Process, type ProcessState, type ProcessStdio, refusal } from "./process.ts";
-import { planStdio } from "./stdio.ts";
+import { isLog, planStdio } from "./stdio.ts";
 
 export interface ExecRequest {
   execId: string;
@@ -124,10 +124,11 @@ export class Execs {
     const stdio = planStdio(process.io, process.stdio, id, namespace, options);
     try {
       await this.#intercept(process.file("json"));
-      // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object.
+      // Spawned without waiting for the answer: the keeper takes both in order, and spawns nothing without the io object. What the output
+      // of a log goes through may fail when that is there already.
       const opened = keeper.ioOpen(work.tag("io"), stdio);
       opened.catch(() => {}); // looked at below, if we get there
-      if (stdio.stdoutKind === stdioKind.logProgram) await opened; // it takes until the program is ready
+      if (isLog(stdio.stdoutKind) || isLog(stdio.stderrKind)) await opened;
       const { argv } = engine.exec({
         id,
         processFile: process.file("json"),
@@ -171,7 +172,7 @@ export class Execs {
     if (process.state === "deleted")
       throw new NotFound(`process does not exist ${process.execId}: it has been deleted from task ${id}`);
     process.check("delete");
-    if (process.exit && !(await process.drained)) await this.#exits.drain(work, process);
+    if (process.exit) await this.#exits.drain(work, process);
     // Not waited for: it can't fail, and the keeper takes it up before our answer.
     pod.keeper.ioFree(work.tag("io-free"), process.io).catch(() => {}); // Unavailable: the keeper took all along
     process.move("delete");

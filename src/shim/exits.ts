@@ -50,7 +50,8 @@ export class Exits {
     // Asked for now, so that Delete needn't wait for the answer. An init's is drained while the engine deletes it.
     if (!process.isInit) {
       const { keeper } = this.#owner.pod;
-      process.drained = keeper.ioDrain(keeper.ownTag("drain"), process.io, DRAIN_LIMIT_MS).catch(() => false);
+      process.drained = keeper.ioDrain(keeper.ownTag("drain"), process.io, DRAIN_LIMIT_MS);
+      process.drained.catch(() => {}); // Unavailable: nobody may be left to delete it
     }
     // In a shared pid namespace, the end of init ends nobody else: what is left in the cgroup goes with it.
     const { knownSpec, containerCgroup } = this.#owner;
@@ -82,7 +83,7 @@ export class Exits {
   /** Waits until the output of a process that has ended is delivered, at most as long as a background child may hold it open. */
   async drain(work: Work, process: Process): Promise<void> {
     const { pod, log } = this.#owner;
-    if (!(await pod.keeper.ioDrain(work.tag("drain"), process.io, DRAIN_LIMIT_MS)))
+    if (!(await (process.drained ?? pod.keeper.ioDrain(work.tag("drain"), process.io, DRAIN_LIMIT_MS))))
       log.warn(
         { process: process.name },
         `output still open ${DRAIN_LIMIT_MS} ms after the end of the process: closed`,

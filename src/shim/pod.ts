@@ -193,6 +193,9 @@ export class Pod implements Culprit {
   lost(): void {
     for (const call of this.#calls.values()) call.abort.abort();
     this.keeper.lost();
+    void this.settled().then(() => {
+      for (const { restoration } of this.tasks.values()) restoration?.unlock(); // a keeper that comes back has it locked anew
+    });
   }
 
   async #serve(message: Message): Promise<void> {

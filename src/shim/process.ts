@@ -57,7 +57,7 @@ export class Process {
   starting = false;
   /** seen, but not yet published */
   heldExit: (Exit & { sequence: number }) | undefined;
-  /** an exec's: whether its output has been delivered, once that is known; undefined when nobody has asked since its end */
+  /** an exec's: whether its output has been delivered, or the limit has passed; undefined when nobody has asked since its end */
   drained: Promise<boolean> | undefined;
   #state: ProcessState;
   readonly #exited = Promise.withResolvers<Exit>();

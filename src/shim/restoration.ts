@@ -23,7 +23,7 @@ export interface RestoredTask extends Container {
   readonly containerCgroup: ContainerCgroup;
   readonly engineCalls: EngineCalls;
   readonly exits: Exits;
-  /** As `record`. @throws SyscallFailed when it can't be written */
+  /** As `record`. @throws SyscallFailed when it can't be written, Unavailable without the keeper */
   writeRecord(): void;
 }
 
@@ -107,6 +107,7 @@ export class Restoration {
     if (this.#owner.init.state !== "createdFromCheckpoint") return;
     const { CheckpointUse } = await import("../checkpoint/use.ts");
     this.#use = await CheckpointUse.use(this.source.path);
+    if (!this.#owner.pod.keeper.connected) this.unlock(); // it has gone meanwhile
   }
 
   /** It may be removed again. */
@@ -257,14 +258,16 @@ export class Restoration {
 
   /**
    * Holds the FIFOs of stdout and stderr open: a failed restore closes its ends of them, which their readers would take for the end of
-   * a container that is yet to start afresh, or to be restored eagerly. A log program is not held: it ends, and another is started.
+   * a container that is yet to start afresh, or to be restored eagerly. Of logs nothing is held: who writes one ends, and another is started.
    */
   async #holdOutputs(work: Work, wanted: boolean): Promise<AsyncDisposable> {
     const { id, init, namespace, options, pod } = this.#owner;
     const io = `${init.io}/hold`;
     const plan = planStdio(io, { ...init.stdio, stdin: "", terminal: false }, id, namespace, options);
-    const held = wanted && plan.stdoutKind !== stdioKind.logProgram;
-    if (held) await pod.keeper.ioOpen(work.tag("io-hold"), plan);
+    const fifo = (kind: number) => (kind === stdioKind.fifo ? kind : stdioKind.none);
+    const [stdoutKind, stderrKind] = [fifo(plan.stdoutKind), fifo(plan.stderrKind)];
+    const held = wanted && (stdoutKind === stdioKind.fifo || stderrKind === stdioKind.fifo);
+    if (held) await pod.keeper.ioOpen(work.tag("io-hold"), { ...plan, stdoutKind, stderrKind });
     return {
       [Symbol.asyncDispose]: async () => {
         // Unavailable: the keeper took it along.

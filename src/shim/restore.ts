@@ -22,6 +22,7 @@ import {
   hasUserNamespace,
   identityOf,
   type OciSpec,
+  sharedPidNamespace,
 } from "../runtime/spec.ts";
 import { withFeatures } from "./checkpoint.ts";
 import type { Container } from "./container.ts";
@@ -58,6 +59,8 @@ export async function restore(task: RestoredTask, restoration: Restoration, work
     systemd: engine.systemdCgroup,
     parent: keeperPid,
   });
+  const program = await programOf(keeperPid);
+  const pidNamespace = sharedPidNamespace(spec, keeperPid);
   const target: RestoreTarget = {
     what: `task ${task.id}`,
     directory: task.bundle,
@@ -84,7 +87,6 @@ export async function restore(task: RestoredTask, restoration: Restoration, work
     },
     policy: (manifest) => restorePolicy(manifest, spec),
     prepareConfiguration: async () => {
-      const program = await programOf(keeperPid);
       await config.change(
         async (text, path) =>
           await configForRestore(spec, text, { bundle: task.bundle, path, engine: engine.name, program }),
@@ -94,6 +96,8 @@ export async function restore(task: RestoredTask, restoration: Restoration, work
     prepareCgroup: ({ cgroupsMode }) => cgroup.make(cgroupsMode),
     removeCgroup: async () =>
       void (await task.logFailure("remove the cgroup of a failed restore", removeCgroups(task, spec))),
+    sharedPids: pidNamespace === undefined ? undefined : { path: pidNamespace, program },
+    hasOtherHierarchies: cgroup.hasOtherHierarchies,
     deviceMap: cedanaAnnotations(spec).gpuMap,
     cgroup: () => task.cgroup(),
     engineRestore: (options) => engineRestore(task, restoration, work, engine, spec, cgroup, options),
@@ -177,7 +181,7 @@ async function engineRestore(
   cgroup: RestoreCgroup,
   { imagePath, workPath, policy, externalMounts, lazy, withoutPlugins }: EngineRestore,
 ): Promise<void> {
-  const configFile = await criuConfigFile(task.bundle, "restore", {
+  const configFile = await criuConfigFile(task.bundle, {
     tcpClose: policy.tcp === "close",
     lazyPages: lazy,
     pluginDirectory: withoutPlugins ? workPath : toldPluginDirectory(),

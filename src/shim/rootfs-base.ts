@@ -118,12 +118,17 @@ async function openMounted(task: Container, mounts: Parameters<typeof mountAll>[
   const { keeper } = task.pod;
   const target = mountPointFor(task);
   await mkdir(target, { mode: 0o700, recursive: true });
+  let directory: number | undefined;
   try {
     await mountAll(keeper, mounts, target, (step) => keeper.ownTag(`mount-base:${step}`));
-    return openDirectory(target);
+    directory = openDirectory(target);
   } finally {
-    await unmountBase(task);
+    await unmountBase(task).catch((error) => {
+      if (directory !== undefined) closeSync(directory);
+      throw error;
+    });
   }
+  return directory;
 }
 
 async function unmountBase(task: Container): Promise<void> {

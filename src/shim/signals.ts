@@ -42,6 +42,7 @@ export class Signals {
       what: `task ${id}`,
       log,
       init,
+      keeper: pod.keeper,
       changed: () => owner.record(),
       checkpoint,
       send: async (signal, escalation) => {

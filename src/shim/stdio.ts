@@ -55,6 +55,16 @@ export function planStdio(
   };
 }
 
+/** The URI of a log file, as `planStdio` takes it. @param path  absolute */
+export function logFileUri(path: string): string {
+  return `file://${path.split("/").map(encodeURIComponent).join("/")}`;
+}
+
+/** Whether output goes through a process beside the keeper, which takes its time to come up, and may fail. */
+export function isLog(kind: number): boolean {
+  return kind === stdioKind.file || kind === stdioKind.logProgram;
+}
+
 /** undefined for one that is no path: half an escape, or a NUL */
 function decodedPath({ pathname }: URL): string | undefined {
   try {

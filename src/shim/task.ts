@@ -283,6 +283,7 @@ export class Task implements Container {
   }
 
   record(): boolean {
+    if (!this.pod.keeper.connected) return false;
     this.#tellKeeper();
     try {
       this.writeRecord();
@@ -299,8 +300,14 @@ export class Task implements Container {
     this.pod.keeper.task(this.id, this.bundle, alive(this.init) ? this.init.pid : 0, execPids);
   }
 
-  /** Writes the record. @throws SyscallFailed when it can't be written */
+  /**
+   * Writes the record. @throws SyscallFailed when it can't be written; Unavailable once the keeper's connection has ended: if it comes back, it
+   * gets a task of its own from the record, as after a crash, and what fails here for want of it has not happened there
+   */
   writeRecord(): void {
+    const { keeper } = this.pod;
+    if (!keeper.connected)
+      throw new Unavailable(`record of task ${this.id}: the pod's keeper (pid ${keeper.pid}) is gone`);
     const stdio = this.init.stdio;
     writeTaskRecord({
       version: 1,

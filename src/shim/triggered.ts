@@ -87,8 +87,8 @@ const MAX_ATTEMPTS = 3;
 const EXIT_AFTER_DUMP_MS = 10_000;
 const BUSY_LOOK_MS = 10;
 
-/** Tasks of which a checkpoint is being taken. */
-const busy = new WeakSet<Container>();
+/** Bundles of tasks of which a checkpoint is being taken: a keeper that has come back has another task for the same one. */
+const busy = new Set<string>();
 
 /** @throws WrongState for a task that doesn't run, or of which one is being taken; what `dump` throws */
 export async function takeCheckpoint(task: Container, request: TriggerRequest): Promise<TriggeredCheckpoint> {
@@ -126,7 +126,7 @@ export async function checkpointAtEnd(task: Container, signal: AbortSignal): Pro
   const spec = await task.spec();
   const asked = await allowedAnnotations(spec);
   const { autoResume, keepLast } = asked?.annotations ?? {};
-  while (busy.has(task)) await sleep(BUSY_LOOK_MS, undefined, { signal }); // it is in the middle of a scheduled one
+  while (busy.has(task.bundle)) await sleep(BUSY_LOOK_MS, undefined, { signal }); // it is in the middle of a scheduled one
   await takeCheckpoint(task, {
     trigger: "signal",
     name: autoResume,
@@ -148,12 +148,12 @@ export async function secretOf({ keyFile }: Configuration["checkpoints"]): Promi
 }
 
 async function alone<T>(task: Container, work: () => Promise<T>): Promise<T> {
-  if (busy.has(task)) throw new WrongState(`a checkpoint of task ${task.id} is being taken already`);
-  busy.add(task);
+  if (busy.has(task.bundle)) throw new WrongState(`a checkpoint of task ${task.id} is being taken already`);
+  busy.add(task.bundle);
   try {
     return await work();
   } finally {
-    busy.delete(task);
+    busy.delete(task.bundle);
   }
 }
 
@@ -165,6 +165,7 @@ const recordFile = (task: Container) => join(scratchOf(task), "request.json");
  * @param onDumped  the container is no longer needed: from here on other calls may change it
  */
 export async function resumeCheckpoint(task: Container, onDumped: () => void): Promise<void> {
+  while (busy.has(task.bundle)) await sleep(BUSY_LOOK_MS); // whose keeper had gone: it undoes what it can
   await alone(task, async () => {
     try {
       const record = await readRecord<DumpRecord>(recordFile(task));

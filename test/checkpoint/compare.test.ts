@@ -1,18 +1,17 @@
 import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
-import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import {
-  compareToContainer,
-  compareToNode,
-  type NodeFacts,
-  type RestoredContainer,
-} from "../../src/checkpoint/compare.ts";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import type { NodeFacts, RestoredContainer } from "../../src/checkpoint/compare.ts";
 import { instructionsMissing } from "../../src/checkpoint/cpu.ts";
 import { refusalOfRestore } from "../../src/checkpoint/finding.ts";
 import type { DumpedMount, ImageFacts } from "../../src/checkpoint/image-facts.ts";
 import type { CheckpointManifest } from "../../src/checkpoint/manifest.ts";
 import { BrokenImage, Unsupported, WrongState } from "../../src/errors/index.ts";
+import { canFuse, deadFuse } from "../live/harness/dead-fuse.ts";
+
+vi.stubEnv("CEDANA_FILE_PATIENCE_MS", "200");
+const { compareToContainer, compareToNode } = await import("../../src/checkpoint/compare.ts");
 
 let directory: string;
 let rootfs: string;
@@ -62,7 +61,7 @@ function mount(mountPoint: string, externalKey?: string, root = "/"): DumpedMoun
 }
 
 function facts(changes: Partial<ImageFacts> = {}): ImageFacts {
-  const nothing = { files: [], sockets: [], hostname: undefined, hostnameImage: undefined };
+  const nothing = { ids: [1], files: [], sockets: [], hostname: undefined, hostnameImage: undefined };
   return { mounts: [mount("/")], ...nothing, ...changes };
 }
 
@@ -95,6 +94,19 @@ describe("a checkpoint and a container", () => {
       expect.stringMatching(/^error: the source of the bind mount \/b, \/nowhere, does not exist/),
       expect.stringMatching(/^warning: the container's mount at \/c will not be there/),
     ]);
+  });
+
+  it.skipIf(!canFuse)("are not compared by files on a mount whose server doesn't answer", async () => {
+    const dead = path.join(directory, "dead");
+    fs.mkdirSync(dead);
+    using _dead = deadFuse(dead);
+    const images = facts({
+      mounts: [mount("/"), mount("/data", "/data")],
+      files: [{ path: "/data/open", mountId: mount("/data").id, size: 1n, mode: 0o100644 }],
+    });
+    const binds = new Map([["/data", dead]]);
+    const { said } = await differences(images, { binds, mountPoints: ["/data"], rootfs });
+    expect(said).toEqual([expect.stringMatching(/the bind mount \/data, .*, does not answer/)]);
   });
 
   it("differ in the key by which the engines hide files: CRIU is told of the other engine's", async () => {

@@ -127,7 +127,7 @@ describe("a restore", () => {
     ];
     const { findings, externalMounts } = await compareToContainer(
       checkpoint,
-      { mounts, files: [], sockets: [], hostname: undefined, hostnameImage: undefined },
+      { ids: [1], mounts, files: [], sockets: [], hostname: undefined, hostnameImage: undefined },
       container([["/usr/lib/libcuda.so.1", place]]),
     );
     expect(externalMounts.map(({ key, source }) => [key, source])).toEqual([

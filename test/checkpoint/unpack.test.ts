@@ -57,6 +57,19 @@ describe("an unpacked checkpoint", () => {
     expect(fs.readdirSync(root).filter((name) => name !== "tmp")).toEqual([]);
   });
 
+  it("whose note the machine's end has left empty is in nobody's way, and is swept", async () => {
+    const other = new UnpackedCheckpoint(root, path.join(directory, "other"));
+    const broken = await other.open(archive, undefined, signal);
+    fs.writeFileSync(`${broken}.json`, "");
+    const at = await new UnpackedCheckpoint(root, owner).open(archive, undefined, signal);
+    expect(inventoryOf(at)).toBe("one");
+    for (const left of [broken, `${broken}.json`]) expect(fs.existsSync(left), left).toBe(false);
+    fs.writeFileSync(`${at}.json`, "");
+    expect(inventoryOf(await new UnpackedCheckpoint(root, owner).open(archive, undefined, signal))).toBe(
+      "one",
+    );
+  });
+
   it("is swept when its owner has gone, and only then, and only where its owner could be seen", async () => {
     const other = path.join(directory, "other");
     fs.mkdirSync(other);

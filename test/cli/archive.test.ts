@@ -7,7 +7,7 @@ import { writeManifest } from "../../src/checkpoint/manifest-files.ts";
 import { sampleManifest } from "../checkpoint/sample.ts";
 
 const root = path.join(import.meta.dirname, "../..");
-const built = ["dist/cedana.js", "dist/commands.js", "dist/checkpoint-worker.js"].every((file) =>
+const built = ["dist/cedana.js", "dist/commands.js", "dist/checkpoint-worker.cjs"].every((file) =>
   fs.existsSync(path.join(root, file)),
 );
 

@@ -7,6 +7,7 @@ import {
   existsSync,
   mkdirSync,
   mkdtempSync,
+  readdirSync,
   readFileSync,
   rmSync,
   symlinkSync,
@@ -248,6 +249,15 @@ describe("the gate", () => {
     removeGate(gate.directory);
     expect(existsSync(gate.directory)).toBe(false);
     expect(existsSync(join(work, "dump.log"))).toBe(false);
+  });
+
+  it("that can't be made leaves nothing, and nobody's log is gone with it", async () => {
+    const [inside, log] = [join(work, "inside"), join(work, "theirs.log")];
+    mkdirSync(inside);
+    mkdirSync(log);
+    await expect(Gate.make(inside, { program: keeperBinary, path: "/bin" }, log)).rejects.toThrow(/EEXIST/);
+    expect(readdirSync(inside)).toEqual([]);
+    expect(existsSync(log)).toBe(true);
   });
 
   it("bars CRIU's log until the way is cleared, and takes nothing away that isn't its own", async () => {

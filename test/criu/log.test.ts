@@ -50,6 +50,24 @@ describe("a CRIU log", () => {
     expect(summarizeCriuLog(lines.join("\n")).errors).toEqual(["one", "two", "three", "four"].map(error));
   });
 
+  it("has a last word, which is not what a container has called its files", () => {
+    const outcomeOf = (...lines: string[]) => summarizeCriuLog(lines.join("\n")).outcome;
+    expect(summarizeCriuLog(tcpDump).outcome).toBe("failed");
+    expect(outcomeOf("(00.5) Dumping finished successfully")).toBe("finished");
+    expect(
+      outcomeOf(
+        `(00.4) ${error("no matter")}`,
+        "(00.5) Restore finished successfully. Tasks resumed.",
+        "(00.6) more",
+      ),
+    ).toBe("finished");
+    expect(outcomeOf(`(00.5) ${error("Restoring FAILED.")}`, "(00.6) more")).toBe("failed");
+    expect(
+      outcomeOf("(00.5) Dumping path for 3 fd via self 4 [/Dumping finished successfully]"),
+    ).toBeUndefined();
+    expect(outcomeOf("(00.5) Collect /tmp/Dumping FAILED.")).toBeUndefined();
+  });
+
   it("has no error in a line that only quotes one", () => {
     const summary = summarizeCriuLog(
       "(00.1) Command line: criu dump --note Error (x): y\n(00.2)   mnt: Error (a):b\n",
@@ -64,6 +82,7 @@ describe("a CRIU log", () => {
       errors: [],
       lastLines: [],
       cause: undefined,
+      outcome: undefined,
     });
     fs.writeFileSync(file, `(00.1) fine\n(00.2) ${error("cut off he")}`);
     expect(await explainCriuLog(file)).toMatchObject({ firstError: error("cut off he") });

@@ -14,6 +14,7 @@ beforeAll(buildKeeper, BUILD_TIMEOUT_MS);
 const [none, fifo, file] = [0, 1, 2];
 const ETIMEDOUT = 110;
 const EEXIST = 17;
+const EINVAL = 22;
 const ECANCELED = 125;
 
 /** A reader that is there for a while: what it has read so far. */
@@ -428,6 +429,40 @@ describe.concurrent("whoever writes a log file", () => {
     expect(pod.log()).toMatch(
       /what writes the log file .*log \(pid \d+\) ended with signal 9: another one follows/,
     );
+    await free(pod, "a");
+  });
+
+  it("is tried again ever less often when the file can't be opened any more, and goes on when it can", async () => {
+    await using pod = await Pod.start();
+    const [directory, log] = [pod.path("logs"), pod.path("logs/log")];
+    await open(pod, { io: "a", stdout: log, stdoutKind: file });
+    fs.writeFileSync(pod.path("wait"), "");
+    const ended = start(pod, "a", `while [ -e ${pod.path("wait")} ]; do sleep 0.02; done; echo late`);
+    fs.rmSync(directory, { recursive: true });
+    fs.writeFileSync(directory, "no directory");
+    const killedMs = performance.now();
+    kill(writersOf(pod)[0]!);
+    const attempts = () => pod.log().match(/another one follows/g)?.length ?? 0;
+    await until(() => attempts() >= 5, { what: () => `the fifth end of who writes in ${pod.log()}` });
+    expect(performance.now() - killedMs).toBeGreaterThan(1_400); // pauses of 100, 200, 400, 800 ms
+    expect(pod.log()).toMatch(/open \S+logs\/log: Not a directory; the output waits/);
+    fs.rmSync(directory);
+    fs.rmSync(pod.path("wait"));
+    expect(await ended()).toBe(0);
+    expect(await drain(pod, "a")).toBe(0);
+    expect(fs.readFileSync(log, "utf8")).toBe("late\n");
+    await free(pod, "a");
+  });
+
+  it.each(["relative-log", ""])("is not started for %j, which is no absolute path", async (path) => {
+    await using pod = await Pod.start();
+    const values = { io: "a", stdout: path, stdoutKind: file };
+    const message = await pod.link.operate(type.IO_OPEN, values);
+    expect(message.int("errno")).toBe(EINVAL);
+    expect(message.string("message")).toBe(`log file "${path}": not an absolute path`);
+    expect(writersOf(pod)).toEqual([]);
+    expect(fs.existsSync("/relative-log")).toBe(false);
+    await open(pod, { io: "a" }); // nothing is left of it
     await free(pod, "a");
   });
 

@@ -1,6 +1,7 @@
 // What is asked of a file system that never answers costs neither the event loop nor a thread of the pool.
 
-import { execFileSync } from "node:child_process";
+import { execFileSync, spawn } from "node:child_process";
+import { once } from "node:events";
 import {
   closeSync,
   constants,
@@ -15,6 +16,7 @@ import { open, stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import { findAddon } from "../../src/linux/addon.ts";
 import { canFuse, deadFuse } from "../live/harness/dead-fuse.ts";
 import { until } from "../live/harness/until.ts";
 
@@ -107,5 +109,59 @@ describe.skipIf(!canFuse)("a file system that doesn't answer", () => {
       { what: () => "the end of the waiting" },
     );
     await (await open(directory)).close();
+  });
+
+  it("that is asked with ever other paths keeps nobody from reading a file elsewhere", async () => {
+    const elsewhere = mkdtempSync(join(tmpdir(), "cedana-apart-"));
+    writeFileSync(join(elsewhere, "file"), "12345");
+    try {
+      using _dead = deadFuse(directory);
+      const questions = Array.from({ length: 256 }, (_, n) => expectAnswer(join(directory, `${n}`)));
+      for (const { status } of await Promise.allSettled(questions)) expect(status).toBe("rejected");
+      await expect(expectAnswer(join(directory, "one more"))).rejects.toThrow(
+        /one more: not tried: 256 file operations before it have not come back/,
+      );
+      expect((await readApart(join(elsewhere, "file"), 5)).toString()).toBe("12345");
+    } finally {
+      rmSync(elsewhere, { recursive: true });
+    }
+    await until(
+      () =>
+        expectAnswer(directory).then(
+          () => true,
+          () => false,
+        ),
+      { what: () => "the end of the waiting" },
+    );
+  });
+
+  it("lets a thread of JavaScript end that waits for it, and the call come back after that", async () => {
+    // In a process of its own: the mistake would end it.
+    const script = `
+      const { Worker } = require("node:worker_threads");
+      const { once } = require("node:events");
+      const waits = \`
+        const loaded = { exports: {} };
+        process.dlopen(loaded, process.env.ADDON);
+        for (const name of "abcdefgh") loaded.exports.readApart(process.env.DEAD + "/" + name, 10);
+        require("node:worker_threads").parentPort.postMessage("asked");
+      \`;
+      (async () => {
+        const worker = new Worker(waits, { eval: true });
+        await once(worker, "message");
+        await worker.terminate();
+        console.log("ended");
+        process.stdin.once("data", () => setTimeout(() => process.exit(0), 200)); // the calls have come back
+      })();`;
+    const env = { ...process.env, ADDON: findAddon(), DEAD: directory };
+    const child = spawn(process.execPath, ["-e", script], { env, stdio: ["pipe", "pipe", "inherit"] });
+    const ended = once(child, "exit");
+    try {
+      using _dead = deadFuse(directory);
+      await once(child.stdout, "data");
+    } finally {
+      child.stdin.end("the server has gone");
+    }
+    expect(await ended).toEqual([0, null]);
   });
 });

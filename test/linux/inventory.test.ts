@@ -1,14 +1,24 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { closeSync, mkdirSync, mkdtempSync, openSync, rmSync, unlinkSync, writeSync } from "node:fs";
+import {
+  closeSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  readdirSync,
+  rmSync,
+  unlinkSync,
+  writeSync,
+} from "node:fs";
 import { stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, it, vi } from "vitest";
 import { findAddon } from "../../src/linux/addon.ts";
+import { O_PATH } from "../../src/linux/apart.ts";
 import { answerWithin, isKernelMemory, parseStatus, takeInventory } from "../../src/linux/inventory.ts";
 import { namespaceInode } from "../../src/linux/proc.ts";
-import { canFuse, deadFuse, O_PATH } from "../live/harness/dead-fuse.ts";
+import { canFuse, deadFuse } from "../live/harness/dead-fuse.ts";
 
 it("reads the lines of status that count", () => {
   const text =
@@ -145,3 +155,39 @@ it.skipIf(!canFuse)("takes no thread of the pool for files whose servers don't a
     rmSync(place, { recursive: true });
   }
 });
+
+it.skipIf(!canFuse)(
+  "asks few of a container's servers, however many it is, and none twice that was silent",
+  async () => {
+    const place = mkdtempSync(join(tmpdir(), "cedana-inventory-"));
+    const mounts: Disposable[] = [];
+    const fds: number[] = [];
+    const threads = () => readdirSync("/proc/self/task").length;
+    const silent = async (pid: number) => {
+      const { files } = (await takeInventory([pid])).processes[0]!;
+      return files.filter(({ statFailed }) => statFailed === "no answer within 2000 ms").length;
+    };
+    try {
+      for (let n = 0; n < 40; n++) {
+        mkdirSync(join(place, `${n}`));
+        mounts.push(deadFuse(join(place, `${n}`)));
+        fds.push(openSync(join(place, `${n}`), O_PATH));
+      }
+      const child = spawn("sleep", ["1000"], { stdio: ["ignore", "ignore", "ignore", ...fds] });
+      try {
+        const before = threads();
+        expect(await silent(child.pid!)).toBe(40);
+        expect(threads() - before).toBeLessThan(20); // those asked at once, and those asked while they were given up
+        const asked = threads();
+        expect(await silent(child.pid!)).toBe(40);
+        expect(threads()).toBeLessThanOrEqual(asked);
+      } finally {
+        child.kill("SIGKILL");
+      }
+    } finally {
+      for (const fd of fds) closeSync(fd);
+      for (const mount of mounts) mount[Symbol.dispose]();
+      rmSync(place, { recursive: true });
+    }
+  },
+);

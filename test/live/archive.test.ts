@@ -4,7 +4,7 @@ import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import {
   type Blob,
   extractContentStore,
@@ -14,8 +14,9 @@ import { createArchive, extractArchive } from "../../src/checkpoint/archive/inde
 import { applyRootfsDiff, overlayLayers, takeRootfsDiff } from "../../src/checkpoint/rootfs-diff/index.ts";
 import { setXattr } from "../../src/linux/addon.ts";
 import { describeTree } from "../checkpoint/rootfs-diff/tree.ts";
-import { Live } from "./harness/live.ts";
+import type { Live } from "./harness/live.ts";
 import { missingFor } from "./harness/matrix.ts";
+import { liveFor } from "./harness/suite.ts";
 
 const combination = { containerd: "1.7", engine: "runc" } as const;
 const missing = missingFor(combination);
@@ -23,11 +24,9 @@ const IMAGE = "cedana.local/busybox:latest";
 
 describe.skipIf(missing)(`archives${missing ? ` (${missing})` : ""}`, () => {
   let live: Live;
-  beforeAll(async () => {
-    live = await Live.start(combination);
+  liveFor(combination, (started) => {
+    live = started;
   });
-  afterEach(() => live.expectNoLeftovers());
-  afterAll(() => live?.stop());
 
   /** A container that has changed its root file system. */
   async function runAndChange(): Promise<string> {

@@ -4,23 +4,22 @@ import { execFile, execFileSync } from "node:child_process";
 import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { promisify } from "node:util";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { task as api } from "../../src/proto/index.ts";
 import { Client } from "../../src/ttrpc/index.ts";
-import { isControl, Live } from "./harness/live.ts";
+import { isControl, type Live } from "./harness/live.ts";
 import { oursOnly } from "./harness/matrix.ts";
 import { repository } from "./harness/programs.ts";
+import { liveFor } from "./harness/suite.ts";
 import { entries } from "./harness/system.ts";
 
 const run = promisify(execFile);
 
 describe("bad input", () => {
   let live: Live;
-  beforeAll(async () => {
-    live = await Live.start();
+  liveFor({}, (started) => {
+    live = started;
   });
-  afterEach(() => live.expectNoLeftovers());
-  afterAll(() => live?.stop());
 
   it.each([
     ["without a process", "{}", /process/],

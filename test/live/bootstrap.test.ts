@@ -3,13 +3,14 @@
 import { spawn } from "node:child_process";
 import { copyFileSync, mkdirSync, readFileSync, rmdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { task as api, bootstrap, google, runcOptions, types } from "../../src/proto/index.ts";
 import { Client } from "../../src/ttrpc/index.ts";
 import { isControl, Live } from "./harness/live.ts";
 import { missingFor, skipUnless } from "./harness/matrix.ts";
 import { repository } from "./harness/programs.ts";
 import { containerSpec } from "./harness/spec.ts";
+import { liveFor } from "./harness/suite.ts";
 import { cgroupRoots } from "./harness/system.ts";
 
 const launcher = join(repository, "bin/containerd-shim-cedana-v2");
@@ -33,11 +34,9 @@ async function call(
 
 describe.skipIf(isControl)("the launcher", () => {
   let live: Live;
-  beforeAll(async () => {
-    live = await Live.start();
+  liveFor({}, (started) => {
+    live = started;
   });
-  afterEach(() => live.expectNoLeftovers());
-  afterAll(() => live?.stop());
 
   it("says its version, and refuses what it doesn't understand", async () => {
     for (const flag of ["-v", "--version"]) {

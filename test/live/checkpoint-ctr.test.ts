@@ -3,11 +3,12 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { existsSync, mkdtempSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
-import { GO_SHIM, Live } from "./harness/live.ts";
+import { describe, expect, it } from "vitest";
+import { GO_SHIM, type Live } from "./harness/live.ts";
 import { type Combination, missingFor, skipUnless } from "./harness/matrix.ts";
 import { numbersIn } from "./harness/output.ts";
 import { IMAGE, repository } from "./harness/programs.ts";
+import { liveFor } from "./harness/suite.ts";
 import { until } from "./harness/until.ts";
 
 const combinations: Combination[] = [
@@ -21,11 +22,9 @@ for (const combination of combinations) {
   const title = `ctr ${combination.containerd} with ${combination.engine}`;
   describe.skipIf(missing)(`${title}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start(combination);
+    liveFor(combination, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     /** `ctr run` of the counter, whose output goes to a file. */
     async function ctrRun(id: string): Promise<string> {

@@ -2,11 +2,12 @@
 
 import { mkdtempSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor, skipUnless } from "./harness/matrix.ts";
 import { numbersIn, Output } from "./harness/output.ts";
 import type { Spec } from "./harness/spec.ts";
+import { liveFor } from "./harness/suite.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
 
@@ -21,11 +22,9 @@ for (const combination of enginesForCheckpoints) {
   const { engine } = combination;
   describe.skipIf(missing)(`${engine}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start(combination);
+    liveFor(combination, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     it("restores under another id, into the cgroup and the limits of the new container", async () => {
       const version2 = live.options.cgroup === "v2"; // without controllers, on a hybrid host

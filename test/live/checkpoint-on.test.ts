@@ -2,9 +2,10 @@
 // of its key goes on where it was, once.
 
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { CheckpointStore } from "../../src/checkpoint/store.ts";
-import { type EngineName, isControl, Live } from "./harness/live.ts";
+import { type EngineName, isControl, type Live } from "./harness/live.ts";
+import { liveFor } from "./harness/suite.ts";
 import { entries } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
@@ -13,12 +14,10 @@ const COUNTER = ["counter", "20", "7"]; // 7 is what it ends with at TERM
 describe.skipIf(isControl).each<EngineName>(["runc", "crun"])("cedana.io/checkpoint-on over %s", (engine) => {
   let live: Live;
   let store: CheckpointStore;
-  beforeAll(async () => {
-    live = await Live.start({ engine });
+  liveFor({ engine }, async (started) => {
+    live = started;
     store = new CheckpointStore(join(live.dir, "var/checkpoints"));
   });
-  afterEach(() => live.expectNoLeftovers());
-  afterAll(() => live?.stop());
 
   const keyed = (key: string, more: Record<string, string> = {}) => ({
     annotations: { "cedana.io/checkpoint-on": "SIGTERM", "cedana.io/auto-resume": key, ...more },

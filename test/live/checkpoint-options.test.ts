@@ -3,10 +3,11 @@
 import { spawn } from "node:child_process";
 import { existsSync, mkdtempSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { verifyDirectory } from "../../src/checkpoint/archive/index.ts";
-import { Live, type RunOptions } from "./harness/live.ts";
+import type { Live, RunOptions } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
+import { liveFor } from "./harness/suite.ts";
 import type { CheckpointOptions } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
 
@@ -15,11 +16,9 @@ for (const combination of enginesForCheckpoints) {
   const { engine } = combination;
   describe.skipIf(missing)(`${engine}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start(combination);
+    liveFor(combination, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     const manifestOf = (image: string) => JSON.parse(readFileSync(join(image, "cedana.json"), "utf8"));
 

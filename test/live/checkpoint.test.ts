@@ -2,11 +2,12 @@
 
 import { mkdtempSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { verifyImages } from "../../src/criu/image/index.ts";
-import { Live } from "./harness/live.ts";
+import type { Live } from "./harness/live.ts";
 import { type Combination, missingFor } from "./harness/matrix.ts";
 import { numbersIn } from "./harness/output.ts";
+import { liveFor } from "./harness/suite.ts";
 
 /** Programs that print a rising number as long as everything they hold is right, and what they need. */
 const programs: [what: string, args: string[], annotations: Record<string, string>][] = [
@@ -28,11 +29,9 @@ for (const combination of combinations) {
   const missing = missingFor(combination);
   describe.skipIf(missing)(`${combination.engine}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start(combination);
+    liveFor(combination, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     for (const [what, args, annotations] of programs)
       it(`restores ${what}`, async () => {

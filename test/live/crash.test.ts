@@ -1,8 +1,9 @@
 // cedanad is killed, hangs, or can't start; keepers are killed; containerd is killed. No container notices.
 
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { Live } from "./harness/live.ts";
 import { generator } from "./harness/random.ts";
+import { liveFor } from "./harness/suite.ts";
 import { isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
@@ -12,11 +13,9 @@ const SHORT_LIVES = 15;
 
 describe("cedanad", () => {
   let live: Live;
-  beforeAll(async () => {
-    live = await Live.start({ containerd: "1.7", engine: "runc" });
+  liveFor({ containerd: "1.7", engine: "runc" }, (started) => {
+    live = started;
   });
-  afterEach(() => live.expectNoLeftovers());
-  afterAll(() => live?.stop());
 
   it("may be killed while a container runs, and while it ends", async () => {
     await using task = await live.run(["counter", "10", "7"]);

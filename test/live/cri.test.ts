@@ -2,9 +2,10 @@
 
 import { execFileSync } from "node:child_process";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { Pod } from "./harness/cri.ts";
-import { type ContainerdVersion, containerdBinaries, Live } from "./harness/live.ts";
+import { type ContainerdVersion, containerdBinaries, type Live } from "./harness/live.ts";
+import { liveFor } from "./harness/suite.ts";
 
 const COUNTER = ["/programs/counter", "20", "7"];
 
@@ -12,12 +13,10 @@ for (const containerd of ["1.7", "2.1"] satisfies ContainerdVersion[]) {
   const missing = !containerdBinaries(containerd) && `containerd ${containerd} is not installed`;
   describe.skipIf(missing)(`a pod under containerd ${containerd}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      // Both ways in which a configuration may name us; CRI checkpoints only under the Go shim's type.
-      live = await Live.start({ containerd, engine: "runc", cri: containerd === "1.7" ? "type" : "path" });
+    // Both ways in which a configuration may name us; CRI checkpoints only under the Go shim's type.
+    liveFor({ containerd, engine: "runc", cri: containerd === "1.7" ? "type" : "path" }, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     it("runs its containers in one shim, and takes them along when it is stopped", async () => {
       await using pod = await Pod.run(live);

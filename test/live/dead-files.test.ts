@@ -2,10 +2,11 @@
 
 import { mkdirSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { canFuse, deadFuse } from "./harness/dead-fuse.ts";
-import { isControl, Live } from "./harness/live.ts";
+import { isControl, type Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
+import { liveFor } from "./harness/suite.ts";
 
 const [combination] = enginesForCheckpoints;
 const missing = isControl
@@ -17,13 +18,11 @@ const missing = isControl
 describe.skipIf(missing)(`a dead file system${missing ? ` (${missing})` : ""}`, () => {
   let live: Live;
   let place: string;
-  beforeAll(async () => {
-    live = await Live.start(combination);
+  liveFor(combination, async (started) => {
+    live = started;
     place = join(live.dir, "dead");
     mkdirSync(place);
   });
-  afterEach(() => live.expectNoLeftovers());
-  afterAll(() => live?.stop());
 
   it("under an image path or a checkpoint keeps nobody else from being served, and the container goes on", async () => {
     await using victim = await live.run(["counter"]);

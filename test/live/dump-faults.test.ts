@@ -14,14 +14,14 @@ import { until } from "./harness/until.ts";
 const boundaries = boundariesOf("dump", dumpSteps);
 
 describe("a crash of cedanad in a dump", () => {
-  // Two crashes within a second each: the keeper waits between its attempts, some 2 s a boundary.
+  // Two new cedanads for each boundary: a second where the machine is idle, three where it isn't.
   it("leaves a whole checkpoint, at each boundary of its steps", { timeout: 300_000 }, async () => {
     using daemon = new BreakableDaemon();
     // 1.7 can't store two checkpoints of a container within one second.
     await using live = await Live.start({
       containerd: "2.1",
       engine: "runc",
-      env: { CEDANA_DAEMON: daemon.program },
+      env: daemon.env,
     });
     await using task = await live.run(["counter"]);
     await task.nextNumber();

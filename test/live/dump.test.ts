@@ -14,6 +14,7 @@ import { boundariesOf } from "./harness/boundaries.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
+import { liveFor } from "./harness/suite.ts";
 import { entries } from "./harness/system.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
@@ -54,11 +55,9 @@ for (const combination of enginesForCheckpoints) {
   const missing = missingFor(combination);
   describe.skipIf(missing)(`${combination.engine}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start(combination);
+    liveFor(combination, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     it("takes a checkpoint into the store, the container runs on, and another one restores by its name", async () => {
       let last: number;
@@ -301,11 +300,10 @@ describe("a crash of cedanad while it takes a checkpoint of its own will", () =>
     "triggered.done.before",
   ];
 
-  it("leaves the container running, and the next cedanad finishes, at each boundary", {
-    timeout: 420_000,
-  }, async () => {
+  /** A node of its own for these boundaries. */
+  const crashAtEach = async (boundaries: readonly string[]) => {
     using daemon = new BreakableDaemon();
-    await using live = await Live.start({ engine: "runc", env: { CEDANA_DAEMON: daemon.program } });
+    await using live = await Live.start({ engine: "runc", env: daemon.env });
     await using task = await live.run(COUNTER);
     await task.nextNumber();
     const all = () => storeOf(live).generations({ namespace: live.namespace }, "web");
@@ -324,11 +322,19 @@ describe("a crash of cedanad while it takes a checkpoint of its own will", () =>
       expectNothingLeft(task);
       await verifyDirectory((await all()).at(-1)!.path);
     }
+  };
+
+  it("leaves the container running, and the next cedanad finishes, at each boundary", {
+    timeout: 300_000,
+  }, async () => {
+    // Each is four programs that start one after another, and waits for three of them: two nodes at the same time.
+    const half = (rest: number) => boundaries.filter((_, index) => index % 2 === rest);
+    await Promise.all([crashAtEach(half(0)), crashAtEach(half(1))]);
   });
 
   it("keeps the images of a container that has ended with them", async () => {
     using daemon = new BreakableDaemon();
-    await using live = await Live.start({ engine: "runc", env: { CEDANA_DAEMON: daemon.program } });
+    await using live = await Live.start({ engine: "runc", env: daemon.env });
     for (const boundary of [
       "dump.criuDump.before",
       "dump.criuDump.after",
@@ -369,7 +375,7 @@ describe("a crash of cedanad while it takes a checkpoint of its own will", () =>
       );
       await using live = await Live.start({
         engine: "runc",
-        env: { CEDANA_DAEMON: daemon.program, CEDANA_CONFIG: configuration },
+        env: { ...daemon.env, CEDANA_CONFIG: configuration },
       });
       const all = (name: string) => storeOf(live).generations({ namespace: live.namespace }, name);
       const crash = async (task: LiveTask) => {

@@ -1,9 +1,10 @@
 // Execs in storms, programs that end before Start returns, and what calls in the wrong state are answered: with the statuses and
 // words of the Go shim, against which this file runs too (CEDANA_TEST_RUNTIME=io.containerd.runc.v2).
 
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
-import { isControl, Live } from "./harness/live.ts";
+import { describe, expect, it } from "vitest";
+import { isControl, type Live } from "./harness/live.ts";
 import { bothEngines, missingFor, oursOnly } from "./harness/matrix.ts";
+import { liveFor } from "./harness/suite.ts";
 import { fdsOf, processStat } from "./harness/system.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
@@ -29,11 +30,9 @@ for (const combination of bothEngines) {
   const missing = missingFor(combination);
   describe.skipIf(missing)(`${combination.engine}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start(combination);
+    liveFor(combination, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     it(`runs ${STORM} execs, ${AT_ONCE} at a time, with and without terminal: codes, output, events, no zombies, no fds`, async () => {
       await using task = await live.run(["sleeper"]);

@@ -1,10 +1,11 @@
 // A container's whole life, with each engine on each containerd.
 
 import { readFileSync } from "node:fs";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
-import { Live } from "./harness/live.ts";
+import { describe, expect, it } from "vitest";
+import type { Live } from "./harness/live.ts";
 import { everyCombination, missingFor } from "./harness/matrix.ts";
 import { anyJson, decode } from "./harness/proto.ts";
+import { liveFor } from "./harness/suite.ts";
 import { isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
@@ -14,11 +15,9 @@ for (const combination of everyCombination) {
     `${combination.engine} on containerd ${combination.containerd}${missing ? ` (${missing})` : ""}`,
     () => {
       let live: Live;
-      beforeAll(async () => {
-        live = await Live.start(combination);
+      liveFor(combination, (started) => {
+        live = started;
       });
-      afterEach(() => live.expectNoLeftovers());
-      afterAll(() => live?.stop());
 
       it("runs a program to its end and delivers its output and exit code", async () => {
         const { id, status, stdout } = await live.runToEnd(["sh", "-c", "echo hello; echo bad >&2; exit 7"]);

@@ -4,10 +4,11 @@ import { join } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { CallerPlace, caller, missingCallers, type Side, sides, wrapper } from "./harness/callers.ts";
-import { type EngineName, GO_SHIM, Live } from "./harness/live.ts";
+import { type EngineName, GO_SHIM, type Live } from "./harness/live.ts";
 import { IMAGE, imageTar, programs } from "./harness/programs.ts";
 import { anyOf } from "./harness/proto.ts";
 import { containerSpec, processSpec } from "./harness/spec.ts";
+import { liveFor } from "./harness/suite.ts";
 import { entries, isAlive } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
@@ -497,11 +498,9 @@ describe.skipIf(missing)(`buildah${because}`, () => {
 
 describe.each(engines)("containerd's own shim, with cedana-runtime over %s for a BinaryName", (engine) => {
   let live: Live;
-  beforeAll(async () => {
-    live = await Live.start({ engine, runtime: GO_SHIM, env: { CEDANA_ENGINE: engine } });
+  liveFor({ engine, runtime: GO_SHIM, env: { CEDANA_ENGINE: engine } }, (started) => {
+    live = started;
   });
-  afterEach(() => live.expectNoLeftovers());
-  afterAll(() => live?.stop());
 
   it("runs, execs, pauses, kills and deletes", async () => {
     const runtimeOptions = anyOf("containerd.runc.v1.Options", { binaryName: wrapper });

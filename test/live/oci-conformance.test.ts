@@ -255,6 +255,23 @@ describe.each(cases)("cedana-runtime over $engine, with $kind", ({ engine, annot
   });
 
   it.runIf("cedana.io/kill-signal" in annotations)(
+    "a container that run keeps is ours until its delete",
+    () => {
+      const file = join(dir, "wrapper/b/config.json");
+      const original = readFileSync(file, "utf8");
+      const spec = JSON.parse(original);
+      spec.process.args = ["sh", "-c", "exit 3"];
+      writeFileSync(file, JSON.stringify(spec));
+      expect(run("wrapper", "run", "--keep", "--bundle", "b", "b").status).toBe(3);
+      expect(entries(join(dir, "run/oci"))).toHaveLength(1);
+      expect(run("wrapper", "state", "b").stdout).toMatch(/"status": *"stopped"/);
+      expect(run("wrapper", "delete", "b").status).toBe(0);
+      expect(entries(join(dir, "run/oci"))).toEqual([]);
+      writeFileSync(file, original);
+    },
+  );
+
+  it.runIf("cedana.io/kill-signal" in annotations)(
     "a container's policy ends with it, also where somebody deletes it past us",
     async () => {
       const file = join(dir, "wrapper/a/config.json");
@@ -266,6 +283,7 @@ describe.each(cases)("cedana-runtime over $engine, with $kind", ({ engine, annot
       await place.ok([engine, "--root", join(dir, "wrapper/root"), "delete", "--force", "a"]);
       annotate({});
       expect(run("wrapper", "create", "--bundle", "a", "a").status).toBe(0);
+      expect(entries(join(dir, "run/oci"))).toEqual([]); // nothing is asked of us for it
       expect(run("wrapper", "start", "a").status).toBe(0);
       // Until it is heard, which the first process does from its trap on.
       const again = setInterval(() => run("wrapper", "kill", "a", "TERM"), 50);

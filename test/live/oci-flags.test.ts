@@ -6,6 +6,7 @@ import {
   mkdirSync,
   readFileSync,
   renameSync,
+  rmdirSync,
   rmSync,
   statSync,
   symlinkSync,
@@ -16,9 +17,10 @@ import { type AddressInfo, createServer } from "node:net";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { CallerPlace, missingCallers, type Side } from "./harness/callers.ts";
+import { DeadlyCriu } from "./harness/deadly-criu.ts";
 import { programs, repository } from "./harness/programs.ts";
-import { containerSpec } from "./harness/spec.ts";
-import { entries } from "./harness/system.ts";
+import { containerSpec, type SpecOptions } from "./harness/spec.ts";
+import { cgroupRoots, entries, pidsInCgroups } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 // Options of checkpoint and restore that only migration tools use, through cedana-runtime. crun has fewer of its own than runc.
@@ -35,9 +37,11 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
     const withRunc = it.skipIf(engine === "crun");
     let place: CallerPlace;
     let bundle: string;
+    let deadly: DeadlyCriu;
     const started: ChildProcess[] = [];
     beforeAll(async () => {
-      place = await CallerPlace.start(engine);
+      deadly = new DeadlyCriu();
+      place = await CallerPlace.start(engine, {}, deadly.directory);
       bundle = join(place.dir, "b");
       for (const name of ["bin", "dev", "proc", "sys", "run", "programs"])
         mkdirSync(join(bundle, "rootfs", name), { recursive: true });
@@ -52,16 +56,24 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
         rmSync(at(name), { recursive: true, force: true });
       await place.expectNoLeftovers((argv) => /cedanad/.test(argv));
     });
-    afterAll(async () => await place?.stop());
+    afterAll(async () => {
+      await place?.stop();
+      deadly?.[Symbol.dispose]();
+    });
 
     const at = (name: string) => join(place.dir, name);
     const runtime = (root: string, ...args: string[]) =>
       place.run(place.runtime(side, "--root", at(root), ...args));
     let testPrograms = "";
-    function configure(cgroup: string, mounted = testPrograms, args = ["counter", "20"]): void {
+    function configure(
+      cgroup: string,
+      mounted = testPrograms,
+      args = ["counter", "20"],
+      namespaces: SpecOptions["namespaces"] = {},
+    ): void {
       testPrograms = mounted;
       const cgroupsPath = place.cgroupsPath(cgroup);
-      const spec = containerSpec({ args, cgroupsPath, programs: mounted });
+      const spec = containerSpec({ args, cgroupsPath, programs: mounted, namespaces });
       writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
     }
 
@@ -104,8 +116,8 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
             .filter((line) => /^\d+$/.test(line))
             .map(Number)
         : [];
-    async function begin(args?: string[]): Promise<void> {
-      configure("b", testPrograms, args);
+    async function begin(args?: string[], namespaces?: SpecOptions["namespaces"]): Promise<void> {
+      configure("b", testPrograms, args, namespaces);
       counting("one", "run");
       await until(() => numbers().length > 2, {
         what: () =>
@@ -422,6 +434,93 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       expect(numbers()).toEqual(numbers().map((_, n) => n));
     });
 
+    it("takes checkpoints that are asked for at once one after another, and the container runs on", async () => {
+      await begin();
+      const taken = await Promise.all(
+        ["first", "second", "third"].map((name) =>
+          runtime("one", "checkpoint", "--leave-running", "--image-path", join(at("images"), name), "box"),
+        ),
+      );
+      for (const { status, stderr } of taken) expect(status, stderr).toBe(0);
+      expect(JSON.parse((await runtime("one", "state", "box")).stdout).status).toBe("running");
+      await goesOn(numbers().length);
+    });
+
+    it("leaves nothing of a restore in whose middle it is killed, and the next one succeeds", {
+      timeout: 60_000,
+    }, async () => {
+      await begin();
+      const dumped = await runtime("one", "checkpoint", "--image-path", at("images"), "box");
+      expect(dumped.status, dumped.stderr).toBe(0);
+      deadly.killNextAt("post-restore", "wrapper");
+      await endOf(counting("one", "restore", "--image-path", at("images")));
+      expect(deadly.killed()).toBe("cedana-runtime");
+      await until(() => entries(join(place.runDir, "c")).length === 0, {
+        what: () => "the end of the restore",
+      });
+      expect(entries(at("one"))).toEqual([]);
+      expect(
+        pidsInCgroups(place.namespace).filter((pid) => existsSync(`/proc/${pid}/root/programs/counter`)),
+      ).toEqual([]);
+      const before = numbers().length;
+      counting("one", "restore", "--image-path", at("images"));
+      await goesOn(before); // not after the last one: what was killed may have been let go before
+    });
+
+    it("leaves a container alone whose id is asked for again", async () => {
+      await begin();
+      const dumped = await runtime(
+        "one",
+        "checkpoint",
+        "--leave-running",
+        "--image-path",
+        at("images"),
+        "box",
+      );
+      expect(dumped.status, dumped.stderr).toBe(0);
+      const spec = JSON.parse(readFileSync(join(bundle, "config.json"), "utf8"));
+      spec.annotations = { "cedana.io/restore-from": "nothing", "cedana.io/on-restore-failure": "fresh" };
+      writeFileSync(join(bundle, "config.json"), JSON.stringify(spec));
+      const twice = [
+        ["restore", "--detach", "--image-path", at("images")],
+        ["create"], // from a checkpoint that there isn't
+      ];
+      for (const command of twice) {
+        const { status, stderr } = await runtime("one", ...command, "--bundle", bundle, "box");
+        expect([status, stderr], command[0]).toEqual([1, expect.stringMatching(/exists/)]);
+      }
+      expect(JSON.parse((await runtime("one", "state", "box")).stdout).status).toBe("running");
+      expect(entries(join(place.runDir, "oci"))).toEqual([]);
+      await goesOn(numbers().length);
+      expect(numbers()).toEqual(numbers().map((_, n) => n));
+    });
+
+    it("dumps to the end or not at all when it is killed in the middle", { timeout: 60_000 }, async () => {
+      for (const moment of ["pre-dump", "post-dump"] as const) {
+        await begin();
+        deadly.killNextAt(moment, "wrapper");
+        const flags = ["--root", at("one"), "checkpoint", "--image-path", at("images"), "box"];
+        await endOf(background('"$@" >/dev/null 2>&1 3>&-; true', place.runtime("wrapper", ...flags)));
+        expect(deadly.killed(), moment).toBe("cedana-runtime");
+        await until(() => entries(join(place.runDir, "c")).length === 0, {
+          what: () => "the end of the dump",
+        });
+        expect(entries(join(place.runDir, "oci")).filter((name) => name.includes("~"))).toEqual([]);
+        const before = numbers().length;
+        if (existsSync(join(at("images"), "cedana.json"))) {
+          expect(
+            JSON.parse(readFileSync(join(at("images"), "cedana.json"), "utf8")).options.leaveRunning,
+          ).toBe(false);
+          await runtime("one", "delete", "--force", "box");
+          counting("one", "restore", "--image-path", at("images"));
+        } else expect(entries(at("images")), moment).toEqual([]);
+        await goesOn(before);
+        expect(numbers()).toEqual(numbers().map((_, n) => n));
+        await runtime("one", "delete", "--force", "box");
+        for (const name of ["images", "out"]) rmSync(at(name), { recursive: true, force: true });
+      }
+    });
+
     const dump = (...flags: string[]) =>
       runtime("one", "checkpoint", ...flags, "--image-path", at("images"), "--work-path", at("work"), "box");
 
@@ -494,6 +593,52 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
         for (const name of ["images", "out"]) rmSync(at(name), { recursive: true, force: true });
       }
     });
+
+    it("keeps its ids free where it shares a pid namespace", async () => {
+      /** @returns the path of a pid namespace with one process */
+      const othersPids = async () => {
+        const script = 'echo "$$"; exec sleep 1000';
+        const child = spawn("unshare", ["--pid", "--fork", "--kill-child", "sh", "-c", script]);
+        started.push(child);
+        await new Promise((resolve) => child.stdout.once("data", resolve));
+        const init = readFileSync(`/proc/${child.pid}/task/${child.pid}/children`, "utf8").trim();
+        return `/proc/${init}/ns/pid`;
+      };
+      await begin(undefined, { pid: await othersPids() });
+      const dumped = await runtime("one", "checkpoint", "--image-path", at("images"), "box");
+      expect(dumped.status, dumped.stderr).toBe(0);
+      const before = numbers().length;
+      const pid = await othersPids();
+      configure("c", testPrograms, undefined, { pid });
+      counting("two", "restore", "--image-path", at("images"));
+      await goesOn(before);
+      const argv = [`--pid=${pid}`, "cat", "/proc/sys/kernel/ns_last_pid"];
+      expect(Number(spawnSync("nsenter", argv, { encoding: "utf8" }).stdout)).toBeGreaterThan(300);
+    });
+
+    it.skipIf(engine === "runc" || !existsSync("/sys/fs/cgroup/freezer"))(
+      "makes none of others' cgroups again, which a checkpoint by the engine alone has taken along",
+      async () => {
+        const others = cgroupRoots().map((root) => join(root, `${place.namespace}-others`));
+        const there = () => others.filter((path) => existsSync(path));
+        try {
+          for (const path of others) mkdirSync(path);
+          await begin();
+          mkdirSync(at("work"));
+          const paths = ["--image-path", at("images"), "--work-path", at("work")];
+          const argv = place.runtime("engine", "--root", at("one"), "checkpoint", ...paths, "box");
+          const dumped = await place.run(argv);
+          expect(dumped.status, dumped.stderr).toBe(0);
+          for (const path of others) rmdirSync(path);
+          const before = numbers().length;
+          counting("two", "restore", ...paths);
+          await goesOn(before);
+          expect(there()).toEqual([]);
+        } finally {
+          for (const path of there()) rmdirSync(path);
+        }
+      },
+    );
 
     withRunc("hands the options of an LSM on to the engine as they are", async () => {
       // An engine that writes down what it is told, and says of itself what runc does.

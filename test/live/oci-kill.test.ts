@@ -1,7 +1,8 @@
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { missingCallers, Podman } from "./harness/callers.ts";
-import { isControl, Live } from "./harness/live.ts";
+import { isControl, type Live } from "./harness/live.ts";
 import { IMAGE } from "./harness/programs.ts";
+import { liveFor } from "./harness/suite.ts";
 import { entries } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
@@ -11,11 +12,9 @@ const stubborn = "trap 'echo hup; exit 3' HUP; trap '' INT TERM; echo up; while 
 
 describe.skipIf(isControl)("kill-signal, kill-grace and kill-escalation", () => {
   let live: Live;
-  beforeAll(async () => {
-    live = await Live.start();
+  liveFor({}, (started) => {
+    live = started;
   });
-  afterEach(() => live.expectNoLeftovers());
-  afterAll(() => live?.stop());
 
   async function run(settings: Record<string, string>) {
     const annotations = Object.fromEntries(

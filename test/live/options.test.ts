@@ -3,10 +3,11 @@
 import { readFileSync, rmdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { gunzipSync } from "node:zlib";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { isControl, Live } from "./harness/live.ts";
 import { oursOnly, skipUnless } from "./harness/matrix.ts";
 import { type Any, anyOf } from "./harness/proto.ts";
+import { liveFor } from "./harness/suite.ts";
 import { cgroupRoots, entries } from "./harness/system.ts";
 
 const RUNC_OPTIONS = "containerd.runc.v1.Options";
@@ -16,14 +17,12 @@ describe("runtime options", () => {
   /** An engine that notes its command lines. */
   let engine: string;
   let notes: string;
-  beforeAll(async () => {
-    live = await Live.start();
+  liveFor({}, async (started) => {
+    live = started;
     engine = join(live.dir, "noting-runc");
     notes = join(live.dir, "notes");
     writeFileSync(engine, `#!/bin/sh\necho "$*" >>${notes}\nexec runc "$@"\n`, { mode: 0o755 });
   });
-  afterEach(() => live.expectNoLeftovers());
-  afterAll(() => live?.stop());
 
   /** The flags of `create`, of a container's life with these options. */
   async function flagsOf(runtimeOptions: Any): Promise<string[]> {

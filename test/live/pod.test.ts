@@ -2,9 +2,10 @@
 
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
-import { type ContainerdVersion, Live } from "./harness/live.ts";
+import { describe, expect, it } from "vitest";
+import type { ContainerdVersion, Live } from "./harness/live.ts";
 import { missingFor } from "./harness/matrix.ts";
+import { liveFor } from "./harness/suite.ts";
 import { isAlive, pidsInCgroups } from "./harness/system.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
@@ -42,11 +43,9 @@ for (const containerd of ["1.7", "2.1"] as const satisfies ContainerdVersion[]) 
   const missing = missingFor({ containerd, engine: "runc" });
   describe.skipIf(missing)(`a pod on containerd ${containerd}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start({ containerd, engine: "runc" });
+    liveFor({ containerd, engine: "runc" }, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     it.each([SANDBOX, GROUP])("has one shim for its three containers (%s)", async (annotation) => {
       const pod = await startPod(live, annotation);

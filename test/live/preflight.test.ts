@@ -7,7 +7,7 @@ import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from "node:f
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { promisify } from "node:util";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import type { FindingId } from "../../src/checkpoint/preflight/catalogue.ts";
 import schema from "../../src/checkpoint/preflight/preflight.schema.json" with { type: "json" };
 import {
@@ -20,9 +20,10 @@ import { explainCriuLog } from "../../src/criu/log.ts";
 import { hostCgroupVersion } from "../../src/linux/cgroup-hierarchy.ts";
 import { childrenOf } from "../../src/linux/proc.ts";
 import { readSpec } from "../../src/runtime/spec.ts";
-import { Live, type RunOptions } from "./harness/live.ts";
+import type { Live, RunOptions } from "./harness/live.ts";
 import { bothEngines, missingFor } from "./harness/matrix.ts";
 import { compileProgram, repository } from "./harness/programs.ts";
+import { liveFor } from "./harness/suite.ts";
 import { pidsInCgroups } from "./harness/system.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
@@ -318,11 +319,9 @@ for (const combination of bothEngines) {
   const { engine } = combination;
   describe.skipIf(missing)(`a container of ${engine}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start(combination);
+    liveFor(combination, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
     const cgroupsMode = engine === "crun" ? { cgroupsMode: "ignore" } : {};
 
     /** As the dump chain asks: all processes of the cgroup, and what the bundle's configuration says. */

@@ -2,21 +2,20 @@
 
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { CheckpointStore } from "../../src/checkpoint/store.ts";
-import { isControl, Live } from "./harness/live.ts";
+import { isControl, type Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
+import { liveFor } from "./harness/suite.ts";
 import { until } from "./harness/until.ts";
 
 for (const combination of enginesForCheckpoints) {
   const missing = isControl ? "the Go shim restores nothing of ours" : missingFor(combination);
   describe.skipIf(missing)(`${combination.engine}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start(combination);
+    liveFor(combination, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     async function restore(...args: string[]): Promise<{ id: string; pid: number; created: boolean }> {
       const flags = ["--namespace", live.namespace, "--address", live.address, "--json"];
@@ -49,7 +48,7 @@ for (const combination of enginesForCheckpoints) {
       while (last < 5) last = await task.nextNumber();
       await live.cedana("dump", "containerd", task.id, "--exit");
       await task.wait();
-      const output = join(live.dir, "tmp/out.log");
+      const output = join(live.dir, "tmp/out #1?.log");
 
       const again = await restore(task.id, "--output", output);
       expect(again).toMatchObject({ id: task.id, created: false });

@@ -28,7 +28,7 @@ describe("a crash of cedanad in a restore", () => {
     await using live = await Live.start({
       containerd: "1.7",
       engine: "runc",
-      env: { CEDANA_DAEMON: daemon.program },
+      env: daemon.env,
     });
     const image = mkdtempSync(join(live.dir, "image-"));
     {

@@ -25,6 +25,7 @@ import { describeTree } from "../checkpoint/rootfs-diff/tree.ts";
 import { BreakableDaemon } from "./harness/breakable.ts";
 import { Live, type LiveOptions } from "./harness/live.ts";
 import { missingFor } from "./harness/matrix.ts";
+import { liveFor } from "./harness/suite.ts";
 import { entries, mountsBelow } from "./harness/system.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
@@ -101,11 +102,9 @@ for (const kind of kinds) {
     `${kind.snapshotter} of containerd ${kind.containerd}${missing ? ` (${missing})` : ""}`,
     () => {
       let live: Live;
-      beforeAll(async () => {
-        live = await Live.start(kind);
+      liveFor(kind, (started) => {
+        live = started;
       });
-      afterEach(() => live.expectNoLeftovers());
-      afterAll(() => live?.stop());
 
       it("has the files that the container changed, and another container of the image goes on with them", async () => {
         let last: number;

@@ -3,10 +3,11 @@
 import { createHash } from "node:crypto";
 import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
-import { Live } from "./harness/live.ts";
+import { describe, expect, it } from "vitest";
+import type { Live } from "./harness/live.ts";
 import { oursOnly } from "./harness/matrix.ts";
 import { Output } from "./harness/output.ts";
+import { liveFor } from "./harness/suite.ts";
 import { isAlive, pidsInCgroups } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
@@ -14,11 +15,9 @@ const MIB = 1 << 20;
 
 describe("stdio", () => {
   let live: Live;
-  beforeAll(async () => {
-    live = await Live.start({ env: { CEDANA_DRAIN_LIMIT_MS: "700" } });
+  liveFor({ env: { CEDANA_DRAIN_LIMIT_MS: "700" } }, (started) => {
+    live = started;
   });
-  afterEach(() => live.expectNoLeftovers());
-  afterAll(() => live?.stop());
 
   const logFile = () => join(live.dir, `${live.newId("log")}.txt`);
   const text = (path: string) => readFileSync(path, "utf8");

@@ -12,6 +12,7 @@ import { type ContainerdVersion, type EngineName, isControl, Live, type RunOptio
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
 import { numbersIn } from "./harness/output.ts";
 import { IMAGE, repository } from "./harness/programs.ts";
+import { liveFor } from "./harness/suite.ts";
 import { until } from "./harness/until.ts";
 
 const COUNTER = ["/programs/counter", "20", "7"];
@@ -41,11 +42,9 @@ for (const combination of enginesForCheckpoints) {
   const missing = missingFor(combination) ?? lacks;
   describe.skipIf(missing)(`${combination.engine}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
-    beforeAll(async () => {
-      live = await Live.start(combination);
+    liveFor(combination, (started) => {
+      live = started;
     });
-    afterEach(() => live.expectNoLeftovers());
-    afterAll(() => live?.stop());
 
     // crun makes a cgroup of its own in the scope.
     const own = combination.engine === "crun" ? "/container" : "";

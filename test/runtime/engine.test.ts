@@ -148,6 +148,7 @@ describe("command lines", () => {
     expect(criuConfig({ cgroupRoots })).toBe('cgroup-root ":/pod/new"\ncgroup-root "name=systemd:/here"\n');
     expect(criuConfig({ cgroupYard: "/sys/fs/cgroup" })).toBe('cgroup-yard "/sys/fs/cgroup"\n');
     expect(criuConfig({})).toBe("");
+    expect(() => criuConfig({ pluginDirectory: '/w"\nlog-file "/x' })).toThrow(InvalidRequest);
     for (const path of ['/a"b', "/a\nexec-cmd", "/a\\"])
       expect(() => criuConfig({ cgroupRoots: [["", path]] })).toThrow(InvalidRequest);
   });
@@ -223,6 +224,7 @@ describe("a failure", () => {
     ["start", "container does not exist", NotFound],
     ["exec", "exec failed: container does not exist", NotFound],
     ["state", "error opening file `/run/x/c1/status`: No such file or directory", NotFound],
+    ["state", "error opening file '/run/x/c1/status': No such file or directory", NotFound],
     ["delete", "cannot open directory `/run/x/c1`: No such file or directory", NotFound],
     ["kill", "container not running", NotFound],
     ["kill", "os: process already finished", NotFound],
@@ -258,6 +260,14 @@ describe("a failure", () => {
     const failure = failureFrom(action, "c1", 1, words);
     expect(failure).toBeInstanceOf(meaning);
     expect(failure.message).toBe(`${action} c1: ${words}`);
+  });
+
+  it("of a container with an odd id, as crun takes it", () => {
+    for (const id of ["a(b", "a[b", "a$&", "a\\", "a|b"])
+      expect(
+        failureFrom("state", id, 1, `cannot open directory \`/r/${id}\`: No such file or directory`),
+        id,
+      ).toBeInstanceOf(NotFound);
   });
 
   it("without words has at least a status", async () => {

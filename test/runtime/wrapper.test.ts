@@ -5,7 +5,7 @@ import { createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
-import { encodeMessage, messageType } from "../../src/shim/keeper-protocol.ts";
+import { encodeMessage, type Message, MessageReader, messageType } from "../../src/shim/keeper-protocol.ts";
 import { daemonSocketName } from "../../src/shim/socket-name.ts";
 import { cedanadCgroup } from "../live/harness/cleanup.ts";
 import { removeCgroups } from "../live/harness/system.ts";
@@ -534,6 +534,49 @@ describe("create and run", () => {
 });
 
 describe.skipIf(!isRoot)("a command that cedanad is at", () => {
+  it("has each option once, a flag as it was said last", async () => {
+    const run = mkdtempSync(join(work, "run-"));
+    let asked: Message | undefined;
+    const server = createServer((socket) => {
+      const reader = new MessageReader();
+      socket.on("error", () => {});
+      socket.on("data", (data: Buffer) => {
+        for (const message of reader.push(data)) {
+          asked ??= message;
+          socket.write(encodeMessage(messageType.RUNTIME_ANSWER, { status: 5 }));
+        }
+      });
+    });
+    server.listen(join(run, daemonSocketName()));
+    await once(server, "listening");
+    const flags = [
+      "--leave-running",
+      "--file-locks=F",
+      "--leave-running=false",
+      "--pre-dump=0",
+      "--pre-dump",
+    ];
+    const argv = [
+      "--cedana-config",
+      config,
+      "--engine",
+      "/bin/echo",
+      "checkpoint",
+      ...flags,
+      "--image-path",
+      "i",
+      "x",
+    ];
+    const child = spawn(wrapper, argv, { env: { ...base, CEDANA_RUN_DIR: run }, stdio: "ignore" });
+    try {
+      expect(await once(child, "exit")).toEqual([5, null]);
+      expect(asked?.strings("argv")).toEqual(["checkpoint", "--pre-dump", "--image-path=i", "--", "x"]);
+    } finally {
+      child.kill("SIGKILL");
+      server.close();
+    }
+  });
+
   it("ends by the signal that it gets while no program of it runs", async () => {
     const run = mkdtempSync(join(work, "run-"));
     const server = createServer((socket) => {

@@ -13,13 +13,16 @@ let init: Process;
 let did: string[];
 let dump: PromiseWithResolvers<void>;
 let task: Ending;
+let keeper: { connected: boolean };
 beforeEach(() => {
+  keeper = { connected: true };
   init = new Process("", "io", stdio, "running");
   did = [];
   task = new Ending({
     what: "task c1",
     log: { info() {}, error() {}, warn: (_fields: unknown, message?: string) => did.push(message!) },
     init,
+    keeper,
     changed: () => did.push(task.record ? "recorded" : "record gone"),
     checkpoint: (signal) => {
       did.push("dump");
@@ -97,6 +100,16 @@ describe("a checkpoint instead of a signal", () => {
       await until(() => did.includes("over"));
       expect(did).toEqual(["over"]);
       expect(task.statusOf(137)).toBe(143);
+    });
+
+    it("is waited for no longer than somebody is there who could tell", async () => {
+      init.pid = 2 ** 22; // it has ended
+      task.resume(Promise.resolve());
+      await new Promise((resolve) => setImmediate(resolve));
+      expect(did).toEqual([]);
+      keeper.connected = false;
+      await until(() => did.includes("over"));
+      expect(did).toEqual(["over"]);
     });
 
     it("ends with the signal when nothing was begun and the container lives", async () => {

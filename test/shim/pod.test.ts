@@ -6,11 +6,12 @@ import os from "node:os";
 import path from "node:path";
 import { pino } from "pino";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { CheckpointUse } from "../../src/checkpoint/use.ts";
 import { statusCode, Unavailable } from "../../src/errors/index.ts";
 import { bootId } from "../../src/linux/proc.ts";
 import { task as api } from "../../src/proto/index.ts";
 import { decodeOptions } from "../../src/runtime/options.ts";
-import { type TaskRecord, writeTaskRecord } from "../../src/shim/journal.ts";
+import { readTaskRecord, type TaskRecord, writeTaskRecord } from "../../src/shim/journal.ts";
 import {
   encodeMessage,
   type FieldValues,
@@ -170,6 +171,7 @@ function record(id: string, more: Partial<TaskRecord>): string {
   return bundle;
 }
 
+const tagOf = (message: Message) => ({ request: message.int("request"), step: message.string("step") });
 const options = await decodeOptions(undefined);
 const exit = { status: 0, atNs: "1" };
 
@@ -209,6 +211,40 @@ describe("an exec", () => {
   const spec = JSON.stringify({
     args: ["true"],
     env: ["CEDANA_KILL_SIGNAL=INT", `BIG=${"x".repeat(100_000)}`],
+  });
+
+  it.each([
+    ["a log file", { stdout: "file:///no/such/log" }],
+    ["a log file for its errors alone", { stderr: "file:///no/such/log" }],
+    ["a log program", { stdout: "binary:///no/such" }],
+  ])("runs no sooner than %s is there for its output, and not at all without it", async (_what, output) => {
+    const exec = { execId: "e1", serial: 3, state: "created", pid: 0 };
+    record("c1", { state: "running", execs: [{ ...exec, ...stdio, ...output }] });
+    keeper.send(type.END);
+    keeper.hold(type.IO_OPEN);
+    keeper.call(9, "Start", api.StartRequest.encode({ id: "c1", execId: "e1" }));
+    const { request, step } = tagOf(await keeper.takes(type.IO_OPEN));
+    keeper.send(type.RESULT, { request, step, errno: 2, message: "open /no/such/log: No such file" });
+    expect(await keeper.response(9)).toBe(statusCode.INTERNAL);
+    await keeper.settled();
+    expect(keeper.log.filter((message) => message.type === type.SPAWN)).toEqual([]);
+  });
+
+  it("is deleted when the limit of its output has passed once, which begins with its end", async () => {
+    record("c1", {
+      state: "running",
+      execs: [{ execId: "e1", serial: 3, state: "running", pid: 4242, ...stdio }],
+    });
+    keeper.send(type.END);
+    keeper.hold(type.IO_DRAIN);
+    keeper.send(type.EXIT, { sequence: 1, pid: 4242, waitStatus: 0, atNs: 1n });
+    const { request, step } = tagOf(await keeper.takes(type.IO_DRAIN));
+    keeper.call(9, "Delete", api.DeleteRequest.encode({ id: "c1", execId: "e1" }));
+    await keeper.settled();
+    expect(keeper.log.some((message) => message.type === type.RESPONSE)).toBe(false);
+    keeper.send(type.RESULT, { request, step, errno: 110, message: "output is still open" });
+    expect(await keeper.response(9)).toBe(statusCode.OK);
+    expect(keeper.log.filter((message) => message.type === type.IO_DRAIN)).toHaveLength(1);
   });
 
   it("makes the record of its task no longer by what it executes", async () => {
@@ -268,15 +304,18 @@ describe("a Create whose keeper ends in the middle of it", () => {
 
 describe("the claim on the checkpoint of a container whose restore fails", () => {
   /** The start's promise, and whether the checkpoint is claimed. */
-  async function restore(): Promise<{ started: Promise<number>; isClaimed: () => boolean }> {
+  async function restore(
+    onRestoreFailure: "fail" | "fresh" = "fail",
+  ): Promise<{ started: Promise<number>; isClaimed: () => boolean; bundle: string }> {
     const checkpoint = path.join(directory, "store", "generation");
     fs.mkdirSync(checkpoint, { recursive: true });
     const claim = { path: checkpoint, by: "c1 bundle" };
     fs.writeFileSync(`${checkpoint}.claim`, JSON.stringify({ by: claim.by, bootId: bootId(), begun: false }));
-    record("c1", {
+    const bundle = record("c1", {
       state: "createdFromCheckpoint",
       restoreFrom: checkpoint,
       restoreAsked: "annotation",
+      onRestoreFailure,
       claim,
     });
     keeper.send(type.END);
@@ -284,7 +323,7 @@ describe("the claim on the checkpoint of a container whose restore fails", () =>
     const work = { request: 9, repeated: false, sinceNs: 0n, tag: (step: string) => ({ request: 9, step }) };
     const started = [...shim.pods][0]!.tasks.get("c1")!.start(work);
     started.catch(() => {});
-    return { started, isClaimed: () => fs.existsSync(`${checkpoint}.claim`) };
+    return { started, isClaimed: () => fs.existsSync(`${checkpoint}.claim`), bundle };
   }
 
   it("is given back", async () => {
@@ -299,6 +338,35 @@ describe("the claim on the checkpoint of a container whose restore fails", () =>
     await expect(started).rejects.toThrow();
     expect([...shim.pods]).toEqual([]);
     expect(isClaimed()).toBe(true);
+  });
+
+  it.each(["fail", "fresh"] as const)(
+    "and its record are left to the task that the keeper gets when it comes back (on failure: %s)",
+    async (onFailure) => {
+      const { started, bundle } = await restore(onFailure);
+      const before = readTaskRecord(bundle);
+      close();
+      await expect(started).rejects.toThrow();
+      expect(readTaskRecord(bundle)).toEqual(before);
+    },
+  );
+});
+
+describe("the checkpoint of a task that is yet to be restored", () => {
+  it("may be removed when the keeper has gone", async () => {
+    const checkpoint = path.join(directory, "generation");
+    fs.mkdirSync(checkpoint);
+    record("c1", { state: "createdFromCheckpoint", restoreFrom: checkpoint });
+    keeper.send(type.END);
+    const removable = async () => {
+      using use = await CheckpointUse.remove(checkpoint);
+      return use !== undefined;
+    };
+    keeper.call(9, "State", api.StateRequest.encode({ id: "c1" }));
+    expect(await keeper.response(9)).toBe(statusCode.OK); // it has been taken up
+    expect(await removable()).toBe(false);
+    close();
+    await until(removable, { what: () => "the end of the task's lock" });
   });
 });
 

@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
 import { InvalidRequest } from "../../src/errors/index.ts";
 import { stdioKind } from "../../src/shim/keeper.ts";
-import { planStdio } from "../../src/shim/stdio.ts";
+import { logFileUri, planStdio } from "../../src/shim/stdio.ts";
 
 const plan = (stdio: { terminal?: boolean; stdin?: string; stdout?: string; stderr?: string }) =>
   planStdio("io", { terminal: false, stdin: "", stdout: "", stderr: "", ...stdio }, "c1", "ns");
@@ -27,6 +27,13 @@ describe("stdio of a process", () => {
     expect(plan({ stdout: "file:///a", stderr: "file:///b" })).toMatchObject({ stderr: "/b" });
     expect(plan({ stdout: "file:///a", terminal: true })).toMatchObject({ stderrKind: stdioKind.none });
   });
+
+  it.each(["/var/log/a", "/a b/ä%20", "/what?/#1/x;y&z=+", "/a\\b"])(
+    "finds the log file %s in its URI again",
+    (path) => {
+      expect(plan({ stdout: logFileUri(path) })).toMatchObject({ stdout: path, stdoutKind: stdioKind.file });
+    },
+  );
 
   it.each(["file:///a%", "fifo:///a%00b", "binary:///%ff"])(
     "refuses %s, which decodes to no path",

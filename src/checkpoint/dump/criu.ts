@@ -91,7 +91,12 @@ async function startAtGate(context: DumpContext): Promise<void> {
   if (!options) return;
   context.enginePath = options.path;
   const gate = await Gate.make(target.directory, options, join(context.workPath, CRIU_LOG));
-  noteAttempt(context, { gate: gate.directory });
+  try {
+    noteAttempt(context, { gate: gate.directory });
+  } catch (error) {
+    gate[Symbol.dispose]();
+    throw error;
+  }
   const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env: gate.env });
   end.catch(() => {}); // looked at where CRIU is waited for
   context.engine = { gate, end };
@@ -100,6 +105,7 @@ async function startAtGate(context: DumpContext): Promise<void> {
 /** After a crash. */
 async function findEngine(context: DumpContext): Promise<void> {
   const { target, attempt } = context;
+  if (!attempt.gate) await rmdir(join(context.workPath, CRIU_LOG)).catch(() => {}); // ENOENT, ENOTDIR: none was even begun
   if (!attempt.gate || attempt.pastGate) return;
   const env = { CRIU_CONFIG_FILE: join(attempt.gate, "criu.conf") };
   const end = target.engineCheckpoint({ ...engineDump(context), atGate: true, env });

@@ -87,11 +87,9 @@ export async function digestAlongside(context: DumpContext, next: () => Promise<
     await next();
     return;
   }
-  const { staging, signal } = context;
-  const follower = followFiles(staging.path, {
+  const follower = followFiles(context.staging.path, {
     images: imagesIn(context),
     toDisk: isSyncedSoon(context),
-    signal,
   });
   try {
     await next();

@@ -5,7 +5,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { timesByStep } from "../chain.ts";
 import { cpuFacts } from "../cpu.ts";
 import { digestTree } from "../follow.ts";
-import { type CheckpointManifest, MANIFEST_NAME } from "../manifest.ts";
+import { type CheckpointManifest, MANIFEST_NAME, readManifest } from "../manifest.ts";
 import { writeManifest } from "../manifest-files.ts";
 import type { Staging } from "../staging.ts";
 import {
@@ -31,7 +31,9 @@ export async function recordDump(context: DumpContext, next: () => Promise<void>
   }
   const { startedAt, staging } = context;
   const [cpu, image] = await context.facts!;
-  const files = await (context.follower?.finish() ?? digestTree(staging.path, { signal: context.signal }));
+  // A container that is in its images alone gets its checkpoint, though nobody waits for it any more.
+  const signal = context.ended ? undefined : context.signal;
+  const files = await (context.follower?.finish(signal) ?? digestTree(staging.path, { signal }));
   await writeManifest(
     staging.path,
     {
@@ -89,6 +91,12 @@ export async function finishAttempt(
   );
   await staging.commit();
   return true;
+}
+
+/** Whether a checkpoint was in its place already when the crash came: the one there is of this moment, and no older one. */
+export async function isInPlace({ whole, staging: { finalPath } }: Attempt): Promise<boolean> {
+  const manifest = await readManifest(finalPath).catch(() => undefined); // broken: none of ours
+  return whole !== undefined && manifest?.createdAt === whole.draft.createdAt;
 }
 
 async function factsOf(target: DumpTarget): Promise<Facts> {

@@ -1,7 +1,8 @@
 import { TimedOut, Unavailable } from "../../errors/index.ts";
 import { tryHandleApart } from "../../linux/apart.ts";
 import type { Watch } from "../../linux/fdinfo.ts";
-import { PATIENCE_MS, type ProcessInventory } from "../../linux/inventory.ts";
+import { PATIENCE_MS } from "../../linux/file-servers.ts";
+import type { ProcessInventory } from "../../linux/inventory.ts";
 import type { MountInfo } from "../../linux/mount-options.ts";
 import { type Context, nameOf } from "./context.ts";
 import { mountsOfContainer } from "./facts.ts";

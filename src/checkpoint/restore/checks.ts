@@ -124,7 +124,8 @@ async function validateRestoreRequest(context: CheckContext, next: () => Promise
   if (!isAbsolute(path)) throw new InvalidRequest(`checkpoint ${path} is not an absolute path`);
   if (workPath && !isAbsolute(workPath))
     throw new InvalidRequest(`work path ${workPath} is not an absolute path`);
-  for (const named of [path, workPath]) if (named) await expectAnswer(named);
+  const paths = [path, workPath, context.target.container.rootfs];
+  await Promise.all(paths.map((named) => named && expectAnswer(named)));
   await next();
 }
 

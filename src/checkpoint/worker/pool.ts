@@ -89,7 +89,7 @@ function takeThread(): Thread {
     return kept;
   }
   // In the source tree beside this file; in a bundle a file of its own beside the chunk that this code is in.
-  const file = import.meta.url.endsWith(".ts") ? "./main.ts" : "./checkpoint-worker.js";
+  const file = import.meta.url.endsWith(".ts") ? "./main.ts" : "./checkpoint-worker.cjs";
   const worker = new Worker(new URL(file, import.meta.url), {
     name: "checkpoint",
     execArgv: [],

@@ -31,5 +31,5 @@ export async function verifyImagesInWorker(
 /** Beside us: as source, or as the bundle that scripts/build.mjs makes of it. */
 function workerFile(): string {
   const isSource = import.meta.filename.endsWith(".ts");
-  return join(import.meta.dirname, isSource ? "worker.ts" : "image-worker.js");
+  return join(import.meta.dirname, isSource ? "worker.ts" : "image-worker.cjs");
 }

@@ -4,10 +4,7 @@ import { parentPort, workerData } from "node:worker_threads";
 import { messageOf, NotFound } from "../../errors/index.ts";
 import { verifyImages } from "./verify.ts";
 
-try {
-  parentPort!.postMessage({
-    report: await verifyImages(workerData.directory, { memoryOnly: workerData.memoryOnly }),
-  });
-} catch (error) {
-  parentPort!.postMessage({ isMissing: error instanceof NotFound, message: messageOf(error) });
-}
+verifyImages(workerData.directory, { memoryOnly: workerData.memoryOnly }).then(
+  (report) => parentPort!.postMessage({ report }),
+  (error) => parentPort!.postMessage({ isMissing: error instanceof NotFound, message: messageOf(error) }),
+);

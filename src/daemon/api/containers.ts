@@ -1,6 +1,6 @@
 import { randomUUID } from "node:crypto";
 import { CheckpointStore } from "../../checkpoint/store.ts";
-import { InvalidRequest, WrongState } from "../../errors/index.ts";
+import { InvalidRequest, messageOf, WrongState } from "../../errors/index.ts";
 import { pidsInNamespaces, processTree } from "../../linux/proc.ts";
 import { Slices } from "../../linux/slices.ts";
 import type {
@@ -95,7 +95,8 @@ async function query(task: Task): Promise<QueriedContainerInit> {
     engine: task.engine.binary,
     bundle: task.bundle,
     processes: pid === 0 ? [] : await processesOf(pid),
-    checkpoints: await checkpointsOf(task),
+    // One of which they can't be told doesn't hide the others.
+    checkpoints: await checkpointsOf(task).catch((error) => [{ fault: messageOf(error) }]),
   };
 }
 

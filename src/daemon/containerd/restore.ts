@@ -1,5 +1,5 @@
 import { isAbsolute } from "node:path";
-import { InvalidRequest, NotFound, Unsupported, WrongState } from "../../errors/index.ts";
+import { AlreadyExists, InvalidRequest, NotFound, Unsupported, WrongState } from "../../errors/index.ts";
 import { type Container, Containers } from "../../proto/generated/containerd_containers.ts";
 import { Snapshots } from "../../proto/generated/containerd_snapshots.ts";
 import { Status, Tasks } from "../../proto/generated/containerd_tasks.ts";
@@ -7,6 +7,7 @@ import { Options } from "../../proto/generated/runc_options.ts";
 import type { Mount } from "../../proto/generated/types.ts";
 import { isOfType, pack, unpack } from "../../proto/wellknown.ts";
 import type { Containerd } from "../../shim/containerd.ts";
+import { logFileUri } from "../../shim/stdio.ts";
 
 /*
  * A checkpoint as a container of containerd's, by containerd's own calls: it makes the bundle and mounts the root file system, our shim
@@ -53,12 +54,15 @@ export async function restoreInContainerd(
     const options = optionsFor(container, checkpoint);
     const rootfs = await mountsOf(containerd, container, signal);
     await onStep("restoring");
-    const stdio = output === undefined ? "" : `file://${encodeURI(output)}`;
+    const stdio = output === undefined ? "" : logFileUri(output);
     const request = { containerId: id, rootfs, stdout: stdio, stderr: stdio, options };
     undos.push(["task", () => containerd.call(Tasks, "Delete", { containerId: id })]);
     signal.throwIfAborted();
     // Not cancelled from here on: half a restore would have to be looked for.
-    await containerd.call(Tasks, "Create", request);
+    await containerd.call(Tasks, "Create", request).catch((error) => {
+      if (error instanceof AlreadyExists) undos.pop(); // somebody else's, who was quicker
+      throw error;
+    });
     const { pid } = await containerd.call(Tasks, "Start", { containerId: id });
     return { pid, created: !there };
   } catch (error) {

@@ -71,12 +71,25 @@ export function withoutLog(globalArgv: readonly string[]): string[] {
   });
 }
 
+/**
+ * The engine's options before the command where cedanad runs it itself: without the caller's log, whose errors these aren't, and with its root.
+ * A relative one, and crun's default, mean something else here.
+ */
+export function ownGlobalArgv({ globalArgv, root }: Pick<OciCall, "globalArgv" | "root">): string[] {
+  return [...withoutLog(globalArgv), `--root=${root}`];
+}
+
+/** Whether a flag is set by what stands behind its `=`. Source: Go's strconv.ParseBool, by which runc reads it. */
+export function isSet(value: string | undefined): boolean {
+  return value === undefined || /^(1|t|T|true|TRUE|True)$/.test(value);
+}
+
 /** Whether the engine was told to have systemd make its cgroups. crun has an option of its own for it, too. */
 export function usesSystemd(globalArgv: readonly string[]): boolean {
   let systemd = false;
   for (const [at, argument] of globalArgv.entries()) {
     const [, name, value] = /^--?([a-z-]+)(?:=(.*))?$/s.exec(argument) ?? [];
-    if (name === "systemd-cgroup") systemd = value === undefined || /^(1|t|true)$/i.test(value);
+    if (name === "systemd-cgroup") systemd = isSet(value);
     if (name === "cgroup-manager") systemd = (value ?? globalArgv[at + 1]) === "systemd";
   }
   return systemd;

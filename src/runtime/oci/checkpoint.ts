@@ -1,4 +1,4 @@
-import { mkdirSync, rmSync } from "node:fs";
+import { mkdirSync } from "node:fs";
 import { mkdir, readdir, readFile, rm } from "node:fs/promises";
 import { basename, dirname, isAbsolute, join, relative, resolve } from "node:path";
 import {
@@ -32,11 +32,12 @@ import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, identityOf, type OciSpec, readSpec } from "../spec.ts";
 import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu-options.ts";
-import { noteFrozen, removeScratch } from "./frozen.ts";
+import { dropScratch, noteFrozen } from "./frozen.ts";
 import { generationOf } from "./generation.ts";
 import { runHook } from "./hooks.ts";
-import { isUnstarted, noteEnd, readMarker } from "./marker.ts";
+import { forgetEnds, isUnstarted, noteEnd, readMarker } from "./marker.ts";
 import { containerState, namespaceOf } from "./state.ts";
+import { inTurn } from "./turns.ts";
 
 /*
  * `checkpoint`: the chain of src/checkpoint with a container for its target, whose engine the wrapper runs, with the options that
@@ -57,7 +58,13 @@ interface Dump {
 /** A checkpoint that nobody's `checkpoint` has asked for. */
 export type OwnDump = Pick<DumpRequest, "place" | "origin" | "rootfs" | "digests">;
 
-export async function checkpoint(
+/** The command, when checkpoints of the same container that were begun before it have come to their end. */
+export async function checkpoint(call: OciCall, wrapper: Conversation): Promise<OciAnswer | undefined> {
+  return await inTurn(call.marker, wrapper.signal, async () => await checkpointInTurn(call, wrapper));
+}
+
+/** For whoever has the turn. */
+export async function checkpointInTurn(
   call: OciCall,
   wrapper: Conversation,
   own?: OwnDump,
@@ -166,13 +173,12 @@ export async function checkpoint(
         },
       };
       await dumpContainer(target, request, { signal: wrapper.signal });
+      if (!dump.leaveRunning) noteItsEnd(call, features, wrapper); // before the caller, who has the answer, asks for its delete
       wrapper.answer({ status: 0 }); // what was noted on the way is removed at once, in this turn of the event loop
     });
     failed = false;
-    if (!dump.leaveRunning && features.name === "crun") await noteItsEnd(call, state.bundle);
   } finally {
-    if (failed) await removeScratch(scratch);
-    else rmSync(scratch, { recursive: true, force: true }); // a few small files in memory
+    await dropScratch(scratch, failed, wrapper.log);
   }
   return { status: 0 };
 }
@@ -234,17 +240,24 @@ export async function checkpointAgain(
     throw new CriuFailed(
       `cedanad ended in the middle of the checkpoint of container ${call.id}, which has ended with it; whether it is whole nobody knows. What was made is kept in ${left.kept}`,
     );
-  const [{ name }, state] = await Promise.all([engineVersion(call.engine), containerState(call)]);
-  if (name === "crun") await noteItsEnd(call, state?.bundle);
+  noteItsEnd(call, await engineVersion(call.engine), wrapper);
   return { status: 0 };
 }
 
-/** crun forgets nothing of a container by itself. */
-async function noteItsEnd(
+/** The checkpoint is whole, whatever becomes of the note. */
+function noteItsEnd(
   { marker, id, root, engine, globalArgv }: OciCall,
-  bundle: string | undefined,
-): Promise<void> {
-  await noteEnd(marker, readMarker(marker) ?? { version: 1, id, root, engine, globalArgv, bundle });
+  { name }: EngineFeatures,
+  { log }: Conversation,
+): void {
+  if (name !== "crun") return;
+  const failed = (error: unknown) => log.error({ err: error }, "note the end of a container for its delete");
+  try {
+    noteEnd(marker, readMarker(marker) ?? { version: 1, id, root, engine, globalArgv });
+  } catch (error) {
+    failed(error);
+  }
+  void forgetEnds(dirname(dirname(marker))).catch(failed);
 }
 
 /** Options of the caller's that the chain has. */
@@ -264,8 +277,8 @@ async function criuConfigLines(
   const { criuConfig } = engineArguments("checkpoint", features, options, policy, chainOptions);
   return [
     ...criuConfig,
-    ...(networkLock !== "default" && !options.has("network-lock") ? [`network-lock ${networkLock}`] : []),
     ...criuLines({
+      networkLock: networkLock === "default" || options.has("network-lock") ? undefined : networkLock,
       externalMounts,
       cgroupRoots: await foreignHierarchies(pid),
       cgroupYard,

@@ -1,4 +1,5 @@
 import { messageOf, toExitCode, Unsupported } from "../../errors/index.ts";
+import { expectAnswer } from "../../linux/apart.ts";
 import type { Conversation, OciAnswer, OciCall } from "./call.ts";
 import { checkpoint, checkpointAgain } from "./checkpoint.ts";
 import type { Endings } from "./endings.ts";
@@ -20,11 +21,12 @@ export async function runCommand(
   leftovers: Leftovers,
 ): Promise<OciAnswer | undefined> {
   try {
+    await expectAnswer(call.root); // what is in it is read at once, here and by many of these
     switch (call.command) {
-      case "checkpoint":
-        return call.repeated
-          ? await checkpointAgain(call, wrapper, await leftovers(call.marker))
-          : await checkpoint(call, wrapper);
+      case "checkpoint": {
+        const left = await leftovers(call.marker); // an engine of before may be at work on it
+        return call.repeated ? await checkpointAgain(call, wrapper, left) : await checkpoint(call, wrapper);
+      }
       case "restore":
         return await restore(call, wrapper);
       case "create":

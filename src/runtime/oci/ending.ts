@@ -1,17 +1,18 @@
-import { type ChildProcess, spawn } from "node:child_process";
-import { closeSync, openSync } from "node:fs";
+import { spawn } from "node:child_process";
 import { join } from "node:path";
 import type { Logger } from "pino";
 import { offerCheckpoint, withdrawOffer } from "../../checkpoint/resume.ts";
-import { NotFound, RuntimeFailed, SyscallFailed, TimedOut, WrongState } from "../../errors/index.ts";
+import { NotFound, RuntimeFailed, TimedOut, WrongState } from "../../errors/index.ts";
 import type { Cgroup } from "../../linux/cgroup.ts";
 import { isAlive } from "../../linux/proc.ts";
 import { placeForSignal, type SignalCheckpoint } from "../checkpoint-on.ts";
 import { readSpec } from "../spec.ts";
-import { type Conversation, type OciCall, type RunOptions, withoutLog } from "./call.ts";
-import { checkpoint } from "./checkpoint.ts";
+import { type Conversation, type OciCall, ownGlobalArgv, type RunOptions } from "./call.ts";
+import { checkpointInTurn } from "./checkpoint.ts";
 import { type EndingRecord, type Marker, readMarker, writeMarker } from "./marker.ts";
+import { endOf, runEngineHere } from "./own-engine.ts";
 import { cgroupOf, namespaceOf } from "./state.ts";
+import { inTurn } from "./turns.ts";
 
 /** cedana-exit needs the time in which the kernel stops a thread, or thaws it. */
 const exitPatienceMs = 10_000;
@@ -37,8 +38,10 @@ export async function end(ending: Ending): Promise<void> {
     const cgroup = await cgroupOf(marker, pid);
     wanted = await placeForSignal(await readSpec(marker.bundle!), namespaceOf(call.root), call.id);
     if (!wanted) throw new NotFound(`container ${call.id} no longer asks for a checkpoint`);
-    path ??= join(wanted.place.directory, wanted.place.generation);
-    if (whole === undefined) await dumpFrozen(ending, cgroup, wanted, path);
+    const [asked, place] = [wanted, join(wanted.place.directory, wanted.place.generation)];
+    path ??= place;
+    if (whole === undefined)
+      await inTurn(call.marker, signal, async () => await dumpFrozen(ending, cgroup, asked, place));
     else if (!(await cgroup.isFrozen()))
       throw new WrongState(`container ${call.id} has run on after its checkpoint`);
     if (wanted.resumable) await offerCheckpoint(path, { pid, startTime: started });
@@ -64,11 +67,10 @@ async function dumpFrozen(
 ): Promise<void> {
   const { call, marker, signal } = ending;
   if (!(await cgroup.isFrozen())) await cgroup.freeze(undefined, signal);
-  // The caller's `--log` is the kill's, whose answer has gone out.
-  const globalArgv = withoutLog(call.globalArgv);
+  const globalArgv = ownGlobalArgv(call);
   const argv = [`--image-path=${path}`, "--leave-running", "--", call.id];
   const dumping = { ...call, command: "checkpoint", globalArgv, argv, cwd: "/", pid: process.pid };
-  await checkpoint(dumping, new OwnConversation(ending), wanted);
+  await checkpointInTurn(dumping, new OwnConversation(ending), wanted);
   if (readMarker(call.marker))
     writeMarker(call.marker, { ...marker, ending: { ...marker.ending, whole: path } });
 }
@@ -129,14 +131,6 @@ async function exitFrozen(
   }
 }
 
-/** Exit status, 128 + signal for one that was killed. @throws SyscallFailed when it could not be started */
-async function endOf(child: ChildProcess): Promise<number> {
-  return await new Promise((resolve, reject) => {
-    child.once("error", (error) => reject(SyscallFailed.from(error)));
-    child.once("close", (code, name) => resolve(name === null ? code! : 137));
-  });
-}
-
 /** Runs engines as our own children: of a dump, nobody has to be the ancestor. */
 class OwnConversation implements Conversation {
   readonly log: Logger;
@@ -153,21 +147,8 @@ class OwnConversation implements Conversation {
     return this.#helper;
   }
 
-  async run(argv: readonly string[], { env, outputPath }: RunOptions = {}): Promise<number> {
-    const output = openSync(outputPath ?? "/dev/null", "w", 0o600);
-    try {
-      const [file, ...rest] = argv;
-      return await endOf(
-        spawn(file!, rest, {
-          env: { PATH: process.env.PATH, ...env },
-          stdio: ["ignore", output, output],
-          signal: this.signal,
-          killSignal: "SIGKILL",
-        }),
-      );
-    } finally {
-      closeSync(output);
-    }
+  async run(argv: readonly string[], options: RunOptions = {}): Promise<number> {
+    return await runEngineHere(argv, { ...options, signal: this.signal });
   }
 
   /** Nobody waits for it. */

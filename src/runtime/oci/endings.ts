@@ -5,7 +5,7 @@ import { isAlive, programOf, startTime } from "../../linux/proc.ts";
 import type { KillPlan } from "../kill-policy.ts";
 import type { OciCall } from "./call.ts";
 import type { Escalator } from "./escalator.ts";
-import type { Leftovers } from "./frozen.ts";
+import { isPausedByOwner, type Leftovers } from "./frozen.ts";
 import { type EndingRecord, type Marker, markersIn, readMarker, writeMarker } from "./marker.ts";
 import { cgroupOf, containerState } from "./state.ts";
 
@@ -32,6 +32,7 @@ export class Endings {
   readonly #escalator: Escalator;
   readonly #done: () => void;
   readonly #jobs = new Map<string, AbortController>();
+  #leftovers: Leftovers = async () => undefined;
 
   /** @param done  called when one is over */
   constructor(log: Logger, escalator: Escalator, done: () => void) {
@@ -66,7 +67,7 @@ export class Endings {
         signal: plan.signal,
         escalation: plan.escalation,
         helper: await programOf(call.pid), // while the wrapper is there
-        wasPaused: state.status === "paused",
+        wasPaused: state.status === "paused" && isPausedByOwner(call.marker),
         tries: 1,
       };
       writeMarker(call.marker, { ...marker, ending });
@@ -81,8 +82,9 @@ export class Endings {
   #run(call: OciCall, marker: Marker & { ending: EndingRecord }, job: AbortController): void {
     const path = call.marker;
     const log = this.#log.child({ container: call.id, command: "kill" });
-    // Loaded with the first: on a node without such containers it would only take memory.
-    void import("./ending.ts")
+    void this.#leftovers(path)
+      // Loaded with the first: on a node without such containers it would only take memory.
+      .then(() => import("./ending.ts"))
       .then(({ end }) => end({ call, marker, log, signal: job.signal }))
       .catch((error) => this.#fallBack(path, marker, error, log))
       .finally(() => {
@@ -101,9 +103,10 @@ export class Endings {
 
   /**
    * What an earlier cedanad has left in the middle.
-   * @param undone  of a container's marker: when the dump of that cedanad has come to its end, and what it made is gone
+   * @param leftovers  of the dumps of that cedanad: none is begun before them
    */
-  revive(runDirectory: string, undone: Leftovers): void {
+  revive(runDirectory: string, leftovers: Leftovers): void {
+    this.#leftovers = leftovers;
     for (const path of markersIn(runDirectory)) {
       try {
         const marker = readMarker(path);
@@ -127,7 +130,7 @@ export class Endings {
         writeMarker(path, next);
         const tooMany = new Cancelled(`cedanad ended in the middle of it ${TRIES} times`);
         if (next.ending.tries > TRIES) job.abort(tooMany);
-        void undone(path).then(() => this.#run(call, next, job)); // never rejects
+        this.#run(call, next, job);
       } catch (error) {
         this.#log.error({ err: error, path }, "take up a container that was being checkpointed at its end");
       }

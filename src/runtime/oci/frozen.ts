@@ -1,13 +1,13 @@
-import { mkdirSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, rmSync } from "node:fs";
 import { readdir, readFile, rm } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import type { Logger } from "pino";
 import type { AbandonedDump } from "../../checkpoint/dump.ts";
-import { thawWherever } from "../../checkpoint/freeze-marker.ts";
+import { hookNote, thawWherever } from "../../checkpoint/freeze-marker.ts";
 import { Cgroup, type CgroupPaths } from "../../linux/cgroup.ts";
 import { mountsBelow, unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
-import { readRecord, writeRecordNow } from "../../linux/record-file.ts";
+import { readRecord, readRecordNow, writeRecordNow } from "../../linux/record-file.ts";
 
 // Containers that a checkpoint holds frozen, on disk: a cedanad that is killed in the middle leaves none that stands still for ever.
 
@@ -44,6 +44,14 @@ export async function noteFrozen(
   } finally {
     for (const one of [suffix, dumpSuffix]) rmSync(`${marker}${one}`, { force: true });
   }
+}
+
+/**
+ * Whether a container that stands still does so by its owner's will, and not for a dump of ours that is under way.
+ * @param marker  of the container
+ */
+export function isPausedByOwner(marker: string): boolean {
+  return readRecordNow<DumpNote>(`${marker}${dumpSuffix}`)?.paused ?? true;
 }
 
 /** Of a container's marker: what became of the dump that an earlier cedanad was at. Never rejects. */
@@ -124,9 +132,22 @@ async function sweepScratch(scratch: string, wrapper: number): Promise<void> {
  * Removes a directory in which a CRIU that was killed has worked. It mounts every cgroup hierarchy there: to remove what is below would
  * remove the host's cgroups.
  */
-export async function removeScratch(scratch: string): Promise<void> {
+async function removeScratch(scratch: string): Promise<void> {
   for (const { mountPoint } of await mountsBelow(scratch)) await unmountLazily(mountPoint);
   await rm(scratch, { recursive: true, force: true });
+}
+
+/**
+ * At the end of a call, of which the caller is told something else than what becomes of its scratch.
+ * @param failed  its CRIU may have been killed
+ */
+export async function dropScratch(scratch: string, failed: boolean, log: Logger): Promise<void> {
+  try {
+    if (failed) await removeScratch(scratch);
+    else rmSync(scratch, { recursive: true, force: true }); // a few small files in memory; the caller waits
+  } catch (error) {
+    log.error({ err: error, scratch }, "remove what a command of cedana-runtime has left");
+  }
 }
 
 /** A dump's attempt, or a device's, is undone by others. */
@@ -142,23 +163,35 @@ async function isDumps(scratch: string): Promise<boolean> {
  */
 async function undoDump(note: string, log: Logger): Promise<AbandonedDump> {
   let left: AbandonedDump;
+  const say = (error: unknown) => log.error({ err: error, note }, "undo a checkpoint that was cut off");
   try {
     const dump = await readRecord<DumpNote>(note);
     if (!dump) return;
     const { cgroup: paths, paused, scratch } = dump;
     const cgroup = Cgroup.fromPaths(paths);
     const { abandonAttempt } = await import("../../checkpoint/dump.ts");
-    left = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0, log);
-    await removeScratch(scratch);
-    // Another one may have begun meanwhile: the freezer is its own then.
-    if ((await readRecord<DumpNote>(note))?.scratch !== scratch) return left;
+    try {
+      if (paused) await pauseAfterHook(scratch, cgroup);
+      left = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0, log);
+      await removeScratch(scratch);
+    } catch (error) {
+      say(error); // whatever it is, the container must not stand still for it
+    }
     if (!paused) await thawWherever(cgroup);
     log.warn({ note, ...left }, `${left ? "took up" : "undid"} a checkpoint that was cut off`);
   } catch (error) {
-    log.error({ err: error, note }, "undo a checkpoint that was cut off");
+    say(error);
   }
   await forget(note, log);
   return left;
+}
+
+/** A paused container ran for its hook: what its owner has paused must not go on. */
+async function pauseAfterHook(scratch: string, cgroup: Cgroup): Promise<void> {
+  if (!existsSync(hookNote(scratch))) return;
+  const { endHook } = await import("./hooks.ts");
+  await endHook(scratch, cgroup);
+  if ((await cgroup.pids()).length > 0) await cgroup.freeze();
 }
 
 async function forget(note: string, log: Logger): Promise<void> {

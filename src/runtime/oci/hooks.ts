@@ -55,10 +55,7 @@ export async function runHook(
     const startedAt = performance.now();
     const running = wrapper.run(command, { outputPath: output.path });
     running.catch(() => {}); // looked at below
-    const end = async () => {
-      const pid = Number(await readFile(file("pid"), "utf8").catch(() => "")); // ENOENT: the engine could not begin it
-      if (pid > 0) await endSession(cgroup, pid);
-    };
+    const end = async () => await endHook(scratch, cgroup);
     let exitStatus = await within(running, hook.timeoutMs);
     await end();
     if (exitStatus === undefined && (await within(running, ENGINE_ENDS_MS)) === undefined) {
@@ -80,6 +77,12 @@ export async function runHook(
   } finally {
     for (const suffix of ["json", "pid", "log"]) await rm(file(suffix), { force: true });
   }
+}
+
+/** Nothing is left of the hook that was begun with this scratch, by whatever cedanad. */
+export async function endHook(scratch: string, cgroup: Cgroup): Promise<void> {
+  const pid = Number(await readFile(join(scratch, "hook.pid"), "utf8").catch(() => "")); // ENOENT: the engine could not begin it
+  if (pid > 0) await endSession(cgroup, pid);
 }
 
 /** @returns undefined when the time is over first */

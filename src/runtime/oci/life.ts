@@ -1,9 +1,11 @@
 import { constants } from "node:os";
+import { join } from "node:path";
+import { isThere } from "../../checkpoint/open.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
 import { injectedConfig } from "../gpu-injection.ts";
 import { checkHooks } from "../hooks.ts";
 import { execKillPolicy, killPolicy, planKill, signalNumber } from "../kill-policy.ts";
-import { readSpec } from "../spec.ts";
+import { hasOurAnnotations, readSpec } from "../spec.ts";
 import { asGiven, type Conversation, type OciAnswer, type OciCall } from "./call.ts";
 import type { Endings } from "./endings.ts";
 import type { Escalator } from "./escalator.ts";
@@ -21,7 +23,7 @@ const { SIGKILL } = constants.signals;
  * says on stdout, stderr and in its log is what the caller sees.
  */
 
-export async function create(call: OciCall, wrapper: Conversation): Promise<OciAnswer> {
+export async function create(call: OciCall, wrapper: Conversation): Promise<OciAnswer | undefined> {
   const bundle = bundleOf(call);
   const spec = await readSpec(bundle);
   const kill = killPolicy(spec);
@@ -29,10 +31,15 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
   await allowedAnnotations(spec); // what is forbidden or senseless is refused now
   await checkHooks(spec);
   const { id, root, engine, globalArgv } = call;
-  const known = readMarker(call.marker);
   const marker = { version: 1, id, root, engine, globalArgv, kill, bundle } as const;
-  // One that is there may be of a container that the engine still has, or of one that somebody deleted past us.
-  const taken = known !== undefined && (await containerState(call)) !== undefined;
+  // The engine has such a container, ours or not: it says so itself, and nothing is to happen to that one. A marker alone may be of one that
+  // somebody deleted past us.
+  const taken = await isThere(join(root, id));
+  if (!taken && !hasOurAnnotations(spec)) {
+    removeMarker(call.marker); // of one before it, for which we were asked
+    wrapper.become(asGiven(call));
+    return undefined;
+  }
   // The marker first: a kill right after create must find it.
   if (!taken) writeMarker(call.marker, marker);
   let status = 1;
@@ -48,7 +55,8 @@ export async function create(call: OciCall, wrapper: Conversation): Promise<OciA
   } finally {
     // `run` without --detach has deleted its container when it ends; a create that failed has none.
     const over = call.command === "run" && !createOptions(call.argv).has("detach");
-    if (!taken && (status !== 0 || over)) removeMarker(call.marker);
+    // Where there is one all the same (--keep, or another create was faster), it has its marker still.
+    if (!taken && (status !== 0 || over) && !(await isThere(join(root, id)))) removeMarker(call.marker);
   }
 }
 

@@ -1,5 +1,5 @@
 import { mkdirSync, readdirSync, rmSync } from "node:fs";
-import { readFile, stat } from "node:fs/promises";
+import { stat } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import type { Claim } from "../../checkpoint/resume.ts";
 import { BrokenImage } from "../../errors/index.ts";
@@ -84,14 +84,18 @@ const KEPT_AFTER_END_MS = 60 * 60 * 1000;
  * After a checkpoint that has ended the container. crun forgets such a one, as runc does, but then says of it at `delete` what no
  * caller takes for "it is gone", containerd's shim above all, whose task could never be deleted.
  */
-export async function noteEnd(path: string, marker: Marker): Promise<void> {
+export function noteEnd(path: string, marker: Marker): void {
   writeMarker(path, { ...marker, endedAtMs: Date.now() });
+}
+
+/** Removes such notes that nobody has come for. */
+export async function forgetEnds(runDirectory: string): Promise<void> {
   const since = Date.now() - KEPT_AFTER_END_MS;
-  for (const other of markersIn(dirname(dirname(path)))) {
+  for (const path of markersIn(runDirectory)) {
     try {
-      if ((await stat(other)).mtimeMs >= since) continue;
-      const { endedAtMs = since } = JSON.parse(await readFile(other, "utf8")) as Partial<Marker>;
-      if (endedAtMs < since) removeMarker(other);
+      if ((await stat(path)).mtimeMs >= since) continue;
+      // Read at once: it may be the next container's by now, and stays then.
+      if ((readMarker(path)?.endedAtMs ?? since) < since) removeMarker(path);
     } catch {
       // ENOENT: its container was deleted meanwhile. One that is broken is said to be so to whoever asks for that container
     }

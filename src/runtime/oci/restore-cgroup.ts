@@ -1,23 +1,31 @@
 import { kill } from "../../criu/leftovers.ts";
 import { TimedOut } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
+import { namespaceInode } from "../../linux/proc.ts";
 import { cgroupPathV2, type OciSpec } from "../spec.ts";
 
 const EMPTY_MS = 5_000;
 
 /**
  * What a failed restore has left in the container's cgroup: of a CRIU that was killed at its end, the engine finds no process that is the
- * container's already. A cgroup may be others', too: who was there before stays.
+ * container's already. A cgroup may be others', too: who was there before stays, with what he starts meanwhile. That is told by the mount
+ * namespace: engines make one for each container.
  */
 export class CgroupOfRestore {
   readonly #path: string | undefined;
-  readonly #before: ReadonlySet<number>;
+  /** mount namespaces of others */
+  readonly #theirs: ReadonlySet<number | undefined>;
   readonly #isNew: boolean;
 
-  private constructor(path: string | undefined, before: ReadonlySet<number>, isNew: boolean) {
+  private constructor(path: string | undefined, before: readonly number[], isNew: boolean) {
     this.#path = path;
-    this.#before = before;
+    this.#theirs = new Set(before.map((pid) => namespaceInode(pid, "mnt")));
     this.#isNew = isNew;
+  }
+
+  #isLeft(pid: number): boolean {
+    const namespace = namespaceInode(pid, "mnt");
+    return namespace !== undefined && !this.#theirs.has(namespace); // undefined: it has ended
   }
 
   /** Before the engine starts. */
@@ -25,7 +33,7 @@ export class CgroupOfRestore {
     const path = cgroupPathV2(spec, id, systemd);
     const cgroup = path === undefined ? undefined : await Cgroup.at(path);
     const isNew = cgroup === undefined || cgroup.paths.size === 0;
-    return new CgroupOfRestore(path, new Set(isNew ? [] : await cgroup.pids()), isNew);
+    return new CgroupOfRestore(path, isNew ? [] : await cgroup.pids(), isNew);
   }
 
   /** @throws TimedOut when something stays */
@@ -35,7 +43,7 @@ export class CgroupOfRestore {
     if (cgroup.paths.size === 0) return;
     await cgroup.thaw().catch(() => {}); // NotFound: removed meanwhile; else what is frozen shows below
     for (const until = Date.now() + EMPTY_MS; ; await new Promise((resolve) => setTimeout(resolve, 10))) {
-      const left = (await cgroup.pids()).filter((pid) => !this.#before.has(pid));
+      const left = (await cgroup.pids()).filter((pid) => this.#isLeft(pid));
       if (left.length === 0) break;
       if (Date.now() >= until)
         throw new TimedOut(`processes ${left} of a failed restore don't end, in cgroup ${this.#path}`);

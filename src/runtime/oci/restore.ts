@@ -1,22 +1,22 @@
-import { mkdirSync, rmSync } from "node:fs";
+import { mkdirSync } from "node:fs";
 import { mkdir, readFile, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { isThere } from "../../checkpoint/open.ts";
 import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
-import { restoreSucceeded } from "../../criu/log.ts";
+import { explainCriuLog } from "../../criu/log.ts";
 import { criuLines } from "../../criu/option-file.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { learnVersionAnswer } from "../../criu/version-answer.ts";
-import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
+import { AlreadyExists, NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
 import { readApart } from "../../linux/apart.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { commandLineOf, isFromHere } from "../../linux/command-line.ts";
 import { unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, processStat, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
-import { engineVersion } from "../engine.ts";
+import { engineName, engineVersion } from "../engine.ts";
 import { lastErrorIn } from "../engine-failure.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
@@ -24,14 +24,29 @@ import { RestoreCgroup } from "../restore-cgroup.ts";
 import { configForRestore } from "../restore-configuration.ts";
 import { restoreSettings } from "../restore-settings.ts";
 import { restoredContainer } from "../restored-container.ts";
-import { cedanaAnnotations, cgroupName, identityOf, movedFrom, readSpec } from "../spec.ts";
-import { type Conversation, type OciAnswer, type OciCall, Options, usesSystemd } from "./call.ts";
+import {
+  cedanaAnnotations,
+  cgroupName,
+  identityOf,
+  movedFrom,
+  readSpec,
+  sharedPidNamespace,
+} from "../spec.ts";
+import {
+  type Conversation,
+  type OciAnswer,
+  type OciCall,
+  Options,
+  ownGlobalArgv,
+  usesSystemd,
+} from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
 import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
-import { removeScratch } from "./frozen.ts";
+import { dropScratch } from "./frozen.ts";
 import { noteGeneration } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
+import { runEngineHere } from "./own-engine.ts";
 import { CgroupOfRestore } from "./restore-cgroup.ts";
 import { containerState, namespaceOf } from "./state.ts";
 
@@ -58,6 +73,29 @@ export async function restore(
   wrapper: Conversation,
   extra: RestoreExtra = {},
 ): Promise<OciAnswer> {
+  // Before anything is made: what fails later is undone, and one that is there is another's.
+  if (underWay.has(call.marker) || (await isThere(join(call.root, call.id)))) throw alreadyExists(call);
+  underWay.add(call.marker);
+  try {
+    return await restoreNew(call, wrapper, extra);
+  } finally {
+    underWay.delete(call.marker);
+  }
+}
+
+/** Markers of containers that are being restored. */
+const underWay = new Set<string>();
+
+/** In the engine's words. */
+function alreadyExists({ engine, id }: OciCall): AlreadyExists {
+  return new AlreadyExists(
+    engineName(engine) === "crun"
+      ? `container \`${id}\` already exists`
+      : "container with given ID already exists",
+  );
+}
+
+async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreExtra): Promise<OciAnswer> {
   const options = new Options(call.argv);
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
@@ -74,7 +112,6 @@ export async function restore(
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
   const { id, root, engine, globalArgv } = call;
-  const existed = await isThere(join(root, id)); // another container's: what fails is not to be deleted
   const within = await CgroupOfRestore.before(spec, id, systemd);
   const detached = options.has("detach");
   const hook = extra.standsStill ? undefined : await hookOf(spec, "post-restore");
@@ -88,6 +125,8 @@ export async function restore(
   const marker = (): Marker =>
     readMarker(call.marker) ?? { version: 1, id, root, engine, globalArgv, kill, bundle };
 
+  const program = await wrapper.program();
+  const pidNamespace = sharedPidNamespace(spec, parent);
   const target: RestoreTarget = {
     what: `container ${id}`,
     directory: scratch,
@@ -121,7 +160,7 @@ export async function restore(
         bundle,
         path: file,
         engine: features.name,
-        program: await wrapper.program(),
+        program,
       });
       if (text === undefined) return;
       engineBundle = await copyOfBundle(call, bundle, text);
@@ -130,6 +169,8 @@ export async function restore(
     putConfigurationBack: async () => {}, // the copy goes with the container
     prepareCgroup: ({ cgroupsMode }) => cgroup.make(cgroupsMode),
     removeCgroup: () => cgroup.remove(),
+    sharedPids: pidNamespace === undefined ? undefined : { path: pidNamespace, program },
+    hasOtherHierarchies: cgroup.hasOtherHierarchies,
     deviceMap: cedanaAnnotations(spec).gpuMap,
     inForeground: !detached,
     cgroup: async () => {
@@ -163,7 +204,7 @@ export async function restore(
         `--image-path=${imagePath}`,
         `--work-path=${work}`,
       ];
-      const { path: PATH } = await criuBelow(call.pid, await wrapper.program());
+      const { path: PATH } = await criuBelow(call.pid, program);
       const run = async () => await wrapper.run([...command, ...argv, id], { env: { PATH, ...env } });
       const onDeath = async (pids: number[]) => {
         for (const pid of pids) killProcess(pid);
@@ -183,7 +224,7 @@ export async function restore(
       const log = join(work, "restore.log");
       const written = await stat(log).catch(() => undefined); // ENOENT: CRIU was not even started
       const ofThis = written !== undefined && written.mtimeMs >= since - 1000;
-      if (!detached && ofThis && (await restoreSucceeded(log))) {
+      if (!detached && ofThis && (await explainCriuLog(log)).outcome === "finished") {
         await cgroup.remove();
         return;
       }
@@ -204,9 +245,12 @@ export async function restore(
     },
     undoEngineRestore: async () => {
       // One that failed has undone what it did, but not one that was killed.
-      if (status === 0 || (!existed && (await isThere(join(root, id))))) {
+      if (status === 0 || (await isThere(join(root, id)))) {
+        // By ourselves: the wrapper may be what was killed.
         const outputPath = join(scratch, "output");
-        const deleted = await wrapper.run([engine, ...globalArgv, "delete", "--force", id], { outputPath });
+        const deleted = await runEngineHere([engine, ...ownGlobalArgv(call), "delete", "--force", id], {
+          outputPath,
+        });
         const words = lastErrorIn(await readFile(outputPath, "utf8").catch(() => "")); // ENOENT: it was not even started
         if (deleted !== 0)
           wrapper.log.error({ status: deleted, words }, "delete what a failed restore has left");
@@ -241,8 +285,7 @@ export async function restore(
     return { status, message: (error as Error).message };
   } finally {
     if (known === undefined && (failed || !detached)) removeMarker(call.marker);
-    if (failed) await removeScratch(scratch);
-    else rmSync(scratch, { recursive: true, force: true }); // a few small files in memory; the caller waits
+    await dropScratch(scratch, failed, wrapper.log);
   }
   return { status };
 }

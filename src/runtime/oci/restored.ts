@@ -12,7 +12,7 @@ import { type AnnotatedCheckpoint, annotatedCheckpoint, maySetAside } from "../a
 import { engineName } from "../engine.ts";
 import { hookOf } from "../hooks.ts";
 import { cedanaAnnotations, cgroupName, type OciSpec, readSpec } from "../spec.ts";
-import { asGiven, type Conversation, type OciAnswer, type OciCall, withoutLog } from "./call.ts";
+import { asGiven, type Conversation, isSet, type OciAnswer, type OciCall, ownGlobalArgv } from "./call.ts";
 import { scratchOf } from "./checkpoint.ts";
 import { generationOf } from "./generation.ts";
 import { runHook } from "./hooks.ts";
@@ -74,7 +74,8 @@ export function createOptions(
         `flag provided but not defined: -${given}: a restored container can't have it`,
       );
     if (kind === "flag") {
-      if (attached !== "false") found.set(name, true);
+      if (isSet(attached)) found.set(name, true);
+      else found.delete(name);
       continue;
     }
     const value = attached ?? argv[++at];
@@ -268,7 +269,7 @@ export async function state(call: OciCall, wrapper: Conversation): Promise<OciAn
     wrapper.become(asGiven(call));
     return undefined;
   }
-  const asked = await promisify(execFile)(call.engine, [...withoutLog(call.globalArgv), "state", call.id], {
+  const asked = await promisify(execFile)(call.engine, [...ownGlobalArgv(call), "state", call.id], {
     timeout: patienceMs,
     encoding: "utf8",
   }).catch(() => undefined); // it says why to the caller itself

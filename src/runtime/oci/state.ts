@@ -1,10 +1,11 @@
 import { execFile } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import { RuntimeFailed, Unavailable } from "../../errors/index.ts";
+import { NotFound, RuntimeFailed, Unavailable } from "../../errors/index.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { startTime } from "../../linux/proc.ts";
 import { engineName } from "../engine.ts";
+import { failureFrom, lastErrorIn } from "../engine-failure.ts";
 import { cgroupName, type OciSpec, readSpec } from "../spec.ts";
 import type { OciCall } from "./call.ts";
 import type { Marker } from "./marker.ts";
@@ -73,7 +74,7 @@ export async function containerState(
     ),
   );
   if (!error) return parseState<ContainerState>(stdout, call);
-  if (/does not exist|No such file or directory/.test(stderr)) return undefined;
+  if (failureFrom("state", call.id, 1, lastErrorIn(stderr)) instanceof NotFound) return undefined;
   throw new Unavailable(`ask ${call.engine} for the state of ${call.id}: ${stderr.trim() || error.message}`, {
     cause: error,
   });

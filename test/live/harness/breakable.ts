@@ -8,12 +8,15 @@ import { repository } from "./programs.ts";
 export class BreakableDaemon {
   /** for CEDANA_DAEMON */
   readonly program: string;
+  /** of a containerd whose cedanads end again and again: their keepers don't wait ever longer for the next one */
+  readonly env: Record<string, string>;
   readonly #directory = mkdtempSync(join(tmpdir(), "cedanad-"));
   readonly #broken = join(this.#directory, "broken");
   readonly #fault = join(this.#directory, "fault");
 
   constructor() {
     this.program = join(this.#directory, "cedanad");
+    this.env = { CEDANA_DAEMON: this.program, CEDANA_KEEPER_QUICK_MS: "0" };
     const script = [
       "#!/bin/sh",
       `[ -e ${this.#broken} ] && exit 1`,

@@ -7,7 +7,6 @@ import type { Message } from "./proto.ts";
 import { until } from "./until.ts";
 
 const POD = 0;
-/** What the kubelet asks for, where a pod doesn't share its processes. */
 const CONTAINER = 1;
 const NODE = 2;
 const states = ["CREATED", "RUNNING", "EXITED"] as const;
@@ -16,6 +15,8 @@ export interface PodOptions {
   /** gives the pod a network of its own, without which its name is the node's */
   hostname?: string;
   annotations?: Record<string, string>;
+  /** the kubelet's shareProcessNamespace */
+  sharesProcesses?: boolean;
   /** systemd's, in which its cgroups are */
   slice?: string;
 }
@@ -27,9 +28,8 @@ export interface CriContainerOptions {
   image?: string;
 }
 
-/** As kubelet has it for pods without shareProcessNamespace. */
-function namespacesOf(hostname: string | undefined): Message {
-  return { network: hostname ? POD : NODE, pid: CONTAINER };
+function namespacesOf({ hostname, sharesProcesses }: PodOptions): Message {
+  return { network: hostname ? POD : NODE, pid: sharesProcesses ? POD : CONTAINER };
 }
 
 /** A pod, as `crictl runp` makes one. */
@@ -37,12 +37,14 @@ export class Pod {
   readonly id: string;
   readonly #live: Live;
   readonly #config: Message;
+  readonly #namespaces: Message;
   #containers = 0;
 
-  private constructor(live: Live, id: string, config: Message) {
+  private constructor(live: Live, id: string, config: Message, namespaces: Message) {
     this.#live = live;
     this.id = id;
     this.#config = config;
+    this.#namespaces = namespaces;
   }
 
   static async run(live: Live, options: PodOptions = {}): Promise<Pod> {
@@ -56,7 +58,7 @@ export class Pod {
       annotations: options.annotations ?? {},
       linux: {
         cgroupParent: `/${options.slice ?? live.namespace}`, // the latter is where the harness looks for what is left
-        securityContext: { namespaceOptions: namespacesOf(options.hostname) },
+        securityContext: { namespaceOptions: namespacesOf(options) },
       },
     };
     const { podSandboxId } = await live.client.unary<{ podSandboxId: string }>(
@@ -65,7 +67,7 @@ export class Pod {
       { config, runtimeHandler: liveRuntimes.cri },
       "runtime.v1.RunPodSandboxResponse",
     );
-    return new Pod(live, podSandboxId, config);
+    return new Pod(live, podSandboxId, config, namespacesOf(options));
   }
 
   async create(args: string[], options: CriContainerOptions = {}): Promise<CriContainer> {
@@ -86,7 +88,7 @@ export class Pod {
           ],
           annotations: options.annotations ?? {},
           logPath: `${name}.log`,
-          linux: { securityContext: { namespaceOptions: namespacesOf(String(this.#config.hostname)) } },
+          linux: { securityContext: { namespaceOptions: this.#namespaces } },
         },
         sandboxConfig: this.#config,
       },

@@ -5,9 +5,6 @@ import { closeSync, existsSync, openSync } from "node:fs";
 
 export const canFuse = existsSync("/dev/fuse") && process.getuid?.() === 0;
 
-/** Files of it that can be had without its server: opened so, a directory is only stood for. */
-export const O_PATH = 0o10000000;
-
 /** @param directory  where it is mounted; an empty directory */
 export function deadFuse(directory: string): Disposable {
   const server = openSync("/dev/fuse", "r+");

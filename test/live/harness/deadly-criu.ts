@@ -1,4 +1,4 @@
-// A criu in PATH that kills itself, or the engine that has started it, at a moment of its work that the test names.
+// A criu in PATH that kills itself, the engine that has started it, or what has started that, at a moment of its work that the test names.
 
 import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -16,7 +16,7 @@ export const restoreMoments = [
 ] as const;
 export type Moment = (typeof dumpMoments)[number] | (typeof restoreMoments)[number];
 /** … or any process, by its pid. */
-export type Victim = "criu" | "engine" | number;
+export type Victim = "criu" | "engine" | "wrapper" | number;
 
 export class DeadlyCriu {
   /** to go before the others in PATH */
@@ -54,9 +54,13 @@ export class DeadlyCriu {
       `read -r moment victim <${this.#plan} || exit 0`,
       `[ "$CRTOOLS_SCRIPT_ACTION" = "$moment" ] || exit 0`,
       `rm ${this.#plan}`,
-      "pid=$PPID",
-      `[ "$victim" != engine ] || pid=$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)`,
-      '[ "$victim" = criu ] || [ "$victim" = engine ] || pid=$victim',
+      "above() { sed -n 's/^PPid:[^0-9]*//p' /proc/$1/status; }",
+      "case $victim in",
+      "criu) pid=$PPID ;;",
+      "engine) pid=$(above $PPID) ;;",
+      "wrapper) pid=$(above $(above $PPID)) ;;",
+      "*) pid=$victim ;;",
+      "esac",
       // By its arguments: an engine that runs from a sealed copy is called after that in comm. CRIU's go on behind a colon.
       `basename "$(tr '\\0' '\\n' </proc/$pid/cmdline | sed '1{s/:.*//;q}')" >${this.#done}`,
       "kill -9 $pid",

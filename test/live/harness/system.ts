@@ -117,7 +117,6 @@ function directories(path: string): string[] {
   }
 }
 
-/** Cgroups below the instance's own one, in every hierarchy. */
 /** systemd is process 1, and makes the cgroups; all of them are of version 2 (scripts/with-systemd.sh, or a Debian that was booted). */
 export const systemdRuns =
   existsSync("/run/systemd/system") && existsSync("/sys/fs/cgroup/cgroup.controllers");
@@ -128,6 +127,7 @@ export function hasController(name: string): boolean {
   return v2 === "" ? existsSync(join("/sys/fs/cgroup", name)) : v2.trim().split(" ").includes(name);
 }
 
+/** Cgroups below the instance's own one, in every hierarchy. */
 export function cgroupsOf(namespace: string): string[] {
   const walk = (path: string): string[] => directories(path).flatMap((child) => [child, ...walk(child)]);
   return cgroupRoots().flatMap((root) => walk(join(root, namespace)));

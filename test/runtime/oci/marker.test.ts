@@ -6,8 +6,15 @@ import { join } from "node:path";
 import { pino } from "pino";
 import { afterEach, beforeEach, expect, it } from "vitest";
 import { Cgroup } from "../../../src/linux/cgroup.ts";
-import { noteFrozen, thawLeftovers } from "../../../src/runtime/oci/frozen.ts";
-import { type Marker, markersIn, noteEnd, readMarker, writeMarker } from "../../../src/runtime/oci/marker.ts";
+import { isPausedByOwner, noteFrozen, thawLeftovers } from "../../../src/runtime/oci/frozen.ts";
+import {
+  forgetEnds,
+  type Marker,
+  markersIn,
+  noteEnd,
+  readMarker,
+  writeMarker,
+} from "../../../src/runtime/oci/marker.ts";
 
 let run: string;
 beforeEach(() => {
@@ -42,6 +49,50 @@ it.each(["~", "."])("notes of a dump that was cut off are taken up, with %s", as
   for (const name of ["frozen", "dumping"]) expect(existsSync(at(`c${dot}${name}`)), name).toBe(false);
 });
 
+it("a container that stands still for a dump isn't one that its owner has paused", async () => {
+  const freezer = join(run, "freezer");
+  mkdirSync(freezer);
+  const cgroup = Cgroup.fromPaths({ version: 1, paths: { freezer } });
+  for (const [before, isPaused] of [
+    ["THAWED", false],
+    ["FROZEN", true],
+  ] as const) {
+    writeFileSync(join(freezer, "freezer.state"), before);
+    await noteFrozen(at("c"), cgroup, join(run, "c", "none"), async () => {
+      writeFileSync(join(freezer, "freezer.state"), "FROZEN");
+      expect(isPausedByOwner(at("c")), before).toBe(isPaused);
+    });
+    expect(isPausedByOwner(at("c")), before).toBe(true);
+  }
+});
+
+it("a container doesn't stand still for a dump of which nothing can be made out any more", async () => {
+  const [freezer, scratch] = [join(run, "freezer"), join(run, "c", "scratch")];
+  for (const directory of [freezer, scratch]) mkdirSync(directory);
+  writeFileSync(join(freezer, "freezer.state"), "FROZEN");
+  writeFileSync(join(scratch, "checkpoint-attempt.json"), "{");
+  const cgroup = { version: 1, paths: { freezer } };
+  writeFileSync(at("c~dumping"), JSON.stringify({ cgroup, paused: false, scratch }));
+  const leftovers = await thawLeftovers(run, pino({ level: "silent" }));
+  expect(await leftovers(at("c"))).toBeUndefined();
+  expect(readFileSync(join(freezer, "freezer.state"), "utf8")).toBe("THAWED");
+  expect(existsSync(at("c~dumping"))).toBe(false);
+});
+
+it("a paused container that ran for its hook when its dump was cut off is paused again", async () => {
+  const [freezer, scratch] = [join(run, "freezer"), join(run, "c", "scratch")];
+  for (const directory of [freezer, scratch]) mkdirSync(directory);
+  writeFileSync(join(freezer, "freezer.state"), "THAWED");
+  writeFileSync(join(freezer, "cgroup.procs"), "1\n");
+  writeFileSync(join(scratch, "cedana-hook-ran"), "k\n");
+  const cgroup = { version: 1, paths: { freezer } };
+  writeFileSync(at("c~dumping"), JSON.stringify({ cgroup, paused: true, scratch }));
+  const leftovers = await thawLeftovers(run, pino({ level: "silent" }));
+  await leftovers(at("c"));
+  expect(readFileSync(join(freezer, "freezer.state"), "utf8")).toBe("FROZEN");
+  expect(existsSync(scratch)).toBe(false);
+});
+
 it("a container's end is noted, and forgotten with a later one's when nobody has come to delete it", async () => {
   const twoHours = 2 * 60 * 60 * 1000;
   const long = new Date(Date.now() - twoHours);
@@ -50,12 +101,13 @@ it("a container's end is noted, and forgotten with a later one's when nobody has
   writeMarker(at("just-ended"), { ...marker("just-ended"), endedAtMs: Date.now() });
   writeFileSync(at("broken"), "{");
   for (const id of ["lives", "ended", "broken"]) utimesSync(at(id), long, long);
-  await noteEnd(at("new"), { ...marker("new"), kill: { signal: 1, escalation: [] } });
+  noteEnd(at("new"), { ...marker("new"), kill: { signal: 1, escalation: [] } });
   expect(readMarker(at("new"))).toMatchObject({
     id: "new",
     kill: { signal: 1 },
     endedAtMs: expect.any(Number),
   });
+  await forgetEnds(run);
   expect(existsSync(at("ended"))).toBe(false);
   expect(readFileSync(at("broken"), "utf8")).toBe("{");
   expect(markersIn(run).sort()).toEqual(["broken", "just-ended", "lives", "new"].map(at));

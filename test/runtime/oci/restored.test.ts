@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { withoutLog } from "../../../src/runtime/oci/call.ts";
+import { ownGlobalArgv, withoutLog } from "../../../src/runtime/oci/call.ts";
 import { createOptions, signalOfUnstarted } from "../../../src/runtime/oci/restored.ts";
 import { namespaceOf } from "../../../src/runtime/oci/state.ts";
 
@@ -17,7 +17,9 @@ describe("the options of create and run", () => {
       "console-socket": "/s",
       detach: true,
     });
-    expect(createOptions(["-b", "/b", "--detach=false", "--", "-d"]).has("detach")).toBe(false);
+    for (const no of ["false", "F", "0"])
+      expect(createOptions(["-d", "-b", "/b", `--detach=${no}`, "--", "-d"]).has("detach"), no).toBe(false);
+    expect(createOptions(["--detach=T"]).has("detach")).toBe(true);
   });
 
   it("that nobody knows are refused, or passed over", () => {
@@ -42,6 +44,11 @@ it("a call of our own doesn't write into the caller's log", () => {
       "debug",
     ]),
   ).toEqual(["--root", "/r", "--systemd-cgroup"]);
+});
+
+it("a call of our own has the caller's root, whatever he calls it", () => {
+  const call = { globalArgv: ["--root", "state", "--log=/l"], root: "/where/state" };
+  expect(ownGlobalArgv(call)).toEqual(["--root", "state", "--root=/where/state"]);
 });
 
 it.each([
