@@ -120,7 +120,7 @@ quoted=''
 for word; do quoted="$quoted '$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'"; done
 cat >"$run/job" <<JOB
 stty -F /dev/ttyS1 raw
-command() {
+work() {
 mkdir -p '$repository' && mount /dev/vdb '$repository' && cd '$repository' || return
 mount -o remount,size=60% /run
 export HOME=/root TERM=dumb PATH='$repository/node_modules/.bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
@@ -128,7 +128,7 @@ status=0
 $quoted || status=\$?
 { echo "status \$status"; head -c 60000 /dev/zero; } >/dev/vdc
 }
-command </dev/null 2>&1 | cat >/dev/ttyS1 # for the command it is no terminal
+work </dev/null 2>&1 | cat >/dev/ttyS1 # for the command it is no terminal
 sync
 systemctl poweroff --no-block
 JOB
