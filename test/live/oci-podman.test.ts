@@ -5,6 +5,7 @@ import { missingCallers, type Outcome, Podman, type Side, sides } from "./harnes
 import type { EngineName } from "./harness/live.ts";
 import { IMAGE } from "./harness/programs.ts";
 import { cgroupsOf } from "./harness/system.ts";
+import { until } from "./harness/until.ts";
 
 // Podman with the engine itself and with cedana-runtime in its place: every command on both sides, with the same outcome.
 // The network is the host's, for the machine keeps its own to itself. Cgroups are systemd's where systemd runs.
