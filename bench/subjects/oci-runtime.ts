@@ -123,6 +123,10 @@ async function begin(side: Program, directory: string, ...program: string[]): Pr
 /** It sums its memory up every 50 ms and sleeps in between, in nanosleep(2): recent kernels freeze it where it sleeps, at once. */
 const sleeper = async () => [await programs(), "/programs/memory", "16"] as const;
 
+/** conmon starts a `podman container cleanup` for each container that has ended, for which nobody waits. */
+const cleanedUp = () =>
+  until(() => !podman!.place.living().some((argv) => /\bcontainer cleanup\b/.test(argv)));
+
 const remove = (side: Program) => on(side, "rm", "--force", "--time", "0", side);
 
 export const podmanRuns: Subject = {
@@ -140,13 +144,13 @@ export const podmanRuns: Subject = {
   async measure(bench, side) {
     podman ??= await startPodman(bench.engine);
     const program = programOf(side);
+    await cleanedUp(); // after the round before, the other side's
     const samples: Samples = { [RUN]: await timeMs(() => on(program, "run", "--rm", IMAGE, "true")) };
     // crun's own restore fails on a host with cgroups of both versions.
     if (side === "theirs" && bench.engine === "crun") return samples;
     await begin(program, ...(await sleeper()));
     samples[CHECKPOINT] = await timeMs(() => on(program, "container", "checkpoint", program));
-    // conmon starts one for the container that has ended; a restore that follows at once waits for it, the longer the sooner the checkpoint was over.
-    await until(() => !podman!.place.living().some((argv) => /\bcontainer cleanup\b/.test(argv)));
+    await cleanedUp(); // a restore that follows at once waits for it, the longer the sooner the checkpoint was over
     samples[RESTORE] = await timeMs(() => on(program, "container", "restore", program));
     await remove(program);
     return samples;
