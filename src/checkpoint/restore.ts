@@ -227,6 +227,7 @@ async function reserveIds(
 async function adaptImages(context: RestoreContext, next: () => Promise<void>): Promise<void> {
   const { checkpoint, facts, target } = context;
   const { container, directory } = target;
+  let isMade = false;
   try {
     if (facts) {
       const { imagePath } = checkpoint;
@@ -235,13 +236,14 @@ async function adaptImages(context: RestoreContext, next: () => Promise<void>): 
         target.hasOtherHierarchies ? await withoutOtherHierarchies(imagePath) : undefined,
       ].filter((change): change is ChangedImage => change !== undefined);
       if (changes.length > 0) {
+        isMade = true;
         await linkImages(imagePath, directory, changes);
         context.engineImages = changedImages(directory);
       }
     }
     await next();
   } finally {
-    await rm(changedImages(directory), { recursive: true, force: true });
+    if (isMade) await rm(changedImages(directory), { recursive: true, force: true });
   }
 }
 

@@ -1,5 +1,6 @@
-import { closeSync, constants, readFileSync } from "node:fs";
-import { mkdir, open, rename, rm } from "node:fs/promises";
+import { closeSync, constants, fchmod, readFileSync, writeFile } from "node:fs";
+import { mkdir, rename, rm } from "node:fs/promises";
+import { promisify } from "node:util";
 import { SyscallFailed, WrongState } from "../errors/index.ts";
 import { openBeneath } from "../linux/addon.ts";
 import { isServed, openApart, openBeneathApart, openInRootApart } from "../linux/apart.ts";
@@ -23,6 +24,10 @@ export interface RestoredFacts {
 }
 
 const NAME = "restore.json";
+
+/** By an open file. */
+const writeTo = promisify<number, string, void>(writeFile);
+const changeMode = promisify(fchmod);
 
 /**
  * Writes the file into a running container, whole at once, through /proc/PID/root. The container is not trusted:
@@ -105,9 +110,8 @@ async function replaceFile(directory: number, text: string): Promise<void> {
   );
   try {
     try {
-      await using file = await open(`/proc/self/fd/${fd}`, constants.O_WRONLY);
-      await file.writeFile(text);
-      await file.chmod(0o644);
+      await writeTo(fd, text);
+      await changeMode(fd, 0o644); // whatever our umask has taken
     } finally {
       closeSync(fd);
     }

@@ -56,6 +56,8 @@ export class ImageFault extends BrokenImage {
 }
 
 const BUFFER_BYTES = 256 * 1024;
+/** What is read with the words: all of a small image. */
+const FIRST_BYTES = 16 * 1024;
 /** No message is longer. The longest that we have seen are some 100 KiB (a seccomp or AppArmor policy, a mm with its areas: 10 MB). */
 const MAX_MESSAGE_BYTES = 512 * 1024 * 1024;
 
@@ -109,10 +111,12 @@ export class ImageReader implements AsyncDisposable {
     try {
       const { size } = await file.stat();
       const name = options.name ?? basename(path);
-      const words = Buffer.alloc(8);
-      const { bytesRead } = await file.read(words, 0, 8, 0);
-      const head = readWords(name, words.subarray(0, bytesRead));
-      return new ImageReader(file, size, head, { name, exact: options.exact ?? true });
+      const first = Buffer.allocUnsafe(Math.min(size, FIRST_BYTES));
+      const { bytesRead } = await file.read(first, 0, first.length, 0);
+      const head = readWords(name, first.subarray(0, Math.min(bytesRead, 8)));
+      const image = new ImageReader(file, size, head, { name, exact: options.exact ?? true });
+      image.#buffer = first.subarray(0, bytesRead);
+      return image;
     } catch (error) {
       await file.close();
       throw error;

@@ -280,6 +280,7 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
       { signal: wrapper.signal },
     );
     failed = status !== 0;
+    if (!failed && detached) wrapper.answer({ status }); // what is left to do is nobody's to wait for
   } catch (error) {
     if (status === 0) throw error;
     return { status, message: (error as Error).message };
