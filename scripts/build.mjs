@@ -64,7 +64,8 @@ async function buildProto() {
 }
 
 async function buildTypeScript() {
-  const { bundle } = await import("./bundle.mjs").catch(() => {
+  const { bundle } = await import("./bundle.mjs").catch((error) => {
+    if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;
     throw new BuildFailed("esbuild is missing: run `npm ci`");
   });
   const files = await bundle(version, pinnedNode).catch((error) => {

@@ -5,7 +5,7 @@ import { setFlagsFromString } from "node:v8";
 import { compileFunction, constants } from "node:vm";
 
 /*
- * Runs cedanad's bundle with the code that V8 had made of it when it was built (scripts/build.mjs): compiling it would be 15 ms that
+ * Runs cedanad's bundle with the code that V8 had made of it when it was built (scripts/bundle.mjs): compiling it would be 15 ms that
  * somebody waits for. V8 refuses code of another version or other flags and compiles then; that code and source belong together is in
  * their names.
  */
