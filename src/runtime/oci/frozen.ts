@@ -144,7 +144,7 @@ async function removeScratch(scratch: string): Promise<void> {
 export async function dropScratch(scratch: string, failed: boolean, log: Logger): Promise<void> {
   try {
     if (failed) await removeScratch(scratch);
-    else rmSync(scratch, { recursive: true, force: true }); // a few small files in memory; the caller waits
+    else rmSync(scratch, { recursive: true, force: true }); // at once: a few small files in memory
   } catch (error) {
     log.error({ err: error, scratch }, "remove what a command of cedana-runtime has left");
   }
