@@ -37,12 +37,12 @@ class Open : public Apart {
 
 class Read : public Apart {
  public:
-  Read(Napi::Env env, std::string path, size_t most) : Apart(env), path_(std::move(path)), most_(most) {}
+  Read(Napi::Env env, std::string path, size_t most, int flags) : Apart(env), path_(std::move(path)), most_(most), flags_(flags) {}
 
  private:
   void Execute() override {
     // A FIFO that nobody writes to is opened at once, and refused.
-    UniqueFd fd(static_cast<int>(RetryOnEintr([&] { return open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY); })));
+    UniqueFd fd(static_cast<int>(RetryOnEintr([&] { return open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | flags_); })));
     if (!fd.valid()) return Fail("open", errno);
     struct stat found;
     if (fstat(fd.get(), &found) == -1) return Fail("fstat", errno);
@@ -65,6 +65,7 @@ class Read : public Apart {
 
   std::string path_;
   size_t most_;
+  int flags_;
   std::vector<char> bytes_;
 };
 
@@ -154,9 +155,11 @@ Napi::Value FlockApart(const Napi::CallbackInfo& info) {
   return (new Lock(env, std::move(own), operation))->Start(env);
 }
 
-// readApart(path, most): a regular file, whole. EISDIR, EINVAL for what is no file, EFBIG.
+// readApart(path, most, follow): a regular file, whole. EISDIR, EINVAL for what is no file, EFBIG; ELOOP for a link, unless it is to be followed.
 Napi::Value ReadApart(const Napi::CallbackInfo& info) {
-  return (new Read(info.Env(), PathArgument(info, 0, "path"), static_cast<size_t>(IntArgument(info, 1, "most"))))->Start(info.Env());
+  auto most = static_cast<size_t>(IntArgument(info, 1, "most"));
+  int flags = info[2].ToBoolean() ? 0 : O_NOFOLLOW;
+  return (new Read(info.Env(), PathArgument(info, 0, "path"), most, flags))->Start(info.Env());
 }
 
 // statApart(path): stat(2).

@@ -1,7 +1,6 @@
-import { constants } from "node:fs";
-import { open } from "node:fs/promises";
 import { join } from "node:path";
-import { BrokenImage, Unsupported } from "../errors/index.ts";
+import { BrokenImage, TimedOut, Unavailable, Unsupported } from "../errors/index.ts";
+import { readApart } from "../linux/apart.ts";
 import type { CpuFacts } from "./cpu.ts";
 import schema from "./manifest.schema.json" with { type: "json" };
 import { findFault, type Schema } from "./schema.ts";
@@ -141,9 +140,11 @@ export async function readManifest(imagePath: string): Promise<CheckpointManifes
   const path = join(imagePath, MANIFEST_NAME);
   let text: string;
   try {
-    text = await readBounded(path);
+    // Images may come from anybody: a link is not followed, and a FIFO or device is not waited for.
+    text = (await readApart(path, MAX_MANIFEST_BYTES, { follow: false })).toString("utf8");
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
+    if (error instanceof TimedOut || error instanceof Unavailable) throw error;
     throw new BrokenImage(`manifest ${path} can't be read`, { cause: error });
   }
   return parseManifest(text, path);
@@ -171,13 +172,4 @@ export function parseManifest(text: string, path: string): CheckpointManifest {
   const fault = findFault(manifest, schema as Schema);
   if (fault !== undefined) throw new BrokenImage(`manifest ${path} is malformed: ${fault}`);
   return manifest as CheckpointManifest;
-}
-
-/** Images may come from anybody: a link is not followed, and a FIFO or device is not waited for. */
-async function readBounded(path: string): Promise<string> {
-  await using file = await open(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
-  const info = await file.stat();
-  if (!info.isFile()) throw new Error("it is not a regular file");
-  if (info.size > MAX_MANIFEST_BYTES) throw new Error(`its ${info.size} bytes are too many`);
-  return await file.readFile("utf8");
 }

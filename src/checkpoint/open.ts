@@ -19,29 +19,40 @@ export interface OpenCheckpoint {
   readonly manifestPath: string | undefined;
 }
 
-/**
- * Finds images and manifest; looks at nothing else.
- * @throws NotFound, InvalidRequest, BrokenImage when it is no checkpoint, Unsupported when it is of a newer version
- */
-export async function openDirectoryOf(path: string): Promise<OpenCheckpoint> {
-  const imagePath = await findImages(path);
-  for (const manifestPath of new Set([imagePath, path])) {
-    const manifest = await readManifest(manifestPath);
-    if (manifest) return { path, imagePath, manifest, manifestPath };
-  }
-  return { path, imagePath, manifest: undefined, manifestPath: undefined };
+/** A checkpoint of the store whose files are in an archive beside its manifest. */
+export interface ArchivedCheckpoint {
+  /** path of the archive */
+  readonly archive: string;
+  readonly manifest: CheckpointManifest;
 }
 
 /**
- * A checkpoint of the store whose files are in an archive beside its manifest.
- * @returns undefined for any other
- * @throws as `readManifest`
+ * Finds what is in a checkpoint's directory: images and manifest, or an archive; looks at nothing else.
+ * @throws NotFound, InvalidRequest, BrokenImage when it is no checkpoint, Unsupported when it is of a newer version
  */
-export async function findArchive(
+export async function openStored(path: string): Promise<OpenCheckpoint | ArchivedCheckpoint> {
+  const images = findImages(path); // looked for meanwhile
+  images.catch(() => {}); // an archive's directory has none
+  const above = await readManifest(path);
+  if (above?.archive) return { archive: join(path, above.archive.file), manifest: above };
+  return await withManifest(path, await images, above);
+}
+
+/** As `openStored`, of a directory that is no archive's. */
+export async function openDirectoryOf(path: string): Promise<OpenCheckpoint> {
+  const imagePath = await findImages(path);
+  return await withManifest(path, imagePath, await readManifest(path));
+}
+
+/** @param above  the manifest in `path`, which is that of all of it; one beside the images goes before */
+async function withManifest(
   path: string,
-): Promise<{ archive: string; manifest: CheckpointManifest } | undefined> {
-  const manifest = await readManifest(path);
-  return manifest?.archive && { archive: join(path, manifest.archive.file), manifest };
+  imagePath: string,
+  above: CheckpointManifest | undefined,
+): Promise<OpenCheckpoint> {
+  const beside = imagePath === path ? undefined : await readManifest(imagePath);
+  if (beside) return { path, imagePath, manifest: beside, manifestPath: imagePath };
+  return { path, imagePath, manifest: above, manifestPath: above && path };
 }
 
 /** The directory with CRIU's images: the path itself, or `checkpoint/` in it. */

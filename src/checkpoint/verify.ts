@@ -8,7 +8,7 @@ import { compareToNode, type NodeFacts, nodeFacts } from "./compare.ts";
 import { type Finding, Found } from "./finding.ts";
 import type { CheckpointManifest } from "./manifest.ts";
 import { compareSizes, verifyFiles } from "./manifest-files.ts";
-import { findArchive, findingsOf, findMissingParts, type OpenCheckpoint, openDirectoryOf } from "./open.ts";
+import { findingsOf, findMissingParts, type OpenCheckpoint, openDirectoryOf, openStored } from "./open.ts";
 
 /** What is known of a checkpoint that was not restored. */
 export interface CheckpointReport {
@@ -54,8 +54,8 @@ export async function verifyCheckpoint(
 ): Promise<CheckpointReport> {
   if (!(await isDirectory(path))) return await verifyOneFile(path, options);
   try {
-    const stored = await findArchive(path);
-    if (!stored) return await verifyOpen(await openDirectoryOf(path), options);
+    const stored = await openStored(path);
+    if (!("archive" in stored)) return await verifyOpen(stored, options);
     const faults = await compareSizes(path, stored.manifest);
     if (faults.length > 0) return report(path, findingsOf(faults), { manifest: stored.manifest });
     return { ...(await verifyOneFile(stored.archive, options)), path };

@@ -34,7 +34,7 @@ interface Addon {
   openat2(directory: number, path: PathLike, flags: number, mode: number, resolve: number): number;
   openApart(directory: number, path: PathLike, flags: number, mode: number, resolve: number): Promise<number>;
   flockApart(fd: number, operation: number): Promise<boolean>;
-  readApart(path: PathLike, most: number): Promise<Buffer>;
+  readApart(path: PathLike, most: number, follow: boolean): Promise<Buffer>;
   statApart(path: PathLike): Promise<NumbersOfStat>;
   fileSystemApart(path: PathLike): Promise<number>;
   renameat2(from: number, fromPath: PathLike, to: number, toPath: PathLike, flags: number): void;
@@ -244,8 +244,8 @@ export const apart = {
     addon().flockApart(fd, lockOperations[operation]),
   /** Whether a file handle leads back to its file (open_by_handle_at(2)): 0, or the errno. */
   tryHandle: (mountPath: string, type: number, handle: Buffer) => addon().tryHandle(mountPath, type, handle),
-  /** A regular file, whole. @throws EISDIR, EINVAL for what is no file, EFBIG for one with more than `most` bytes */
-  read: (path: PathLike, most: number) => addon().readApart(path, most),
+  /** A regular file, whole. @throws EISDIR, EINVAL for what is no file, EFBIG for one with more than `most` bytes, ELOOP for a link that isn't to be followed */
+  read: (path: PathLike, most: number, follow: boolean) => addon().readApart(path, most, follow),
   stat: (path: PathLike) => addon().statApart(path),
   /** statfs(2)'s f_type, of the nearest directory above what isn't there. */
   fileSystem: (path: PathLike) => addon().fileSystemApart(path),

@@ -123,10 +123,15 @@ export const O_PATH = 0o10000000;
 
 /**
  * Reads a regular file, whole.
+ * @param options.follow  also what a symbolic link leads to (default); its way is followed in either case
  * @throws EISDIR; EINVAL for what is no file; EFBIG for one with more than `mostBytes`; what open(2) and read(2) say; and `wait`
  */
-export async function readApart(path: string, mostBytes: number): Promise<Buffer> {
-  return await wait(`read ${path}`, () => apart.read(path, mostBytes));
+export async function readApart(
+  path: string,
+  mostBytes: number,
+  { follow = true }: { follow?: boolean } = {},
+): Promise<Buffer> {
+  return await wait(`read ${path}`, () => apart.read(path, mostBytes, follow));
 }
 
 /** flock(2) without waiting for who has it; a server may be asked. @param shown  for errors */

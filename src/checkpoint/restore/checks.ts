@@ -17,7 +17,7 @@ import { type Finding, refusalOfRestore } from "../finding.ts";
 import { type ImageFacts, readImageFacts } from "../image-facts.ts";
 import type { CheckpointManifest } from "../manifest.ts";
 import { compareSizes, verifyFiles } from "../manifest-files.ts";
-import { findArchive, findFaultsOfFiles, findingsOf, type OpenCheckpoint, openDirectoryOf } from "../open.ts";
+import { findFaultsOfFiles, findingsOf, type OpenCheckpoint, openDirectoryOf, openStored } from "../open.ts";
 import type { CriuPolicy } from "../policy.ts";
 import { UnpackedCheckpoint } from "../unpack.ts";
 
@@ -72,14 +72,22 @@ export interface CheckContext extends ChainContext {
   readonly findings: Finding[];
 }
 
-/** In order: they only look, and the last one refuses. */
-export const restoreChecks = [
+export const openingChecks = [
   validateRestoreRequest,
   openCheckpoint, // from here on it is a directory
+] as const satisfies readonly Step<CheckContext>[];
+
+export const comparingChecks = [
   checkFilesOfCheckpoint,
   compareWithContainer,
   compareWithNode,
   refuseDifferences, // one list of everything
+] as const satisfies readonly Step<CheckContext>[];
+
+/** In order: they only look, and the last one refuses. */
+export const restoreChecks = [
+  ...openingChecks,
+  ...comparingChecks,
 ] as const satisfies readonly Step<CheckContext>[];
 
 export interface ChainOptions {
@@ -133,31 +141,33 @@ async function validateRestoreRequest(context: CheckContext, next: () => Promise
 
 async function openCheckpoint(context: CheckContext, next: () => Promise<void>): Promise<void> {
   const { request, signal, target } = context;
-  const archive = await archiveOf(request.path);
-  if (archive === undefined) context.checkpoint = await openDirectoryOf(request.path);
+  const found = await checkpointAt(request.path);
+  if (typeof found !== "string") context.checkpoint = found;
   else {
     if (!request.unpack)
       throw new Unsupported(
         `checkpoint ${request.path} is an archive: extract it, and restore from the directory`,
       );
     // Fails closed: nothing is there to restore from until all of it has turned out authentic, complete and as its manifest says.
-    const secret = (await isEncryptedArchive(archive)) ? await request.unpack.secret() : undefined;
+    const secret = (await isEncryptedArchive(found)) ? await request.unpack.secret() : undefined;
     const unpacked = new UnpackedCheckpoint(request.unpack.root, target.directory);
-    context.checkpoint = await openDirectoryOf(await unpacked.open(archive, secret, signal));
+    context.checkpoint = await openDirectoryOf(await unpacked.open(found, secret, signal));
   }
   context.policy = context.target.policy(context.checkpoint.manifest);
   await next();
 }
 
-/** @returns undefined for a directory that holds the checkpoint's files */
-async function archiveOf(path: string): Promise<string | undefined> {
+/** @returns the path of an archive, for a directory that doesn't hold the checkpoint's files */
+async function checkpointAt(path: string): Promise<OpenCheckpoint | string> {
+  const opened = openStored(path); // meanwhile: each is many trips through the thread pool
+  opened.catch(() => {}); // of what is no directory
   if (!(await isDirectory(path))) {
     const found = await stat(path).catch(() => undefined);
     if (!found) throw new NotFound(`checkpoint ${path} does not exist`);
     return path;
   }
-  const stored = await findArchive(path);
-  if (!stored) return undefined;
+  const stored = await opened;
+  if (!("archive" in stored)) return stored;
   const faults = findingsOf(await compareSizes(path, stored.manifest));
   if (faults.length > 0) throw refusalOfRestore(path, faults);
   return stored.archive;

@@ -1,6 +1,7 @@
 import { type FileHandle, open } from "node:fs/promises";
 import { basename } from "node:path";
 import { BrokenImage, InvalidRequest } from "../../errors/index.ts";
+import { readApart } from "../../linux/apart.ts";
 import { WireError } from "../../proto/wire.ts";
 import {
   type ExtraKind,
@@ -58,6 +59,8 @@ export class ImageFault extends BrokenImage {
 const BUFFER_BYTES = 256 * 1024;
 /** What is read with the words: all of a small image. */
 const FIRST_BYTES = 16 * 1024;
+/** Up to here an image is read by one call instead of four: each waits for a thread. */
+const WHOLE_BYTES = 1024 * 1024;
 /** No message is longer. The longest that we have seen are some 100 KiB (a seccomp or AppArmor policy, a mm with its areas: 10 MB). */
 const MAX_MESSAGE_BYTES = 512 * 1024 * 1024;
 
@@ -81,14 +84,15 @@ export class ImageReader implements AsyncDisposable {
   readonly version: "1.0" | "1.1";
   /** of the file, in bytes */
   readonly size: number;
-  readonly #file: FileHandle;
+  /** undefined: all of it is in the buffer */
+  readonly #file: FileHandle | undefined;
   readonly #decode: typeof decodeMessage;
   #position: number;
-  #buffer = Buffer.alloc(0);
+  #buffer: Buffer = Buffer.alloc(0);
   #bufferStart = 0;
 
   private constructor(
-    file: FileHandle,
+    file: FileHandle | undefined,
     size: number,
     head: { format: ImageFormat; version: "1.0" | "1.1"; length: number },
     { name, exact }: { name: string; exact: boolean },
@@ -123,8 +127,21 @@ export class ImageReader implements AsyncDisposable {
     }
   }
 
+  /** The same, for who wants all of it: read at once where it is small. @throws also what `readApart` does */
+  static async openWhole(path: string): Promise<ImageReader> {
+    const bytes = await readApart(path, WHOLE_BYTES).catch((error: NodeJS.ErrnoException) => {
+      if (error.code !== "EFBIG") throw error;
+    });
+    if (!bytes) return await ImageReader.open(path, { exact: false });
+    const name = basename(path);
+    const head = readWords(name, bytes.subarray(0, 8));
+    const image = new ImageReader(undefined, bytes.length, head, { name, exact: false });
+    image.#buffer = bytes;
+    return image;
+  }
+
   async [Symbol.asyncDispose](): Promise<void> {
-    await this.#file.close();
+    await this.#file?.close();
   }
 
   /** @throws ImageFault when the file ends too early, or an entry isn't what it should be */
@@ -271,7 +288,7 @@ export class ImageReader implements AsyncDisposable {
     const buffer = Buffer.allocUnsafe(wanted);
     let filled = 0;
     while (filled < wanted) {
-      const { bytesRead } = await this.#file.read(buffer, filled, wanted - filled, position + filled);
+      const { bytesRead } = await this.#file!.read(buffer, filled, wanted - filled, position + filled);
       if (bytesRead === 0)
         throw new ImageFault("length", this.name, position + filled, "was cut while we read it");
       filled += bytesRead;
@@ -316,7 +333,7 @@ function readWords(name: string, words: Buffer) {
 
 /** All entries' values of an image that is known to be small. @throws as ImageReader */
 export async function readImage(path: string): Promise<Message[]> {
-  await using image = await ImageReader.open(path, { exact: false });
+  await using image = await ImageReader.openWhole(path);
   const values: Message[] = [];
   for await (const { value } of image.entries()) values.push(value);
   return values;
@@ -324,7 +341,7 @@ export async function readImage(path: string): Promise<Message[]> {
 
 /** The one entry of an image that has one. @throws ImageFault when there is none, InvalidRequest when it is of another type */
 export async function readOne(path: string, formatName: string): Promise<Message> {
-  await using image = await ImageReader.open(path, { exact: false });
+  await using image = await ImageReader.openWhole(path);
   if (image.format.name !== formatName)
     throw new InvalidRequest(`${path} is a ${image.format.name} image, not ${formatName}`);
   for await (const { value } of image.entries()) return value;

@@ -3,7 +3,7 @@ import { isAbsolute } from "node:path";
 import { isDirectory } from "../../checkpoint/archive/index.ts";
 import { type CheckpointProcess, listProcesses } from "../../checkpoint/inspect.ts";
 import { readManifest } from "../../checkpoint/manifest.ts";
-import { findArchive, openDirectoryOf } from "../../checkpoint/open.ts";
+import { openStored } from "../../checkpoint/open.ts";
 import { CheckpointStore, type StoredCheckpoint, type StoreOwner } from "../../checkpoint/store.ts";
 import { verifyCheckpoint as verify } from "../../checkpoint/verify.ts";
 import { BrokenImage, InvalidRequest, messageOf, NotFound, SyscallFailed } from "../../errors/index.ts";
@@ -91,9 +91,9 @@ export async function inspectCheckpoint({
       `${path} is not a directory: of an archive, \`cedana archive show\` says what it is`,
     );
   // What is in an archive is known by its manifest; its processes only by unpacking it.
-  const archived = await findArchive(path);
-  if (archived) return { path, manifestJson: JSON.stringify(archived.manifest) };
-  const { imagePath, manifest } = await openDirectoryOf(path);
+  const found = await openStored(path);
+  if ("archive" in found) return { path, manifestJson: JSON.stringify(found.manifest) };
+  const { imagePath, manifest } = found;
   const processes: CheckpointProcess[] = await listProcesses(imagePath);
   return {
     path,

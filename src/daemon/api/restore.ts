@@ -1,5 +1,5 @@
 import { isDirectory } from "../../checkpoint/archive/index.ts";
-import { findArchive, openDirectoryOf } from "../../checkpoint/open.ts";
+import { openStored } from "../../checkpoint/open.ts";
 import { InvalidRequest } from "../../errors/index.ts";
 import type { RestoreContainerEventInit, RestoreContainerRequest } from "../../proto/generated/cedana_api.ts";
 import { CONTAINERD_SOCKET, Containerd } from "../../shim/containerd.ts";
@@ -37,6 +37,6 @@ export async function restoreContainer(
 /** undefined: another program took it, or it is a file that would have to be read to its end to know */
 async function dumpedContainer(checkpoint: string): Promise<string | undefined> {
   if (!(await isDirectory(checkpoint))) return undefined;
-  const { manifest } = (await findArchive(checkpoint)) ?? (await openDirectoryOf(checkpoint));
+  const { manifest } = await openStored(checkpoint);
   return manifest?.containerId;
 }
