@@ -7,9 +7,11 @@
  *   version      behind a line that says of which file (PROTOCOL.md, sealedOf). Not there, or another file's: CRIU is asked itself
  *
  * An engine takes its time until CRIU runs: it starts, asks CRIU for its version, looks for what it has mounted. So cedanad starts it
- * while the container still runs, with a PATH in which this program is the first `criu`; it stops the CRIU that is to dump, and lets it
- * go when everything else is done. What is asked for is in the first request on the socket that CRIU inherits (`criu swrk FD`,
- * SOCK_SEQPACKET), which is looked at and left there (MSG_PEEK).
+ * early, with a PATH in which this program is the first `criu`: before a dump while the container still runs, and the CRIU that is to
+ * dump is stopped; before a restore while cedanad still looks at the checkpoint, and who comes first is stopped, which is the question
+ * for the version, before the engine has mounted or made anything but the directory of its state. It is let go when everything else is
+ * done. What is asked for is in the first request on the socket that CRIU inherits (`criu swrk FD`, SOCK_SEQPACKET), which is looked at
+ * and left there (MSG_PEEK).
  *
  * CEDANA_CRIU_GATE names a directory of cedanad's, 0700:
  *   criu         a link to this program, so that PATH finds it
@@ -18,11 +20,14 @@
  *                an engine has started past us. We remove it when we let CRIU go: while it is there, nothing was begun
  *   criu.conf    what CRIU gets for CRIU_CONFIG_FILE from us; the last word on it is written before the gate is opened
  *   seen         we make it: the engine's way to CRIU leads here
+ * CEDANA_CRIU_GATE_HOLDS=first: whoever comes while closed.conf is there is stopped, whatever is asked for. Then we put the real CRIU in
+ * our place (criu), and the engine's next one is started without us. The engine's CRIU_CONFIG_FILE is criu.conf from the beginning, which
+ * holds the unknown option until cedanad opens the gate
  *
  * Contract: we become the first other `criu` in PATH, with the same arguments, descriptors and environment, less what is said above.
  * Requests that only ask (version, features) go through at once; that for the version is answered by us where we can. Exit 1, and a
- * message on stderr, where CRIU is not to start: cedanad says no or has ended, the engine has ended, an hour has passed, there is no other
- * `criu`. The engine takes that for a CRIU that failed. Source of the numbers: CRIU images/rpc.proto, criu_req.
+ * message on stderr, where CRIU is not to start: cedanad says no or has ended, an hour has passed, there is no other `criu`. The engine
+ * takes that for a CRIU that failed; where it has ended itself, nothing is said. Source of the numbers: CRIU images/rpc.proto, criu_req.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -157,14 +162,25 @@ static int stop_at_gate(const char *directory, int engine) {
   if (gate < 0) return failed("connect to %s/socket: %s: cedanad has ended, or does not want the dump any more", directory, strerror(-gate));
   int result = wait_at(gate, engine);
   if (result == -ECONNREFUSED) return failed("cedanad has ended, or does not want the dump any more");
-  if (result == -EPIPE) return failed("the engine has ended");
+  if (result == -EPIPE) return 1; /* nobody is there to hear it */
   if (result < 0) return failed("wait for cedanad: %s", strerror(-result));
   if (unlinkat(place, "closed.conf", 0) < 0) return failed("remove %s/closed.conf: %s", directory, strerror(errno));
   return 0;
 }
 
+static bool is_closed(const char *directory) {
+  autofree char *closed = format("%s/closed.conf", directory);
+  return access(closed, F_OK) == 0;
+}
+
+/* Where it fails, we are asked again: it costs a millisecond. */
+static void leave_place(const char *directory, const char *real) {
+  autofree char *criu = format("%s/criu", directory), *fresh = format("%s/criu.new", directory);
+  if (*real == '/' && symlink(real, fresh) == 0) rename(fresh, criu);
+}
+
 int criu_main(int argc, char **argv) {
-  const char *gate = getenv("CEDANA_CRIU_GATE");
+  const char *gate = getenv("CEDANA_CRIU_GATE"), *holds = getenv("CEDANA_CRIU_GATE_HOLDS");
   if (gate && *gate != '/') return failed("CEDANA_CRIU_GATE names no directory: it is for engines that cedanad starts");
   autofree char *directory = gate ? copy_string(gate) : NULL;
   const char *given = getenv("PATH") ? getenv("PATH") : "";
@@ -181,13 +197,17 @@ int criu_main(int argc, char **argv) {
   if (engine >= 0) {
     int kind = kind_of_request((int)engine);
     if (kind < 0) return failed("read the engine's request: %s", strerror(-kind));
+    bool holds_first = holds && !strcmp(holds, "first");
+    bool is_held = directory && (holds_first ? is_closed(directory) : !only_asks(kind));
+    if (is_held && stop_at_gate(directory, (int)engine)) return 1;
+    if (directory && holds_first) leave_place(directory, real);
     if (kind == VERSION && tools && answer_version(tools, real, (int)engine)) return 0;
-    if (directory && !only_asks(kind) && stop_at_gate(directory, (int)engine)) return 1;
   }
   if (directory) {
     autofree char *config = format("%s/criu.conf", directory);
     if (setenv("PATH", path, 1) < 0 || setenv("CRIU_CONFIG_FILE", config, 1) < 0) return failed("set the environment: %s", strerror(errno));
     unsetenv("CEDANA_CRIU_GATE");
+    unsetenv("CEDANA_CRIU_GATE_HOLDS");
     unsetenv("CEDANA_CRIU_GATE_MS");
   }
   execve(real, argv, environ);

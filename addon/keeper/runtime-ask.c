@@ -10,7 +10,8 @@
  * (PDEATHSIG), so that nothing goes on unwatched; cedanad sees our connection close and undoes what it had prepared.
  * cedanad missing or dead: it is started; after 10 s the command fails and says so. One that dies in the middle of a checkpoint has a successor,
  * whom we ask again, once: he finishes it where the container has ended with it, or begins it anew. One that dies when the engine has restored a container
- * by its word leaves nobody who knows of it: we end it then, for the command has failed.
+ * by its word leaves nobody who knows of it: we end it then, for the command has failed. Where the engine has failed, as it does when cedanad ends
+ * before it lets its CRIU go, we remove the state that crun leaves.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -252,18 +253,25 @@ static bool restores(char **argv) {
   return restore && detach;
 }
 
-static void delete_restored(char **caller) {
+static bool has_state(void) {
+  autofree char *root = runtime_state_root(), *state = format("%s/%s", root, runtime_container_id());
+  return access(state, F_OK) == 0;
+}
+
+/* Of a restore that nobody can finish. `restored`: it may run; else the engine has failed, and what runs is another's and stays. */
+static void delete_state(char **caller, bool restored) {
+  if (!restored && !has_state()) return;
   struct buffer out = {0};
   struct message m;
   size_t begin = frame_begin(&out, MESSAGE_RUNTIME_RUN);
   put_string(&out, FIELD_ARGV, runtime.engine_path);
   for (int i = 1; i < runtime.command; i++) put_string(&out, FIELD_ARGV, runtime.argv[i]);
   put_string(&out, FIELD_ARGV, "delete");
-  put_string(&out, FIELD_ARGV, "--force");
+  if (restored) put_string(&out, FIELD_ARGV, "--force");
   put_string(&out, FIELD_ARGV, runtime_container_id());
   frame_end(&out, begin);
   int64_t pid = 0, status = message_decode(&out, &m) < 0 ? -EINVAL : run(&m, caller, &pid);
-  if (status != 0) runtime_say_error("cedana-runtime: the restored container could not be deleted; it may run on");
+  if (restored && status != 0) runtime_say_error("cedana-runtime: the restored container could not be deleted; it may run on");
 }
 
 void runtime_ask(void) {
@@ -286,7 +294,7 @@ void runtime_ask(void) {
     if (sigaction(passed_on[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(passed_on[i], &action, NULL);
   }
   struct message m;
-  bool restored = false, repeats = !strcmp(runtime.argv[runtime.command], "checkpoint");
+  bool engine_ran = false, restored = false, repeats = !strcmp(runtime.argv[runtime.command], "checkpoint");
   deliveries = 1;
 again:
   while ((result = receive(fd, &in, &m)) == 0) {
@@ -295,6 +303,7 @@ again:
       if (message_int(&m, FIELD_FLAGS) & 1) become(&m, caller);
       int64_t pid = 0, status = run(&m, caller, &pid);
       autofree char **argv = message_list(&m, FIELD_ARGV);
+      engine_ran |= restores(argv);
       restored |= status == 0 && restores(argv);
       size_t at = frame_begin(&out, MESSAGE_RUNTIME_ENDED);
       put_int(&out, FIELD_PID, pid);
@@ -313,7 +322,7 @@ again:
     if ((fd = ask(put_request, &in)) >= 0) goto again;
     result = fd;
   }
-  if (restored) delete_restored(caller);
+  if (engine_ran) delete_state(caller, restored);
   if (fd >= 0) wake_successor(); /* else there is none, as we have just seen */
   runtime_fail("%s: cedanad at %s ended in the middle of it: %s; its log is %s", runtime.argv[runtime.command], daemon_socket(),
                strerror(-result), daemon_log());

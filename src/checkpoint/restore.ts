@@ -5,7 +5,7 @@ import { Unavailable, Unsupported } from "../errors/index.ts";
 import { pluginsLoaded } from "../features/registry.ts";
 import type { Cgroup } from "../linux/cgroup.ts";
 import { readMountInfo } from "../linux/mount-options.ts";
-import { readRecord, writeRecord } from "../linux/record-file.ts";
+import { readRecord, writeRecordNow } from "../linux/record-file.ts";
 import { adapterSteps } from "./adapters.ts";
 import { runChain, type Step, timesByStep } from "./chain.ts";
 import { type ChangedImage, changedImages, linkImages, withoutOtherHierarchies } from "./changed-images.ts";
@@ -24,9 +24,10 @@ import {
   type ChainOptions,
   type CheckContext,
   checkContext,
+  comparingChecks,
+  openingChecks,
   type RestoreCandidate,
   type RestoreLook,
-  restoreChecks,
 } from "./restore/checks.ts";
 import { freeIds, type SharedPids } from "./restore/ids.ts";
 import { writeRestoredFile } from "./restored-file.ts";
@@ -68,6 +69,9 @@ export interface EngineRestore {
   readonly externalMounts: readonly ExternalMount[];
 }
 
+/** As much of it as is known when the checkpoint is open. */
+export type EarlyRestore = Pick<EngineRestore, "imagePath" | "workPath" | "policy">;
+
 /** What is restored, as its owner has it: the shim a task, the OCI runtime a container. */
 export interface RestoreTarget extends RestoreCandidate {
   /** who it is now */
@@ -80,6 +84,8 @@ export interface RestoreTarget extends RestoreCandidate {
   readonly hasEnded: boolean;
   /** What the container wants to do itself before it counts as restored. @param env  what it is told. @throws when it is not to be */
   readonly postRestoreHook?: ((env: readonly string[]) => Promise<void>) | undefined;
+  /** Does what the caller needn't wait for when he has been told; undefined: all is done before. */
+  readonly afterwards?: ((work: () => Promise<void>) => void) | undefined;
   /** Remembers for the next dump how many restores there have been. */
   setGeneration(generation: number): Promise<void>;
   /** root of the file system that the container will have, when a checkpoint's rootfs diff goes there; else its owner has seen to that */
@@ -102,6 +108,13 @@ export interface RestoreTarget extends RestoreCandidate {
   readonly inForeground?: boolean;
   /** Of the restored container. */
   cgroup(): Promise<Cgroup>;
+  /**
+   * Starts the engine before its time, if that can be done without a trace: `engineRestore` lets it go, or starts another.
+   * @param options  as they are by now. They may turn out otherwise
+   */
+  startEngine?(options: EarlyRestore): Promise<void>;
+  /** Ends one that `engineRestore` hasn't let go. */
+  dropEngine?(): Promise<void>;
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
   /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
@@ -133,7 +146,9 @@ type RestoreStep = Step<RestoreContext>;
 
 /** The restore, in order. Each step undoes its own work when a later one fails. */
 export const restoreSteps = [
-  ...restoreChecks,
+  ...openingChecks,
+  startEngineEarly, // beside what follows: its CRIU waits at a gate until `criuRestore`
+  ...comparingChecks,
   reserveIds, // those of processes, where others live in their namespace; waits for who has one for a moment, refuses what stays
   adaptImages, // for another host name, and other hierarchies of cgroups
   recordRestore, // from here on a repetition goes on, whatever has become of the checkpoint: the container may run already
@@ -181,7 +196,7 @@ export async function restore(
   };
   let context = begin();
   try {
-    await run(attempt ? restoreSteps.slice(restoreChecks.length) : restoreSteps, context);
+    await run(attempt ? restoreSteps.slice(restoreSteps.indexOf(reserveIds)) : restoreSteps, context);
   } catch (error) {
     const { whyNotLazy } = context;
     if (whyNotLazy === undefined) throw error;
@@ -206,6 +221,20 @@ export async function discardRestore(directory: string, unpackRoot: string | und
   await rm(defaultWorkPath(directory), { recursive: true, force: true });
   await rm(restoreAttemptFile(directory), { force: true });
   await rm(appliedMark(directory), { force: true });
+}
+
+// ---- the engine, early ---------------------------------------------------------------------------------------------
+
+async function startEngineEarly(context: RestoreContext, next: () => Promise<void>): Promise<void> {
+  const { checkpoint, policy, target } = context;
+  try {
+    await target.startEngine?.({ imagePath: checkpoint.imagePath, workPath: workPathOf(context), policy });
+    await next();
+  } finally {
+    await target
+      .dropEngine?.()
+      .catch((error) => target.log.error({ err: error }, "end the engine of a restore that is not to be"));
+  }
 }
 
 // ---- process ids -----------------------------------------------------------------------------------------------------
@@ -315,7 +344,7 @@ async function recordRestore(context: RestoreContext, next: () => Promise<void>)
   const { checkpoint, engineImages, externalMounts, policy, request, target } = context;
   const file = restoreAttemptFile(target.directory);
   const attempt: RestoreAttempt = { key: request.key, checkpoint, policy, externalMounts, engineImages };
-  await writeRecord(file, attempt);
+  writeRecordNow(file, attempt);
   try {
     await next();
   } catch (error) {
@@ -330,9 +359,13 @@ export function defaultWorkPath(directory: string): string {
   return join(directory, "criu-restore");
 }
 
+function workPathOf({ request, target }: Pick<RestoreContext, "request" | "target">): string {
+  return request.workPath || defaultWorkPath(target.directory);
+}
+
 async function openRestoreWorkPath(context: RestoreContext, next: () => Promise<void>): Promise<void> {
   const { target, request } = context;
-  context.workPath = request.workPath || defaultWorkPath(target.directory);
+  context.workPath = workPathOf(context);
   await mkdir(context.workPath, { recursive: true, mode: 0o700 });
   let mayHaveMounts = false;
   try {
@@ -550,7 +583,9 @@ async function tellContainer(context: RestoreContext, next: () => Promise<void>)
         target.log.warn({ err: error }, "write /run/cedana/restore.json into the container");
     });
   };
-  await Promise.all([target.setGeneration(generation), tell()]);
+  await target.setGeneration(generation);
+  if (target.afterwards && !target.postRestoreHook) target.afterwards(tell);
+  else await tell();
   await next();
 }
 

@@ -1,4 +1,5 @@
-import { readFile, stat, utimes } from "node:fs/promises";
+import { utimesSync } from "node:fs";
+import { readFile, stat } from "node:fs/promises";
 
 /*
  * Whether CRIU has read a file of options that the engine's environment names: an engine behind a script that clears the environment
@@ -6,8 +7,8 @@ import { readFile, stat, utimes } from "node:fs/promises";
  */
 
 /** From here on `wasRead` counts. */
-export async function forgetReads(path: string): Promise<void> {
-  await utimes(path, 0, new Date()); // an access before the last change is noted also by a file system mounted relatime
+export function forgetReads(path: string): void {
+  utimesSync(path, 0, new Date()); // an access before the last change is noted also by a file system mounted relatime
 }
 
 /** @returns true also where nobody notes accesses (noatime) */

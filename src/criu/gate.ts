@@ -15,20 +15,23 @@ import {
 import { createServer, type Server, type Socket } from "node:net";
 import { join } from "node:path";
 import { environmentOf, programOf } from "../linux/proc.ts";
+import { forgetReads, wasRead } from "./config-file.ts";
 import { criuPath } from "./tools.ts";
 
 /*
- * A gate at which the CRIU waits that an engine starts for a dump (addon/keeper/criu-gate.c). The engine can be started while the
- * container still runs, and has done all that comes before CRIU when it stands still; what CRIU is to be told by its configuration
- * file can be decided until the gate is opened.
+ * A gate at which the CRIU waits that an engine starts (addon/keeper/criu-gate.c). The engine can be started early, and has done what
+ * comes before CRIU when that may go: a dump's while the container still runs, a restore's while its checkpoint is looked at. What CRIU
+ * is to be told by its configuration file can be decided until the gate is opened.
  *
  * A gate is a directory. As long as `closed.conf` is in it, no CRIU has gone through: whoever finds it after a crash knows by that
  * whether anything was begun. A cedanad that ends takes the other end of CRIU's connection along, and CRIU doesn't start.
  *
  * An engine comes to the gate by its environment. One behind a script that clears that starts CRIU past it, and CRIU doesn't know of the
- * configuration that it would refuse either. So the way is barred there, too: where CRIU would write its log, which it opens before it
- * looks at any process, is a directory until the container stands still (`unbar`). What an administrator's file of options for CRIU
- * sends elsewhere (`log-file`) isn't barred: whoever waits for the gate must take an engine's success for a dump that went past it.
+ * configuration that it would refuse either. So at a dump the way is barred there, too: where CRIU would write its log, which it opens
+ * before it looks at any process, is a directory until the container stands still (`unbar`). What an administrator's file of options for
+ * CRIU sends elsewhere (`log-file`) isn't barred: whoever waits for the gate must take an engine's success for a dump that went past it.
+ * A restore's work path may have the log of one before it, which stays where nothing is restored; so only an engine that is known to come
+ * (`isSeen`, at a gate that was open from the beginning) is started early there.
  */
 
 export interface GateOptions {
@@ -50,6 +53,8 @@ export async function criuBelow(parent: number, program: string): Promise<GateOp
 
 const DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const CLOSED = "closed.conf";
+const CONFIG = "criu.conf";
+const HOLDS_FIRST = "first";
 /** No option of CRIU's, so that it refuses to start with it. */
 const CLOSED_CONFIG = "cedana-gate-is-closed\n";
 /** leads to where CRIU would write its log */
@@ -61,18 +66,22 @@ export class Gate implements Disposable {
   readonly env: Readonly<Record<string, string>>;
   /** CRIU stands at the gate. Never rejects; pending for ever where the engine ends before */
   readonly arrived: Promise<void>;
-  readonly #server: Server;
-  readonly #fd: number;
+  readonly #server: Server | undefined;
+  readonly #fd: number | undefined;
   #criu: Socket | undefined;
   #closed = false;
 
-  private constructor(directory: string, env: Record<string, string>, server: Server, fd: number) {
+  private constructor(
+    directory: string,
+    env: Record<string, string>,
+    listener?: { server: Server; fd: number },
+  ) {
     this.directory = directory;
     this.env = env;
-    this.#server = server;
-    this.#fd = fd;
+    this.#server = listener?.server;
+    this.#fd = listener?.fd;
     this.arrived = new Promise((resolve) =>
-      server.on("connection", (socket) => {
+      this.#server?.on("connection", (socket) => {
         socket.on("error", () => {}); // it has ended, as its engine will tell
         if (this.#criu || this.#closed) {
           socket.destroy();
@@ -85,26 +94,60 @@ export class Gate implements Disposable {
   }
 
   /**
+   * For a dump: who only asks goes through.
    * @param inside   where its directory is made, under a name that no gate has had
    * @param criuLog  where CRIU will write its log; nothing is there
    * @throws what the file system says; nothing is left then
    */
-  static async make(inside: string, { program, path }: GateOptions, criuLog: string): Promise<Gate> {
+  static async forDump(inside: string, options: GateOptions, criuLog: string): Promise<Gate> {
+    return await Gate.#make(inside, options, undefined, (directory) => {
+      mkdirSync(criuLog, { mode: 0o700 });
+      symlinkSync(criuLog, join(directory, BARRED));
+    });
+  }
+
+  /** For a restore: who comes first waits, whatever he asks, and CRIU takes the gate's place after him. The others as `forDump`. */
+  static async forRestore(inside: string, options: GateOptions): Promise<Gate> {
+    return await Gate.#make(inside, options, HOLDS_FIRST, (directory) => {
+      const config = join(directory, CONFIG);
+      writeFileSync(config, CLOSED_CONFIG);
+      forgetReads(config);
+    });
+  }
+
+  /** The same where the engine isn't started early: nobody waits. @param config  of CRIU, as in `open` */
+  static openFromStart(inside: string, { program, path }: GateOptions, config: string): Gate {
+    const directory = mkdtempSync(join(inside, "criu-gate-"));
+    try {
+      symlinkSync(program, join(directory, "criu"));
+      writeFileSync(join(directory, CONFIG), config, { mode: 0o600 });
+      return new Gate(directory, gateEnvironment(directory, path, HOLDS_FIRST));
+    } catch (error) {
+      removeGate(directory);
+      throw error;
+    }
+  }
+
+  static async #make(
+    inside: string,
+    { program, path }: GateOptions,
+    holds: typeof HOLDS_FIRST | undefined,
+    finish: (directory: string) => void,
+  ): Promise<Gate> {
     // At once: some 100 us, where each trip through a busy thread pool may take as long.
     const directory = mkdtempSync(join(inside, "criu-gate-"));
     let gate: Gate | undefined;
     try {
       symlinkSync(program, join(directory, "criu"));
       writeFileSync(join(directory, CLOSED), CLOSED_CONFIG, { mode: 0o600 });
-      writeFileSync(join(directory, "criu.conf"), "", { mode: 0o600 });
+      writeFileSync(join(directory, CONFIG), "", { mode: 0o600 });
       const fd = openSync(directory, "r");
       const server = createServer();
-      gate = new Gate(directory, gateEnvironment(directory, path), server, fd);
+      gate = new Gate(directory, gateEnvironment(directory, path, holds), { server, fd });
       // A socket's address has 107 bytes; a bundle's path may have more.
       server.listen(`/proc/self/fd/${fd}/socket`);
       await once(server, "listening");
-      mkdirSync(criuLog, { mode: 0o700 });
-      symlinkSync(criuLog, join(directory, BARRED));
+      finish(directory);
     } catch (error) {
       gate?.[Symbol.dispose]();
       removeGate(directory);
@@ -123,14 +166,20 @@ export class Gate implements Disposable {
    * @param config  of CRIU, as lines of its configuration file
    */
   open(config: string): void {
-    writeFileSync(join(this.directory, "criu.conf.new"), config, { mode: 0o600 });
-    renameSync(join(this.directory, "criu.conf.new"), join(this.directory, "criu.conf"));
+    const file = join(this.directory, CONFIG);
+    writeFileSync(`${file}.new`, config, { mode: 0o600 });
+    renameSync(`${file}.new`, file);
     this.#criu?.end("g");
   }
 
   /** The engine has asked for CRIU here, for whatever: it finds CRIU by the PATH that it was given. */
   get isSeen(): boolean {
     return existsSync(join(this.directory, "seen"));
+  }
+
+  /** Of a restore's, before it is opened: a CRIU came by another way, and refused its configuration. True also where nobody notes accesses. */
+  async hasRefused(): Promise<boolean> {
+    return await wasRead(join(this.directory, CONFIG));
   }
 
   /** CRIU has gone through. */
@@ -143,16 +192,21 @@ export class Gate implements Disposable {
     if (this.#closed) return;
     this.#closed = true;
     this.#criu?.destroy();
-    this.#server.close(() => {}); // unlinks the socket, by the path below our descriptor
-    closeSync(this.#fd);
+    this.#server?.close(() => {}); // unlinks the socket, by the path below our descriptor
+    if (this.#fd !== undefined) closeSync(this.#fd);
   }
 }
 
-function gateEnvironment(directory: string, path: string): Record<string, string> {
+function gateEnvironment(
+  directory: string,
+  path: string,
+  holds: typeof HOLDS_FIRST | undefined,
+): Record<string, string> {
   return {
     PATH: `${directory}:${path}`,
     CEDANA_CRIU_GATE: directory,
-    CRIU_CONFIG_FILE: join(directory, CLOSED),
+    ...(holds && { CEDANA_CRIU_GATE_HOLDS: holds }),
+    CRIU_CONFIG_FILE: join(directory, holds ? CONFIG : CLOSED),
   };
 }
 

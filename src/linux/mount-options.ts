@@ -1,5 +1,5 @@
 import { execFile } from "node:child_process";
-import { readFile } from "node:fs/promises";
+import { readFile, rm } from "node:fs/promises";
 import { promisify } from "node:util";
 import { InvalidRequest, Unsupported } from "../errors/index.ts";
 
@@ -332,4 +332,10 @@ export async function mountsBelow(path: string, pid: number | "self" = "self"): 
 /** Takes a mount away now, and lets go of it when nobody uses it any more. @throws when it can't be unmounted, or isn't mounted */
 export async function unmountLazily(mountPoint: string): Promise<void> {
   await promisify(execFile)("umount", ["--lazy", mountPoint]);
+}
+
+/** Removes a directory, and nothing of what is mounted in it. */
+export async function removeWithoutMounts(directory: string): Promise<void> {
+  for (const { mountPoint } of await mountsBelow(directory)) await unmountLazily(mountPoint);
+  await rm(directory, { recursive: true, force: true });
 }

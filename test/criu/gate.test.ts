@@ -44,7 +44,7 @@ beforeEach(async () => {
     '#!/bin/sh\necho "criu $*"\nenv | grep -E "^(PATH|CRIU|CEDANA|OWN)" | sort\n[ "$*" = "swrk 3" ] && dd bs=4096 count=1 <&3 2>/dev/null | od -An -tx1\nexit 7\n',
     { mode: 0o755 },
   );
-  gate = await Gate.make(
+  gate = await Gate.forDump(
     deep,
     { program: keeperBinary, path: `${work}/bin:/usr/bin:/bin` },
     join(work, "dump.log"),
@@ -137,7 +137,7 @@ describe("the gate", () => {
       await until(() => existsSync(join(tools, "version")), { what: () => `CRIU's answer (${failures})` });
       gate[Symbol.dispose]();
       removeGate(gate.directory);
-      gate = await Gate.make(work, { program: keeperBinary, path }, join(work, "dump.log"));
+      gate = await Gate.forDump(work, { program: keeperBinary, path }, join(work, "dump.log"));
       for (const env of [gate.env, { PATH: path }]) {
         const answered = start(["swrk", "3"], { ...withoutGate, ...env });
         ask(RequestType.VERSION);
@@ -213,7 +213,7 @@ describe("the gate", () => {
     ask(RequestType.DUMP);
     await gate.arrived;
     engine[Symbol.dispose]();
-    expect(await waiting).toMatchObject({ status: 1, stderr: expect.stringMatching(/the engine has ended/) });
+    expect(await waiting).toEqual({ status: 1, stdout: "", stderr: "" }); // nobody is there to hear it
     gate.open(""); // to nobody
     expect(gate.isPassed).toBe(false);
   });
@@ -255,7 +255,9 @@ describe("the gate", () => {
     const [inside, log] = [join(work, "inside"), join(work, "theirs.log")];
     mkdirSync(inside);
     mkdirSync(log);
-    await expect(Gate.make(inside, { program: keeperBinary, path: "/bin" }, log)).rejects.toThrow(/EEXIST/);
+    await expect(Gate.forDump(inside, { program: keeperBinary, path: "/bin" }, log)).rejects.toThrow(
+      /EEXIST/,
+    );
     expect(readdirSync(inside)).toEqual([]);
     expect(existsSync(log)).toBe(true);
   });
@@ -268,5 +270,75 @@ describe("the gate", () => {
     writeFileSync(log, "CRIU's\n");
     removeGate(gate.directory);
     expect(readFileSync(log, "utf8")).toBe("CRIU's\n");
+  });
+});
+
+describe("the gate of a restore", () => {
+  const options = () => ({ program: keeperBinary, path: `${work}/bin:/usr/bin:/bin` });
+  const config = () => readFileSync(join(gate.directory, "criu.conf"), "utf8");
+  /** What the script says when nothing was between the engine and it. */
+  const byItself = (request: string) =>
+    [
+      "criu swrk 3",
+      `CEDANA_CRIU_GATE=${gate.directory}`,
+      "CEDANA_CRIU_GATE_HOLDS=first",
+      `CRIU_CONFIG_FILE=${gate.directory}/criu.conf`,
+      "OWN=kept",
+      `PATH=${gate.directory}:${work}/bin:/usr/bin:/bin`,
+      request,
+      "",
+    ].join("\n");
+
+  beforeEach(async () => {
+    gate[Symbol.dispose]();
+    removeGate(gate.directory);
+    gate = await Gate.forRestore(work, options());
+  });
+
+  it("holds whatever comes first until it is opened, and is not in the way after that", async () => {
+    expect(existsSync(join(work, "dump.log"))).toBe(false); // another's may be there
+    const asked = start(["swrk", "3"]);
+    ask(RequestType.VERSION);
+    await gate.arrived;
+    expect(config()).toMatch(/closed/);
+    expect([gate.isSeen, gate.isPassed]).toEqual([true, false]);
+    gate.open("tcp-close\n");
+    expect(await asked).toEqual({ status: 7, stdout: criuSays("swrk 3", " 08 0a"), stderr: "" });
+    expect(gate.isPassed).toBe(true);
+    const restored = start(["swrk", "3"]);
+    ask(RequestType.RESTORE);
+    expect(await restored).toEqual({ status: 7, stdout: byItself(" 08 02"), stderr: "" });
+    expect(config()).toBe("tcp-close\n");
+  });
+
+  it("sends away who comes first when it is closed", async () => {
+    const asked = start(["swrk", "3"]);
+    ask(RequestType.VERSION);
+    await gate.arrived;
+    gate[Symbol.dispose]();
+    expect(await asked).toMatchObject({ status: 1, stdout: "", stderr: expect.stringMatching(/cedanad/) });
+    expect(gate.isPassed).toBe(false);
+    expect(await gate.hasRefused()).toBe(false);
+  });
+
+  it("tells of a CRIU that came by another way and refused its configuration", async () => {
+    writeFileSync(join(work, "bin/criu"), '#!/bin/sh\ncat "$CRIU_CONFIG_FILE" >/dev/null\nexit 1\n');
+    const other = start(["swrk", "3"], { PATH: `${work}/bin:/usr/bin:/bin` });
+    expect((await other).status).toBe(1);
+    expect([gate.isSeen, await gate.hasRefused()]).toEqual([false, true]);
+  });
+
+  it("is open from the start where nobody is to wait, and tells that somebody came", async () => {
+    gate[Symbol.dispose]();
+    gate = Gate.openFromStart(work, options(), "tcp-close\n");
+    expect([gate.isSeen, gate.isPassed]).toEqual([false, true]);
+    const asked = start(["swrk", "3"]);
+    ask(RequestType.VERSION);
+    expect(await asked).toEqual({ status: 7, stdout: criuSays("swrk 3", " 08 0a"), stderr: "" });
+    expect(gate.isSeen).toBe(true);
+    const restored = start(["swrk", "3"]);
+    ask(RequestType.RESTORE);
+    expect((await restored).stdout).toBe(byItself(" 08 02"));
+    expect(config()).toBe("tcp-close\n");
   });
 });

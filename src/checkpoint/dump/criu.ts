@@ -90,7 +90,7 @@ async function startAtGate(context: DumpContext): Promise<void> {
   const options = target.hasEnded ? undefined : await target.gate?.();
   if (!options) return;
   context.enginePath = options.path;
-  const gate = await Gate.make(target.directory, options, join(context.workPath, CRIU_LOG));
+  const gate = await Gate.forDump(target.directory, options, join(context.workPath, CRIU_LOG));
   try {
     noteAttempt(context, { gate: gate.directory });
   } catch (error) {
@@ -281,7 +281,7 @@ async function runEngine(context: DumpContext, config: string): Promise<void> {
   const { target } = context;
   const configFile = join(target.directory, "criu-dump.conf");
   await writeFile(configFile, config, { mode: 0o600 });
-  await forgetReads(configFile);
+  forgetReads(configFile);
   const since = Date.now();
   try {
     const PATH = (await target.gate?.())?.path;

@@ -5,7 +5,7 @@ import type { Logger } from "pino";
 import type { AbandonedDump } from "../../checkpoint/dump.ts";
 import { hookNote, thawWherever } from "../../checkpoint/freeze-marker.ts";
 import { Cgroup, type CgroupPaths } from "../../linux/cgroup.ts";
-import { mountsBelow, unmountLazily } from "../../linux/mount-options.ts";
+import { removeWithoutMounts } from "../../linux/mount-options.ts";
 import { isAlive, startTime } from "../../linux/proc.ts";
 import { readRecord, readRecordNow, writeRecordNow } from "../../linux/record-file.ts";
 
@@ -125,16 +125,7 @@ async function sweepScratch(scratch: string, wrapper: number): Promise<void> {
   // Its engine may be at work there; they end one after the other.
   while (started !== undefined && isAlive(wrapper, started))
     await new Promise((resolve) => setTimeout(resolve, WRAPPER_POLL_MS).unref());
-  await removeScratch(scratch);
-}
-
-/**
- * Removes a directory in which a CRIU that was killed has worked. It mounts every cgroup hierarchy there: to remove what is below would
- * remove the host's cgroups.
- */
-async function removeScratch(scratch: string): Promise<void> {
-  for (const { mountPoint } of await mountsBelow(scratch)) await unmountLazily(mountPoint);
-  await rm(scratch, { recursive: true, force: true });
+  await removeWithoutMounts(scratch); // CRIU, killed, has left every cgroup hierarchy mounted there
 }
 
 /**
@@ -143,7 +134,7 @@ async function removeScratch(scratch: string): Promise<void> {
  */
 export async function dropScratch(scratch: string, failed: boolean, log: Logger): Promise<void> {
   try {
-    if (failed) await removeScratch(scratch);
+    if (failed) await removeWithoutMounts(scratch);
     else rmSync(scratch, { recursive: true, force: true }); // at once: a few small files in memory
   } catch (error) {
     log.error({ err: error, scratch }, "remove what a command of cedana-runtime has left");
@@ -173,7 +164,7 @@ async function undoDump(note: string, log: Logger): Promise<AbandonedDump> {
     try {
       if (paused) await pauseAfterHook(scratch, cgroup);
       left = await abandonAttempt(scratch, async () => (await cgroup.pids()).length === 0, log);
-      await removeScratch(scratch);
+      await removeWithoutMounts(scratch);
     } catch (error) {
       say(error); // whatever it is, the container must not stand still for it
     }

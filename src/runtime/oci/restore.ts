@@ -2,7 +2,11 @@ import { mkdirSync } from "node:fs";
 import { mkdir, readFile, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { isThere } from "../../checkpoint/open.ts";
-import { type RestoreTarget, restore as restoreContainer } from "../../checkpoint/restore.ts";
+import {
+  type EarlyRestore,
+  type RestoreTarget,
+  restore as restoreContainer,
+} from "../../checkpoint/restore.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
 import { explainCriuLog } from "../../criu/log.ts";
@@ -41,14 +45,16 @@ import {
   usesSystemd,
 } from "./call.ts";
 import { engineError, scratchOf } from "./checkpoint.ts";
-import { criuConfigFile, engineArguments, restorePolicy } from "./criu-options.ts";
+import { engineArguments, restorePolicy } from "./criu-options.ts";
 import { dropScratch } from "./frozen.ts";
 import { noteGeneration } from "./generation.ts";
 import { runHook } from "./hooks.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
 import { runEngineHere } from "./own-engine.ts";
 import { CgroupOfRestore } from "./restore-cgroup.ts";
+import { RestoreEngine } from "./restore-engine.ts";
 import { containerState, namespaceOf } from "./state.ts";
+import { inTurn } from "./turns.ts";
 
 export interface RestoreExtra {
   /** more lines for CRIU's configuration file */
@@ -99,34 +105,64 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
   const options = new Options(call.argv);
   const bundle = resolve(call.cwd, options.value("bundle") ?? ".");
   const path = resolve(call.cwd, options.value("image-path") ?? "checkpoint");
-  const [features, spec] = await Promise.all([engineVersion(call.engine), readSpec(bundle)]);
+  const [features, spec, settings] = await Promise.all([
+    engineVersion(call.engine),
+    readSpec(bundle),
+    restoreSettings(),
+  ]);
   await allowedAnnotations(spec);
   const rootfs = resolve(bundle, spec.root?.path ?? "rootfs");
   const scratch = scratchOf(call);
   const workPath = options.value("work-path");
   const systemd = usesSystemd(call.globalArgv);
   const parent = call.pid;
-  const cgroup = await RestoreCgroup.of({ spec, id: call.id, engine: features.name, systemd, parent });
+  const { id, root, engine, globalArgv } = call;
+  const program = await wrapper.program();
+  const configFile = join(bundle, "config.json");
+  const configText = readFile(configFile, "utf8").then((text) =>
+    configForRestore(spec, text, { bundle, path: configFile, engine: features.name, program }),
+  );
+  configText.catch(() => {}); // waited for below
+  const [cgroup, within, hook] = await Promise.all([
+    RestoreCgroup.of({ spec, id, engine: features.name, systemd, parent }),
+    CgroupOfRestore.before(spec, id, systemd),
+    extra.standsStill ? undefined : hookOf(spec, "post-restore"),
+  ]);
   const cgroupRoots = criuLines({ cgroupRoots: cgroup.roots }); // refuses a senseless path before anything is noted
   if (readMarker(call.marker)?.endedAtMs !== undefined) removeMarker(call.marker); // of what its checkpoint has ended
   const known = readMarker(call.marker);
   const kill = killPolicy(spec);
-  const { id, root, engine, globalArgv } = call;
-  const within = await CgroupOfRestore.before(spec, id, systemd);
   const detached = options.has("detach");
-  const hook = extra.standsStill ? undefined : await hookOf(spec, "post-restore");
   if (hook && !detached)
     throw new Unsupported(
       `${hook.from} at a restore in the foreground, which lasts as long as the container: restore it with --detach`,
     );
+  const answersAtOnce = detached && !extra.byAnnotation; // after a create by annotation, its caller has more to do
+  const afterwards: (() => Promise<void>)[] = [];
   let status = 0;
   let init = { pid: 0, started: undefined as number | undefined };
   let engineBundle = bundle;
   const marker = (): Marker =>
     readMarker(call.marker) ?? { version: 1, id, root, engine, globalArgv, kill, bundle };
 
-  const program = await wrapper.program();
   const pidNamespace = sharedPidNamespace(spec, parent);
+  const gate = await criuBelow(parent, program);
+  const restoreEngine = new RestoreEngine(call, wrapper, gate, scratch);
+  const engineCommand = ({ imagePath, workPath, policy }: EarlyRestore) => {
+    const handled = ["image-path", "work-path", "bundle"];
+    const { tcp } = policy;
+    const { argv, criuConfig } = engineArguments("restore", features, options, { ...policy, tcp }, handled);
+    const paths = [`--bundle=${engineBundle}`, `--image-path=${imagePath}`, `--work-path=${workPath}`];
+    return { command: [engine, ...globalArgv, "restore", ...paths, ...argv, id], criuConfig };
+  };
+  let configured: Promise<void> | undefined;
+  const configuration = () => (configured ??= configure());
+  const configure = async () => {
+    const text = await configText;
+    if (text === undefined) return;
+    engineBundle = await copyOfBundle(call, bundle, text);
+    writeMarker(call.marker, { ...marker(), bundle, copied: true });
+  };
   const target: RestoreTarget = {
     what: `container ${id}`,
     directory: scratch,
@@ -143,6 +179,7 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
     },
     postRestoreHook:
       hook && ((env) => runHook({ call, wrapper }, { initPid: init.pid, bundle, spec }, hook, env, scratch)),
+    ...(answersAtOnce && { afterwards: (work: () => Promise<void>) => void afterwards.push(work) }),
     setGeneration: async (generation) => {
       if (init.pid > 0) noteGeneration(call, init.pid, generation);
     },
@@ -154,18 +191,22 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
         cgroupsMode: policy.cgroupsMode ?? "",
       };
     },
-    prepareConfiguration: async () => {
-      const file = join(bundle, "config.json");
-      const text = await configForRestore(spec, await readFile(file, "utf8"), {
-        bundle,
-        path: file,
-        engine: features.name,
-        program,
-      });
-      if (text === undefined) return;
-      engineBundle = await copyOfBundle(call, bundle, text);
-      writeMarker(call.marker, { ...marker(), bundle, copied: true });
+    startEngine: async (restore) => {
+      // In the foreground it is the container's; and conmon takes the end of a connection to its console socket for a failure.
+      if (!detached || options.has("console-socket")) return;
+      let command: string[];
+      try {
+        await configuration();
+        ({ command } = engineCommand(restore));
+      } catch {
+        return; // said where the engine is to run: what is wrong with the checkpoint comes first
+      }
+      await restoreEngine.startEarly(command);
     },
+    dropEngine: async () => {
+      if ((await restoreEngine.drop()) === "restored") await target.undoEngineRestore({ lazy: false });
+    },
+    prepareConfiguration: configuration,
     putConfigurationBack: async () => {}, // the copy goes with the container
     prepareCgroup: ({ cgroupsMode }) => cgroup.make(cgroupsMode),
     removeCgroup: () => cgroup.remove(),
@@ -179,33 +220,18 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
       return await Cgroup.of(state.pid, cgroupName(spec, id, features.name));
     },
     engineRestore: async ({ imagePath, workPath: work, policy, externalMounts, withoutPlugins }) => {
-      const { argv, criuConfig } = engineArguments(
-        "restore",
-        features,
-        options,
-        { ...policy, tcp: policy.tcp },
-        ["image-path", "work-path", "bundle"],
-      );
+      const { command, criuConfig } = engineCommand({ imagePath, workPath: work, policy });
       // The marker first: a kill right after restore must find it.
       if (kill && known === undefined) writeMarker(call.marker, marker());
       await extra.beforeEngine?.(imagePath);
       const since = Date.now();
-      const env = await criuConfigFile(join(scratch, "criu.conf"), [
+      const config = [
         ...criuConfig,
         ...cgroupRoots,
         ...(extra.criuConfig ?? []),
         ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : toldPluginDirectory() }),
-      ]);
-      const command = [
-        engine,
-        ...globalArgv,
-        "restore",
-        `--bundle=${engineBundle}`,
-        `--image-path=${imagePath}`,
-        `--work-path=${work}`,
       ];
-      const { path: PATH } = await criuBelow(call.pid, program);
-      const run = async () => await wrapper.run([...command, ...argv, id], { env: { PATH, ...env } });
+      const run = async () => await restoreEngine.run(command, config);
       const onDeath = async (pids: number[]) => {
         for (const pid of pids) killProcess(pid);
         await killCriu(work, call.pid);
@@ -215,7 +241,7 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
         ? await whileWatchingCriu({ parent: call.pid, workPath: work, onDeath, log: wrapper.log }, run)
         : await run();
       if (status === 0) {
-        learnVersionAnswer(PATH, wrapper.log);
+        learnVersionAnswer(gate.path, wrapper.log);
         const pid = detached ? await restoredPid(call, options) : 0; // in the foreground it is over
         init = { pid, started: startTime(pid) };
         return;
@@ -273,14 +299,21 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
         key: call.marker,
         repeated: false,
         path,
-        ...(await restoreSettings()),
+        ...settings,
         unpack: undefined, // the caller extracts archives, with the files of the container in them
         workPath: workPath && resolve(call.cwd, workPath),
       },
       { signal: wrapper.signal },
     );
     failed = status !== 0;
-    if (!failed && detached) wrapper.answer({ status }); // what is left to do is nobody's to wait for
+    if (!failed && answersAtOnce) {
+      // Before a checkpoint that the caller asks for next; his going is no reason to leave it.
+      const done = inTurn(call.marker, new AbortController().signal, async () => {
+        for (const work of afterwards) await work();
+      });
+      wrapper.answer({ status });
+      await done;
+    }
   } catch (error) {
     if (status === 0) throw error;
     return { status, message: (error as Error).message };
