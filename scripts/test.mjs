@@ -20,6 +20,7 @@ const withSystemd = [
   "oci-callers",
   "oci-checkpoint",
   "oci-docker",
+  "oci-early-engine",
   "oci-faults",
   "oci-flags",
   "oci-hooks",

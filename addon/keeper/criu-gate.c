@@ -1,6 +1,6 @@
 /*
  * criu: what engines take for CRIU, which it becomes. It answers for the version, and is the gate at which the CRIU of a dump waits until
- * a container stands still.
+ * a container stands still, and that of a restore until its checkpoint has been looked at.
  *
  * In a directory of cedanad's that comes first in an engine's PATH (src/criu/tools.ts) it is asked for CRIU's version, for which both
  * engines start CRIU once more. What CRIU has answered stands in there:
@@ -159,9 +159,9 @@ static int stop_at_gate(const char *directory, int engine) {
   if (place < 0) return failed("open %s: %s", directory, strerror(errno));
   autofree char *socket = format("/proc/self/fd/%d/socket", place);
   autofd gate = connect_unix(socket);
-  if (gate < 0) return failed("connect to %s/socket: %s: cedanad has ended, or does not want the dump any more", directory, strerror(-gate));
+  if (gate < 0) return failed("connect to %s/socket: %s: cedanad has ended, or does not want it any more", directory, strerror(-gate));
   int result = wait_at(gate, engine);
-  if (result == -ECONNREFUSED) return failed("cedanad has ended, or does not want the dump any more");
+  if (result == -ECONNREFUSED) return failed("cedanad has ended, or does not want it any more");
   if (result == -EPIPE) return 1; /* nobody is there to hear it */
   if (result < 0) return failed("wait for cedanad: %s", strerror(-result));
   if (unlinkat(place, "closed.conf", 0) < 0) return failed("remove %s/closed.conf: %s", directory, strerror(errno));

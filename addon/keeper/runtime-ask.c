@@ -18,6 +18,7 @@
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -253,25 +254,32 @@ static bool restores(char **argv) {
   return restore && detach;
 }
 
-static bool has_state(void) {
-  autofree char *root = runtime_state_root(), *state = format("%s/%s", root, runtime_container_id());
-  return access(state, F_OK) == 0;
+/*
+ * What crun leaves of its state where it fails before it restores: copies of files. A directory that says of a container what has become of it,
+ * or was there before, is another's.
+ */
+static void remove_state(time_t since) {
+  autofree char *root = runtime_state_root(), *path = format("%s/%s", root, runtime_container_id());
+  autofd place = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  struct stat found;
+  if (place < 0 || fstat(place, &found) < 0 || found.st_ctime < since) return;
+  if (faccessat(place, "state.json", F_OK, 0) == 0 || faccessat(place, "status", F_OK, 0) == 0) return;
+  unlinkat(place, "config.json", 0);
+  rmdir(path); /* ENOTEMPTY: there is more to it than that */
 }
 
-/* Of a restore that nobody can finish. `restored`: it may run; else the engine has failed, and what runs is another's and stays. */
-static void delete_state(char **caller, bool restored) {
-  if (!restored && !has_state()) return;
+static void delete_restored(char **caller) {
   struct buffer out = {0};
   struct message m;
   size_t begin = frame_begin(&out, MESSAGE_RUNTIME_RUN);
   put_string(&out, FIELD_ARGV, runtime.engine_path);
   for (int i = 1; i < runtime.command; i++) put_string(&out, FIELD_ARGV, runtime.argv[i]);
   put_string(&out, FIELD_ARGV, "delete");
-  if (restored) put_string(&out, FIELD_ARGV, "--force");
+  put_string(&out, FIELD_ARGV, "--force");
   put_string(&out, FIELD_ARGV, runtime_container_id());
   frame_end(&out, begin);
   int64_t pid = 0, status = message_decode(&out, &m) < 0 ? -EINVAL : run(&m, caller, &pid);
-  if (restored && status != 0) runtime_say_error("cedana-runtime: the restored container could not be deleted; it may run on");
+  if (status != 0) runtime_say_error("cedana-runtime: the restored container could not be deleted; it may run on");
 }
 
 void runtime_ask(void) {
@@ -294,16 +302,17 @@ void runtime_ask(void) {
     if (sigaction(passed_on[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(passed_on[i], &action, NULL);
   }
   struct message m;
-  bool engine_ran = false, restored = false, repeats = !strcmp(runtime.argv[runtime.command], "checkpoint");
+  time_t engine_ran = 0;
+  bool restored = false, repeats = !strcmp(runtime.argv[runtime.command], "checkpoint");
   deliveries = 1;
 again:
   while ((result = receive(fd, &in, &m)) == 0) {
     if (m.type == MESSAGE_RUNTIME_ANSWER) answer(&m);
     if (m.type == MESSAGE_RUNTIME_RUN) {
       if (message_int(&m, FIELD_FLAGS) & 1) become(&m, caller);
-      int64_t pid = 0, status = run(&m, caller, &pid);
       autofree char **argv = message_list(&m, FIELD_ARGV);
-      engine_ran |= restores(argv);
+      if (restores(argv)) engine_ran = time(NULL);
+      int64_t pid = 0, status = run(&m, caller, &pid);
       restored |= status == 0 && restores(argv);
       size_t at = frame_begin(&out, MESSAGE_RUNTIME_ENDED);
       put_int(&out, FIELD_PID, pid);
@@ -322,7 +331,8 @@ again:
     if ((fd = ask(put_request, &in)) >= 0) goto again;
     result = fd;
   }
-  if (engine_ran) delete_state(caller, restored);
+  if (restored) delete_restored(caller);
+  else if (engine_ran) remove_state(engine_ran);
   if (fd >= 0) wake_successor(); /* else there is none, as we have just seen */
   runtime_fail("%s: cedanad at %s ended in the middle of it: %s; its log is %s", runtime.argv[runtime.command], daemon_socket(),
                strerror(-result), daemon_log());

@@ -1,4 +1,4 @@
-import { mkdir, rm, rmdir, writeFile } from "node:fs/promises";
+import { mkdir, realpath, rm, rmdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { keepKernelCache } from "../criu/kernel-cache.ts";
 import { Unavailable, Unsupported } from "../errors/index.ts";
@@ -113,8 +113,11 @@ export interface RestoreTarget extends RestoreCandidate {
    * @param options  as they are by now. They may turn out otherwise
    */
   startEngine?(options: EarlyRestore): Promise<void>;
-  /** Ends one that `engineRestore` hasn't let go. */
-  dropEngine?(): Promise<void>;
+  /**
+   * Ends one that `engineRestore` hasn't let go.
+   * @returns "begun": it went its own way, and there may be something to be undone
+   */
+  dropEngine?(): Promise<"nothing" | "begun">;
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
   /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
@@ -231,9 +234,10 @@ async function startEngineEarly(context: RestoreContext, next: () => Promise<voi
     await target.startEngine?.({ imagePath: checkpoint.imagePath, workPath: workPathOf(context), policy });
     await next();
   } finally {
-    await target
-      .dropEngine?.()
-      .catch((error) => target.log.error({ err: error }, "end the engine of a restore that is not to be"));
+    const left = await target.dropEngine?.().catch((error) => {
+      target.log.error({ err: error }, "end the engine of a restore that is not to be");
+    });
+    if (left === "begun") await undoEngine(context, workPathOf(context));
   }
 }
 
@@ -387,10 +391,11 @@ async function openRestoreWorkPath(context: RestoreContext, next: () => Promise<
  * cgroups, and the container's files.
  */
 async function unmountLeft(directories: readonly string[], target: RestoreTarget): Promise<void> {
+  const places = await Promise.all(directories.map(async (one) => await realpath(one).catch(() => one))); // ENOENT: nothing is mounted there
   const mounts = (await readMountInfo("self"))
     .map(({ mountPoint }) => mountPoint)
     .filter((mountPoint) =>
-      directories.some((directory) => mountPoint === directory || mountPoint.startsWith(`${directory}/`)),
+      places.some((place) => mountPoint === place || mountPoint.startsWith(`${place}/`)),
     );
   for (const mountPoint of mounts.reverse()) await target.unmount(mountPoint);
 }
@@ -544,16 +549,21 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
     await next();
   } catch (error) {
     lazy?.restoreHasFailed();
-    try {
-      await target.endCriu(workPath);
-      await unmountLeft(target.criuRoots, target); // or else the engine would delete what is mounted there
-      // crun makes its own in the bundle, and refuses to restore where it is there already.
-      for (const path of target.criuRoots) await rmdir(path).catch(() => {}); // ENOENT: none was made, or the engine has removed it
-      await target.undoEngineRestore({ lazy: lazy !== undefined });
-    } catch (cause) {
-      target.log.error({ err: cause }, "undo a failed restore"); // why it failed is what the caller has to know
-    }
+    await undoEngine(context, workPath);
     throw error;
+  }
+}
+
+/** Never rejects: why the restore failed is what the caller has to know. */
+async function undoEngine({ lazy, target }: RestoreContext, workPath: string): Promise<void> {
+  try {
+    await target.endCriu(workPath);
+    await unmountLeft(target.criuRoots, target); // or else the engine would delete what is mounted there
+    // crun makes its own in the bundle, and refuses to restore where it is there already.
+    for (const path of target.criuRoots) await rmdir(path).catch(() => {}); // ENOENT: none was made, or the engine has removed it
+    await target.undoEngineRestore({ lazy: lazy !== undefined });
+  } catch (cause) {
+    target.log.error({ err: cause }, "undo a failed restore");
   }
 }
 

@@ -81,17 +81,18 @@ export class RuntimeServer {
       call.pid,
       this.#log.child({ container: call.id, command: call.command }),
     );
-    this.#active++;
-    socket.once("close", () => {
+    const ended = () => {
       this.#active--;
       this.#checkSoon();
-    });
+    };
+    this.#active += 2; // who is answered may go before all is done
+    socket.once("close", ended);
     wrapper.log.debug({ argv: call.argv }, "cedana-runtime asks");
     const culprit = {
       what: `cedana-runtime ${call.command} ${call.id}`,
       fail: () => void socket.destroy(), // it says so, and nothing is begun anew
     };
-    void inNameOf(culprit, () => this.#answer(call, wrapper));
+    void inNameOf(culprit, () => this.#answer(call, wrapper)).finally(ended);
     return wrapper;
   }
 

@@ -1,5 +1,5 @@
 import { execFile } from "node:child_process";
-import { readFile, rm } from "node:fs/promises";
+import { readFile, realpath, rm } from "node:fs/promises";
 import { promisify } from "node:util";
 import { InvalidRequest, Unsupported } from "../errors/index.ts";
 
@@ -336,6 +336,7 @@ export async function unmountLazily(mountPoint: string): Promise<void> {
 
 /** Removes a directory, and nothing of what is mounted in it. */
 export async function removeWithoutMounts(directory: string): Promise<void> {
-  for (const { mountPoint } of await mountsBelow(directory)) await unmountLazily(mountPoint);
+  const place = await realpath(directory).catch(() => directory); // ENOENT: nothing is there
+  for (const { mountPoint } of await mountsBelow(place)) await unmountLazily(mountPoint);
   await rm(directory, { recursive: true, force: true });
 }

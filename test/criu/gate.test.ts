@@ -191,7 +191,7 @@ describe("the gate", () => {
     ask(RequestType.DUMP);
     await gate.arrived;
     gate[Symbol.dispose]();
-    const no = { status: 1, stdout: "", stderr: expect.stringMatching(/does not want the dump any more/) };
+    const no = { status: 1, stdout: "", stderr: expect.stringMatching(/does not want it any more/) };
     expect(await early).toEqual(no);
     const late = start(["swrk", "3"]);
     ask(RequestType.DUMP);

@@ -14,7 +14,7 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
-import { childrenOf, processStat } from "../../src/linux/proc.ts";
+import { childrenOf } from "../../src/linux/proc.ts";
 import { CallerPlace, missingCallers } from "./harness/callers.ts";
 import { programs } from "./harness/programs.ts";
 import { containerSpec } from "./harness/spec.ts";
@@ -109,10 +109,10 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
         .split("\n")
         .filter((line) => /^\d+$/.test(line))
         .map(Number);
-    function configure(hostname: string): void {
+    function configure(hostname: string, cgroup = "early"): void {
       const spec = containerSpec({
         args: ["counter", "20"],
-        cgroupsPath: place.cgroupsPath("early"),
+        cgroupsPath: place.cgroupsPath(cgroup),
         programs: mounted,
         edit: (edited) => Object.assign(edited, { hostname }),
       });
@@ -120,11 +120,14 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
     }
     /** A container's output by a real pipe: Node's are sockets, which CRIU can't put in the place of a pipe. */
     function counting(...args: string[]): ChildProcess {
+      return countingWith({}, ...args);
+    }
+    function countingWith(env: Record<string, string>, ...args: string[]): ChildProcess {
       const options = ["--root", at("root"), "--log", at("log"), "--log-format", "json"];
       const line = place.runtime("wrapper", ...options, ...args, "--detach", "--bundle", bundle, "box");
       const script = `"$@" 2>&1 3>&- | cat >>${at("out")} 3>&-`;
       const [program, ...rest] = place.inside(["sh", "-c", script, "sh", ...line]);
-      const child = spawn(program!, rest, { env: place.env, cwd: place.dir, stdio: "ignore" });
+      const child = spawn(program!, rest, { env: { ...place.env, ...env }, cwd: place.dir, stdio: "ignore" });
       started.push(child);
       return child;
     }
@@ -154,9 +157,9 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       engine: number | undefined;
       release(): void;
     }
-    async function held(): Promise<Held> {
+    async function held(start = begin): Promise<Held> {
       writeFileSync(join(holder, "hold"), "");
-      const child = begin();
+      const child = start();
       await until(() => existsSync(join(holder, "held")), { what: () => `a held restore: ${output()}` });
       const wrapper = processesOf(place).find(
         ({ argv }) => argv[0]?.endsWith("cedana-runtime") && argv.includes("restore"),
@@ -167,8 +170,9 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
     async function atGate(): Promise<Held & { engine: number }> {
       const one = await held();
       expect(one.engine, "it is started early").toBeDefined();
-      const criu = () => childrenOf(one.engine!).some((pid) => processStat(pid)?.comm === "criu");
-      await until(criu, { what: () => "CRIU at the gate" });
+      await until(() => processesOf(place).some(({ argv }) => argv[0] === "criu"), {
+        what: () => "CRIU at the gate",
+      });
       return { ...one, engine: one.engine! };
     }
     const engines = () =>
@@ -237,6 +241,63 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
         one.release();
         await failed(one.child);
         await restore();
+      },
+    );
+
+    it("is ended with all below it where the script waits for it", { timeout: 60_000 }, async () => {
+      goes(`${engine} "$@"; exit $?`);
+      writeFileSync(join(holder, "refuse"), "");
+      const one = await atGate();
+      one.release();
+      await failed(one.child);
+      expect(output()).toMatch(/^the test has refused it \(step holder:hold\)\n$/m);
+      await restore();
+    });
+
+    it("leaves alone what has got the id meanwhile", { timeout: 60_000 }, async () => {
+      writeFileSync(join(holder, "refuse"), "");
+      const one = await atGate();
+      const theirs = (...args: string[]) =>
+        place.run(place.runtime("engine", "--root", at("root"), ...args, "box"));
+      expect((await theirs("delete", "--force")).status).toBe(0);
+      const before = numbers().length;
+      configure("one", "theirs");
+      const script = `"$@" >>${at("out")} 2>&1`;
+      const run = place.runtime("engine", "--root", at("root"), "run", "--detach", "--bundle", bundle, "box");
+      expect((await place.run(["sh", "-c", script, "sh", ...run])).status).toBe(0);
+      one.release();
+      await until(() => one.child.exitCode !== null, { what: () => "the end of the restore" });
+      expect(output()).toContain("the test has refused it");
+      await until(() => numbers().length > before + 3, { what: () => `it to count on: ${output()}` });
+      expect(JSON.parse((await theirs("state")).stdout).status).toBe("running");
+    });
+
+    it("has CRIU read what the caller's own environment names", { timeout: 60_000 }, async () => {
+      const config = at("callers.conf");
+      const restoring = (CRIU_CONFIG_FILE: string) =>
+        countingWith({ CRIU_CONFIG_FILE }, "restore", "--image-path", at("images"));
+      await failed(restoring(config));
+      expect(output()).toMatch(/read CRIU_CONFIG_FILE \S*callers.conf: .*ENOENT/);
+      writeFileSync(config, "no-such-option\n");
+      await failed(restoring(config));
+      expect(output()).toContain("--no-such-option");
+      writeFileSync(config, "tcp-close\n");
+      const before = numbers().length;
+      restoring(config);
+      await goesOn(before);
+    });
+
+    it.runIf(engine === "runc")(
+      "is not started early with a CRIU of its own, which it finds past the gate",
+      {
+        timeout: 60_000,
+      },
+      async () => {
+        const options = ["--criu", "/usr/sbin/criu", "restore", "--image-path", at("images")];
+        const one = await held(() => counting(...options));
+        expect(one.engine).toBe(undefined);
+        one.release();
+        await goesOn();
       },
     );
 

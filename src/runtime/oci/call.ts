@@ -79,6 +79,11 @@ export function ownGlobalArgv({ globalArgv, root }: Pick<OciCall, "globalArgv" |
   return [...withoutLog(globalArgv), `--root=${root}`];
 }
 
+/** Whether the engine is told of a CRIU of its own, past PATH (runc's `--criu`). */
+export function namesCriu(globalArgv: readonly string[]): boolean {
+  return globalArgv.some((argument) => /^--?criu(=|$)/.test(argument));
+}
+
 /** Whether a flag is set by what stands behind its `=`. Source: Go's strconv.ParseBool, by which runc reads it. */
 export function isSet(value: string | undefined): boolean {
   return value === undefined || /^(1|t|T|true|TRUE|True)$/.test(value);

@@ -30,7 +30,7 @@ import { failureFrom, lastErrorIn } from "../engine-failure.ts";
 import { hookOf } from "../hooks.ts";
 import { annotatedImage, pluginsOf, specFacts } from "../manifest-facts.ts";
 import { cgroupName, hasNetworkNamespace, identityOf, type OciSpec, readSpec } from "../spec.ts";
-import { type Conversation, type OciAnswer, type OciCall, Options } from "./call.ts";
+import { type Conversation, namesCriu, type OciAnswer, type OciCall, Options } from "./call.ts";
 import { criuConfigFile, dumpPolicy, engineArguments, type Policy } from "./criu-options.ts";
 import { dropScratch, noteFrozen } from "./frozen.ts";
 import { generationOf } from "./generation.ts";
@@ -143,11 +143,8 @@ export async function checkpointInTurn(
         return hook && (() => runHook({ call, wrapper }, container, hook, [], scratch));
       },
       cgroup: async () => cgroup,
-      // runc's --criu names one past PATH.
       gate: async () =>
-        call.globalArgv.some((argument) => /^--?criu(=|$)/.test(argument))
-          ? undefined
-          : criuBelow(call.pid, await wrapper.program()),
+        namesCriu(call.globalArgv) ? undefined : criuBelow(call.pid, await wrapper.program()),
       criuConfig: async (settings) =>
         (await criuConfigLines(dump, settings)).map((line) => `${line}\n`).join(""),
       engineCheckpoint: async (engineDump) => {

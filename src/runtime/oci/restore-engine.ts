@@ -1,15 +1,27 @@
+import { existsSync, statSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import { Gate, type GateOptions, removeGate } from "../../criu/gate.ts";
 import { kill } from "../../criu/leftovers.ts";
-import { InvalidRequest, TimedOut } from "../../errors/index.ts";
+import { AlreadyExists, InvalidRequest, RuntimeFailed, TimedOut } from "../../errors/index.ts";
 import { readApart } from "../../linux/apart.ts";
 import { commandLineOf, isFromHere } from "../../linux/command-line.ts";
 import { fileIdentity } from "../../linux/file-identity.ts";
 import { removeWithoutMounts } from "../../linux/mount-options.ts";
-import { allPids, childrenOf, environmentOf, isAlive, startTime } from "../../linux/proc.ts";
-import type { Conversation, OciCall } from "./call.ts";
+import {
+  allPids,
+  childrenOf,
+  environmentOf,
+  isAlive,
+  type ProcessStat,
+  processTree,
+  startTime,
+} from "../../linux/proc.ts";
+import { Slices } from "../../linux/slices.ts";
+import { engineName } from "../engine.ts";
+import { type Conversation, namesCriu, type OciCall } from "./call.ts";
+import { criuConfigFile } from "./criu-options.ts";
 
 /*
  * The engine of a restore. It takes some 10 ms until it asks CRIU anything, in which the checkpoint can be looked at: so it is started
@@ -43,6 +55,9 @@ export class RestoreEngine {
   readonly #gate: GateOptions;
   /** where the gate is made */
   readonly #scratch: string;
+  readonly #stateDirectory: string;
+  /** which directory was there when the engine had come to the gate, or to its end */
+  #state: string | undefined;
   #early: EarlyEngine | undefined;
 
   constructor(call: OciCall, wrapper: Conversation, gate: GateOptions, scratch: string) {
@@ -50,6 +65,7 @@ export class RestoreEngine {
     this.#wrapper = wrapper;
     this.#gate = gate;
     this.#scratch = scratch;
+    this.#stateDirectory = join(call.root, call.id);
   }
 
   /**
@@ -57,88 +73,139 @@ export class RestoreEngine {
    * @param command  as `run` will be given it, unless something turns out otherwise
    */
   async startEarly(command: readonly string[]): Promise<void> {
-    if (!isComer(this.#call.engine)) return;
+    const { engine, globalArgv } = this.#call;
+    if (!isComer(engine) || !this.#hasGate || namesCriu(globalArgv)) return;
+    if (existsSync(this.#stateDirectory)) return; // since we have looked; `run` says so
     const gate = await Gate.forRestore(this.#scratch, this.#gate);
     const end = this.#wrapper.run(command, { env: gate.env });
-    end.catch(() => {}); // looked at in `run` and `drop`
+    const note = () => this.#noteState();
+    Promise.race([gate.arrived, end]).then(note, note);
     this.#early = { command, gate, end };
   }
 
   /**
    * Runs it to its end, or lets the one go that was started early.
    * @param config  of CRIU, as lines of its configuration file
+   * @param undo    removes what an engine has left that failed
    * @returns exit status, 128 + signal for one that was killed
-   * @throws as `Conversation.run`
+   * @throws AlreadyExists; RuntimeFailed when an early one can't be ended; and as `Conversation.run`
    */
-  async run(command: readonly string[], config: readonly string[]): Promise<number> {
+  async run(
+    command: readonly string[],
+    config: readonly string[],
+    undo: () => Promise<void>,
+  ): Promise<number> {
     const text = (await this.#callersConfig()) + config.map((line) => `${line}\n`).join("");
-    if (this.#early && !isDeepStrictEqual(this.#early.command, command)) await this.drop();
+    if (this.#early && !isDeepStrictEqual(this.#early.command, command) && (await this.drop()) === "begun")
+      throw new RuntimeFailed(`the engine began to restore container ${this.#call.id} ${PAST}`);
     if (!this.#early) return await this.#runNow(command, text);
     const { gate, end } = this.#early;
+    const ended = await Promise.race([gate.arrived, end]);
+    if (ended === undefined) gate.open(text);
+    this.#early = undefined;
     try {
-      const ended = await Promise.race([gate.arrived, end]);
-      if (ended === undefined) {
-        gate.open(text);
-        return await end;
-      }
+      if (ended === undefined) return await end;
       comers.delete(this.#call.engine); // it doesn't come any more, or has failed before
       if (ended === 0) this.#wrapper.log.warn(`the engine restored container ${this.#call.id} ${PAST}`);
-      else if (!gate.isSeen && (await gate.hasRefused())) {
-        await this.#removeState(); // crun leaves it where CRIU fails
-        return await this.#runNow(command, text);
-      }
-      return ended;
+      if (ended === 0 || gate.isSeen || !(await gate.hasRefused())) return ended;
     } finally {
-      this.#early = undefined;
       gate[Symbol.dispose]();
       removeGate(gate.directory);
     }
+    await undo(); // crun leaves its state, and a scope of systemd's, where CRIU fails
+    this.#state = undefined;
+    return await this.#runNow(command, text);
+  }
+
+  /** Whether there is a directory of the engine's state, and it is the one that our engine has left. */
+  get ownsState(): boolean {
+    return this.#state !== undefined && directoryIdentity(this.#stateDirectory) === this.#state;
   }
 
   /**
    * Ends an early one that nobody lets go.
-   * @returns "restored" when it went past the gate, and there is a container to be undone
+   * @returns "begun" when it went past the gate, or has come to its end by itself: what it has made is to be undone
+   * @throws TimedOut when it doesn't end
    */
-  async drop(): Promise<"nothing" | "restored"> {
+  async drop(): Promise<"nothing" | "begun"> {
     if (!this.#early) return "nothing";
     const { command, gate, end } = this.#early;
     this.#early = undefined;
     try {
       const status = await Promise.race([
-        gate.arrived.then(() => "at the gate" as const),
-        end.catch(() => "the wrapper has gone" as const),
+        gate.arrived,
+        end.catch(() => undefined), // the wrapper has gone, and takes it along
+        sleep(END_MS, undefined, { ref: false }), // it isn't what a refusal has to wait for
       ]);
-      if (status === 0) return "restored";
-      const { pid } = this.#call;
-      const pids = this.#wrapper.signal.aborted ? await enginesWith(command) : childrenOf(pid);
-      await Promise.all(pids.map(endProcess));
-      await this.#removeState();
+      if (typeof status === "number") return "begun";
+      // All of it before the gate sends its CRIU away: it would say that it has failed, and undo what may be another's by then.
+      await Promise.all((await this.#processesOf(command)).map(endProcess));
+      if (this.ownsState) await removeWithoutMounts(this.#stateDirectory);
+      // From here on the wrapper can run another.
+      await Promise.race([end.catch(() => {}), sleep(END_MS, undefined, { ref: false })]);
       return "nothing";
     } finally {
       gate[Symbol.dispose]();
-      await end.catch(() => {}); // the wrapper can run another from here on, or has gone
       removeGate(gate.directory);
     }
   }
 
-  /** Of an engine that has ended without having restored anything. */
-  async #removeState(): Promise<void> {
-    await removeWithoutMounts(join(this.#call.root, this.#call.id));
+  /** One that an upgrade has just removed is of another version, which may know another gate. */
+  get #hasGate(): boolean {
+    return !this.#gate.program.startsWith("/proc/");
+  }
+
+  #noteState(): void {
+    this.#state ??= directoryIdentity(this.#stateDirectory);
+  }
+
+  /** The engine's, with all below them. */
+  async #processesOf([, ...argv]: readonly string[]): Promise<number[]> {
+    const words = `\0${argv.join("\0")}\0`;
+    const among = async (pids: readonly number[]) => {
+      const found: number[] = [];
+      for (const pid of pids)
+        if (isFromHere(pid) && (await commandLineOf(pid)).endsWith(words)) found.push(pid);
+      return found;
+    };
+    const children = this.#wrapper.signal.aborted ? [] : await among(childrenOf(this.#call.pid));
+    const engines = children.length > 0 ? children : await among(allPids()); // who lost his parent is somebody else's
+    const { breathe } = new Slices();
+    const trees: ProcessStat[] = [];
+    for (const pid of engines) trees.push(...(await processTree(pid, breathe)));
+    return [...new Set(trees.map(({ pid }) => pid))];
   }
 
   /** Lines of CRIU's that the caller's environment names. */
   async #callersConfig(): Promise<string> {
     const { cwd, pid } = this.#call;
-    const file = environmentOf(pid).CRIU_CONFIG_FILE;
-    if (!file) return "";
+    const named = environmentOf(pid).CRIU_CONFIG_FILE;
+    if (!named) return "";
+    // His own, which we aren't.
+    const file = named
+      .replace(/^\/dev\/fd\//, `/proc/${pid}/fd/`)
+      .replace(/^\/proc\/self\//, `/proc/${pid}/`);
     const text = await readApart(resolve(cwd, file), MAX_CONFIG_BYTES).catch((error) => {
-      throw new InvalidRequest(`read CRIU_CONFIG_FILE ${file}: ${error.message}`, { cause: error });
+      throw new InvalidRequest(`read CRIU_CONFIG_FILE ${named}: ${error.message}`, { cause: error });
     });
     return `${text.toString("utf8")}\n`;
   }
 
   async #runNow(command: readonly string[], config: string): Promise<number> {
+    if (existsSync(this.#stateDirectory)) throw alreadyExists(this.#call); // since we have looked
+    try {
+      return await this.#runAtOpenGate(command, config);
+    } finally {
+      this.#noteState();
+    }
+  }
+
+  async #runAtOpenGate(command: readonly string[], config: string): Promise<number> {
     const { engine } = this.#call;
+    if (!this.#hasGate) {
+      const env = await criuConfigFile(join(this.#scratch, "criu.conf"), [config]);
+      return await this.#wrapper.run(command, { env: { PATH: this.#gate.path, ...env } });
+    }
     const gate = Gate.openFromStart(this.#scratch, this.#gate, config);
     try {
       const identity = fileIdentity(engine);
@@ -151,13 +218,19 @@ export class RestoreEngine {
   }
 }
 
-/** Whose parent has gone. */
-async function enginesWith([, ...argv]: readonly string[]): Promise<number[]> {
-  const words = `\0${argv.join("\0")}\0`;
-  const found: number[] = [];
-  for (const pid of allPids())
-    if (isFromHere(pid) && (await commandLineOf(pid)).endsWith(words)) found.push(pid);
-  return found;
+/** In the engine's words. */
+export function alreadyExists({ engine, id }: OciCall): AlreadyExists {
+  return new AlreadyExists(
+    engineName(engine) === "crun"
+      ? `container \`${id}\` already exists`
+      : "container with given ID already exists",
+  );
+}
+
+/** Which one it is, whatever is in it; undefined: there is none. The number of one that was removed may be given again at once. */
+function directoryIdentity(path: string): string | undefined {
+  const found = statSync(path, { bigint: true, throwIfNoEntry: false });
+  return found && `${found.dev}:${found.ino}:${found.birthtimeNs}`;
 }
 
 const END_MS = 5_000;
@@ -165,12 +238,9 @@ const POLL_MS = 5;
 
 async function endProcess(pid: number): Promise<void> {
   const started = startTime(pid);
+  if (started === undefined) return;
   kill(pid);
-  for (
-    const until = Date.now() + END_MS;
-    started !== undefined && isAlive(pid, started);
-    await sleep(POLL_MS)
-  )
+  for (const until = Date.now() + END_MS; isAlive(pid, started); await sleep(POLL_MS))
     if (Date.now() >= until)
       throw new TimedOut(`the engine (pid ${pid}) of a restore that is not to be doesn't end`);
 }

@@ -13,14 +13,14 @@ import { explainCriuLog } from "../../criu/log.ts";
 import { criuLines } from "../../criu/option-file.ts";
 import { toldPluginDirectory } from "../../criu/plugins.ts";
 import { learnVersionAnswer } from "../../criu/version-answer.ts";
-import { AlreadyExists, NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
+import { NotFound, TimedOut, Unsupported } from "../../errors/index.ts";
 import { readApart } from "../../linux/apart.ts";
 import { Cgroup } from "../../linux/cgroup.ts";
 import { commandLineOf, isFromHere } from "../../linux/command-line.ts";
 import { unmountLazily } from "../../linux/mount-options.ts";
 import { isAlive, processStat, startTime } from "../../linux/proc.ts";
 import { allowedAnnotations } from "../annotated-checkpoint.ts";
-import { engineName, engineVersion } from "../engine.ts";
+import { engineVersion } from "../engine.ts";
 import { lastErrorIn } from "../engine-failure.ts";
 import { hookOf } from "../hooks.ts";
 import { killPolicy } from "../kill-policy.ts";
@@ -52,7 +52,7 @@ import { runHook } from "./hooks.ts";
 import { bundleCopyOf, type Marker, readMarker, removeMarker, writeMarker } from "./marker.ts";
 import { runEngineHere } from "./own-engine.ts";
 import { CgroupOfRestore } from "./restore-cgroup.ts";
-import { RestoreEngine } from "./restore-engine.ts";
+import { alreadyExists, RestoreEngine } from "./restore-engine.ts";
 import { containerState, namespaceOf } from "./state.ts";
 import { inTurn } from "./turns.ts";
 
@@ -91,15 +91,6 @@ export async function restore(
 
 /** Markers of containers that are being restored. */
 const underWay = new Set<string>();
-
-/** In the engine's words. */
-function alreadyExists({ engine, id }: OciCall): AlreadyExists {
-  return new AlreadyExists(
-    engineName(engine) === "crun"
-      ? `container \`${id}\` already exists`
-      : "container with given ID already exists",
-  );
-}
 
 async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreExtra): Promise<OciAnswer> {
   const options = new Options(call.argv);
@@ -155,13 +146,13 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
     const paths = [`--bundle=${engineBundle}`, `--image-path=${imagePath}`, `--work-path=${workPath}`];
     return { command: [engine, ...globalArgv, "restore", ...paths, ...argv, id], criuConfig };
   };
-  let configured: Promise<void> | undefined;
+  let configured: Promise<boolean> | undefined;
   const configuration = () => (configured ??= configure());
   const configure = async () => {
     const text = await configText;
-    if (text === undefined) return;
+    if (text === undefined) return false;
     engineBundle = await copyOfBundle(call, bundle, text);
-    writeMarker(call.marker, { ...marker(), bundle, copied: true });
+    return true;
   };
   const target: RestoreTarget = {
     what: `container ${id}`,
@@ -192,8 +183,9 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
       };
     },
     startEngine: async (restore) => {
-      // In the foreground it is the container's; and conmon takes the end of a connection to its console socket for a failure.
-      if (!detached || options.has("console-socket")) return;
+      // In the foreground it is the container's; conmon takes the end of a connection to its console socket for a failure; and in a pid
+      // namespace of others it would have ids that are to be kept free.
+      if (!detached || options.has("console-socket") || pidNamespace !== undefined) return;
       let command: string[];
       try {
         await configuration();
@@ -203,10 +195,10 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
       }
       await restoreEngine.startEarly(command);
     },
-    dropEngine: async () => {
-      if ((await restoreEngine.drop()) === "restored") await target.undoEngineRestore({ lazy: false });
+    dropEngine: async () => await restoreEngine.drop(),
+    prepareConfiguration: async () => {
+      if (await configuration()) writeMarker(call.marker, { ...marker(), bundle, copied: true });
     },
-    prepareConfiguration: configuration,
     putConfigurationBack: async () => {}, // the copy goes with the container
     prepareCgroup: ({ cgroupsMode }) => cgroup.make(cgroupsMode),
     removeCgroup: () => cgroup.remove(),
@@ -231,7 +223,8 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
         ...(extra.criuConfig ?? []),
         ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : toldPluginDirectory() }),
       ];
-      const run = async () => await restoreEngine.run(command, config);
+      const undo = async () => await target.undoEngineRestore({ lazy: false });
+      const run = async () => await restoreEngine.run(command, config, undo);
       const onDeath = async (pids: number[]) => {
         for (const pid of pids) killProcess(pid);
         await killCriu(work, call.pid);
@@ -270,8 +263,8 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
       return [join(engineBundle, "criu-root"), join(bundle, "criu-root"), join(root, id, "criu-root")];
     },
     undoEngineRestore: async () => {
-      // One that failed has undone what it did, but not one that was killed.
-      if (status === 0 || (await isThere(join(root, id)))) {
+      // One that failed has undone what it did, but not one that was killed. What is there may be another's by now.
+      if (restoreEngine.ownsState) {
         // By ourselves: the wrapper may be what was killed.
         const outputPath = join(scratch, "output");
         const deleted = await runEngineHere([engine, ...ownGlobalArgv(call), "delete", "--force", id], {
@@ -311,6 +304,7 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
       const done = inTurn(call.marker, new AbortController().signal, async () => {
         for (const work of afterwards) await work();
       });
+      underWay.delete(call.marker); // the engine's state keeps the id from now on
       wrapper.answer({ status });
       await done;
     }
