@@ -22,6 +22,7 @@ export interface OomWatch {
 }
 
 const freezeTimeoutMs = 10_000;
+const SYSTEMD_MS = 1_000;
 const removeTimeoutMs = 2_000;
 
 /** A container's cgroup as the host sees it. */
@@ -102,6 +103,15 @@ export class Cgroup {
       await sleep(10);
     }
     return left;
+  }
+
+  /**
+   * Of an engine that has failed to fill a scope: waits a moment until systemd has removed it. Where others remove the cgroup before systemd
+   * has seen that it is empty, the scope stays, and no other can have its name. One that only CRIU has made is none of systemd's.
+   */
+  async leaveToSystemd(): Promise<void> {
+    for (const until = Date.now() + SYSTEMD_MS; Date.now() < until && (await this.exists()); )
+      await sleep(10);
   }
 
   /** Whether it is still there. */

@@ -117,6 +117,8 @@ export class ContainerCgroup {
     if ((await hostCgroupVersion()) !== 2) return;
     const spec = await this.#container.spec().catch(() => undefined); // a bundle that is broken, or gone, must still be deletable
     const path = spec && cgroupPathV2(spec, id, options.systemdCgroup);
-    if (path !== undefined) await removeCgroup(path);
+    if (path === undefined) return;
+    if (options.systemdCgroup) await (await Cgroup.at(path)).leaveToSystemd();
+    await removeCgroup(path);
   }
 }

@@ -166,7 +166,9 @@ async function containerCgroup(task: Container, spec: OciSpec): Promise<Cgroup |
 
 async function removeCgroups(task: RestoredTask, spec: OciSpec): Promise<void> {
   await task.containerCgroup.remove();
-  const left = await (await containerCgroup(task, spec))?.removeLeft();
+  const cgroup = await containerCgroup(task, spec);
+  if (task.options.systemdCgroup) await cgroup?.leaveToSystemd();
+  const left = await cgroup?.removeLeft();
   if (left && left.length > 0) task.log.warn({ left }, "cgroups of a failed restore are still busy");
 }
 

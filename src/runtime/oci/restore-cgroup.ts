@@ -16,8 +16,10 @@ export class CgroupOfRestore {
   /** mount namespaces of others */
   readonly #theirs: ReadonlySet<number | undefined>;
   readonly #isNew: boolean;
+  readonly #isScope: boolean;
 
-  private constructor(path: string | undefined, before: readonly number[], isNew: boolean) {
+  private constructor(path: string | undefined, before: readonly number[], isNew: boolean, isScope: boolean) {
+    this.#isScope = isScope;
     this.#path = path;
     this.#theirs = new Set(before.map((pid) => namespaceInode(pid, "mnt")));
     this.#isNew = isNew;
@@ -33,7 +35,7 @@ export class CgroupOfRestore {
     const path = cgroupPathV2(spec, id, systemd);
     const cgroup = path === undefined ? undefined : await Cgroup.at(path);
     const isNew = cgroup === undefined || cgroup.paths.size === 0;
-    return new CgroupOfRestore(path, isNew ? [] : await cgroup.pids(), isNew);
+    return new CgroupOfRestore(path, isNew ? [] : await cgroup.pids(), isNew, systemd);
   }
 
   /** @throws TimedOut when something stays */
@@ -49,6 +51,8 @@ export class CgroupOfRestore {
         throw new TimedOut(`processes ${left} of a failed restore don't end, in cgroup ${this.#path}`);
       for (const pid of left) kill(pid);
     }
-    if (this.#isNew) await cgroup.removeLeft();
+    if (!this.#isNew) return;
+    if (this.#isScope) await cgroup.leaveToSystemd();
+    await cgroup.removeLeft();
   }
 }
