@@ -83,9 +83,9 @@ export function imageTar(): Promise<string> {
   return madeImage("image", IMAGE, ["sh"]);
 }
 
-/** The same, but it sleeps unless it is told what to run. */
+/** The same, but it sleeps unless it is told what to run: one process, as the pause container's, which takes no id of a pod's but 1. */
 export function pauseImageTar(): Promise<string> {
-  return madeImage("pause", PAUSE_IMAGE, ["sh", "-c", "while :; do sleep 3600; done"]);
+  return madeImage("pause-alone", PAUSE_IMAGE, ["sleep", "1000000000"]);
 }
 
 async function madeImage(name: string, reference: string, command: string[]): Promise<string> {
