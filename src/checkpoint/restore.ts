@@ -115,9 +115,9 @@ export interface RestoreTarget extends RestoreCandidate {
   startEngine?(options: EarlyRestore): Promise<void>;
   /**
    * Ends one that `engineRestore` hasn't let go.
-   * @returns "begun": it went its own way, and there may be something to be undone
+   * @returns whether it went its own way, and there may be something to be undone
    */
-  dropEngine?(): Promise<"nothing" | "begun">;
+  dropEngine?(): Promise<boolean>;
   /** The engine's `restore`. On return the container runs, and its owner knows its pid. @throws RuntimeFailed */
   engineRestore(options: EngineRestore): Promise<void>;
   /** After a failure: nothing of CRIU goes on. @param workPath  where it works */
@@ -234,11 +234,16 @@ async function startEngineEarly(context: RestoreContext, next: () => Promise<voi
     await target.startEngine?.({ imagePath: checkpoint.imagePath, workPath: workPathOf(context), policy });
     await next();
   } finally {
-    const left = await target.dropEngine?.().catch((error) => {
-      target.log.error({ err: error }, "end the engine of a restore that is not to be");
-    });
-    if (left === "begun") await undoEngine(context, workPathOf(context));
+    await dropEngine(context);
   }
+}
+
+async function dropEngine(context: RestoreContext): Promise<void> {
+  const { target } = context;
+  const left = await target.dropEngine?.().catch((error) => {
+    target.log.error({ err: error }, "end the engine of a restore that is not to be");
+  });
+  if (left) await undoEngine(target, workPathOf(context), false);
 }
 
 // ---- process ids -----------------------------------------------------------------------------------------------------
@@ -549,19 +554,20 @@ async function criuRestore(context: RestoreContext, next: () => Promise<void>): 
     await next();
   } catch (error) {
     lazy?.restoreHasFailed();
-    await undoEngine(context, workPath);
+    await dropEngine(context); // where it failed before it was let go
+    await undoEngine(target, workPath, lazy !== undefined);
     throw error;
   }
 }
 
-/** Never rejects: why the restore failed is what the caller has to know. */
-async function undoEngine({ lazy, target }: RestoreContext, workPath: string): Promise<void> {
+/** After an engine that failed. Never rejects: why the restore failed is what the caller has to know. */
+export async function undoEngine(target: RestoreTarget, workPath: string, lazy: boolean): Promise<void> {
   try {
     await target.endCriu(workPath);
     await unmountLeft(target.criuRoots, target); // or else the engine would delete what is mounted there
     // crun makes its own in the bundle, and refuses to restore where it is there already.
     for (const path of target.criuRoots) await rmdir(path).catch(() => {}); // ENOENT: none was made, or the engine has removed it
-    await target.undoEngineRestore({ lazy: lazy !== undefined });
+    await target.undoEngineRestore({ lazy });
   } catch (cause) {
     target.log.error({ err: cause }, "undo a failed restore");
   }

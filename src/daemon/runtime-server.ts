@@ -1,6 +1,7 @@
 import { readFileSync } from "node:fs";
 import type { Socket } from "node:net";
 import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 import type { Logger } from "pino";
 import { deviceSlot } from "../checkpoint/device-slot.ts";
 import { Cancelled, SyscallFailed } from "../errors/index.ts";
@@ -23,6 +24,8 @@ import type { WrapperCall } from "../shim/shim-server.ts";
 const FLAG_BECOME = 1;
 /** For the wrapper to end, and us to become the child of whoever adopts us. */
 const SETTLE_MS = 250;
+/** How long what is left to do after an answer may keep us. */
+const LINGER_MS = 60_000;
 
 /**
  * cedanad's side of the calls that cedana-runtime makes.
@@ -81,18 +84,22 @@ export class RuntimeServer {
       call.pid,
       this.#log.child({ container: call.id, command: call.command }),
     );
-    const ended = () => {
-      this.#active--;
-      this.#checkSoon();
-    };
-    this.#active += 2; // who is answered may go before all is done
-    socket.once("close", ended);
+    // Who is answered may go before all is done, and nobody waits for what is never done.
+    const gone = Promise.withResolvers<void>();
+    socket.once("close", () => gone.resolve());
+    this.#active++;
     wrapper.log.debug({ argv: call.argv }, "cedana-runtime asks");
     const culprit = {
       what: `cedana-runtime ${call.command} ${call.id}`,
       fail: () => void socket.destroy(), // it says so, and nothing is begun anew
     };
-    void inNameOf(culprit, () => this.#answer(call, wrapper)).finally(ended);
+    const answered = inNameOf(culprit, () => this.#answer(call, wrapper));
+    void gone.promise
+      .then(() => Promise.race([answered, sleep(LINGER_MS, undefined, { ref: false })]))
+      .finally(() => {
+        this.#active--;
+        this.#checkSoon();
+      });
     return wrapper;
   }
 

@@ -110,6 +110,7 @@ export class Cgroup {
    * has seen that it is empty, the scope stays, and no other can have its name. One that only CRIU has made is none of systemd's.
    */
   async leaveToSystemd(): Promise<void> {
+    if (this.paths.size === 0) return;
     for (const until = Date.now() + SYSTEMD_MS; Date.now() < until && (await this.exists()); )
       await sleep(10);
   }

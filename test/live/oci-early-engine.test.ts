@@ -18,7 +18,7 @@ import { childrenOf } from "../../src/linux/proc.ts";
 import { CallerPlace, missingCallers } from "./harness/callers.ts";
 import { programs } from "./harness/programs.ts";
 import { containerSpec } from "./harness/spec.ts";
-import { entries, processesOf } from "./harness/system.ts";
+import { entries, processesOf, systemdRuns } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 const missing = missingCallers(); // for the mount namespace and the reaper
@@ -183,6 +183,8 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       expect(numbers().length).toBe(numbersOf(output().slice(0, before)));
       await until(() => engines().length === 0, { what: () => `no engine: ${JSON.stringify(engines())}` });
       await until(() => !existsSync(at("root/box")), { what: () => `no state: ${entries(at("root/box"))}` });
+      const scratches = () => entries(join(place.runDir, "c")); // while it is undone, the id is taken
+      await until(() => scratches().length === 0, { what: () => `the end of the restore: ${scratches()}` });
       return output();
     }
     const numbersOf = (text: string) => text.split("\n").filter((line) => /^\d+$/.test(line)).length;
@@ -254,23 +256,37 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       await restore();
     });
 
-    it("leaves alone what has got the id meanwhile", { timeout: 60_000 }, async () => {
-      writeFileSync(join(holder, "refuse"), "");
-      const one = await atGate();
-      const theirs = (...args: string[]) =>
-        place.run(place.runtime("engine", "--root", at("root"), ...args, "box"));
-      expect((await theirs("delete", "--force")).status).toBe(0);
-      const before = numbers().length;
-      configure("one", "theirs");
-      const script = `"$@" >>${at("out")} 2>&1`;
-      const run = place.runtime("engine", "--root", at("root"), "run", "--detach", "--bundle", bundle, "box");
-      expect((await place.run(["sh", "-c", script, "sh", ...run])).status).toBe(0);
-      one.release();
-      await until(() => one.child.exitCode !== null, { what: () => "the end of the restore" });
-      expect(output()).toContain("the test has refused it");
-      await until(() => numbers().length > before + 3, { what: () => `it to count on: ${output()}` });
-      expect(JSON.parse((await theirs("state")).stdout).status).toBe("running");
-    });
+    it.each([true, false])(
+      "leaves alone what has got the id meanwhile, refused: %s",
+      { timeout: 60_000 },
+      async (refused) => {
+        if (refused) writeFileSync(join(holder, "refuse"), "");
+        const one = await atGate();
+        const theirs = (...args: string[]) =>
+          place.run(place.runtime("engine", "--root", at("root"), ...args, "box"));
+        expect((await theirs("delete", "--force")).status).toBe(0);
+        const before = numbers().length;
+        configure("one", systemdRuns ? "theirs" : "early"); // a scope's name is free when systemd has seen that it is empty
+        const script = `"$@" >>${at("out")} 2>&1`;
+        const run = place.runtime(
+          "engine",
+          "--root",
+          at("root"),
+          "run",
+          "--detach",
+          "--bundle",
+          bundle,
+          "box",
+        );
+        expect((await place.run(["sh", "-c", script, "sh", ...run])).status).toBe(0);
+        one.release();
+        await until(() => one.child.exitCode !== null, { what: () => "the end of the restore" });
+        expect(output()).toMatch(refused ? "the test has refused it" : /container .*already exists/);
+        await until(() => numbers().length > before + 3, { what: () => `it to count on: ${output()}` });
+        expect(JSON.parse((await theirs("state")).stdout).status).toBe("running");
+        expect(numbers().slice(before, before + 3)).toEqual([0, 1, 2]);
+      },
+    );
 
     it("has CRIU read what the caller's own environment names", { timeout: 60_000 }, async () => {
       const config = at("callers.conf");

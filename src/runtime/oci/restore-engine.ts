@@ -14,8 +14,8 @@ import {
   childrenOf,
   environmentOf,
   isAlive,
-  type ProcessStat,
   processTree,
+  programOf,
   startTime,
 } from "../../linux/proc.ts";
 import { Slices } from "../../linux/slices.ts";
@@ -56,7 +56,9 @@ export class RestoreEngine {
   /** where the gate is made */
   readonly #scratch: string;
   readonly #stateDirectory: string;
-  /** which directory was there when the engine had come to the gate, or to its end */
+  /** when the wrapper was started, as `startTime` has it */
+  readonly #since: number;
+  /** which directory the engine has made, or left */
   #state: string | undefined;
   #early: EarlyEngine | undefined;
 
@@ -66,6 +68,7 @@ export class RestoreEngine {
     this.#gate = gate;
     this.#scratch = scratch;
     this.#stateDirectory = join(call.root, call.id);
+    this.#since = startTime(call.pid) ?? 0;
   }
 
   /**
@@ -78,8 +81,8 @@ export class RestoreEngine {
     if (existsSync(this.#stateDirectory)) return; // since we have looked; `run` says so
     const gate = await Gate.forRestore(this.#scratch, this.#gate);
     const end = this.#wrapper.run(command, { env: gate.env });
-    const note = () => this.#noteState();
-    Promise.race([gate.arrived, end]).then(note, note);
+    end.catch(() => {}); // looked at in `run` and `drop`
+    void gate.arrived.then(() => this.#noteState());
     this.#early = { command, gate, end };
   }
 
@@ -88,7 +91,7 @@ export class RestoreEngine {
    * @param config  of CRIU, as lines of its configuration file
    * @param undo    removes what an engine has left that failed
    * @returns exit status, 128 + signal for one that was killed
-   * @throws AlreadyExists; RuntimeFailed when an early one can't be ended; and as `Conversation.run`
+   * @throws AlreadyExists; RuntimeFailed when an early one has gone its own way; and as `Conversation.run`
    */
   async run(
     command: readonly string[],
@@ -96,25 +99,41 @@ export class RestoreEngine {
     undo: () => Promise<void>,
   ): Promise<number> {
     const text = (await this.#callersConfig()) + config.map((line) => `${line}\n`).join("");
-    if (this.#early && !isDeepStrictEqual(this.#early.command, command) && (await this.drop()) === "begun")
-      throw new RuntimeFailed(`the engine began to restore container ${this.#call.id} ${PAST}`);
-    if (!this.#early) return await this.#runNow(command, text);
-    const { gate, end } = this.#early;
+    if (this.#early) {
+      const { gate, end } = this.#early;
+      const ended = await Promise.race([gate.arrived, end]);
+      const fits = ended !== undefined || this.ownsState; // somebody has removed it, and may have the id himself
+      if (fits && isDeepStrictEqual(this.#early.command, command)) {
+        const status = await this.#letGo(this.#early, text);
+        if (status !== undefined) return status;
+        await undo(); // crun leaves its state, and a scope of systemd's, where CRIU fails
+      } else {
+        const left = await this.drop();
+        if (left === "restored")
+          throw new RuntimeFailed(`the engine restored container ${this.#call.id} ${PAST}`);
+        if (left === "failed") await undo();
+      }
+      this.#state = undefined;
+    }
+    if (existsSync(this.#stateDirectory)) throw alreadyExists(this.#call); // since we have looked
+    return await this.#runAtOpenGate(command, text);
+  }
+
+  /** @returns exit status; undefined when it has come by another way, and nothing was begun */
+  async #letGo({ command, gate, end }: EarlyEngine, config: string): Promise<number | undefined> {
     const ended = await Promise.race([gate.arrived, end]);
-    if (ended === undefined) gate.open(text);
+    if (ended === undefined) gate.open(config);
     this.#early = undefined;
     try {
-      if (ended === undefined) return await end;
+      const status = await this.#endOf(command, end);
+      if (ended === undefined) return status;
       comers.delete(this.#call.engine); // it doesn't come any more, or has failed before
       if (ended === 0) this.#wrapper.log.warn(`the engine restored container ${this.#call.id} ${PAST}`);
-      if (ended === 0 || gate.isSeen || !(await gate.hasRefused())) return ended;
+      return ended !== 0 && !gate.isSeen && (await gate.hasRefused()) ? undefined : ended;
     } finally {
       gate[Symbol.dispose]();
       removeGate(gate.directory);
     }
-    await undo(); // crun leaves its state, and a scope of systemd's, where CRIU fails
-    this.#state = undefined;
-    return await this.#runNow(command, text);
   }
 
   /** Whether there is a directory of the engine's state, and it is the one that our engine has left. */
@@ -122,12 +141,17 @@ export class RestoreEngine {
     return this.#state !== undefined && directoryIdentity(this.#stateDirectory) === this.#state;
   }
 
+  /** Whether there is one, and it is somebody else's: so is all that goes by the container's id. */
+  get isAnothers(): boolean {
+    return existsSync(this.#stateDirectory) && !this.ownsState;
+  }
+
   /**
    * Ends an early one that nobody lets go.
-   * @returns "begun" when it went past the gate, or has come to its end by itself: what it has made is to be undone
+   * @returns what became of it where it has come to its end by itself: what it has made is to be undone
    * @throws TimedOut when it doesn't end
    */
-  async drop(): Promise<"nothing" | "begun"> {
+  async drop(): Promise<"nothing" | "failed" | "restored"> {
     if (!this.#early) return "nothing";
     const { command, gate, end } = this.#early;
     this.#early = undefined;
@@ -137,10 +161,16 @@ export class RestoreEngine {
         end.catch(() => undefined), // the wrapper has gone, and takes it along
         sleep(END_MS, undefined, { ref: false }), // it isn't what a refusal has to wait for
       ]);
-      if (typeof status === "number") return "begun";
+      if (typeof status === "number") {
+        comers.delete(this.#call.engine); // it went past the gate, or has failed before
+        this.#noteState(status);
+        return status === 0 ? "restored" : "failed";
+      }
       // All of it before the gate sends its CRIU away: it would say that it has failed, and undo what may be another's by then.
-      await Promise.all((await this.#processesOf(command)).map(endProcess));
+      const found = await this.#kill(command);
+      this.#noteState(FAILED);
       if (this.ownsState) await removeWithoutMounts(this.#stateDirectory);
+      if (found === 0) gate[Symbol.dispose](); // one that can't be told from others ends by itself
       // From here on the wrapper can run another.
       await Promise.race([end.catch(() => {}), sleep(END_MS, undefined, { ref: false })]);
       return "nothing";
@@ -155,25 +185,49 @@ export class RestoreEngine {
     return !this.#gate.program.startsWith("/proc/");
   }
 
-  #noteState(): void {
+  /**
+   * Once: what is there now is the engine's.
+   * @param status  it has failed with that: then it has undone what it did, and only what says nothing of a container is its own
+   */
+  #noteState(status = 0): void {
+    const failed = status > 0 && status < KILLED;
+    if (failed && OF_CONTAINERS.some((name) => existsSync(join(this.#stateDirectory, name)))) return;
     this.#state ??= directoryIdentity(this.#stateDirectory);
   }
 
-  /** The engine's, with all below them. */
-  async #processesOf([, ...argv]: readonly string[]): Promise<number[]> {
+  /** Waits for its end. Where the wrapper has gone, which takes it along, it is seen to that it has come to it. */
+  async #endOf(command: readonly string[], end: Promise<number>): Promise<number> {
+    try {
+      const status = await end;
+      this.#noteState(status);
+      return status;
+    } catch (error) {
+      if (this.#wrapper.signal.aborted)
+        await this.#kill(command).catch((cause) =>
+          this.#wrapper.log.error({ err: cause }, "end the engine of a restore that was cut off"),
+        );
+      this.#noteState(KILLED);
+      throw error;
+    }
+  }
+
+  /** The engine, with all below it. @returns how many there were. @throws TimedOut */
+  async #kill([, ...argv]: readonly string[]): Promise<number> {
     const words = `\0${argv.join("\0")}\0`;
-    const among = async (pids: readonly number[]) => {
-      const found: number[] = [];
-      for (const pid of pids)
-        if (isFromHere(pid) && (await commandLineOf(pid)).endsWith(words)) found.push(pid);
-      return found;
-    };
-    const children = this.#wrapper.signal.aborted ? [] : await among(childrenOf(this.#call.pid));
-    const engines = children.length > 0 ? children : await among(allPids()); // who lost his parent is somebody else's
+    const { aborted } = this.#wrapper.signal;
     const { breathe } = new Slices();
-    const trees: ProcessStat[] = [];
-    for (const pid of engines) trees.push(...(await processTree(pid, breathe)));
-    return [...new Set(trees.map(({ pid }) => pid))];
+    const pids = new Set<number>();
+    // Whose parent has gone is somebody else's child.
+    for (const pid of aborted ? allPids() : childrenOf(this.#call.pid)) {
+      const isEngine =
+        isFromHere(pid) &&
+        (startTime(pid) ?? 0) >= this.#since && // not who has called us, with the same words
+        (await commandLineOf(pid)).endsWith(words) &&
+        (await runs(pid)) !== this.#gate.program;
+      if (isEngine) for (const { pid: one } of await processTree(pid, breathe)) pids.add(one);
+    }
+    await Promise.all([...pids].map(endProcess));
+    return pids.size;
   }
 
   /** Lines of CRIU's that the caller's environment names. */
@@ -191,25 +245,20 @@ export class RestoreEngine {
     return `${text.toString("utf8")}\n`;
   }
 
-  async #runNow(command: readonly string[], config: string): Promise<number> {
-    if (existsSync(this.#stateDirectory)) throw alreadyExists(this.#call); // since we have looked
-    try {
-      return await this.#runAtOpenGate(command, config);
-    } finally {
-      this.#noteState();
-    }
-  }
-
+  /** … where nobody waits. */
   async #runAtOpenGate(command: readonly string[], config: string): Promise<number> {
     const { engine } = this.#call;
     if (!this.#hasGate) {
       const env = await criuConfigFile(join(this.#scratch, "criu.conf"), [config]);
-      return await this.#wrapper.run(command, { env: { PATH: this.#gate.path, ...env } });
+      return await this.#endOf(
+        command,
+        this.#wrapper.run(command, { env: { PATH: this.#gate.path, ...env } }),
+      );
     }
     const gate = Gate.openFromStart(this.#scratch, this.#gate, config);
     try {
       const identity = fileIdentity(engine);
-      const status = await this.#wrapper.run(command, { env: gate.env });
+      const status = await this.#endOf(command, this.#wrapper.run(command, { env: gate.env }));
       if (gate.isSeen && identity !== undefined) comers.set(engine, identity);
       return status;
     } finally {
@@ -229,9 +278,22 @@ export function alreadyExists({ engine, id }: OciCall): AlreadyExists {
 
 /** Which one it is, whatever is in it; undefined: there is none. The number of one that was removed may be given again at once. */
 function directoryIdentity(path: string): string | undefined {
-  const found = statSync(path, { bigint: true, throwIfNoEntry: false });
-  return found && `${found.dev}:${found.ino}:${found.birthtimeNs}`;
+  try {
+    const found = statSync(path, { bigint: true, throwIfNoEntry: false });
+    return found && `${found.dev}:${found.ino}:${found.birthtimeNs}`;
+  } catch {
+    return undefined; // EIO, ESTALE: nobody can say
+  }
 }
+
+/** Path of the program; undefined when it has ended. */
+const runs = (pid: number) => programOf(pid).catch(() => undefined);
+
+/** Files by which an engine says that there is a container: runc, crun. */
+const OF_CONTAINERS = ["state.json", "status"];
+/** Exit statuses: any failure, and from here on a signal. */
+const FAILED = 1;
+const KILLED = 128;
 
 const END_MS = 5_000;
 const POLL_MS = 5;

@@ -6,6 +6,7 @@ import {
   type EarlyRestore,
   type RestoreTarget,
   restore as restoreContainer,
+  undoEngine,
 } from "../../checkpoint/restore.ts";
 import { criuBelow } from "../../criu/gate.ts";
 import { criuProcesses, killCriu, kill as killProcess, whileWatchingCriu } from "../../criu/leftovers.ts";
@@ -81,16 +82,21 @@ export async function restore(
 ): Promise<OciAnswer> {
   // Before anything is made: what fails later is undone, and one that is there is another's.
   if (underWay.has(call.marker) || (await isThere(join(call.root, call.id)))) throw alreadyExists(call);
-  underWay.add(call.marker);
+  underWay.set(call.marker, call);
   try {
     return await restoreNew(call, wrapper, extra);
   } finally {
-    underWay.delete(call.marker);
+    isOver(call);
   }
 }
 
-/** Markers of containers that are being restored. */
-const underWay = new Set<string>();
+/** Restores, by the containers' markers. */
+const underWay = new Map<string, OciCall>();
+
+/** The next of the same id may come meanwhile. */
+function isOver(call: OciCall): void {
+  if (underWay.get(call.marker) === call) underWay.delete(call.marker);
+}
 
 async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreExtra): Promise<OciAnswer> {
   const options = new Options(call.argv);
@@ -195,7 +201,7 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
       }
       await restoreEngine.startEarly(command);
     },
-    dropEngine: async () => await restoreEngine.drop(),
+    dropEngine: async () => (await restoreEngine.drop()) !== "nothing",
     prepareConfiguration: async () => {
       if (await configuration()) writeMarker(call.marker, { ...marker(), bundle, copied: true });
     },
@@ -223,7 +229,7 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
         ...(extra.criuConfig ?? []),
         ...criuLines({ externalMounts, pluginDirectory: withoutPlugins ? work : toldPluginDirectory() }),
       ];
-      const undo = async () => await target.undoEngineRestore({ lazy: false });
+      const undo = async () => await undoEngine(target, work, false);
       const run = async () => await restoreEngine.run(command, config, undo);
       const onDeath = async (pids: number[]) => {
         for (const pid of pids) killProcess(pid);
@@ -263,7 +269,8 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
       return [join(engineBundle, "criu-root"), join(bundle, "criu-root"), join(root, id, "criu-root")];
     },
     undoEngineRestore: async () => {
-      // One that failed has undone what it did, but not one that was killed. What is there may be another's by now.
+      if (restoreEngine.isAnothers) return; // with the cgroup, as the same configuration names it
+      // One that failed has undone what it did, but not one that was killed.
       if (restoreEngine.ownsState) {
         // By ourselves: the wrapper may be what was killed.
         const outputPath = join(scratch, "output");
@@ -304,7 +311,7 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
       const done = inTurn(call.marker, new AbortController().signal, async () => {
         for (const work of afterwards) await work();
       });
-      underWay.delete(call.marker); // the engine's state keeps the id from now on
+      isOver(call); // the engine's state keeps the id from now on
       wrapper.answer({ status });
       await done;
     }
@@ -312,7 +319,8 @@ async function restoreNew(call: OciCall, wrapper: Conversation, extra: RestoreEx
     if (status === 0) throw error;
     return { status, message: (error as Error).message };
   } finally {
-    if (known === undefined && (failed || !detached)) removeMarker(call.marker);
+    const isOurs = !failed || !restoreEngine.isAnothers;
+    if (known === undefined && (failed || !detached) && isOurs) removeMarker(call.marker);
     await dropScratch(scratch, failed, wrapper.log);
   }
   return { status };
