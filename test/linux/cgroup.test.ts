@@ -380,3 +380,9 @@ it("thaws again when it can't freeze in time, and names who didn't", async () =>
     rmSync(directory, { recursive: true });
   }
 });
+
+it("a cgroup that systemd has removed already is not waited for", async () => {
+  await Cgroup.fromPaths({ version: 2, paths: {} }).leaveToSystemd();
+  const gone = join(tmpdir(), `cedana-no-cgroup-${process.pid}`);
+  await Cgroup.fromPaths({ version: 2, paths: { "": gone } }).leaveToSystemd();
+});
