@@ -2,40 +2,18 @@
 // container runs on, and nothing is left.
 
 import { execFileSync } from "node:child_process";
-import {
-  existsSync,
-  mkdirSync,
-  mkdtempSync,
-  readdirSync,
-  readFileSync,
-  rmSync,
-  statSync,
-  writeFileSync,
-} from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { readManifest } from "../../src/checkpoint/manifest.ts";
 import { childrenOf, processStat } from "../../src/linux/proc.ts";
+import { Holder } from "./harness/holder.ts";
 import { isControl, Live } from "./harness/live.ts";
 import { enginesForCheckpoints, missingFor } from "./harness/matrix.ts";
 import { anyOf } from "./harness/proto.ts";
 import { entries } from "./harness/system.ts";
 import type { LiveTask } from "./harness/task.ts";
 import { until } from "./harness/until.ts";
-
-/** Holds a dump on the frozen container, once, where there is a file `hold` beside it. */
-const HOLDER = `
-import { existsSync, renameSync } from "node:fs";
-import { join } from "node:path";
-const at = (name) => join(import.meta.dirname, name);
-export const plugin = { name: "holder", features: { dumpMiddlewareLate: [{ name: "hold", async run(dump, next) {
-  if (existsSync(at("hold"))) {
-    renameSync(at("hold"), at("held"));
-    while (existsSync(at("held"))) await new Promise((resolve) => setTimeout(resolve, 5));
-  }
-  await next();
-} }] } };
-`;
 
 const REAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -44,7 +22,7 @@ for (const combination of enginesForCheckpoints) {
   describe.skipIf(missing)(`${combination.engine}${missing ? ` (${missing})` : ""}`, () => {
     let live: Live;
     let path: string;
-    let holder: string;
+    let holder: Holder;
     const configuration = `/run/cedana-gate-test-${combination.engine}.json`;
 
     beforeAll(async () => {
@@ -62,16 +40,8 @@ for (const combination of enginesForCheckpoints) {
       ];
       writeFileSync(join(path, "criu"), `${criu.join("\n")}\n`, { mode: 0o755 });
       live = await Live.start({ ...combination, path, env: { CEDANA_CONFIG: configuration } });
-      holder = join(live.dir, "plugins/node_modules/cedana-plugin-holder");
-      mkdirSync(holder, { recursive: true, mode: 0o755 });
-      const description = { name: "cedana-plugin-holder", version: "1.0.0", type: "module" };
-      const cedana = { apiVersion: 1, entry: "index.js" };
-      writeFileSync(join(holder, "package.json"), JSON.stringify({ ...description, cedana }), {
-        mode: 0o644,
-      });
-      writeFileSync(join(holder, "index.js"), HOLDER, { mode: 0o644 });
-      const plugins = { load: ["cedana-plugin-holder"], directory: join(live.dir, "plugins") };
-      writeFileSync(configuration, JSON.stringify({ plugins }), { mode: 0o600 });
+      holder = new Holder(join(live.dir, "plugins"));
+      writeFileSync(configuration, JSON.stringify({ plugins: holder.configuration }), { mode: 0o600 });
     });
     afterEach(() => live.expectNoLeftovers());
     afterAll(async () => {
@@ -81,19 +51,19 @@ for (const combination of enginesForCheckpoints) {
 
     /** Begins a checkpoint, and comes back when it holds the container frozen, with the engine and its CRIU at the gate. */
     async function heldAtGate(task: LiveTask, imagePath: string) {
-      writeFileSync(join(holder, "hold"), "");
+      holder.hold();
       const outcome = task.checkpoint({ imagePath }).then(
         () => "done",
         (error: Error) => error.message,
       );
-      await until(() => existsSync(join(holder, "held")), { what: () => "the held dump" });
+      await holder.isHeld(() => "the held dump");
       const engine = entries("/proc")
         .filter((name) => /^\d+$/.test(name))
         .map(Number)
         .find((pid) => commandOf(pid).includes("checkpoint\0") && commandOf(pid).includes(task.bundle))!;
       const [criu] = childrenOf(engine).filter((pid) => processStat(pid)?.comm === "criu");
       expect(commandOf(criu!)).toMatch(/^criu\0swrk\0/);
-      return { outcome, engine, criu: criu!, release: () => rmSync(join(holder, "held")) };
+      return { outcome, engine, criu: criu!, release: () => holder.release() };
     }
 
     function commandOf(pid: number): string {

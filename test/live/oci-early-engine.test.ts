@@ -16,30 +16,13 @@ import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { childrenOf } from "../../src/linux/proc.ts";
 import { CallerPlace, missingCallers } from "./harness/callers.ts";
+import { Holder } from "./harness/holder.ts";
 import { programs } from "./harness/programs.ts";
 import { containerSpec } from "./harness/spec.ts";
 import { entries, processesOf, systemdRuns } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
 
 const missing = missingCallers(); // for the mount namespace and the reaper
-
-/** After the checks: holds a restore where there is a file `hold` beside it, once, and then refuses it where there is `refuse`. */
-const HOLDER = `
-import { existsSync, renameSync, rmSync } from "node:fs";
-import { join } from "node:path";
-const at = (name) => join(import.meta.dirname, name);
-export const plugin = { name: "holder", features: { restoreMiddleware: [{ name: "hold", async run(restore, next) {
-  if (existsSync(at("hold"))) {
-    renameSync(at("hold"), at("held"));
-    while (existsSync(at("held"))) await new Promise((resolve) => setTimeout(resolve, 5));
-  }
-  if (existsSync(at("refuse"))) {
-    rmSync(at("refuse"));
-    throw new Error("the test has refused it");
-  }
-  await next();
-} }] } };
-`;
 
 const REAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -48,7 +31,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
   (engine) => {
     let place: CallerPlace;
     let bundle: string;
-    let holder: string;
+    let holder: Holder;
     let mounted: string;
     const started: ChildProcess[] = [];
     beforeAll(async () => {
@@ -59,16 +42,10 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
         mkdirSync(join(bundle, "rootfs", name), { recursive: true });
       copyFileSync("/usr/bin/busybox", join(bundle, "rootfs/bin/busybox"));
       symlinkSync("busybox", join(bundle, "rootfs/bin/sh"));
-      holder = at("plugins/node_modules/cedana-plugin-holder");
-      mkdirSync(holder, { recursive: true, mode: 0o755 });
-      const description = { name: "cedana-plugin-holder", version: "1.0.0", type: "module" };
-      const cedana = { apiVersion: 1, entry: "index.js" };
-      writeFileSync(join(holder, "package.json"), JSON.stringify({ ...description, cedana }), {
-        mode: 0o644,
+      holder = new Holder(at("plugins"));
+      writeFileSync(place.env.CEDANA_CONFIG!, JSON.stringify({ plugins: holder.configuration }), {
+        mode: 0o600,
       });
-      writeFileSync(join(holder, "index.js"), HOLDER, { mode: 0o644 });
-      const plugins = { load: ["cedana-plugin-holder"], directory: at("plugins") };
-      writeFileSync(place.env.CEDANA_CONFIG!, JSON.stringify({ plugins }), { mode: 0o600 });
       // The engine is a script, which tests change without changing its file.
       const script = `#!/bin/sh\n. ${at("how")}\nexec ${engine} "$@"\n`;
       writeFileSync(at(`${engine}-script`), script, { mode: 0o755 });
@@ -88,7 +65,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       await runtime("delete", "--force", "box");
       for (const child of started.splice(0)) child.kill("SIGKILL");
       for (const name of ["images", "out", "log", "root"]) rmSync(at(name), { recursive: true, force: true });
-      for (const name of ["hold", "held", "refuse"]) rmSync(join(holder, name), { force: true });
+      holder.reset();
       await place.expectNoLeftovers((argv) => /cedanad/.test(argv));
       for (const name of ["c", "oci", "oci-bundles"])
         await until(() => entries(join(place.runDir, name)).length === 0, {
@@ -158,13 +135,13 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       release(): void;
     }
     async function held(start = begin): Promise<Held> {
-      writeFileSync(join(holder, "hold"), "");
+      holder.hold();
       const child = start();
-      await until(() => existsSync(join(holder, "held")), { what: () => `a held restore: ${output()}` });
+      await holder.isHeld(() => `a held restore: ${output()}`);
       const wrapper = processesOf(place).find(
         ({ argv }) => argv[0]?.endsWith("cedana-runtime") && argv.includes("restore"),
       )!.pid;
-      return { child, wrapper, engine: childrenOf(wrapper)[0], release: () => rmSync(join(holder, "held")) };
+      return { child, wrapper, engine: childrenOf(wrapper)[0], release: () => holder.release() };
     }
     /** … whose engine stands at the gate. */
     async function atGate(): Promise<Held & { engine: number }> {
@@ -207,7 +184,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
     it("is ended when the restore is refused, and only cedana is heard", { timeout: 60_000 }, async () => {
       rmSync(at("log"));
       const said = output().length;
-      writeFileSync(join(holder, "refuse"), "");
+      holder.refuse();
       const one = await atGate();
       one.release();
       await failed(one.child);
@@ -248,7 +225,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
 
     it("is ended with all below it where the script waits for it", { timeout: 60_000 }, async () => {
       goes(`${engine} "$@"; exit $?`);
-      writeFileSync(join(holder, "refuse"), "");
+      holder.refuse();
       const one = await atGate();
       one.release();
       await failed(one.child);
@@ -260,7 +237,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       "leaves alone what has got the id meanwhile, refused: %s",
       { timeout: 60_000 },
       async (refused) => {
-        if (refused) writeFileSync(join(holder, "refuse"), "");
+        if (refused) holder.refuse();
         const one = await atGate();
         const theirs = (...args: string[]) =>
           place.run(place.runtime("engine", "--root", at("root"), ...args, "box"));
@@ -335,7 +312,9 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       begin();
       await goesOn(before);
       await checkpoint();
-      expect((await releasedOf(await held())).engine).toBe(undefined);
+      const later = await held();
+      expect(later.engine).toBe(undefined);
+      later.release();
       await goesOn();
       goes("");
       await checkpoint();
@@ -347,7 +326,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
 
     it("is undone when it restores past the gate what is refused then", { timeout: 60_000 }, async () => {
       goes(`exec env -i PATH=${REAL_PATH} ${engine} "$@"`);
-      writeFileSync(join(holder, "refuse"), "");
+      holder.refuse();
       const one = await held();
       await until(() => childrenOf(one.wrapper).length === 0, { what: () => "the engine's end" });
       one.release();
@@ -360,10 +339,6 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       await restoreAfter(before);
     });
 
-    async function releasedOf(one: Held): Promise<Held> {
-      one.release();
-      return one;
-    }
     /** The counter may have got on before it was ended. */
     async function restoreAfter(before: number): Promise<void> {
       begin();
