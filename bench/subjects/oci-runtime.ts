@@ -105,7 +105,7 @@ const CHECKPOINT_AIM: Record<EngineName, Aim> = {
 let podman: Podman | undefined;
 
 /** Its files are on the machine's disk; what is below /run elsewhere is in memory here, too. */
-const startPodman = (engine: EngineName) => Podman.start(engine, {}, undefined, false, true);
+const startPodman = (engine: EngineName) => Podman.start(engine, { inMemory: true });
 
 async function on(side: Program, ...args: string[]): Promise<string> {
   const outcome = await podman!.on(side, ...args);

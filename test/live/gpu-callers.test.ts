@@ -295,7 +295,7 @@ describe.skipIf(missing)(`GPUs without containerd${missing ? ` (${missing})` : "
   });
 
   it("come back by Podman through cedana-runtime", async () => {
-    const podman = await Podman.start("runc", driverEnvironment(directory, gpus));
+    const podman = await Podman.start("runc", { daemonEnv: driverEnvironment(directory, gpus) });
     try {
       const ok = async (...args: string[]) => {
         const { status, stdout, stderr } = await podman.on("wrapper", ...args);

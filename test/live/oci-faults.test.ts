@@ -18,7 +18,7 @@ describe.skipIf(missing)(`podman${missing ? ` (${missing})` : ""}: killed in the
   let podman: Podman;
   beforeAll(async () => {
     deadly = new DeadlyCriu();
-    podman = await Podman.start("runc", {}, deadly.directory);
+    podman = await Podman.start("runc", { first: deadly.directory });
   });
   beforeEach(async () => {
     const volume = `${await programs()}:/programs:ro`;

@@ -41,7 +41,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
     const started: ChildProcess[] = [];
     beforeAll(async () => {
       deadly = new DeadlyCriu();
-      place = await CallerPlace.start(engine, {}, deadly.directory);
+      place = await CallerPlace.start(engine, { first: deadly.directory });
       bundle = join(place.dir, "b");
       for (const name of ["bin", "dev", "proc", "sys", "run", "programs"])
         mkdirSync(join(bundle, "rootfs", name), { recursive: true });

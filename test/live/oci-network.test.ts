@@ -15,7 +15,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
   (engine) => {
     let podman: Podman;
     beforeAll(async () => {
-      podman = await Podman.start(engine, {}, undefined, true);
+      podman = await Podman.start(engine, { ownNetwork: true });
     });
     afterEach(async () => {
       await podman.on(side, "rm", "--all", "--force", "--time", "0");

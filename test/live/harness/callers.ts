@@ -52,6 +52,20 @@ export interface Outcome {
 export type Side = "engine" | "wrapper";
 export const sides: readonly Side[] = ["engine", "wrapper"];
 
+export interface PlaceOptions {
+  /** of the cedanad that cedana-runtime starts here */
+  daemonEnv?: Record<string, string>;
+  /** a directory that comes first in everybody's PATH */
+  first?: string;
+  /** a network namespace, too: the machine's network is not ours to configure */
+  ownNetwork?: boolean;
+  /**
+   * What others have below /run is on a tmpfs, as there, also on a machine whose /run is on a disk; images and containers' files stay where
+   * they are. For measurements.
+   */
+  inMemory?: boolean;
+}
+
 /** A place of its own for one caller: directory, cgroup, mount namespace. */
 export class CallerPlace {
   readonly engine: EngineName;
@@ -88,19 +102,9 @@ export class CallerPlace {
     };
   }
 
-  /**
-   * @param daemonEnv  of the cedanad that cedana-runtime starts here
-   * @param first      a directory that comes first in everybody's PATH
-   * @param ownNetwork a network namespace, too: the machine's network is not ours to configure
-   * @param inMemory   what others have below /run is on a tmpfs, as there, also on a machine whose /run is on a disk; images and
-   *   containers' files stay where they are. For measurements
-   */
   static async start(
     engine: EngineName,
-    daemonEnv: Record<string, string> = {},
-    first?: string,
-    ownNetwork = false,
-    inMemory = false,
+    { daemonEnv = {}, first, ownNetwork = false, inMemory = false }: PlaceOptions = {},
   ): Promise<CallerPlace> {
     const place = new CallerPlace(engine);
     place.#ownNetwork = ownNetwork;
@@ -323,14 +327,8 @@ export class Podman {
     this.#dir = place.dir;
   }
 
-  static async start(
-    engine: EngineName,
-    daemonEnv: Record<string, string> = {},
-    first?: string,
-    ownNetwork = false,
-    inMemory = false,
-  ): Promise<Podman> {
-    const place = await CallerPlace.start(engine, daemonEnv, first, ownNetwork, inMemory);
+  static async start(engine: EngineName, options?: PlaceOptions): Promise<Podman> {
+    const place = await CallerPlace.start(engine, options);
     const podman = new Podman(place);
     try {
       place.configureContainers();
