@@ -59,9 +59,9 @@ describe.skipIf(missing)(`a dead file system${missing ? ` (${missing})` : ""}`, 
       expect(isOver).toBe(false);
       await other.checkpoint();
     }
-    // What waited sees the server's end, or, a moment later, the directory below the mount.
+    // What waited sees the server's end, or, a moment later, the directory below the mount, or that it has gone.
     for (const outcome of await Promise.all(waiting))
-      expect(outcome).toMatch(/no answer|not connected|does not exist|^checkpointed$/);
+      expect(outcome).toMatch(/no answer|not connected|does not exist|ENOENT|^checkpointed$/);
     expect(live.cedanad()!.pid).toBe(pid);
     victim.stdout.skip();
     const before = await victim.nextNumber();
