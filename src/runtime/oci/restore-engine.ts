@@ -101,10 +101,10 @@ export class RestoreEngine {
     const text = (await this.#callersConfig()) + config.map((line) => `${line}\n`).join("");
     if (this.#early) {
       const { gate, end } = this.#early;
-      const ended = await Promise.race([gate.arrived, end]);
+      const ended = await Promise.race([gate.arrived.then(() => undefined), end]);
       const fits = ended !== undefined || this.ownsState; // somebody has removed it, and may have the id himself
       if (fits && isDeepStrictEqual(this.#early.command, command)) {
-        const status = await this.#letGo(this.#early, text);
+        const status = await this.#letGo(this.#early, ended, text);
         if (status !== undefined) return status;
         await undo(); // crun leaves its state, and a scope of systemd's, where CRIU fails
       } else {
@@ -119,9 +119,15 @@ export class RestoreEngine {
     return await this.#runAtOpenGate(command, text);
   }
 
-  /** @returns exit status; undefined when it has come by another way, and nothing was begun */
-  async #letGo({ command, gate, end }: EarlyEngine, config: string): Promise<number | undefined> {
-    const ended = await Promise.race([gate.arrived, end]);
+  /**
+   * @param ended  its exit status, where it has ended without coming to the gate
+   * @returns exit status; undefined when it has come by another way, and nothing was begun
+   */
+  async #letGo(
+    { command, gate, end }: EarlyEngine,
+    ended: number | undefined,
+    config: string,
+  ): Promise<number | undefined> {
     if (ended === undefined) gate.open(config);
     this.#early = undefined;
     try {
