@@ -213,9 +213,8 @@ async function endPodman(): Promise<void> {
 }
 
 async function endCedanad(): Promise<void> {
-  const last = podman!.place.cedanadLog().trim().split("\n").at(-1) ?? "";
-  const pid = Number(/"pid":(\d+)/.exec(last)?.[1] ?? 0);
-  if (pid === 0 || !isAlive(pid)) return;
+  const pid = podman!.place.cedanadPid();
+  if (!isAlive(pid)) return;
   process.kill(pid, "SIGKILL");
   await until(() => !isAlive(pid));
 }

@@ -1,11 +1,11 @@
 import { type ChildProcess, spawn } from "node:child_process";
-import { copyFileSync, mkdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { CallerPlace, caller, missingCallers, type Side, sides, wrapper } from "./harness/callers.ts";
 import { type EngineName, GO_SHIM, type Live } from "./harness/live.ts";
-import { IMAGE, imageTar, programs } from "./harness/programs.ts";
+import { busyboxRootfs, IMAGE, imageTar, programs } from "./harness/programs.ts";
 import { anyOf } from "./harness/proto.ts";
 import { containerSpec, processSpec } from "./harness/spec.ts";
 import { liveFor } from "./harness/suite.ts";
@@ -27,19 +27,8 @@ describe.skipIf(missing).each(engines)(`CRI-O's calls over %s${because}`, (engin
     const testPrograms = await programs();
     for (const side of sides) {
       const bundle = join(place.dir, side);
-      for (const name of [
-        "rootfs/bin",
-        "rootfs/dev",
-        "rootfs/proc",
-        "rootfs/sys",
-        "rootfs/run",
-        "rootfs/programs",
-        "exits",
-      ])
-        mkdirSync(join(bundle, name), { recursive: true });
-      copyFileSync("/usr/bin/busybox", join(bundle, "rootfs/bin/busybox"));
-      for (const applet of ["sh", "sleep", "cat", "echo"])
-        symlinkSync("busybox", join(bundle, "rootfs/bin", applet));
+      mkdirSync(join(bundle, "exits"), { recursive: true });
+      busyboxRootfs(bundle, ["sh", "sleep", "cat", "echo"]);
       const args = ["sh", "-c", `read line; echo got $line; ${loop}`];
       const spec = containerSpec({
         args,

@@ -362,7 +362,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       "though cedanad is killed before, and is started when none runs",
       async () => {
         await run("c");
-        const pid = Number(/"pid":(\d+)/.exec(podman.place.cedanadLog().trim().split("\n").at(-1)!)?.[1]);
+        const pid = podman.place.cedanadPid();
         if (isAlive(pid)) process.kill(pid, "SIGKILL");
         await ok("exec", "c", "true"); // passed through as ever
         await ok("container", "checkpoint", "--leave-running", "c");
@@ -375,7 +375,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       async () => {
         await run("c", [], ["/programs/memory", "128"]);
         await ok("container", "checkpoint", "--leave-running", "c"); // cedanad runs, and isn't below conmon
-        const pid = Number(/"pid":(\d+)/.exec(podman.place.cedanadLog().trim().split("\n").at(-1)!)?.[1]);
+        const pid = podman.place.cedanadPid();
         const checkpoint = on("container", "checkpoint", "--leave-running", "c");
         const frozen = () =>
           entries(join(podman.place.runDir, "oci")).some((name) => name.endsWith("~frozen"));

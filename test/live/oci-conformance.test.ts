@@ -1,9 +1,9 @@
 import { spawn, spawnSync } from "node:child_process";
-import { copyFileSync, mkdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { CallerPlace, wrapper } from "./harness/callers.ts";
-import { programs } from "./harness/programs.ts";
+import { busyboxRootfs, programs } from "./harness/programs.ts";
 import { containerSpec } from "./harness/spec.ts";
 import { cgroupsOf, entries } from "./harness/system.ts";
 
@@ -42,11 +42,7 @@ describe.each(cases)("cedana-runtime over $engine, with $kind", ({ engine, annot
     for (const side of sides)
       for (const id of ["a", "b"]) {
         const bundle = join(dir, side, id);
-        mkdirSync(join(bundle, "rootfs/bin"), { recursive: true });
-        for (const name of ["dev", "proc", "sys", "run", "programs"]) mkdirSync(join(bundle, "rootfs", name));
-        copyFileSync("/usr/bin/busybox", join(bundle, "rootfs/bin/busybox"));
-        for (const applet of ["sh", "sleep", "cat", "true", "echo"])
-          symlinkSync("busybox", join(bundle, "rootfs/bin", applet));
+        busyboxRootfs(bundle, ["sh", "sleep", "cat", "true", "echo"]);
         const args =
           id === "a"
             ? ["sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.05; done"]

@@ -2,22 +2,13 @@
 // dies meanwhile, and wherever the engine goes instead: nothing of it is left, and the caller hears what cedana says alone.
 
 import { type ChildProcess, spawn } from "node:child_process";
-import {
-  copyFileSync,
-  existsSync,
-  mkdirSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  symlinkSync,
-  writeFileSync,
-} from "node:fs";
+import { existsSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { childrenOf } from "../../src/linux/proc.ts";
 import { CallerPlace, missingCallers } from "./harness/callers.ts";
 import { Holder } from "./harness/holder.ts";
-import { programs } from "./harness/programs.ts";
+import { busyboxRootfs, programs } from "./harness/programs.ts";
 import { containerSpec } from "./harness/spec.ts";
 import { entries, processesOf, systemdRuns } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
@@ -38,10 +29,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       mounted = await programs();
       place = await CallerPlace.start(engine);
       bundle = at("b");
-      for (const name of ["bin", "dev", "proc", "sys", "run", "programs"])
-        mkdirSync(join(bundle, "rootfs", name), { recursive: true });
-      copyFileSync("/usr/bin/busybox", join(bundle, "rootfs/bin/busybox"));
-      symlinkSync("busybox", join(bundle, "rootfs/bin/sh"));
+      busyboxRootfs(bundle);
       holder = new Holder(at("plugins"));
       writeFileSync(place.env.CEDANA_CONFIG!, JSON.stringify({ plugins: holder.configuration }), {
         mode: 0o600,
@@ -213,10 +201,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       { timeout: 60_000 },
       async (victim) => {
         const one = await atGate();
-        const cedanad = Number(
-          /"pid":(\d+)/.exec(place.cedanadLog().trim().split("\n").at(-1)!)?.[1], // the last that has said anything
-        );
-        process.kill({ ...one, cedanad }[victim], "SIGKILL");
+        process.kill({ ...one, cedanad: place.cedanadPid() }[victim], "SIGKILL");
         one.release();
         await failed(one.child);
         await restore();

@@ -63,7 +63,7 @@ describe.skipIf(missing)(`podman${missing ? ` (${missing})` : ""}: killed in the
     expect(all).toEqual(all.map((_, at) => at));
   }
   const inspect = async (what: string) => await ok("inspect", "--format", `{{.State.${what}}}`, "c");
-  const cedanad = () => Number(/"pid":(\d+)/.exec(podman.place.cedanadLog().trim().split("\n").at(-1)!)?.[1]);
+  const cedanad = () => podman.place.cedanadPid();
   const victimOf = (name: (typeof victims)[number]): Victim => (name === "cedanad" ? cedanad() : name);
   /** Of the container, wherever: conmon's own cgroup is another one. */
   const left = () => cgroupsOf(podman.place.namespace).filter((path) => /\/libpod-[0-9a-f]{64}$/.test(path));

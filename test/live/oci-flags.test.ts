@@ -9,7 +9,6 @@ import {
   rmdirSync,
   rmSync,
   statSync,
-  symlinkSync,
   truncateSync,
   writeFileSync,
 } from "node:fs";
@@ -18,7 +17,7 @@ import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { CallerPlace, missingCallers, type Side } from "./harness/callers.ts";
 import { DeadlyCriu } from "./harness/deadly-criu.ts";
-import { programs, repository } from "./harness/programs.ts";
+import { busyboxRootfs, programs, repository } from "./harness/programs.ts";
 import { containerSpec, type SpecOptions } from "./harness/spec.ts";
 import { cgroupRoots, entries, pidsInCgroups } from "./harness/system.ts";
 import { until } from "./harness/until.ts";
@@ -43,10 +42,7 @@ describe.skipIf(missing).each(["runc", "crun"] as const)(
       deadly = new DeadlyCriu();
       place = await CallerPlace.start(engine, { first: deadly.directory });
       bundle = join(place.dir, "b");
-      for (const name of ["bin", "dev", "proc", "sys", "run", "programs"])
-        mkdirSync(join(bundle, "rootfs", name), { recursive: true });
-      copyFileSync("/usr/bin/busybox", join(bundle, "rootfs/bin/busybox"));
-      symlinkSync("busybox", join(bundle, "rootfs/bin/sh"));
+      busyboxRootfs(bundle);
       configure("b", await programs());
     });
     afterEach(async () => {

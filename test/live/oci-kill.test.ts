@@ -1,5 +1,5 @@
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
-import { missingCallers, Podman } from "./harness/callers.ts";
+import { type CallerPlace, missingCallers, Podman } from "./harness/callers.ts";
 import { isControl, type Live } from "./harness/live.ts";
 import { IMAGE } from "./harness/programs.ts";
 import { liveFor } from "./harness/suite.ts";
@@ -129,7 +129,7 @@ describe.skipIf(missing)(`the same by cedana-runtime under Podman${missing ? ` (
     await ok("start", "c");
     await until(async () => (await ok("logs", "c")).match(/^up$/gm)?.length === 2, { everyMs: 50 });
     await ok("kill", "--signal", "TERM", "c");
-    killCedanad(podman.place.cedanadLog());
+    killCedanad(podman.place);
     await ok("kill", "--signal", "CONT", "c").catch(() => {}); // whatever needs cedanad starts it
     expect(await ok("wait", "c")).toBe("3");
   });
@@ -183,10 +183,9 @@ describe.skipIf(missing)(`the same by cedana-runtime under Podman${missing ? ` (
 });
 
 /** The one that logged last, if it still runs. */
-function killCedanad(log: string): void {
-  const pid = Number(/"pid":(\d+)/.exec(log.trim().split("\n").at(-1)!)?.[1]);
+function killCedanad(place: CallerPlace): void {
   try {
-    process.kill(pid, "SIGKILL");
+    process.kill(place.cedanadPid(), "SIGKILL");
   } catch {
     // ESRCH: it ended by itself, below conmon
   }

@@ -204,7 +204,7 @@ describe.skipIf(missing).each<EngineName>(["runc", "crun"])(
       const known: string[] = [];
       for (let killed = 0; killed < kills; killed++) {
         await underWay(name, known);
-        const pid = Number(/"pid":(\d+)/.exec(podman.place.cedanadLog().trim().split("\n").at(-1)!)?.[1]);
+        const pid = podman.place.cedanadPid();
         process.kill(pid, "SIGKILL");
         await until(() => !isAlive(pid));
         known.push(...attempts(name));

@@ -239,6 +239,14 @@ export class CallerPlace {
     }
   }
 
+  /** Of the cedanad that has said something last; it may have ended. */
+  cedanadPid(): number {
+    const last = this.cedanadLog().trim().split("\n").at(-1)!;
+    const pid = /"pid":(\d+)/.exec(last)?.[1];
+    if (pid === undefined) throw new Error("no cedanad has said anything");
+    return Number(pid);
+  }
+
   /** Everything of it that lives, but the holder of the mount namespace. */
   living(): string[] {
     return processesOf(this)

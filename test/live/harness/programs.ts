@@ -2,7 +2,17 @@
 
 import { execFile } from "node:child_process";
 import { createHash } from "node:crypto";
-import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync } from "node:fs";
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  symlinkSync,
+} from "node:fs";
 import { basename, join } from "node:path";
 import { promisify } from "node:util";
 
@@ -76,6 +86,15 @@ export async function compileProgram(source: string): Promise<string> {
     run("gcc", ["-static", "-O1", "-o", join(directory, name), source]),
   );
   return join(directory, name);
+}
+
+/** A bundle's root file system, with busybox for these programs, and a place for the test programs. */
+export function busyboxRootfs(bundle: string, applets: readonly string[] = ["sh"]): void {
+  const rootfs = join(bundle, "rootfs");
+  for (const name of ["bin", "dev", "proc", "sys", "run", "programs"])
+    mkdirSync(join(rootfs, name), { recursive: true });
+  copyFileSync("/usr/bin/busybox", join(rootfs, "bin/busybox"));
+  for (const applet of applets) symlinkSync("busybox", join(rootfs, "bin", applet));
 }
 
 /** The test image as a tar. */
