@@ -89,7 +89,9 @@ describe.concurrent("FIFOs", () => {
     const ended = start(pod, "a", "seq 0 9999; echo oops >&2; exit 3");
     expect(await ended()).toBe(3 << 8);
     expect(await drain(pod, "a")).toBe(0);
-    await until(() => readers[0]!.text.endsWith("9999\n"), { what: () => "the output" });
+    await until(() => readers[0]!.text.endsWith("9999\n") && readers[1]!.text !== "", {
+      what: () => "both outputs, which each of our readers takes in its own time",
+    });
     expect(readers[0]!.text).toBe(digits(10_000));
     expect(readers[1]!.text).toBe("oops\n");
     expect(await free(pod, "a")).toBe(0);
